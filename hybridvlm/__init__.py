@@ -1,0 +1,48 @@
+"""Hybrid Mamba-Transformer vision-language models in JAX, with stateful token reduction for long video.
+
+    import hybridvlm as hv
+    model = hv.load("tiny", reduction=hv.Reduction("str", budget=0.25))
+
+Names are loaded when they are first used: importing the package is quick and starts no device.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Buckets": "config",
+    "ModelConfig": "config",
+    "Reduction": "config",
+    "Schedule": "config",
+    "ScoreOptions": "config",
+    "VisionConfig": "config",
+    "config_names": "config",
+    "load_model_config": "config",
+    "Tokens": "ops.tokens",
+    "ReductionPlan": "reduction.plan",
+    "make_plan": "reduction.plan",
+    "Model": "generate",
+    "Sampling": "generate",
+    "compile_count": "generate",
+    "load": "checkpoints.folder",
+}
+_MODULES = ("config", "ops", "nn", "vision", "models", "reduction", "video", "checkpoints", "generate")
+
+__all__ = sorted([*_HOME, "ops", "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"hybridvlm.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"hybridvlm.{name}")
+    else:
+        raise AttributeError(f"hybridvlm has no public name {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_MODULES]

@@ -1,0 +1,182 @@
+"""Decoder prefill, embeddings to last-token logits: dense beside reduction methods, runs interleaved.
+
+Weights, visual tokens and text are random: what is measured hangs on shapes alone. Scoring and compaction are part of
+the time; compilation and the first run are not, and the vision tower is timed by itself. A second table has the prompt
+that a real video gets, with a time stamp before every frame: text that no method can drop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hybridvlm.bench import timing
+from hybridvlm.config import ModelConfig, Reduction, Schedule, from_dict, load_model_config
+
+STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m hybridvlm.bench prefill`."""
+    add = parser.add_argument
+    add("--config", default="bench_100m", help="name or JSON file of a model config (default: bench_100m)")
+    add("--visual", type=int, default=8192, help="visual tokens, a multiple of the config's per frame (default: 8192)")
+    add("--frames", type=int, help="frames instead of --visual")
+    add("--text", type=int, default=128, help="text tokens of the question (default: 128)")
+    add("--budget", type=float, default=0.25, help="mean share of visual tokens kept (default: 0.25)")
+    add("--methods", default="none,str", help="comma list of methods; dense always runs (default: none,str)")
+    add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="schedule of shares over depth, as for eval")
+    add("--repeats", type=int, default=5, help="interleaved rounds (default: 5)")
+    yes_no = argparse.BooleanOptionalAction
+    add("--real-prompt", action=yes_no, default=True, help="also with a time stamp per frame in the prompt")
+    add("--vision", action=yes_no, default=True, help="also the vision tower's time")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, print, and return the rows."""
+    import jax
+
+    config = load_model_config(args.config)
+    if config.vision is None:
+        raise ValueError(f"config {args.config!r} has no vision side, and so no visual tokens to reduce; try bench_100m")
+    per_frame = config.vision.tokens_per_frame
+    frames = args.visual // per_frame if args.frames is None else args.frames
+    if frames < 1 or (args.frames is None and args.visual % per_frame):
+        raise ValueError(f"--visual must be a multiple of {per_frame}, the tokens of a frame, got {args.visual}")
+    if args.text < 1 or args.repeats < 1:
+        raise ValueError(f"--text and --repeats must be at least 1, got {args.text} and {args.repeats}")
+    methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
+    reductions = {m: _reduction(m, args) for m in methods}
+
+    params = random_params(config)
+    visual = jax.random.normal(jax.random.key(1), (1, frames, per_frame, config.width))
+    vision_ms = _vision_ms(config, params, frames) if args.vision else None
+    rows = []
+    for stamps in (0, STAMP_TOKENS) if args.real_prompt else (0,):
+        rows += _measure(args, config, params, visual, reductions, stamps, vision_ms)
+    return rows
+
+
+def random_params(config: ModelConfig) -> dict[str, Any]:
+    """Parameters of the whole model at their initial distribution, float32, in the memory of the device."""
+    import jax
+
+    from hybridvlm.models.nemotron_vl import HybridVLM
+
+    ids = np.zeros((1, 1), np.int32)
+    batch = _batch(ids, np.full_like(ids, -1), 0)
+    pixels = None if config.vision is None else np.zeros((1, 1, *config.vision.image_size, 3), np.uint8)
+    return jax.jit(HybridVLM(config).init)(jax.random.key(0), batch, pixels)["params"]
+
+
+def prompt(frames: int, per_frame: int, text: int, stamps: int, vocabulary: int):
+    """One prompt as a Batch: `stamps` text tokens, then `per_frame` visual places, for every frame; then the question."""
+    frame = np.concatenate([np.full(stamps, -1, np.int32), np.zeros(per_frame, np.int32)])
+    frame = np.where(frame < 0, -1, np.arange(frames, dtype=np.int32)[:, None] + frame)
+    frame = np.concatenate([frame.ravel(), np.full(text, -1, np.int32)])[None]
+    return _batch(np.random.default_rng(0).integers(0, vocabulary, frame.shape, np.int32), frame, frames)
+
+
+def _batch(ids: np.ndarray, frame: np.ndarray, frames: int):
+    from hybridvlm.models.nemotron_vl import Batch
+
+    return Batch(ids, np.ones_like(ids), frame.astype(np.int32), np.full(1, frames, np.int32))
+
+
+def _reduction(method: str, args: argparse.Namespace) -> Reduction | None:
+    return None if method == "none" else Reduction(method, args.budget, schedule=_schedule(args.schedule))
+
+
+def _schedule(pairs: list[str]) -> Schedule:
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Schedule)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--schedule takes KEY=VALUE, got {pair!r}")
+        kind = kinds.get(key, str)
+        number = float if key == "values" else int
+        values[key] = [number(v) for v in value.split(",")] if kind is tuple else kind(value)
+    return from_dict(Schedule, values)
+
+
+def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
+    """The program of function(*args) as a call without arguments, run once, and the seconds that it took to compile."""
+    import jax
+
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    jax.block_until_ready(program(*args))
+    return lambda: program(*args), seconds
+
+
+def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> float:
+    import jax
+
+    from hybridvlm.models.nemotron_vl import HybridVLM
+
+    shape = (1, frames, *config.vision.image_size, 3)
+    pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    encode = lambda params, pixels: HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)  # noqa: E731
+    call, _ = _compiled(encode, params, pixels)
+    return 1000 * float(np.median(timing.interleaved({"vision": call}, 3)["vision"]))
+
+
+def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
+    from hybridvlm.models.nemotron_vl import prefill_prompt
+
+    frames, per_frame = visual.shape[1:3]
+    text = args.text + stamps * frames
+    plans, calls, compile_s = {}, {}, {}
+    for method, reduction in reductions.items():
+        plan = plans[method] = reduction and _plan(reduction, config, frames, per_frame, text)
+        tokens = per_frame if plan is None else plan.decoder_tokens // plan.decoder_frames
+        count = frames if plan is None else plan.decoder_frames
+        batch = prompt(count, tokens, args.text, stamps, config.vocab_size)
+        batch = dataclasses.replace(batch, frame_count=np.full(1, frames, np.int32))
+
+        def prefill(params, batch, visual, plan=plan):
+            out = prefill_prompt(params, config, batch, visual, plan, 0)
+            return out.logits, out.decoder.caches
+
+        calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)
+    seconds = timing.interleaved(calls, args.repeats)
+    rows = []
+    for method, plan in plans.items():
+        speedup = timing.paired_ratio(seconds["none"], seconds[method])
+        predicted = 1.0 if plan is None else plan.flop_speedup
+        rows.append(
+            {
+                "config": config.name or args.config,
+                "visual_tokens": frames * per_frame,
+                "text_tokens": text,
+                "prompt": "time stamps" if stamps else "question",
+                "method": method,
+                "budget": 1.0 if plan is None else args.budget,
+                "ms": 1000 * float(np.median(seconds[method])),
+                "speedup": speedup,
+                "flop_speedup": predicted,
+                "share_of_predicted": speedup / predicted,
+                "compile_s": compile_s[method],
+                "vision_ms": vision_ms,
+                "repeats": args.repeats,
+            }
+        )
+    return rows
+
+
+def _plan(reduction: Reduction, config: ModelConfig, frames: int, per_frame: int, text: int):
+    import jax
+
+    from hybridvlm.ops.ssd.api import DEFAULTS, OTHER_PLATFORM
+    from hybridvlm.reduction.plan import make_plan
+
+    chunk = config.chunk_size or DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)[1]
+    size = {"visual_tokens": frames * per_frame, "text_tokens": text, "frames": frames}
+    return make_plan(reduction, config, **size, chunk_size=chunk, itemsize=4)

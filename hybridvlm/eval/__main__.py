@@ -1,0 +1,119 @@
+"""`python -m hybridvlm.eval`: dense and reduced variants of a model, answered questions, one honest table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
+
+METHODS = "none,str,random-input,uniform-input,saliency,fastv"
+EXAMPLES = """\
+examples:
+  python -m hybridvlm.eval
+      the embedded model on 300 questions of the embedded benchmark, dense and five methods at 25%
+  python -m hybridvlm.eval --limit 20 --methods str
+      a quick look
+  python -m hybridvlm.eval --model tiny-reduced --limit 0 --methods str,random,oneshot-mamba,fastv --match-flops str
+      the finetuned model on all questions, every rule at the predicted FLOPs of str
+  python -m hybridvlm.eval --methods str,evs:0.5+str:0.5 --budgets 0.1,0.25,0.5
+      several budgets; methods compose, one before the decoder and one inside it
+  python -m hybridvlm.eval --methods str --score decay=on sign=relu --schedule shape=linear start=2
+      other score options and another schedule
+  python -m hybridvlm.eval --tasks my/questions.jsonl --frames 32 --output results/mine
+      your own videos
+
+A run that was killed goes on where it stopped when it is started again with the same options.
+
+fields of a JSONL task, one question a line:
+{fields}
+
+files in --output: results.json (rows and metadata), report.md with two pictures, samples.jsonl (one line per answer).
+exit code: 0 done; 1 a run failed, what was answered before is kept; 2 a wrong option or input, nothing was started."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    from hybridvlm.eval.tasks.jsonl import FIELDS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m hybridvlm.eval",
+        description="Evaluate a model dense and under token reduction: accuracy with intervals, and what it costs.",
+        epilog=EXAMPLES.format(fields=FIELDS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="tiny", help="packaged name (tiny, tiny-reduced) or checkpoint folder (default: tiny)")
+    add("--tasks", default="needle", help="comma list of tasks: needle, or paths of .jsonl files (default: needle)")
+    add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
+    add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
+    add("--limit", type=int, default=300, help="first N questions of each task, 0 for all (default: 300)")
+    add("--frames", type=int, help="frames per video (default: 64 for needle, the most the model takes for files)")
+    add("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="weights and activations")
+    add("--buckets", nargs="+", default=[], metavar="KEY=N,N", help="static sizes: frames=16,64 text=16,64 max_new=8")
+    add("--output", type=pathlib.Path, help="folder for results (default: results/<model>-<task>)")
+    add("--seed", type=int, default=0, help="of the random methods (default: 0)")
+    kind = "what a budget counts: the average over layers (default), the last layer, or predicted FLOPs"
+    match = "solve every other method to the predicted FLOPs of METHOD at the same budget"
+    prompt = "text asked for a JSONL question; {question} and {options} (one per line, with letters) are filled in"
+    add("--kind", default=None, choices=BUDGET_KINDS, help=kind)
+    add("--match-flops", metavar="METHOD", help=match)
+    add("--split", default="test", choices=("test", "val"), help="split of the embedded benchmark (default: test)")
+    add("--score", nargs="+", default=[], metavar="KEY=VALUE", help="score options: " + _keys(ScoreOptions))
+    add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth: " + _keys(Schedule))
+    add("--compare", metavar="METHOD", help="method that all others are paired with (default: str, if it runs)")
+    add("--prompt", default="{question}", metavar="TEXT", help=prompt)
+    add("--list", action="store_true", help="list methods and tasks, and stop")
+    return parser
+
+
+def _keys(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def listing() -> str:
+    """Methods and tasks, with one line on each."""
+    from hybridvlm.eval.tasks import FILE_TASK, TASKS
+    from hybridvlm.reduction import describe_methods
+
+    tasks = [f"  {name:<13}  {what}" for name, (_, what) in TASKS.items()] + [f"  {'FILE.jsonl':<13}  {FILE_TASK}"]
+    return f"methods:\n{describe_methods()}\n\ntasks:\n" + "\n".join(tasks)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = build_parser().parse_args(argv)
+    if options.list:
+        print(listing())
+        return 0
+    from hybridvlm.eval.evaluate import prepare
+    from hybridvlm.reduction import PlanMismatch
+
+    try:
+        evaluation = prepare(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
+    except (OSError, ValueError) as error:
+        return _fail(error, 2)
+    try:
+        evaluation.run()
+    except (PlanMismatch, OSError, ValueError) as error:
+        return _fail(error, 1, f"what was answered before is kept in {evaluation.store.path}")
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("stopped; start the same command again to go on"), 130)
+    return 0
+
+
+def _fail(error: BaseException, code: int, more: str = "") -> int:
+    for line in [*(str(error).splitlines() or [type(error).__name__]), more]:
+        if line:
+            print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""From options to a finished evaluation: checks everything first, then runs, then writes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hybridvlm.checkpoints import folder
+from hybridvlm.config import Reduction, to_dict
+from hybridvlm.eval import report, statistics
+from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
+from hybridvlm.eval.runner import DENSE, Planner, Runner, Variant, expand, fingerprint, versions
+from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
+from hybridvlm.generate import Model
+
+
+class InputError(ValueError):
+    """Something in the options or the input files that no run can start with."""
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_pairs(tokens: Sequence[str], option: str) -> dict[str, list[str]]:
+    """`key=value` pairs, split by spaces or commas; a part without "=" continues the list before it (frames=8,16)."""
+    pairs: dict[str, list[str]] = {}
+    key = None
+    for part in (piece for token in tokens for piece in _split(token)):
+        if "=" in part:
+            key, value = (p.strip() for p in part.split("=", 1))
+            pairs[key] = [value]
+        elif key is None:
+            raise InputError(f"{option} takes key=value, got {part!r}")
+        else:
+            pairs[key].append(part)
+    return pairs
+
+
+def override(base: Any, tokens: Sequence[str], option: str) -> Any:
+    """A config dataclass with some fields replaced by `key=value` texts; InputError for a wrong one, with the keys."""
+    changes = {}
+    for key, values in parse_pairs(tokens, option).items():
+        names = [f.name for f in dataclasses.fields(base)]
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"{option} has no key {key!r}; {hint}the keys are {', '.join(names)}")
+        old = getattr(base, key)
+        try:
+            if isinstance(old, tuple):
+                number = float if key == "values" else int
+                changes[key] = tuple(number(value) for value in values)
+                continue
+            (value,) = values
+            if isinstance(old, bool):
+                changes[key] = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}[
+                    value.lower()
+                ]
+            else:
+                changes[key] = type(old)(value)
+        except (KeyError, ValueError):
+            kind = (
+                "on or off"
+                if isinstance(old, bool)
+                else "a number"
+                if isinstance(old, (int, float))
+                else "whole numbers"
+            )
+            raise InputError(f"{option} {key} must be {kind}, got {','.join(values)!r}") from None
+    try:
+        return dataclasses.replace(base, **changes)
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from None
+
+
+def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduction:
+    """What all variants share: the checkpoint's own schedule, score options and kind of budget, unless told."""
+    own = own or Reduction()
+    return dataclasses.replace(
+        own,
+        method="none",
+        budget=1.0,
+        kind=options.kind or own.kind,
+        schedule=override(own.schedule, options.schedule, "--schedule"),
+        score=override(own.score, options.score, "--score"),
+        seed=options.seed,
+    )
+
+
+def most_frames(model: Model) -> int:
+    """The most frames that a model can be shown: by its buckets, and by its table of times if it has one."""
+    largest = model.buckets.frames[-1]
+    table = model.config.vision.max_frames if model.config.vision is not None else 0
+    return min(largest, table) if table else largest
+
+
+def prepare(options: argparse.Namespace, command: str) -> Evaluation:
+    """Check options, model, tasks, videos and plans; ValueError or OSError, in one line each, for what cannot run."""
+    methods, budgets = _split(options.methods), _split(options.budgets)
+    try:
+        shares = [float(budget) for budget in budgets]
+    except ValueError:
+        raise InputError(f"--budgets takes numbers in (0, 1], got {options.budgets!r}") from None
+    if not methods or not shares:
+        raise InputError("--methods and --budgets need at least one entry each")
+    for number, flag, least in ((options.limit, "--limit", 0), (options.batch_size, "--batch-size", 1)):
+        if number < least:
+            raise InputError(f"{flag} must be at least {least}, got {number}")
+    if options.frames is not None and options.frames < 1:
+        raise InputError(f"--frames must be at least 1, got {options.frames}")
+    variants = expand(methods, shares)
+    if options.match_flops is not None:
+        expand([options.match_flops], shares)
+    if options.compare is not None and options.compare not in methods:
+        raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
+
+    model = folder.load(options.model, dtype=options.dtype)
+    model.buckets = override(model.buckets, options.buckets, "--buckets")
+    base = base_reduction(options, model.reduction)
+    tasks = _tasks(options, model)
+    return Evaluation(options, command, model, tasks, variants, Planner(model, base, options.match_flops))
+
+
+def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
+    most = most_frames(model)
+    if options.frames is not None and options.frames > most:
+        raise InputError(
+            f"--frames {options.frames} is over the most that {model.name} can be shown, {most} (frame buckets "
+            f"{model.buckets.frames}, its table of times has {model.config.vision.max_frames or 'no'} rows)"
+        )
+    settings = TaskOptions(model.config, options.frames, most, options.split, options.limit, options.prompt)
+    names = _split(options.tasks)
+    if not names:
+        raise InputError("--tasks needs at least one task")
+    tasks = [build_task(name, settings) for name in names]
+    twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
+    if twice:
+        raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")
+    problems = [line for task in tasks for line in task.check()]
+    if problems:
+        raise InputError("\n".join(problems))
+    return tasks
+
+
+class Evaluation:
+    """One call of the command, once its input has proved sound."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        command: str,
+        model: Model,
+        tasks: Sequence[Task],
+        variants: Sequence[Variant],
+        planner: Planner,
+    ):
+        self.options, self.command, self.model, self.tasks = options, command, model, tasks
+        self.planner, self.notes = planner, list[str]()
+        self.runners: list[Runner] = []
+        default = pathlib.Path("results") / f"{model.name}-{'+'.join(task.name for task in tasks)}"
+        self.folder = options.output or default
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"--output {self.folder} is a file; give a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = SampleStore(self.folder / "samples.jsonl")
+        self.weights = fingerprint(model.params)
+        for task in tasks:
+            runner = Runner(
+                model, task, [], planner, self.store,
+                batch_size=options.batch_size, weights=self.weights, dtype=options.dtype,
+            )  # fmt: skip
+            runner.variants += self._possible(runner, variants)
+            self.runners.append(runner)
+
+    def _possible(self, runner: Runner, variants: Sequence[Variant]) -> list[Variant]:
+        """The variants whose plans can be settled; the others are named. InputError if none but dense is left."""
+        good, reasons = [], []
+        for variant in variants:
+            if variant.method == "none":
+                continue
+            try:
+                runner.plans(variant)
+            except ValueError as error:
+                reasons.append(f"{variant.label} was left out: {error}")
+                continue
+            good.append(variant)
+            missed = (self.planner.unmatched(variant, bucket) for bucket in sorted(set(runner.buckets.values())))
+            self._note(*(line for line in missed if line))
+        if reasons and not good:
+            raise InputError("\n".join(reasons))
+        self._note(*reasons)
+        return good
+
+    def _note(self, *lines: str) -> None:
+        for line in lines:
+            if line not in self.notes:
+                self.notes.append(line)
+                print(f"note: {line}", file=sys.stderr)
+
+    def run(self) -> None:
+        """Answer what is missing, write results.json and the report, print the table."""
+        from tqdm import tqdm
+
+        for task in self.tasks:
+            self._note(*getattr(task, "notes", []))
+        total = sum(len(runner.variants) * len(runner.task.samples) for runner in self.runners)
+        missing = sum(runner.pending() for runner in self.runners)
+        if missing < total:
+            print(f"{total - missing} of {total} answers are already in {self.store.path}", file=sys.stderr)
+        with tqdm(total=total, initial=total - missing, unit="answer", disable=None, mininterval=0.5) as bar:
+            for runner in self.runners:
+
+                def progress(count: int, label: str, task: str = runner.task.name) -> None:
+                    bar.set_postfix_str(f"{task} {label}", refresh=False)
+                    bar.update(count)
+
+                runner.run(progress)
+        for task in self.tasks:
+            self._note(*getattr(task, "notes", []))
+        self._write()
+
+    def _write(self) -> None:
+        results = self.results()
+        write_atomic(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
+        report.write_report(self.folder, results)
+        for task in self.tasks:
+            rows = [row for row in results["rows"] if row["task"] == task.name]
+            print(
+                f"\n{task.name}: {rows[0]['n']} questions on {len(task.videos)} videos\n\n{report.terminal_table(rows)}"
+            )
+        for line in report.warnings_of(results["rows"], results["details"]):
+            print(f"warning: {line}")
+        print(f"\n{self.folder / 'report.md'}")
+
+    def results(self) -> dict[str, Any]:
+        """What results.json holds."""
+        rows, details, comparisons = [], [], []
+        for runner in self.runners:
+            own = []
+            for variant in runner.variants:
+
+                def key(which: str, sample: Sample, runner: Runner = runner, variant: Variant = variant) -> str:
+                    return runner.key(variant if which == "row" else DENSE, sample)
+
+                row, extra = build_row(
+                    runner.task, variant.method, variant.budget, runner.plans(variant), key, self.store
+                )
+                own.append((variant, row, extra))
+            rows += [row for _, row, _ in own]
+            details += [extra for _, _, extra in own]
+            chosen = self.options.compare or "str"
+            for variant, row, _ in own:
+                if variant.method != chosen or variant == DENSE:
+                    continue
+                for other, other_row, _ in own:
+                    if other in (variant, DENSE) or not (other.fixed or other.budget == variant.budget):
+                        continue
+                    answers = [
+                        [self.store.get(runner.key(v, s)) for s in runner.task.samples] for v in (variant, other)
+                    ]
+                    comparisons += compare(runner.task, row, other_row, *answers)
+        return {"rows": rows, "details": details, "comparisons": comparisons, "metadata": self._metadata()}
+
+    def _metadata(self) -> dict[str, Any]:
+        import jax
+
+        device = jax.devices()[0]
+        memory = device.memory_stats() or {}
+        return {
+            "command": self.command,
+            "model": self.model.name,
+            "weights": self.weights,
+            "config": to_dict(self.model.config),
+            "trained_under": None if self.model.reduction is None else to_dict(self.model.reduction),
+            "reduction": to_dict(self.planner.base),
+            "match_flops": self.options.match_flops,
+            "buckets": to_dict(self.model.buckets),
+            "dtype": self.options.dtype,
+            "batch_size": self.options.batch_size,
+            "frames": self.options.frames,
+            "seed": self.options.seed,
+            "split": self.options.split,
+            "limit": self.options.limit,
+            "versions": versions(),
+            "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "device_peak_bytes": memory.get("peak_bytes_in_use"),
+            "encode_ms": statistics.median([ms for runner in self.runners for ms in runner.encode_ms]),
+            "run": [runner.run_id for runner in self.runners],
+            "notes": self.notes,
+        }

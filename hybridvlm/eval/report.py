@@ -1,0 +1,214 @@
+"""The table for people: on the terminal, as report.md, and as two pictures."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from hybridvlm.eval.results import write_atomic
+
+PICTURES = {
+    "accuracy_vs_retention.png": ("retention_mean", "visual tokens kept, mean over layers"),
+    "accuracy_vs_speedup.png": ("speedup", "prefill speed-up over dense, measured"),
+}
+_COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#994f00",
+    "#006cd1",
+    "#777777",
+    "#000000",
+)
+_MARKS = "osD^vPX<>*"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _range(interval: Sequence[float] | None, sign: bool = False) -> str:
+    form = "+.1f" if sign else ".1f"
+    return "-" if interval is None else f"[{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def name(row: dict[str, Any]) -> str:
+    """A row's name: its method, `dense` for none."""
+    return "dense" if row["method"] == "none" else row["method"]
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row as the texts of the main table, by column."""
+    dense = row["method"] == "none"
+    memory = row["peak_bytes"]
+    return {
+        "method": name(row),
+        "budget": f"{row['budget']:g}",
+        "accuracy %": f"{_percent(row['accuracy'])} {_range(row['ci95'])}",
+        "to dense, points": "" if dense else f"{100 * row['delta']:+.1f} {_range(row['delta_ci95'], sign=True)}",
+        "McNemar p": "" if dense else f"{row['mcnemar_p']:.2g}",
+        "two-hop %": _percent(row["accuracy_two_hop"]),
+        "kept %: mean / final": f"{_percent(row['retention_mean'])} / {_percent(row['retention_final'])}",
+        "prefill ms": _number(row["prefill_ms"], ".1f"),
+        "speed-up": _number(row["speedup"], ".2f") + ("" if row["speedup"] is None else "x"),
+        "FLOPs say": f"{row['flop_speedup']:.2f}x",
+        "decode ms": _number(row["decode_ms"], ".1f"),
+        "peak MiB": _number(None if memory is None else memory / 2**20, ".0f"),
+        "compiles": _number(row["compiles"], "d"),
+        "no answer": str(row["parse_failures"]),
+    }
+
+
+def terminal_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text."""
+    texts = [cells(row) for row in rows]
+    head = list(texts[0])
+    wide = [max(len(column), *(len(t[column]) for t in texts)) for column in head]
+    lines = ["  ".join(column.ljust(w) for column, w in zip(head, wide, strict=True)).rstrip()]
+    lines += ["  ".join(t[column].ljust(w) for column, w in zip(head, wide, strict=True)).rstrip() for t in texts]
+    return "\n".join(lines)
+
+
+def _markdown(table: Sequence[dict[str, str]]) -> str:
+    head = list(table[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row[column] for column in head) + " |" for row in table]
+    return "\n".join(lines)
+
+
+def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must not miss: methods that changed nothing, replies that are no answer or never vary."""
+    lines = []
+    for row, extra in zip(rows, details, strict=True):
+        label = f"{row['task']}: {name(row)} at {row['budget']:g}"
+        if row["method"] != "none" and extra["predictions_changed"] == 0:
+            lines.append(f"{label} gave the same {row['n']} replies as dense; check that it did anything at all")
+        if row["parse_failures"]:
+            lines.append(f"{label}: {row['parse_failures']} of {row['n']} replies were no answer; they count as wrong")
+        if row["n"] >= 20 and extra["most_common_reply"] > 0.9:
+            lines.append(
+                f"{label}: one reply makes up {extra['most_common_reply']:.0%} of all; the model may not be looking"
+            )
+    return lines
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """report.md: what was run, the tables, what to beware of, the plans."""
+    rows, details, meta = results["rows"], results["details"], results["metadata"]
+    parts = [f"# {meta['model']} on {', '.join(dict.fromkeys(row['task'] for row in rows))}", f"`{meta['command']}`"]
+    versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items())
+    parts.append(
+        f"{meta['device']['count']} x {meta['device']['kind']}, {meta['cpus']} CPU cores, {meta['dtype']}; {versions}."
+    )
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [(row, extra) for row, extra in zip(rows, details, strict=True) if row["task"] == task]
+        videos = mine[0][1]["videos"]
+        parts.append(f"## {task}: {mine[0][0]['n']} questions on {videos} videos")
+        parts.append(_markdown([cells(row) for row, _ in mine]))
+        types = list(mine[0][0]["by_type"])
+        table = [
+            {"accuracy % by type": f"{name(row)} {row['budget']:g}"}
+            | {f"{t} (n={extra['n_by_type'][t]})": _percent(row["by_type"][t]) for t in types}
+            for row, extra in mine
+        ]
+        parts.append(_markdown(table))
+    if results["comparisons"]:
+        parts.append("## Paired with one another")
+        table = [
+            {
+                "task": c["task"],
+                "questions": f"{c['subset'].replace('_', '-')} (n={c['n']})",
+                "method": f"{c['method']} {c['budget']:g}: {_percent(c['accuracy'])}",
+                "against": f"{c['against']} {c['against_budget']:g}: {_percent(c['against_accuracy'])}",
+                "points": f"{100 * c['delta']:+.1f} {_range(c['delta_ci95'], sign=True)}",
+                "McNemar p": f"{c['mcnemar_p']:.2g}",
+            }
+            for c in results["comparisons"]
+        ]
+        parts.append(_markdown(table))
+    beware = warnings_of(rows, details) + meta["notes"]
+    if beware:
+        parts.append("## Beware\n\n" + "\n".join(f"- {line}" for line in beware))
+    parts.append("\n".join(f"![{file}]({file})" for file in PICTURES))
+    parts.append("## How to read it\n\n" + _legend(details, meta))
+    plans = [
+        f"### {e['task']}: {e['method']} at {e['budget']:g}\n\n```\n{text}\n```"
+        for e in details
+        for text in e["explained"]
+    ]
+    if plans:
+        parts.append("## Plans\n\n" + "\n\n".join(plans))
+    return "\n\n".join(parts) + "\n"
+
+
+def _legend(details: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
+    runs: dict[str | None, list[str]] = {}
+    for extra in details:
+        label = "dense" if extra["method"] == "none" else f"{extra['method']} {extra['budget']:g}"
+        runs.setdefault(extra["timing_run"], []).append(label)
+    clocks = "; ".join(f"run {run}: {', '.join(dict.fromkeys(names))}" for run, names in runs.items())
+    lines = [
+        "Accuracy and its differences carry 95% intervals clustered by video. McNemar's test is exact and takes "
+        "questions as independent. A reply that is no answer counts as wrong; nothing is guessed.",
+        f"Prefill and decode are medians over batches of {meta['batch_size']}, in milliseconds per question, device "
+        "work awaited; prefill runs from embeddings to the first token's logits, scoring and compaction included, the "
+        f"vision tower apart ({_number(meta['encode_ms'], '.1f')} ms per video). Compilation and each program's first "
+        "call are off the clock.",
+        "A row's clock is that of one run, and its speed-up is against dense in the same run and on the same batches "
+        f"({clocks}). Milliseconds of different runs are not comparable.",
+        "Peak memory is that of the row's own compiled programs, as the compiler states it.",
+        '"FLOPs say" is the speed-up that the plan predicts for the decoder, scoring left out.',
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def picture(rows: Sequence[dict[str, Any]], axis: str, label: str) -> bytes:
+    """A PNG: accuracy with its interval against `axis`, one panel per task, one colour and mark per method."""
+    import matplotlib.figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    methods = list(dict.fromkeys(name(row) for row in rows))
+    figure = matplotlib.figure.Figure(figsize=(6.4 * len(tasks), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        for number, method in enumerate(methods):
+            points = sorted(
+                (r for r in rows if r["task"] == task and name(r) == method and r[axis]), key=lambda r: r[axis]
+            )
+            if not points:
+                continue
+            x, y = [r[axis] for r in points], [100 * r["accuracy"] for r in points]
+            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
+            panel.plot(x, y, label=method, linestyle="-" if len(points) > 1 else "", linewidth=1, **style)
+            for px, py, row in zip(x, y, points, strict=True):
+                if row["ci95"] is not None:
+                    low, high = (100 * v for v in row["ci95"])
+                    panel.errorbar(px, py, yerr=[[py - low], [high - py]], color=style["color"], linewidth=1, capsize=2)
+        if axis == "speedup":
+            panel.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+        else:
+            panel.set_xlim(0, 1.05)
+        panel.set(title=task, xlabel=label, ylabel="accuracy, % (95% interval)")
+        panel.grid(alpha=0.25, linewidth=0.5)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def write_report(folder: pathlib.Path, results: dict[str, Any]) -> None:
+    """report.md and its two pictures."""
+    for file, (axis, label) in PICTURES.items():
+        write_atomic(folder / file, picture(results["rows"], axis, label))
+    write_atomic(folder / "report.md", markdown(results))

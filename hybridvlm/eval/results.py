@@ -1,0 +1,229 @@
+"""What a run leaves behind: one line per answered question, and the rows of the table made from them.
+
+samples.jsonl is only ever added to, a batch at a time, and is what a killed run resumes from. Everything else is made
+from it anew and written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hybridvlm.eval import statistics
+from hybridvlm.eval.tasks import Task
+from hybridvlm.reduction import ReductionPlan
+
+# the keys of a row of results.json, in this order; scripts may rely on them
+ROW_KEYS = (
+    "task",
+    "method",
+    "budget",
+    "accuracy",
+    "n",
+    "ci95",
+    "delta",
+    "delta_ci95",
+    "mcnemar_p",
+    "by_type",
+    "accuracy_two_hop",
+    "retention_mean",
+    "retention_final",
+    "retention_achieved",
+    "prefill_ms",
+    "speedup",
+    "flop_speedup",
+    "decode_ms",
+    "peak_bytes",
+    "compiles",
+    "parse_failures",
+)
+Record = dict[str, Any]
+
+
+def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class SampleStore:
+    """samples.jsonl: what has been answered, by key. A last line that a kill cut off is dropped; it is asked again."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.records: list[Record] = []
+        self._by_key: dict[str, Record] = {}
+        if path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                key = record["key"]
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}, line {number} is no sample of this library; move the file or choose another --output"
+                ) from None
+            self.records.append(record)
+            self._by_key[key] = record
+        if whole < len(data):
+            with open(self.path, "r+b") as file:
+                file.truncate(whole)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def get(self, key: str) -> Record:
+        """The latest record of a key."""
+        return self._by_key[key]
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add records and hand them to the operating system before returning."""
+        records = list(records)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.flush()
+        for record in records:
+            self.records.append(record)
+            self._by_key[record["key"]] = record
+
+
+def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None:
+    """The one run whose clock counts for a row: it timed most of its questions beside dense; the latest of equals."""
+    with_dense = {record["run"] for record in dense}
+    counts: dict[str, int] = {}
+    for record in records:
+        if record["run"] in with_dense:
+            counts[record["run"]] = counts.get(record["run"], 0) + 1
+    return max(counts, key=lambda run: (counts[run], run)) if counts else None
+
+
+def _batches(records: Sequence[Record], run: str | None) -> dict[int, Record]:
+    """One record for every batch of a run: the clock's readings belong to the batch."""
+    return {record["batch"]: record for record in records if record["run"] == run}
+
+
+def build_row(
+    task: Task,
+    method: str,
+    budget: float,
+    plans: Sequence[ReductionPlan | None],
+    key: Callable[[str, Any], str],
+    store: SampleStore,
+) -> tuple[Record, Record]:
+    """(row, what else is known of it) of one method and budget; key(variant, sample) -> a sample's key.
+
+    variant is "row" or "dense". plans: those of the buckets that occurred, None where nothing is reduced.
+    """
+    answers = [store.get(key("row", sample)) for sample in task.samples]
+    dense = [store.get(key("dense", sample)) for sample in task.samples]
+    clusters = [sample.video for sample in task.samples]
+    correct, reference = [r["correct"] for r in answers], [r["correct"] for r in dense]
+    keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in dense}
+    timed = [r for r in store.records if r["key"] in keys]
+    timed_dense = [r for r in store.records if r["key"] in dense_keys]
+    run = timing_run(timed, timed_dense)
+    batches, dense_batches = _batches(timed, run), _batches(timed_dense, run)
+    both = sorted(set(batches) & set(dense_batches))
+    prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
+    dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
+    total = statistics.accuracy(correct, clusters)
+    delta = statistics.difference(correct, reference, clusters)
+    types: dict[str, list[bool]] = {}
+    for sample, right in zip(task.samples, correct, strict=True):
+        types.setdefault(sample.type or "all", []).append(right)
+    two_hop = [right for sample, right in zip(task.samples, correct, strict=True) if sample.two_hop]
+    shares = [(1.0, 1.0, 1.0) if p is None else (p.retention_mean, p.retention_final, p.flop_speedup) for p in plans]
+    mean, final, flop_speedup = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    row = {
+        "task": task.name,
+        "method": method,
+        "budget": budget,
+        "accuracy": total.mean,
+        "n": total.n,
+        "ci95": total.interval,
+        "delta": delta.mean,
+        "delta_ci95": delta.interval,
+        "mcnemar_p": statistics.mcnemar(correct, reference),
+        "by_type": {kind: sum(rights) / len(rights) for kind, rights in types.items()},
+        "accuracy_two_hop": sum(two_hop) / len(two_hop) if two_hop else None,
+        "retention_mean": mean,
+        "retention_final": final,
+        "retention_achieved": sum(r["retention"] for r in answers) / len(answers),
+        "prefill_ms": prefill,
+        "speedup": dense_prefill / prefill if prefill and dense_prefill else None,
+        "flop_speedup": flop_speedup,
+        "decode_ms": statistics.median([batches[b]["decode_ms"] for b in both]),
+        "peak_bytes": max((r["peak_bytes"] for r in batches.values()), default=None),
+        "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
+        "parse_failures": sum(r["parsed"] is None for r in answers),
+    }
+    changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, dense, strict=True))
+    replies: dict[str, int] = {}
+    for record in answers:
+        replies[record["prediction"]] = replies.get(record["prediction"], 0) + 1
+    extra = {
+        "task": task.name,
+        "method": method,
+        "budget": budget,
+        "videos": total.clusters,
+        "n_by_type": {kind: len(rights) for kind, rights in types.items()},
+        "n_two_hop": len(two_hop),
+        "predictions_changed": changed,
+        "most_common_reply": max(replies.values()) / len(answers),
+        "timing_run": run,
+        "timed_batches": len(both),
+        "plans": [p.to_dict() for p in plans if p is not None],
+        "explained": [p.explain() for p in plans if p is not None],
+    }
+    assert tuple(row) == ROW_KEYS
+    return row, extra
+
+
+def compare(
+    task: Task, name: dict[str, Any], other: dict[str, Any], records: Sequence[Record], others: Sequence[Record]
+) -> list[Record]:
+    """Paired differences name - other on the same questions: over all of them, and over the two-hop ones."""
+    out = []
+    for subset in ("all", "two_hop"):
+        pairs = [
+            (a["correct"], b["correct"], sample.video)
+            for sample, a, b in zip(task.samples, records, others, strict=True)
+            if subset == "all" or sample.two_hop
+        ]
+        if not pairs:
+            continue
+        first, second, clusters = map(list, zip(*pairs, strict=True))
+        delta = statistics.difference(first, second, clusters)
+        out.append(
+            {
+                "task": task.name,
+                "subset": subset,
+                "method": name["method"],
+                "budget": name["budget"],
+                "against": other["method"],
+                "against_budget": other["budget"],
+                "n": delta.n,
+                "accuracy": sum(first) / len(first),
+                "against_accuracy": sum(second) / len(second),
+                "delta": delta.mean,
+                "delta_ci95": delta.interval,
+                "mcnemar_p": statistics.mcnemar(first, second),
+            }
+        )
+    return out

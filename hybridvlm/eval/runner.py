@@ -1,0 +1,298 @@
+"""The evaluation loop: every batch of questions goes through dense and every reduced variant before the next one.
+
+So the variants' clocks tick side by side, a video is decoded and encoded once, and a kill costs at most one batch. The
+first call of each program is repeated and only the repetition is timed: compilation and warm-up are never on the clock.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridvlm.checkpoints.folder import flatten
+from hybridvlm.config import Reduction, to_dict
+from hybridvlm.eval.results import SampleStore
+from hybridvlm.eval.tasks import Sample, Task
+from hybridvlm.generate import Generation, Model, compile_count
+from hybridvlm.reduction import ReductionPlan, parse_method
+
+CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
+MATCHED = 0.02  # relative error of predicted FLOPs up to which --match-flops counts as met
+Bucket = tuple[int, int]  # frames, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of the table: a method and its nominal budget; `fixed` where the method itself says every rate."""
+
+    method: str
+    budget: float
+    fixed: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.method if self.fixed or self.method == "none" else f"{self.method} at {self.budget:g}"
+
+
+DENSE = Variant("none", 1.0)
+
+
+def expand(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
+    """Methods x budgets, dense first and always; a method with rates of its own (`evs:0.5+str:0.5`) makes one row.
+
+    ValueError for an unknown method (with near names) or a budget outside (0, 1].
+    """
+    for budget in budgets:
+        Reduction(budget=budget)
+    variants = [DENSE]
+    for method in methods:
+        parts = parse_method(method)
+        if method == "none":
+            continue
+        rates = [rate for _, rate in parts]
+        if None not in rates:
+            variants.append(Variant(method, float(np.prod(rates)), fixed=True))
+        else:
+            variants += [Variant(method, float(budget)) for budget in budgets]
+    return list(dict.fromkeys(variants))
+
+
+class Planner:
+    """Reductions and plans of variants, per bucket, settled once.
+
+    base: kind, schedule, score options and seed that all variants share. match: a method whose predicted FLOPs, at the
+    same nominal budget, every other one is solved to.
+    """
+
+    def __init__(self, model: Model, base: Reduction, match: str | None = None):
+        self.model, self.base, self.match = model, base, match
+        self._plans: dict[tuple[Variant, Bucket], tuple[Reduction, ReductionPlan | None]] = {}
+
+    def __call__(self, variant: Variant, bucket: Bucket) -> tuple[Reduction, ReductionPlan | None]:
+        """(reduction, plan); ValueError where the method cannot meet the budget."""
+        if (variant, bucket) not in self._plans:
+            reduction = dataclasses.replace(
+                self.base, method=variant.method, budget=1.0 if variant.fixed else variant.budget
+            )
+            if self.match not in (None, variant.method) and variant != DENSE and not variant.fixed:
+                _, goal = self(Variant(self.match, variant.budget), bucket)
+                reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
+            self._plans[variant, bucket] = reduction, self.model.plan(reduction, *bucket)
+        return self._plans[variant, bucket]
+
+    def unmatched(self, variant: Variant, bucket: Bucket) -> str | None:
+        """What a reader must know where a plan misses the FLOPs that it was to match."""
+        if self.match in (None, variant.method) or variant == DENSE:
+            return None
+        if variant.fixed:
+            return f"{variant.label} was not matched: its rates are written out"
+        _, plan = self(variant, bucket)
+        _, goal = self(Variant(self.match, variant.budget), bucket)
+        if abs(plan.flop_ratio / goal.flop_ratio - 1) <= MATCHED:
+            return None
+        found = f"predicted FLOPs are {plan.flop_ratio:.3f} of dense where {self.match} has {goal.flop_ratio:.3f}"
+        return f"{variant.label} could not be matched: its {found}"
+
+
+def fingerprint(params: dict[str, Any]) -> str:
+    """A hash of all weights: names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten(params).items()):
+        array = np.asarray(jax.device_get(leaf))
+        digest.update(f"{name} {array.shape} {array.dtype};".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import hybridvlm
+
+    found = {"hybridvlm": hybridvlm.__version__, "python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "numpy", "scipy", "av", "tokenizers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
+    """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
+    plan = generation.plan
+    if plan is None:
+        return [1.0] * len(own)
+    kept = np.asarray(jax.device_get(generation.prefilled.decoder.kept), np.float64)[..., 0]  # [1 + drops, B]
+    edges = [0, *(site + 1 for site in plan.drops), plan.layers]
+    return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
+
+
+class Runner:
+    """Answers a task's questions under variants, resuming from what a store already holds."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        variants: Sequence[Variant],
+        planner: Planner,
+        store: SampleStore,
+        *,
+        batch_size: int = 8,
+        weights: str = "",
+        dtype: str = "float32",
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model, self.task, self.planner, self.store = model, task, planner, store
+        self.variants = [DENSE, *(v for v in variants if v != DENSE)]
+        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        self.encode_ms: list[float] = []
+        self._common = {
+            "model": to_dict(model.config),
+            "weights": weights or fingerprint(model.params),
+            "dtype": dtype,
+            "buckets": to_dict(model.buckets),
+            "style": to_dict(model.style),
+            "task": task.name,
+            "library": versions()["hybridvlm"],
+        }
+        self._keys: dict[tuple[Variant, str], str] = {}
+        self._warm: set[tuple[Variant, Bucket]] = set()
+        self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
+        self._held = 0
+        self.buckets = {sample.id: self._bucket(sample) for sample in task.samples}
+
+    def _bucket(self, sample: Sample) -> Bucket:
+        try:
+            layout = self.model.layout(self.task.prompt(sample), self.task.seconds(sample.video))
+            return self.model.buckets.pick("frames", layout.frames), self.model.buckets.pick("text", layout.text)
+        except ValueError as error:
+            raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
+
+    def key(self, variant: Variant, sample: Sample) -> str:
+        """What a stored answer must share with this run to stand for it: configuration, weights, plan, sample."""
+        if (variant, sample.id) not in self._keys:
+            _, plan = self.planner(variant, self.buckets[sample.id])
+            identity = [
+                self._common,
+                None if plan is None else plan.to_dict(),
+                dataclasses.asdict(sample),
+                self.task.prompt(sample),
+                self.task.identity(sample.video),
+                self.buckets[sample.id],
+            ]
+            text = json.dumps(identity, sort_keys=True, default=str)
+            self._keys[variant, sample.id] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return self._keys[variant, sample.id]
+
+    def plans(self, variant: Variant) -> list[ReductionPlan | None]:
+        """The plans of a variant for the buckets that the samples need."""
+        return [self.planner(variant, bucket)[1] for bucket in sorted(set(self.buckets.values()))]
+
+    def batches(self) -> Iterator[tuple[Bucket, list[Sample]]]:
+        """Samples of one bucket, `batch_size` at a time, videos in order."""
+        for bucket in sorted(set(self.buckets.values())):
+            samples = [sample for sample in self.task.samples if self.buckets[sample.id] == bucket]
+            for start in range(0, len(samples), self.batch_size):
+                yield bucket, samples[start : start + self.batch_size]
+
+    def pending(self) -> int:
+        """Answers that are still to be found: samples times variants, less what the store holds."""
+        return sum(self.key(v, s) not in self.store for v in self.variants for s in self.task.samples)
+
+    def run(self, progress: Callable[[int, str], None] = lambda count, text: None) -> None:
+        """Answer what is missing. progress(count, label) is called after each batch of a variant with its new answers.
+
+        Raises PlanMismatch if a run kept something else than its plan says; what was answered before is in the store.
+        """
+        for number, (bucket, samples) in enumerate(self.batches()):
+            missing = {v: [s for s in samples if self.key(v, s) not in self.store] for v in self.variants}
+            if not any(missing.values()):
+                continue
+            rows = samples + samples[-1:] * (self.batch_size - len(samples))  # one shape, so one program
+            seconds = [self.task.seconds(sample.video) for sample in rows]
+            tokens = [self._encoded(sample.video, bucket[0]) for sample in rows]
+            visual = jax.block_until_ready(jax.device_put(np.stack(tokens)))
+            for variant in self.variants:
+                if missing[variant] or variant == DENSE:  # dense goes along, so that every clock has its counterpart
+                    records = self._answer(variant, bucket, number, samples, rows, seconds, visual)
+                    self.store.append(records)
+                    progress(len(missing[variant]), variant.label)
+
+    def _answer(self, variant, bucket, number, samples, rows, seconds, visual) -> list[dict[str, Any]]:
+        reduction, plan = self.planner(variant, bucket)
+        compiled = compile_count()
+        batch, plan = self.model.batch([self.task.prompt(sample) for sample in rows], seconds, reduction)
+        batch = jax.block_until_ready(jax.device_put(batch))
+        if (variant, bucket) not in self._warm:
+            self.model.generate(batch, visual, plan)
+            self._warm.add((variant, bucket))
+        generation = self.model.generate(batch, visual, plan)
+        self.model.verify(generation)
+        m = self.model.config.vision.tokens_per_frame
+        shares = achieved(generation, [len(stamps) * m for stamps in seconds])
+        per = 1e3 / len(rows)
+        clock = {
+            "prefill_ms": generation.timing.prefill * per,
+            "decode_ms": generation.timing.decode * per,
+            "compiles": compile_count() - compiled,
+            "peak_bytes": self.model.peak_bytes([self.model.latest["prefill"], self.model.latest["decode"]]),
+            "run": self.run_id,
+            "batch": number,
+        }
+        out = []
+        for row, sample in enumerate(samples):
+            parsed = self.task.parse(generation.text[row], sample)
+            out.append(
+                {
+                    "key": self.key(variant, sample),
+                    "task": self.task.name,
+                    "method": variant.method,
+                    "budget": variant.budget,
+                    "id": sample.id,
+                    "video": sample.video,
+                    "type": sample.type,
+                    "answer": sample.answer,
+                    "prediction": generation.text[row],
+                    "parsed": parsed,
+                    "correct": self.task.correct(parsed, sample),
+                    "retention": shares[row],
+                    **clock,
+                }
+            )
+        return out
+
+    def _encoded(self, video: str, frames: int) -> np.ndarray:
+        """Visual tokens [F,m,D] of a video, F the bucket; what is behind its own frames is never looked at."""
+        if (video, frames) in self._visual:
+            self._visual.move_to_end((video, frames))
+            return self._visual[video, frames]
+        pixels, _ = self.task.frames(video)
+        padded = np.zeros((1, frames, *pixels.shape[1:]), np.uint8)
+        padded[0, : len(pixels)] = pixels
+        first = not self.encode_ms and ("encode", frames) not in self._warm
+        start = time.perf_counter()
+        tokens = np.asarray(jax.device_get(self.model.encode(padded)))[0]
+        if first:
+            self._warm.add(("encode", frames))
+        else:
+            self.encode_ms.append(1e3 * (time.perf_counter() - start))
+        self._visual[video, frames] = tokens
+        self._held += tokens.nbytes
+        while self._held > self.cache_bytes and len(self._visual) > self.batch_size:
+            self._held -= self._visual.popitem(last=False)[1].nbytes
+        return tokens

@@ -1,0 +1,95 @@
+"""Accuracy with an honest interval: questions on one video are not independent, so everything is clustered by video."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean of n values in `clusters` clusters, and its 95% interval (None and None with fewer than two clusters)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int
+
+    @property
+    def interval(self) -> list[float] | None:
+        return None if self.low is None or self.high is None else [self.low, self.high]
+
+
+def cluster_se(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, int]:
+    """(mean, its cluster-robust standard error, number of clusters); the error is NaN with fewer than two clusters.
+
+    CR1: sqrt(g / (g - 1) * sum over clusters of (sum of residuals)^2) / n. With one value per cluster it is the plain
+    standard error s / sqrt(n).
+    """
+    x = np.asarray(values, np.float64)
+    if x.ndim != 1 or len(x) != len(clusters) or not len(x):
+        raise ValueError(f"values and clusters must be equally long and not empty, got {x.shape} and {len(clusters)}")
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(place, weights=x - x.mean())
+    groups = len(sums)
+    if groups < 2:
+        return float(x.mean()), math.nan, groups
+    return float(x.mean()), float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / len(x)), groups
+
+
+def _quantile(groups: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + LEVEL / 2, groups - 1))
+
+
+def accuracy(correct: Sequence[bool], clusters: Sequence[str]) -> Estimate:
+    """Accuracy and its interval: Wilson's, with the effective number of answers that the clustered error stands for.
+
+    Wilson's stays inside [0, 1] and does not shrink to a point when everything is right; the quantile is Student's with
+    clusters - 1 degrees of freedom. Where all answers are equal, so that no spread shows, clusters count as answers.
+    """
+    p, se, groups = cluster_se(correct, clusters)
+    n = len(correct)
+    if math.isnan(se):
+        return Estimate(p, None, None, n, groups)
+    effective = float(groups) if se == 0 else min(float(n), p * (1 - p) / se**2)
+    z = _quantile(groups)
+    middle = (p + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * math.sqrt(p * (1 - p) / effective + z**2 / (4 * effective**2))
+    return Estimate(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)), n, groups)
+
+
+def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Sequence[str]) -> Estimate:
+    """Mean of correct - reference on the same questions, with its paired clustered interval (Student's t)."""
+    if len(correct) != len(reference):
+        raise ValueError(f"both must answer the same questions, got {len(correct)} and {len(reference)}")
+    d = np.asarray(correct, np.float64) - np.asarray(reference, np.float64)
+    mean, se, groups = cluster_se(d, clusters)
+    if math.isnan(se):
+        return Estimate(mean, None, None, len(d), groups)
+    half = _quantile(groups) * se
+    return Estimate(mean, mean - half, mean + half, len(d), groups)
+
+
+def mcnemar(correct: Sequence[bool], reference: Sequence[bool]) -> float:
+    """Exact two-sided McNemar p: of the questions that only one of the two gets right, is a half a likely share?
+
+    It takes questions as independent; the clustered interval of `difference` does not.
+    """
+    from scipy import stats
+
+    a, b = np.asarray(correct, bool), np.asarray(reference, bool)
+    gained, lost = int(np.sum(a & ~b)), int(np.sum(~a & b))
+    return 1.0 if gained + lost == 0 else float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+
+
+def median(values: Sequence[float]) -> float | None:
+    """The median, None of nothing."""
+    return float(np.median(values)) if len(values) else None

@@ -1,0 +1,144 @@
+"""The Mamba-2 mixer (Nemotron-H's form: gate first, then a grouped RMSNorm)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hybridvlm.config import ModelConfig
+from hybridvlm.nn.caches import MambaCache
+from hybridvlm.ops.aux import MambaAux
+from hybridvlm.ops.conv1d import causal_conv1d
+from hybridvlm.ops.norms import gated_rms_norm, rms_norm
+from hybridvlm.ops.ssd import ssd, ssd_step
+
+Params = dict[str, jax.Array]
+
+
+class MambaStack(nn.Module):
+    """The parameters of all Mamba-2 layers, stacked on a leading axis; calling it returns them as a dict.
+
+    norm [n,D] · in_proj [n,D,z+x+B+C+dt] · conv_weight [n,W,channels] · conv_bias · A_log, D, dt_bias [n,H] ·
+    gate_norm [n,H*P] · out_proj [n,H*P,D]
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Params:
+        c, n = self.config, self.config.count("M")
+        dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=(0,))
+        ones = nn.initializers.ones
+
+        def a_log(key, shape):
+            return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
+
+        def dt_bias(key, shape):  # dt log-uniform in [1e-3, 0.1] at the start, through the inverse of softplus
+            dt = jnp.exp(jax.random.uniform(key, shape) * (jnp.log(0.1) - jnp.log(1e-3)) + jnp.log(1e-3))
+            return dt + jnp.log(-jnp.expm1(-dt))
+
+        def conv(key, shape):
+            bound = 1 / jnp.sqrt(shape[1])
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+        p = {
+            "norm": self.param("norm", ones, (n, c.width)),
+            "in_proj": self.param("in_proj", dense, (n, c.width, c.in_proj_width)),
+            "conv_weight": self.param("conv_weight", conv, (n, c.conv_kernel, c.conv_width)),
+            "A_log": self.param("A_log", a_log, (n, c.mamba_heads)),
+            "D": self.param("D", ones, (n, c.mamba_heads)),
+            "dt_bias": self.param("dt_bias", dt_bias, (n, c.mamba_heads)),
+            "gate_norm": self.param("gate_norm", ones, (n, c.mamba_width)),
+            "out_proj": self.param("out_proj", dense, (n, c.mamba_width, c.width)),
+        }
+        if c.conv_bias:
+            p["conv_bias"] = self.param("conv_bias", nn.initializers.zeros, (n, c.conv_width))
+        return p
+
+
+def _project(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B,L,D] -> gate z [B,L,H*P], the convolution's input [B,L,channels], raw dt [B,L,H]."""
+    h = rms_norm(x, p["norm"], c.norm_eps)
+    projected = h @ p["in_proj"].astype(h.dtype)
+    return tuple(jnp.split(projected, (c.mamba_width, c.mamba_width + c.conv_width), axis=-1))
+
+
+def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, real: jax.Array):
+    """Convolved channels -> x [...,H,P], B, C [...,G,N]; raw dt -> dt after softplus, 0 at padding; A [H]."""
+    channels = nn.silu(convolved)
+    groups = (c.ssm_groups, c.ssm_state)
+    x, b, cc = jnp.split(channels, (c.mamba_width, c.mamba_width + c.ssm_groups * c.ssm_state), axis=-1)
+    lead = x.shape[:-1]
+    dt = jax.nn.softplus(raw_dt.astype(jnp.float32) + p["dt_bias"].astype(jnp.float32))
+    if c.dt_floor:
+        dt = jnp.maximum(dt, c.dt_floor)
+    dt = jnp.where(real[..., None], dt, 0.0)
+    decay = -jnp.exp(p["A_log"].astype(jnp.float32))
+    x = x.reshape(*lead, c.mamba_heads, c.mamba_head_dim)
+    return x, b.reshape(*lead, *groups), cc.reshape(*lead, *groups), dt, decay
+
+
+def _output(p: Params, c: ModelConfig, residual: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    y = y.reshape(*z.shape[:-1], c.mamba_width)
+    y = gated_rms_norm(y, z, p["gate_norm"], c.gate_norm_groups or c.ssm_groups, c.norm_eps)
+    return residual + (y @ p["out_proj"].astype(y.dtype)).astype(residual.dtype)
+
+
+def mamba_layer(
+    p: Params, c: ModelConfig, x: jax.Array, segment: jax.Array, cache: MambaCache | None = None
+) -> tuple[jax.Array, MambaCache, MambaAux]:
+    """One residual Mamba-2 layer over a row of tokens.
+
+    x [B,L,D], segment [B,L] int32 (0 = padding), cache: what came before, or None. A cache of fewer rows than x is shared:
+    row b of the cache is the past of rows b*Q .. b*Q+Q-1 (many questions on one video).
+    Returns x after the residual, the cache after the last real token, and what the scores need.
+    """
+    z, channels, raw_dt = _project(p, c, x)
+    if cache is not None and cache.ssm.shape[0] != x.shape[0]:
+        times = x.shape[0] // cache.ssm.shape[0]
+        # a broadcast, not a repeat: its gradient is a sum over the questions, where repeat's would be a scatter
+        cache = jax.tree.map(
+            lambda a: jnp.broadcast_to(a[:, None], (a.shape[0], times, *a.shape[1:])).reshape(-1, *a.shape[1:]), cache
+        )
+    convolved, conv_state = causal_conv1d(
+        channels,
+        p["conv_weight"],
+        p.get("conv_bias"),
+        segment=segment,
+        initial_state=None if cache is None else cache.conv,
+        initial_segment=None if cache is None else cache.segment,
+    )
+    xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt, segment > 0)
+    y, state = ssd(
+        xs,
+        dt,
+        decay,
+        b,
+        cc,
+        D=p["D"],
+        segment=segment,
+        initial_state=None if cache is None else cache.ssm,
+        initial_segment=None if cache is None else cache.segment,
+        chunk_size=c.chunk_size or None,
+    )
+    before = jnp.zeros(segment.shape[:1], jnp.int32) if cache is None else cache.segment
+    # segments of one row rise or stay; the last real one is found by its place, since padding (0) ends the row
+    count = jnp.sum(segment > 0, axis=1)
+    last = jnp.take_along_axis(segment, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    new = MambaCache(conv_state, state, jnp.where(count > 0, last, before))
+    return _output(p, c, x, y, z), new, MambaAux(b=b, c=cc, dt=dt, log_decay=dt * decay)
+
+
+def mamba_step(p: Params, c: ModelConfig, x: jax.Array, cache: MambaCache) -> tuple[jax.Array, MambaCache]:
+    """One new token per example: x [B,1,D] -> x after the residual, and the cache moved on by one."""
+    z, channels, raw_dt = _project(p, c, x)
+    window = jnp.concatenate([cache.conv.astype(channels.dtype), channels], axis=1)  # [B,W,channels]
+    convolved = jnp.einsum("bwd,wd->bd", window, p["conv_weight"].astype(channels.dtype))
+    if c.conv_bias:
+        convolved = convolved + p["conv_bias"].astype(channels.dtype)
+    real = jnp.ones(x.shape[:1], bool)
+    xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt[:, 0], real)
+    y, state = ssd_step(xs, dt, decay, b, cc, cache.ssm, D=p["D"])
+    new = MambaCache(window[:, 1:].astype(cache.conv.dtype), state, cache.segment)
+    return _output(p, c, x, y[:, None], z), new

@@ -1,0 +1,9 @@
+"""Numerics of hybrid models as plain functions: `from hybridvlm import ops`, then `ops.attention(...)`, `ops.ssd(...)`."""
+
+from hybridvlm.ops.attention import attention, text_to_visual
+from hybridvlm.ops.compact import compact
+from hybridvlm.ops.conv1d import causal_conv1d
+from hybridvlm.ops.ssd import ssd
+from hybridvlm.ops.tokens import Tokens
+
+__all__ = ["Tokens", "attention", "causal_conv1d", "compact", "ssd", "text_to_visual"]

@@ -1,0 +1,78 @@
+"""The attention that models call: one signature, several implementations."""
+
+from __future__ import annotations
+
+import jax
+
+from hybridvlm.ops.attention import reference, xla
+
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segment: jax.Array | None = None,
+    kv_segment: jax.Array | None = None,
+    q_index: jax.Array | None = None,
+    kv_index: jax.Array | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Grouped-query softmax attention.
+
+    q [B,T,H,P], k and v [B,L,K,P]; query head h reads kv head h // (H // K), and nothing is repeated in memory.
+    A query sees a key if both are of the same nonzero segment (q_segment [B,T], kv_segment [B,L] int32; None: all one
+    segment) and, when `causal`, kv_index <= q_index (int32, [B,T] and [B,L]). Indices not given count from 0, query 0
+    beside key 0; that case is about twice as fast as one with explicit indices, as what lies above the diagonal is never
+    computed. `scale` multiplies q·k (None: P ** -0.5).
+    `implementation`: "xla" (blockwise, the default) or "reference" (whole matrix); memory of the former is
+    O(block * L) per head, forward and backward.
+
+    Returns out [B,T,H,P] in q.dtype and the log-sum-exp of the scaled scores, lse [B,H,T] fp32, both differentiable.
+    A row that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by
+    lse = logaddexp(lse1, lse2), out = out1 * exp(lse1 - lse) + out2 * exp(lse2 - lse).
+
+    Raises ValueError for shapes or segments that do not fit together, or an unknown implementation.
+    """
+    check_shapes(q, k, v, q_segment, kv_segment, q_index, kv_index)
+    name = implementation or "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {name!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[name](q, k, v, q_segment, kv_segment, q_index, kv_index, causal, scale)
+
+
+def check_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    q_segment: jax.Array | None,
+    kv_segment: jax.Array | None,
+    q_index: jax.Array | None,
+    kv_index: jax.Array | None,
+) -> None:
+    """ValueError, with what was expected and what came, unless the arguments of an attention fit together."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q, k: expected q [B,T,H,P] and k [B,L,K,P], got {q.shape} and {k.shape}")
+    b, t, heads, width = q.shape
+    length, kv_heads = k.shape[1], k.shape[2]
+    if k.shape[0] != b or k.shape[3] != width:
+        raise ValueError(f"k: expected [{b},L,K,{width}] to match q {q.shape}, got {k.shape}")
+    if heads % kv_heads:
+        raise ValueError(f"q: expected a number of heads that is a multiple of k's {kv_heads}, got {heads}")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected {k.shape[:3]} and a head width, to match k, got {v.shape}")
+    if (q_segment is None) != (kv_segment is None):
+        raise ValueError("q_segment, kv_segment: expected both or neither, got one; pass ones for a row without padding")
+    for name, array, shape in (
+        ("q_segment", q_segment, (b, t)),
+        ("q_index", q_index, (b, t)),
+        ("kv_segment", kv_segment, (b, length)),
+        ("kv_index", kv_index, (b, length)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")

@@ -1,0 +1,50 @@
+"""Normalisations; statistics always in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """Root-mean-square norm over the last axis: x [...,D], weight [D] -> [...,D] in x.dtype; multiplied in float32."""
+    _check_width("rms_norm", x, weight=weight)
+    u = x.astype(jnp.float32)
+    u = u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)
+    return (u * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def gated_rms_norm(y: jax.Array, z: jax.Array, weight: jax.Array, groups: int = 1, eps: float = 1e-5) -> jax.Array:
+    """Gate, then normalise within each group: y [...,D], z [...,D], weight [D] -> [...,D] in y.dtype.
+
+    u = y * silu(z) in float32; each of the `groups` equal parts of D is divided by its own root mean square; the
+    result is cast to y.dtype and multiplied by the weight there, as Mamba-2 checkpoints expect.
+    """
+    _check_width("gated_rms_norm", y, weight=weight)
+    if y.shape != z.shape:
+        raise ValueError(f"gated_rms_norm: z must have the shape of y, expected {y.shape}, got {z.shape}")
+    width = y.shape[-1]
+    if groups < 1 or width % groups:
+        raise ValueError(f"gated_rms_norm: groups must divide the last axis of y, expected a divisor of {width}, got {groups}")
+    u = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+    u = u.reshape(*y.shape[:-1], groups, width // groups)
+    u = u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)
+    return u.reshape(y.shape).astype(y.dtype) * weight.astype(y.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """Layer norm over the last axis: x [...,D], weight [D], bias [D] -> [...,D] in x.dtype; computed in float32."""
+    _check_width("layer_norm", x, weight=weight, bias=bias)
+    u = x.astype(jnp.float32)
+    u = u - jnp.mean(u, axis=-1, keepdims=True)
+    u = u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)
+    return (u * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _check_width(name: str, x: jax.Array, **vectors: jax.Array) -> None:
+    for argument, vector in vectors.items():
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name}: {argument} must have one value per channel of the last axis, "
+                f"expected {x.shape[-1:]}, got {vector.shape}"
+            )

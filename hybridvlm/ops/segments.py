@@ -1,0 +1,19 @@
+"""Where a recurrent state is cut: runs of one segment inside a packed row."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def segment_runs(segment: jax.Array, initial_segment: jax.Array | None = None) -> jax.Array:
+    """Number of resets at or before each place: segment [B,L] int32 -> [B,L] int32.
+
+    Two places share a state exactly when their numbers are equal; 0 means that the state which comes in from
+    before the row (it belongs to `initial_segment` [B]; None: to the row's first segment) is still alive. A reset
+    happens only between two different nonzero segments, so padding (0, only at the end of a row) never resets.
+    """
+    first = segment[:, :1] if initial_segment is None else initial_segment[:, None].astype(segment.dtype)
+    before = jnp.concatenate([first, segment[:, :-1]], axis=1)
+    reset = (segment != before) & (segment > 0) & (before > 0)
+    return jnp.cumsum(reset.astype(jnp.int32), axis=1)

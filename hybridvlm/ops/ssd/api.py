@@ -1,0 +1,145 @@
+"""The public SSD op: checks, segments, padding to whole chunks, choice of implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybridvlm.ops.segments import segment_runs
+from hybridvlm.ops.ssd.reference import ssd_reference
+from hybridvlm.ops.ssd.xla import ssd_chunked
+
+
+
+class Choice(NamedTuple):
+    """What `ssd` does where the caller does not say: implementation, tokens per chunk, chunks worked on at once."""
+
+    implementation: str
+    chunk_size: int
+    block: int
+
+
+# Measured with `python -m hybridvlm.bench ssd` on each platform named here. On 2 CPU cores one chunk after the other keeps
+# the state in cache, where the associative scan sends every chunk's state through memory several times.
+DEFAULTS = {"cpu": Choice("sequential", 32, 1)}
+OTHER_PLATFORM = Choice("associative", 128, 16)
+
+IMPLEMENTATIONS = ("reference", "associative", "sequential")
+
+
+def ssd(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    segment: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    initial_segment: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Mamba-2's recurrence: state <- exp(dt A) state + dt x B^T, y = state C + D x, head h reading group h // (H/G).
+
+    x [B,L,H,P]; dt [B,L,H], after softplus; A [H], negative; B and C [B,L,G,N]; D [H] or None (no skip).
+    segment [B,L] int32: 0 is padding (only at the end of a row; its dt counts as 0, its y is 0), the state is reset
+    between two different nonzero segments; None: all one segment. initial_state [B,H,P,N] (zeros if None) belongs to
+    initial_segment [B] int32 (None: to the row's first segment) and is dropped if the first segment is another one.
+    chunk_size: tokens per chunk of the chunked implementations; any L works with any chunk size.
+    implementation: "reference" (token scan), "associative" (chunks combined by `jax.lax.associative_scan`),
+    "sequential" (chunks one after the other); None takes the measured choice for the platform.
+
+    Returns y [B,L,H,P] in x.dtype and the final state [B,H,P,N] float32, that after the last real token; a row of only
+    padding hands its incoming state on. Decays and states are float32 whatever the dtype of x; products of x, B
+    and C take operands in x.dtype and accumulate in float32. Differentiable in every array but the segments.
+    Raises ValueError for shapes that do not fit together and for an unknown implementation.
+    """
+    _check(x, dt, A, B, C, D, segment, initial_state, initial_segment)
+    default = DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)
+    implementation = default.implementation if implementation is None else implementation
+    chunk_size = default.chunk_size if chunk_size is None else chunk_size
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"ssd: implementation must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+
+    b, length, h, p = x.shape
+    n = B.shape[3]
+    dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
+    state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
+    D = None if D is None else D.astype(jnp.float32)
+    run = real = None
+    if segment is not None:
+        real = segment > 0
+        dt = jnp.where(real[..., None], dt, 0.0)
+        run = segment_runs(segment, initial_segment)
+
+    if implementation == "reference":
+        y, state = ssd_reference(x, dt, A, B, C, D, run, real, state)
+    else:
+        associative = implementation == "associative"
+        # Between chunks taken one after the other there is nothing to do at once.
+        block = default.block if associative else 1
+        y, state = ssd_chunked(
+            x, dt, A, B, C, D, run, real, state, chunk_size=chunk_size, block=block, associative=associative
+        )
+    return y, state
+
+
+def ssd_step(
+    x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: jax.Array, D: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `ssd`, for decoding: x [B,H,P], dt [B,H] (after softplus), A [H], B and C [B,G,N], D [H] or None.
+
+    state [B,H,P,N] float32 -> y [B,H,P] in x.dtype and the next state [B,H,P,N] float32.
+    """
+    batch, heads, p = x.shape
+    groups, n = B.shape[1:]
+    if state.shape != (batch, heads, p, n):
+        raise ValueError(
+            f"ssd_step: state does not fit x [B,H,P] = {x.shape} and B [B,G,N] = {B.shape}, "
+            f"expected {(batch, heads, p, n)}, got {state.shape}"
+        )
+    dt = dt.astype(jnp.float32)
+    u = x.astype(jnp.float32)
+    decay = jnp.exp(dt * A.astype(jnp.float32)).reshape(batch, groups, -1, 1, 1)
+    inflow = (u * dt[..., None]).reshape(batch, groups, -1, p, 1) * B.astype(jnp.float32)[:, :, None, None]
+    state = decay * state.astype(jnp.float32).reshape(batch, groups, -1, p, n) + inflow
+    # A product and a sum instead of a matmul: exact float32 on every platform, and one pass over the state.
+    y = jnp.sum(state * C.astype(jnp.float32)[:, :, None, None], axis=-1).reshape(batch, heads, p)
+    if D is not None:
+        y = y + D.astype(jnp.float32)[:, None] * u
+    return y.astype(x.dtype), state.reshape(batch, heads, p, n)
+
+
+def _check(x, dt, A, B, C, D, segment, initial_state, initial_segment) -> None:
+    if x.ndim != 4 or x.shape[1] < 1:
+        raise ValueError(f"ssd: x must be [B,L,H,P] with at least one token, got {x.shape}")
+    if B.ndim != 4:
+        raise ValueError(f"ssd: B must be [B,L,G,N], got {B.shape}")
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    if g < 1 or h % g:
+        raise ValueError(f"ssd: the groups of B must divide the heads of x, expected a divisor of {h}, got {g}")
+    expected = {
+        "dt": (dt, (b, length, h)),
+        "A": (A, (h,)),
+        "B": (B, (b, length, g, n)),
+        "C": (C, (b, length, g, n)),
+        "D": (D, (h,)),
+        "segment": (segment, (b, length)),
+        "initial_state": (initial_state, (b, h, p, n)),
+        "initial_segment": (initial_segment, (b,)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"ssd: {name} does not fit x [B,L,H,P] = {x.shape} and B [B,L,G,N] = {B.shape}, "
+                f"expected {shape}, got {value.shape}"
+            )
+    if initial_segment is not None and segment is None:
+        raise ValueError("ssd: initial_segment needs segment to be compared with; give segment [B,L] as well")

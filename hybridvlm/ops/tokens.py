@@ -1,0 +1,43 @@
+"""The one struct that every block takes and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A batch of prompts, visual and text tokens in reading order; padding only at the end of a row.
+
+    x [B,L,D] embeddings; position [B,L] int32 (or [B,L,3]); segment [B,L] int32, 0 = padding; visual [B,L] bool;
+    query [B,L] bool, the text after the last visual token; index [B,L] int32, place in the unreduced prompt;
+    frame [B,L] int32, -1 for text; extra: arrays [B,L,...] that are carried along through every reduction.
+    """
+
+    x: jax.Array
+    position: jax.Array
+    segment: jax.Array
+    visual: jax.Array
+    query: jax.Array
+    index: jax.Array
+    frame: jax.Array
+    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.x.shape[1]
+
+    def replace(self, **changes) -> Tokens:
+        return dataclasses.replace(self, **changes)
+
+
+def text_tokens(x: jax.Array, segment: jax.Array) -> Tokens:
+    """Tokens of plain text: x [B,L,D], segment [B,L] int32 (0 = padding). Nothing is visual, every row is its own query."""
+    b, length = segment.shape
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    no = jnp.zeros((b, length), bool)
+    return Tokens(x, place, segment, no, segment > 0, place, jnp.full((b, length), -1, jnp.int32))

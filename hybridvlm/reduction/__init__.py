@@ -1,0 +1,39 @@
+"""Token reduction: plans, schedules, scores and the registry of methods."""
+
+from hybridvlm.reduction.evs import average_pool, evs_keep_count, evs_mask, evs_score
+from hybridvlm.reduction.methods import (
+    METHODS,
+    Method,
+    describe_methods,
+    get_method,
+    input_score,
+    merge_fn,
+    parse_method,
+    score_fn,
+)
+from hybridvlm.reduction.plan import PlanMismatch, ReductionPlan, make_plan
+from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
+from hybridvlm.reduction.scores import attention_score, mamba_score, saliency_score
+
+__all__ = [
+    "METHODS",
+    "SHARE_ONE",
+    "BudgetError",
+    "Method",
+    "PlanMismatch",
+    "ReductionPlan",
+    "attention_score",
+    "average_pool",
+    "describe_methods",
+    "evs_keep_count",
+    "evs_mask",
+    "evs_score",
+    "get_method",
+    "input_score",
+    "make_plan",
+    "mamba_score",
+    "merge_fn",
+    "parse_method",
+    "saliency_score",
+    "score_fn",
+]

@@ -1,0 +1,117 @@
+"""What a prefill costs: floating-point operations per layer, and bytes of the caches it leaves.
+
+Counting rules: two operations per multiply-add; causal attention counted half; SSD at the chunk that runs; text
+included; the language-model head for the last token only. The vision tower and the scoring are listed apart.
+Elementwise work (norms, activations, softmax) is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Predicted cost of one example's prefill: operations per decoder layer, what is listed apart, then bytes kept."""
+
+    layers: tuple[int, ...]
+    head: int
+    scoring: int
+    vision: int
+    kv_bytes: int
+    state_bytes: int
+
+    @property
+    def decoder(self) -> int:
+        """Operations of all decoder layers and the head of the last token; scoring and vision tower not included."""
+        return sum(self.layers) + self.head
+
+
+def mamba_flops(config: ModelConfig, length: int, chunk_size: int | None = None) -> int:
+    """Operations of one Mamba-2 layer over `length` tokens: projections, convolution, chunked SSD."""
+    c = config
+    chunk = max(1, min(chunk_size or c.chunk_size, length))
+    inner, state = c.mamba_width, c.ssm_state
+    project = 2 * length * c.width * (c.in_proj_width + inner)
+    conv = 2 * length * c.conv_width * c.conv_kernel
+    within = 2 * length * chunk * (c.ssm_groups * state + inner)  # C B^T per group, then its product with x per head
+    states = 4 * length * inner * state  # build every chunk's state, read the incoming one
+    passing = 2 * -(-length // chunk) * inner * state
+    return project + conv + within + states + passing
+
+
+def attention_flops(config: ModelConfig, length: int) -> int:
+    """Operations of one causal attention layer over `length` tokens; the two L x L products counted half."""
+    c = config
+    heads = c.attention_heads * c.head_dim
+    project = 2 * length * c.width * (2 * heads + 2 * c.kv_heads * c.head_dim)
+    return project + 2 * heads * length * length
+
+
+def mlp_flops(config: ModelConfig, length: int) -> int:
+    """Operations of one MLP layer over `length` tokens."""
+    return 4 * length * config.width * config.mlp_width
+
+
+def layer_flops(config: ModelConfig, layer: int, length: int, chunk_size: int | None = None) -> int:
+    """Operations of decoder layer `layer` over `length` tokens."""
+    kind = config.pattern[layer]
+    if kind == MAMBA:
+        return mamba_flops(config, length, chunk_size)
+    return attention_flops(config, length) if kind == ATTENTION else mlp_flops(config, length)
+
+
+def decoder_flops(config: ModelConfig, lengths: Sequence[int], chunk_size: int | None = None) -> int:
+    """Operations of the decoder, head included, when layer l sees `lengths[l]` tokens (visual and text)."""
+    if len(lengths) != len(config.pattern):
+        raise ValueError(f"lengths must have one entry per layer: expected {len(config.pattern)}, got {len(lengths)}")
+    return sum(layer_flops(config, i, n, chunk_size) for i, n in enumerate(lengths)) + head_flops(config)
+
+
+def head_flops(config: ModelConfig) -> int:
+    """Operations of the language-model head for one token."""
+    return 2 * config.width * config.vocab_size
+
+
+def scoring_flops(config: ModelConfig, layer: int, length: int, queries: int) -> int:
+    """Operations of one layer's score over `length` tokens by `queries` rows; the linear Mamba score needs no rows."""
+    c = config
+    if c.pattern[layer] == MAMBA:
+        return 4 * length * c.ssm_groups * c.ssm_state
+    return 2 * length * queries * c.attention_heads * c.head_dim
+
+
+def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
+    """Operations of the tower and its connector over `frames` frames, into a decoder of `width`."""
+    v = vision
+    tokens = (v.image_size[0] // v.patch_size) * (v.image_size[1] // v.patch_size)
+    if v.kind == "stem":
+        side, inputs, stem = v.patch_size, 3, 0
+        for channels in v.stem_channels:
+            side = -(-side // 2)
+            stem += 2 * tokens * side * side * 9 * inputs * channels
+            inputs = channels
+        stem += 2 * tokens * v.width * (side * side * inputs + width)
+        return frames * stem
+    rows = tokens + v.prefix_tokens
+    embed = 2 * tokens * 3 * v.temporal_patch * v.patch_size**2 * v.width
+    block = 2 * rows * v.width * (4 * v.width + 2 * v.mlp_width) + 4 * rows * rows * v.width
+    shuffled = tokens // v.downsample**2
+    connect = 2 * shuffled * v.projector_width * (v.width * v.downsample**2 + width)
+    return frames * (embed + v.layers * block + connect)
+
+
+def kv_bytes(config: ModelConfig, lengths: Sequence[int], itemsize: int = 2) -> int:
+    """Bytes of one prompt's keys and values when layer l sees `lengths[l]` tokens, `itemsize` bytes a value."""
+    rows = sum(n for n, kind in zip(lengths, config.pattern, strict=True) if kind == ATTENTION)
+    return 2 * rows * config.kv_heads * config.head_dim * itemsize
+
+
+def state_bytes(config: ModelConfig, itemsize: int = 2) -> int:
+    """Bytes of one example's SSM states (fp32) and convolution states (`itemsize` bytes a value), of any length."""
+    c = config
+    per_layer = 4 * c.mamba_width * c.ssm_state + (c.conv_kernel - 1) * c.conv_width * itemsize
+    return c.count(MAMBA) * per_layer

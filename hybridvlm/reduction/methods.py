@@ -1,0 +1,305 @@
+"""The registry of reduction methods: what each one is called, where it drops, along which curve, and by which score.
+
+A method that drops inside the decoder is a function (layer, aux, tokens, plan, segments) -> score [B,L] fp32,
+registered with the layers after which it may drop (its sites) and the curve of shares that is solved to the budget. A
+method before the decoder is a function (visual [B,F,m,D], frame_count [B], plan): one that drops returns a score
+[B,F*m], one that merges returns (visual, frame_count). Adding a method is adding one function here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
+from hybridvlm.ops.aux import AttentionAux, MambaAux
+from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction import evs as before
+from hybridvlm.reduction import schedules, scores
+
+if TYPE_CHECKING:
+    from hybridvlm.reduction.plan import ReductionPlan
+
+Aux = MambaAux | AttentionAux
+ScoreFn = Callable[[int, Aux, Tokens], jax.Array]
+Sites = Callable[[str, Schedule], tuple[int, ...]]
+INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    place: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
+    schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
+    reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
+    """
+
+    name: str
+    place: str
+    function: Callable[..., Any]
+    sites: Sites | None = None
+    curve: Callable[[Schedule, int], schedules.Curve] | None = None
+    reads: str = INDEX_ONLY
+    where: str = ""
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the reduction's Schedule shapes it; other methods bring their own curve."""
+        return self.curve is _scheduled
+
+    @property
+    def summary(self) -> str:
+        """The one line that the command line shows."""
+        return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def _register(name: str, place: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        METHODS[name] = Method(name, place, function, **fields)
+        return function
+
+    return add
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`; ValueError with the names there are, and the nearest one, if there is none."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown reduction method {name!r}; {hint}the methods are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def describe_methods() -> str:
+    """All methods, one per line with what they do: for --help."""
+    wide = max(map(len, METHODS))
+    return "\n".join(f"  {m.name:<{wide}}  {m.summary}" for m in METHODS.values())
+
+
+def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
+    """Read "name", "name:rate" or a composition "evs:0.5+str:0.5" into (name, rate or None) pairs, in running order.
+
+    At most one method before the decoder, and it comes first; at most one inside. ValueError otherwise.
+    """
+    parts: list[tuple[str, float | None]] = []
+    for part in text.split("+"):
+        name, colon, number = (p.strip() for p in part.partition(":"))
+        get_method(name)
+        rate = None
+        if colon:
+            try:
+                rate = float(number)
+            except ValueError:
+                raise ValueError(f"method {text!r}: the rate of {name!r} must be a number, got {number!r}") from None
+            if not 0.0 < rate <= 1.0:
+                raise ValueError(f"method {text!r}: the rate of {name!r} is a share to keep, in (0, 1], got {number}")
+        parts.append((name, rate))
+    if len(parts) > 1:
+        inside = [METHODS[name].place == "decoder" for name, _ in parts]
+        if len(parts) > 2 or inside != [False, True] or METHODS[parts[0][0]].place == "none":
+            raise ValueError(
+                f"method {text!r}: a composition is one method before the decoder "
+                f"({', '.join(m.name for m in METHODS.values() if m.place in ('input', 'merge'))}) + one inside it "
+                f"({', '.join(m.name for m in METHODS.values() if m.place == 'decoder')})"
+            )
+    return tuple(parts)
+
+
+def score_fn(plan: ReductionPlan, *, segments: int = 1) -> ScoreFn:
+    """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer.
+
+    `tokens` are the layer's output; `segments` is the largest segment number in a row (1 unless examples are packed).
+    """
+    method = get_method(plan.decoder_method)
+
+    def score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
+        return method.function(layer, aux, tokens, plan, segments)
+
+    return score
+
+
+def input_score(plan: ReductionPlan) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """For a plan with `drops_input`: the function (visual [B,F,m,D], frame_count [B]) -> score [B,F*m] fp32."""
+    method = get_method(plan.input_method)
+    if method.place != "input":
+        raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
+    return lambda visual, frame_count: method.function(visual, frame_count, plan)
+
+
+def merge_fn(plan: ReductionPlan) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """For a plan with pool_factors: the function (visual [B,F,m,D], frame_count [B]) -> the same two after merging."""
+    method = get_method(plan.input_method)
+    if method.place != "merge":
+        raise ValueError(f"plan of {plan.method!r} merges nothing; ask plan.pool_factors != (1, 1, 1) first")
+    return lambda visual, frame_count: method.function(visual, frame_count, plan)
+
+
+def _after(kinds: tuple[str, ...]) -> Sites:
+    """Sites after every layer of `kinds` that the schedule lets drop."""
+
+    def sites(pattern: str, schedule: Schedule) -> tuple[int, ...]:
+        return tuple(
+            i
+            for i, kind in enumerate(pattern[:-1])
+            if kind in kinds and i >= schedule.start and i not in schedule.never
+        )
+
+    return sites
+
+
+def _first(kind: str, start: int = 0) -> Sites:
+    """The site after the first layer of `kind` from index `start` on; the schedule has no say."""
+    return lambda pattern, schedule: tuple(i for i, k in enumerate(pattern[:-1]) if k == kind and i >= start)[:1]
+
+
+def _attention_layers(pattern: str, schedule: Schedule) -> tuple[int, ...]:
+    return tuple(i for i, kind in enumerate(pattern[:-1]) if kind == ATTENTION)
+
+
+def _shallow_then_attention(pattern: str, schedule: Schedule) -> tuple[int, ...]:
+    """The first mixer at an eighth of the depth, then every attention layer behind it."""
+    shallow = [i for i, kind in enumerate(pattern[:-1]) if kind in MIXERS and i >= len(pattern) // 8][:1]
+    return (*shallow, *(i for i in _attention_layers(pattern, schedule) if shallow and i > shallow[0]))
+
+
+def _scheduled(schedule: Schedule, layers: int) -> schedules.Curve:
+    return schedules.schedule_curve(schedule, layers)
+
+
+def _by_layer(aux: Aux, tokens: Tokens, options: ScoreOptions, plan: ReductionPlan, segments: int) -> jax.Array:
+    """The layer's own score: attention weights or c.b."""
+    if isinstance(aux, AttentionAux):
+        return scores.attention_score(aux, tokens, options)
+    return scores.mamba_score(aux, tokens, options, segments=segments, query_rows=plan.text_tokens)
+
+
+_LAST = ScoreOptions(queries="last")
+_ALL = {"sites": _after(MIXERS), "curve": _scheduled, "where": "M or *"}
+_ONE = {"curve": lambda schedule, layers: schedules.ratio_curve}
+
+
+@_register("none", "none")
+def none(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """keeps every token (the dense model)"""
+    return jnp.zeros(tokens.segment.shape, jnp.float32)
+
+
+@_register("str", "decoder", reads=QUERIES, **_ALL)
+def str_all(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """progressive: after every attention and Mamba layer, by the question's attention weights or c.b"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+@_register("str-attention", "decoder", reads=QUERIES, sites=_after((ATTENTION,)), curve=_scheduled, where="*")
+def str_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """as str, but scores and drops only after attention layers"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+@_register("str-mamba", "decoder", reads=QUERIES, sites=_after((MAMBA,)), curve=_scheduled, where="M")
+def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """as str, but scores and drops only after Mamba layers"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+@_register("random", "decoder", **_ALL)
+def random(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """str's plan with random scores, drawn from (seed, layer, token index)"""
+    return scores.random_score(tokens.index, plan.seed, layer)
+
+
+@_register("uniform", "decoder", **_ALL)
+def uniform(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """str's plan, keeping tokens evenly spread over the video"""
+    return scores.spread_score(tokens.index)
+
+
+@_register("saliency", "decoder", reads=FEATURES, **_ALL)
+def saliency(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """str's plan, by distance from the mean visual feature: no question in it"""
+    return scores.saliency_score(tokens, segments)
+
+
+@_register("fastv", "decoder", reads=LAST_QUERY, sites=_first(ATTENTION, 2), where="the first * from 2 on", **_ONE)
+def fastv(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """one drop after the first attention layer from layer 2 on, by the last question token's attention"""
+    return _by_layer(aux, tokens, _LAST, plan, segments)
+
+
+@_register(
+    "pyramiddrop",
+    "decoder",
+    reads=LAST_QUERY,
+    sites=_attention_layers,
+    curve=lambda schedule, layers: schedules.geometric_curve,
+    where="*",
+)
+def pyramiddrop(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """geometric stages after the attention layers, by the last question token's attention"""
+    return _by_layer(aux, tokens, _LAST, plan, segments)
+
+
+@_register(
+    "timeviper-td",
+    "decoder",
+    reads=LAST_QUERY,
+    sites=_shallow_then_attention,
+    curve=lambda schedule, layers: schedules.staircase_curve(schedule.floor),
+    where="one shallow M or *, then *",
+)
+def timeviper_td(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """a uniform drop at an eighth of the depth, then equal steps by the last question token's attention"""
+    if layer == plan.sites[0]:
+        return scores.spread_score(tokens.index)
+    return _by_layer(aux, tokens, _LAST, plan, segments)
+
+
+@_register("oneshot-mamba", "decoder", reads=QUERIES, sites=_first(MAMBA), where="the first M", **_ONE)
+def oneshot_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """one drop after the first Mamba layer, by str's score"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+@_register("oneshot-attention", "decoder", reads=QUERIES, sites=_first(ATTENTION), where="the first *", **_ONE)
+def oneshot_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """one drop after the first attention layer, by str's score"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+def _ordinal(visual: jax.Array) -> jax.Array:
+    """The place of every visual token among those of its video: [B,F*m] int32, whatever the bucket."""
+    batch, frames, m, _ = visual.shape
+    return jnp.broadcast_to(jnp.arange(frames * m, dtype=jnp.int32), (batch, frames * m))
+
+
+@_register("random-input", "input")
+def random_input(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> jax.Array:
+    """a random choice before layer 0"""
+    return scores.random_score(_ordinal(visual), plan.seed, -1)
+
+
+@_register("uniform-input", "input")
+def uniform_input(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> jax.Array:
+    """an evenly spread choice before layer 0"""
+    return scores.spread_score(_ordinal(visual))
+
+
+@_register("evs", "input", reads=FEATURES)
+def evs(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> jax.Array:
+    """before layer 0, the tokens that changed most since the previous frame; the first frame whole"""
+    return before.evs_score(visual)
+
+
+@_register("avgpool", "merge", reads=FEATURES)
+def avgpool(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> tuple[jax.Array, jax.Array]:
+    """averages fixed blocks of frames, rows and columns before the decoder"""
+    return before.average_pool(visual, frame_count, plan.pool_factors, plan.grid)

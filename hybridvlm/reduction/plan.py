@@ -1,0 +1,322 @@
+"""ReductionPlan: what is kept where, settled in plain Python before anything is traced.
+
+A plan turns (method, schedule, budget, kind of budget, bucket) into static integers: the share and the capacity of
+visual tokens that enter each layer. It is hashable (a static argument of jit), explains itself, goes through JSON, and
+checks after a run that what was kept is what was planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hybridvlm import config as configs
+from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptions
+from hybridvlm.reduction import flops, methods, schedules
+from hybridvlm.reduction.evs import evs_keep_count
+from hybridvlm.reduction.fit import Fit, drop_flops, entering_tokens, pooled_tokens
+from hybridvlm.reduction.flops import Cost
+from hybridvlm.reduction.schedules import SHARE_ONE
+
+# an example's share times SHARE_ONE must fit an int32 on the device
+MAX_VISUAL_TOKENS = (2**31 - 1 - SHARE_ONE // 2) // SHARE_ONE
+Counts = TypeVar("Counts")  # int, numpy or jax array of int32
+
+
+class PlanMismatch(RuntimeError):
+    """A run kept something else than its plan says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReductionPlan:
+    """A static plan for one bucket of `visual_tokens` (in `frames` frames) and `text_tokens`.
+
+    method: as written; `input_method` runs before layer 0 and `decoder_method` inside ("none" where there is none).
+    budget: the product budget, of `kind`. input_rule: how many tokens enter layer 0: "share" (`input_share` 1/4096ths
+    of them) or "evs" (its own rule, keeping `input_rate`). relative[l]: share, in 1/4096ths, of the tokens entering
+    layer 0 that enter layer l. pool_factors: (frames, rows, columns) merged into one before the decoder, on a `grid` of
+    rows and columns. sites: where the method may drop. cost, dense_cost: see hybridvlm/reduction/flops.py.
+    """
+
+    method: str
+    input_method: str
+    decoder_method: str
+    budget: float
+    kind: str
+    pattern: str
+    visual_tokens: int
+    text_tokens: int
+    frames: int
+    relative: tuple[int, ...]
+    sites: tuple[int, ...]
+    input_rule: str
+    input_share: int
+    input_rate: float
+    pool_factors: tuple[int, int, int]
+    grid: tuple[int, int]
+    schedule: Schedule
+    score: ScoreOptions
+    seed: int
+    cost: Cost
+    dense_cost: Cost
+
+    @property
+    def layers(self) -> int:
+        return len(self.relative)
+
+    @functools.cached_property
+    def shares(self) -> tuple[int, ...]:
+        """[layers] share, in 1/4096ths, of the visual tokens that the decoder is handed, that enters each layer."""
+        return tuple((self.input_share * r + SHARE_ONE // 2) // SHARE_ONE for r in self.relative)
+
+    @functools.cached_property
+    def capacities(self) -> tuple[int, ...]:
+        """[layers] visual tokens of the full bucket that enter each layer."""
+        return tuple(self.keep(layer, self.decoder_tokens) for layer in range(self.layers))
+
+    @functools.cached_property
+    def drops(self) -> tuple[int, ...]:
+        """Layers after which tokens are dropped. A drop before layer 0 is `drops_input`."""
+        return schedules.drop_sites(self.relative)
+
+    @property
+    def drops_input(self) -> bool:
+        """Whether tokens are dropped before layer 0, by `methods.input_score`, down to keep(0, count)."""
+        return self.input_share < SHARE_ONE
+
+    @functools.cached_property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """(first layer, one past the last) of every run of layers that see the same tokens."""
+        edges = [0, *(site + 1 for site in self.drops), self.layers]
+        return tuple(itertools.pairwise(edges))
+
+    @property
+    def decoder_frames(self) -> int:
+        """Frames of the full bucket that the decoder is handed, after merging."""
+        return -(-self.frames // self.pool_factors[0])
+
+    @property
+    def decoder_tokens(self) -> int:
+        """Visual tokens of the full bucket that the decoder is handed: after merging, before any drop."""
+        if self.pool_factors == (1, 1, 1):
+            return self.visual_tokens
+        return pooled_tokens(self.frames, self.grid, self.pool_factors)
+
+    def row_length(self, layer: int) -> int:
+        """Length of a row on the device at `layer`: visual capacity and text bucket."""
+        return self.capacities[layer] + self.text_tokens
+
+    def keep(self, layer: int, count: Counts) -> Counts:
+        """Visual tokens that enter `layer` of an example that has `count` (int, or int32 array of numpy or jax).
+
+        `count` is what the decoder is handed: after merging (avgpool), before any drop. The bucket plays no part.
+        """
+        entering = count
+        if self.input_rule == "evs":
+            entering = self._evs_count(count)
+        elif self.input_share < SHARE_ONE:
+            entering = (count * self.input_share + SHARE_ONE // 2) // SHARE_ONE
+        if self.relative[layer] == SHARE_ONE:
+            return entering
+        return (entering * self.relative[layer] + SHARE_ONE // 2) // SHARE_ONE
+
+    def _evs_count(self, count: Counts) -> Counts:
+        m = self.visual_tokens // self.frames
+        # from a table, since the rule truncates float64 products that a device has no way to repeat
+        table = [evs_keep_count(t, m, 1.0 - self.input_rate) for t in range(self.frames + 1)]
+        if isinstance(count, int):
+            return table[count // m]
+        if isinstance(count, (np.ndarray, np.generic)):
+            return np.asarray(table, count.dtype)[count // m]
+        import jax.numpy as jnp
+
+        return jnp.take(jnp.asarray(table, jnp.int32), count // m, mode="clip")
+
+    @property
+    def retention_mean(self) -> float:
+        """Average over layers of the share of the video's tokens that enters them, merging included."""
+        return self._handed * self.input_share / SHARE_ONE * schedules.mean_share(self.relative)
+
+    @property
+    def retention_final(self) -> float:
+        """Share of the video's tokens that enters the last layer, merging included."""
+        return self._handed * self.input_share / SHARE_ONE * schedules.final_share(self.relative)
+
+    @property
+    def _handed(self) -> float:
+        return self.decoder_tokens / self.visual_tokens if self.visual_tokens else 1.0
+
+    @property
+    def flop_ratio(self) -> float:
+        """Predicted decoder operations relative to dense; scoring and vision tower not included."""
+        return self.cost.decoder / self.dense_cost.decoder
+
+    @property
+    def flop_speedup(self) -> float:
+        """The speed-up that the predicted operations promise."""
+        return self.dense_cost.decoder / self.cost.decoder
+
+    def verify(self, kept_counts: Any, visual_counts: Any) -> None:
+        """Check what a run kept: kept_counts [layers,B(,S)] entering each layer, of visual_counts [B(,S)].
+
+        A run that counts only after each drop gives [len(drops),B(,S)] instead. visual_counts are what the decoder was
+        handed. Raises PlanMismatch, with the layer and the counts, where a count is not the plan's.
+        """
+        kept, visual = np.asarray(kept_counts), np.asarray(visual_counts)
+        layers = range(self.layers) if len(kept) == self.layers else [site + 1 for site in self.drops]
+        if kept.shape != (len(layers), *visual.shape):
+            raise ValueError(
+                f"verify: kept_counts must be [rows, *{visual.shape}] with a row per layer ({self.layers}) or per drop "
+                f"({len(self.drops)}), got {kept.shape}"
+            )
+        for layer, row in zip(layers, kept, strict=True):
+            planned = np.asarray(self.keep(layer, visual.astype(np.int64)))
+            wrong = np.argwhere(row != planned)
+            if len(wrong):
+                at = tuple(wrong[0].tolist())
+                raise PlanMismatch(
+                    f"{self.method}: layer {layer} ({KINDS[self.pattern[layer]]}) was given {row[at]} visual tokens of "
+                    f"example {at[0]} where the plan says {planned[at]} of {visual[at]} "
+                    f"({len(wrong)} of {row.size} counts differ)"
+                )
+
+    def explain(self) -> str:
+        """The plan as a table: per layer share, capacity and operations, then totals beside dense."""
+        schedule = self.schedule
+        scheduled = methods.get_method(self.decoder_method).scheduled
+        form = f", {schedule.shape} schedule, floor {schedule.floor:.1%}" if scheduled else ""
+        pooled = f", blocks of {'x'.join(map(str, self.pool_factors))} averaged" if self._handed < 1 else ""
+        lines = [
+            f"{self.method}: {self.kind} budget {self.budget:.2%}{form}{pooled}; {self.layers} layers, "
+            f"{self.visual_tokens} visual tokens in {self.frames} frames, {self.text_tokens} text tokens",
+            f"{'layer':>5}  {'kind':<9}  {'share':>7}  {'visual':>7}  {'GFLOPs':>11}",
+        ]
+        for i, kind in enumerate(self.pattern):
+            share = self._handed * self.input_share * self.relative[i] / SHARE_ONE**2
+            mark, work = "  drop after" if i in self.drops else "", self.cost.layers[i] / 1e9
+            lines.append(f"{i:>5}  {KINDS[kind]:<9}  {share:>7.2%}  {self.capacities[i]:>7}  {work:>11.3f}{mark}")
+        lines.append("")
+        lines.append(f"{'':<28}{'plan':>14}{'dense':>14}")
+        lines.append(f"{'retention, mean of layers':<28}{self.retention_mean:>14.2%}{1:>14.2%}")
+        lines.append(f"{'retention, last layer':<28}{self.retention_final:>14.2%}{1:>14.2%}")
+        pairs = (("decoder", "decoder GFLOPs"), ("scoring", "scoring GFLOPs"), ("vision", "vision tower GFLOPs"))
+        for field, label in pairs:
+            here, dense = getattr(self.cost, field) / 1e9, getattr(self.dense_cost, field) / 1e9
+            lines.append(f"{label:<28}{here:>14.3f}{dense:>14.3f}")
+        for field, label in (("kv_bytes", "KV cache MiB"), ("state_bytes", "SSM state MiB")):
+            here, dense = getattr(self.cost, field) / 2**20, getattr(self.dense_cost, field) / 2**20
+            lines.append(f"{label:<28}{here:>14.3f}{dense:>14.3f}")
+        speedup = f"  {self.flop_speedup:.2f}x less work"
+        lines.append(f"{'decoder FLOPs over dense':<28}{self.flop_ratio:>14.4f}{1:>14.4f}{speedup}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; `from_dict` reads them back."""
+        return configs.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ReductionPlan:
+        """The plan that `to_dict` wrote, also after a trip through JSON. Unknown keys are refused."""
+        nested = {"schedule": Schedule, "score": ScoreOptions, "cost": Cost, "dense_cost": Cost}
+        built = {k: configs.from_dict(nested[k], v) if k in nested else v for k, v in data.items()}
+        return configs.from_dict(cls, built)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+def make_plan(
+    reduction: Reduction,
+    config: ModelConfig,
+    *,
+    visual_tokens: int,
+    text_tokens: int,
+    frames: int,
+    chunk_size: int | None = None,
+    itemsize: int = 2,
+) -> ReductionPlan:
+    """Settle `reduction` for a model and a bucket: `visual_tokens` in `frames` frames, `text_tokens` of text.
+
+    chunk_size: the SSD chunk that runs (default: the config's). itemsize: bytes of a value in KV and convolution
+    caches. Raises ValueError, with what the method can do, where the budget cannot be met.
+    """
+    if not 0 <= visual_tokens <= MAX_VISUAL_TOKENS:
+        raise ValueError(f"make_plan: visual_tokens must lie in [0, {MAX_VISUAL_TOKENS}], got {visual_tokens}")
+    outer, rate, inner, budget = _split(reduction)
+    decoder = methods.get_method(inner)
+    fit = Fit(reduction, config, visual_tokens, text_tokens, frames, chunk_size)
+    pool, grid, rule, share = (1, 1, 1), (1, 1), "share", SHARE_ONE
+    if outer == "avgpool":
+        pool, grid = fit.pool(rate)
+    elif outer == "evs":
+        fit.tokens_per_frame("evs")
+        rule, share, rate = "evs", *fit.evs(rate)
+    elif outer != "none":
+        share, rate = fit.input_share(rate)
+    handed = visual_tokens if pool == (1, 1, 1) else pooled_tokens(frames, grid, pool)
+    entering = entering_tokens(rule, share, rate, handed, frames)
+    relative, sites = fit.relative(decoder, budget, entering)
+    lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
+    dense = [visual_tokens] * len(config.pattern)
+    drops = schedules.drop_sites(relative)
+    scoring = sum(drop_flops(decoder, config, i, lengths[i] + text_tokens, text_tokens) for i in drops)
+    if outer != "none" and methods.get_method(outer).reads == methods.FEATURES:
+        scoring += 6 * visual_tokens * config.width  # products with the previous frame and norms, or one sum
+    vision = flops.vision_flops(config.vision, frames, config.width) if config.vision else 0
+
+    def cost(visual: Sequence[int], score: int) -> Cost:
+        rows = [v + text_tokens for v in visual]
+        layers = tuple(flops.layer_flops(config, i, n, chunk_size) for i, n in enumerate(rows))
+        return Cost(
+            layers,
+            flops.head_flops(config),
+            score,
+            vision,
+            flops.kv_bytes(config, rows, itemsize),
+            flops.state_bytes(config, itemsize),
+        )
+
+    return ReductionPlan(
+        method=reduction.method,
+        input_method=outer,
+        decoder_method=inner,
+        budget=rate * budget,
+        kind=reduction.kind,
+        pattern=config.pattern,
+        visual_tokens=visual_tokens,
+        text_tokens=text_tokens,
+        frames=frames,
+        relative=relative,
+        sites=sites,
+        input_rule=rule,
+        input_share=share,
+        input_rate=rate,
+        pool_factors=pool,
+        grid=grid,
+        schedule=reduction.schedule,
+        score=reduction.score,
+        seed=reduction.seed,
+        cost=cost(lengths, scoring),
+        dense_cost=cost(dense, 0),
+    )
+
+
+def _split(reduction: Reduction) -> tuple[str, float, str, float]:
+    """(input method, its rate, decoder method, its budget); a part without a rate takes the reduction's budget."""
+    parts = [
+        (name, reduction.budget if rate is None else rate) for name, rate in methods.parse_method(reduction.method)
+    ]
+    outer, inner = ("none", 1.0), ("none", 1.0)
+    for name, rate in parts:
+        place = methods.get_method(name).place
+        if place == "decoder":
+            inner = (name, rate)
+        elif place != "none":
+            outer = (name, rate)
+    return (*outer, *inner)

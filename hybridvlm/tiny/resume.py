@@ -1,0 +1,62 @@
+"""Checkpoints of a running training: parameters, optimizer state and position, kept by Orbax."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.config import Buckets, ModelConfig, Reduction
+from hybridvlm.generate import Model
+from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.tiny import vocabulary
+
+
+class Saved:
+    """A training run's folder of Orbax checkpoints, keyed by global step; the newest is kept, written whole or not at all."""
+
+    def __init__(self, folder: str | pathlib.Path, every: int = 100):
+        import orbax.checkpoint as ocp
+
+        self._ocp, self.every = ocp, every
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+        )
+
+    def save(self, step: int, params: Any, state: Any, *, now: bool = False) -> None:
+        """Keep params and optimizer state after `step` global steps, every `every` steps or when told `now`."""
+        if now or step % self.every == 0:
+            leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((params, state)))}
+            self._manager.save(step, args=self._ocp.args.StandardSave(leaves))
+
+    def restore(self, params: Any, make_state: Callable[[Any, int], Any]) -> tuple[int | None, Any, Any]:
+        """(global step, params, optimizer state) of the newest checkpoint; (None, params, None) if there is none.
+
+        make_state(params, step) builds an optimizer state of the right structure for that step.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None, params, None
+        shape = (params, make_state(params, step))
+        template = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(shape))}
+        leaves = self._manager.restore(step, args=self._ocp.args.StandardRestore(template))
+        ordered = [jax.numpy.asarray(leaves[str(i)]) for i in range(len(leaves))]
+        params, state = jax.tree.unflatten(jax.tree.structure(shape), ordered)
+        return step, params, state
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+
+def write_checkpoint(
+    path: pathlib.Path, config: ModelConfig, params: dict, name: str, reduction: Reduction | None = None
+) -> None:
+    """Write a finished training as a checkpoint folder, half precision, and say where."""
+    buckets = Buckets(frames=(8, 16, 32, 64), text=(8,), max_new=4)
+    model = Model(config, params, WordLevel.from_file(vocabulary.PATH), buckets=buckets, reduction=reduction, name=name)
+    print(f"wrote {save_folder(path, model, storage='float16')}")

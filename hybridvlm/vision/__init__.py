@@ -1,0 +1,22 @@
+"""Vision towers and connectors: frames [F,h,w,3] -> visual tokens [F,m,D].
+
+The parameters are listed at the top of radio.py, stem.py and connector.py.
+"""
+
+from hybridvlm.vision.connector import Connector, connect, pixel_shuffle
+from hybridvlm.vision.model import CHUNK, VisionModel, encode_frames
+from hybridvlm.vision.radio import RadioTower, radio_tower
+from hybridvlm.vision.stem import StemTower, stem_tower
+
+__all__ = [
+    "CHUNK",
+    "Connector",
+    "RadioTower",
+    "StemTower",
+    "VisionModel",
+    "connect",
+    "encode_frames",
+    "pixel_shuffle",
+    "radio_tower",
+    "stem_tower",
+]

@@ -1,0 +1,76 @@
+"""Tower and connector as one: frames in, visual tokens out, a bounded number of frames at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hybridvlm.config import VisionConfig
+from hybridvlm.vision.connector import Connector, connect
+from hybridvlm.vision.radio import RadioTower, radio_tower
+from hybridvlm.vision.stem import StemTower, stem_tower
+
+Params = dict[str, Any]
+CHUNK = 128  # frames that go through the tower at once
+
+
+class VisionModel(nn.Module):
+    """pixels [F,h,w,3] in [0,1] and the frames' places in their video [F] -> visual tokens [F,m,out_width].
+
+    Its parameters are {"vision": tower, "projector": connector}, as they lie in a model's own dict: so with a model's
+    `params`, `encode_frames(params, config, pixels, frame)` is the same computation without the module.
+    """
+
+    config: VisionConfig
+    out_width: int
+    dtype: Any = jnp.float32
+    chunk: int = CHUNK
+
+    def setup(self) -> None:
+        tower = RadioTower if self.config.kind == "radio" else StemTower
+        self.vision = tower(self.config, self.dtype)
+        self.projector = Connector(self.config, self.out_width)
+
+    def __call__(self, pixels: jax.Array, frame: jax.Array) -> jax.Array:
+        params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
+        return encode_frames(params, self.config, pixels, frame, dtype=self.dtype, chunk=self.chunk)
+
+
+def encode_frames(
+    params: Params,
+    config: VisionConfig,
+    pixels: jax.Array,
+    frame: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """Visual tokens [F,m,D] of pixels [F,h,w,3] in [0,1] (or tubelets [F,t,h,w,3]); frame [F] int32: places in time.
+
+    `params` holds "vision" and "projector". At most `chunk` frames are in the tower at once, one chunk after the other,
+    so that memory does not grow with the video; frames do not see each other, so the numbers do not depend on it.
+    Activations run in `dtype`, whatever dtype the parameters are stored in.
+    """
+    if pixels.shape[0] != frame.shape[0]:
+        raise ValueError(f"frame must have one entry per frame of pixels, got {frame.shape} for pixels {pixels.shape}")
+
+    def encode(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        if config.kind == "radio":
+            features, _ = radio_tower(params["vision"], config, part[0], dtype)
+        else:
+            features = stem_tower(params["vision"], config, part[0], dtype)
+        return connect(params["projector"], config, features, part[1])
+
+    frames = pixels.shape[0]
+    if frames <= chunk:
+        return encode((pixels, frame))
+    parts = -(-frames // chunk)
+    size = -(-frames // parts)  # even parts, so that padding costs less than one frame per part
+    pad = parts * size - frames
+    pixels = jnp.pad(pixels, ((0, pad), *((0, 0),) * (pixels.ndim - 1))).reshape(parts, size, *pixels.shape[1:])
+    frame = jnp.pad(frame, (0, pad)).reshape(parts, size)
+    tokens = jax.lax.map(encode, (pixels, frame))
+    return tokens.reshape(parts * size, *tokens.shape[2:])[:frames]

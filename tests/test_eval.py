@@ -1,0 +1,531 @@
+"""The evaluation command: statistics, parsing, resuming, bad input, and the files it leaves."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from test_checkpoint_folder import micro_model
+
+from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.config import Reduction, Schedule, ScoreOptions
+from hybridvlm.eval import __main__ as command
+from hybridvlm.eval import statistics
+from hybridvlm.eval.evaluate import InputError, override, parse_pairs
+from hybridvlm.eval.results import ROW_KEYS, SampleStore, timing_run, write_atomic
+from hybridvlm.eval.runner import DENSE, Variant, expand
+from hybridvlm.eval.tasks import parse_choice
+from hybridvlm.eval.tasks.jsonl import read_samples
+from hybridvlm.tiny.export import write_video
+
+# -- statistics --
+
+
+@settings(max_examples=30)
+@given(st.lists(st.booleans(), min_size=2, max_size=40))
+def test_one_question_per_video_is_the_plain_standard_error(values):
+    mean, se, groups = statistics.cluster_se(values, [str(i) for i in range(len(values))])
+    assert groups == len(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert se == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), abs=1e-12)
+
+
+def test_copies_of_a_question_add_nothing():
+    values, names = [1, 0, 0, 1, 1, 0, 1, 1], list("abcdefgh")
+    once = statistics.cluster_se(values, names)
+    thrice = statistics.cluster_se(np.repeat(values, 3), np.repeat(names, 3))
+    assert thrice == pytest.approx(once)
+    assert statistics.difference(np.repeat(values, 3), [0] * 24, np.repeat(names, 3)).interval == pytest.approx(
+        statistics.difference(values, [0] * 8, names).interval
+    )
+
+
+def test_accuracy_interval_is_wilsons_without_clusters():
+    values = [1] * 70 + [0] * 30
+    found = statistics.accuracy(values, [str(i) for i in range(100)])
+    t = stats.t.ppf(0.975, 99)
+    n = 99.0  # p (1 - p) / se^2 of s / sqrt(n)
+    middle = (0.7 + t**2 / (2 * n)) / (1 + t**2 / n)
+    half = t / (1 + t**2 / n) * math.sqrt(0.21 / n + t**2 / (4 * n**2))
+    assert found.interval == pytest.approx([middle - half, middle + half])
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 30), st.integers(1, 5), st.booleans())
+def test_accuracy_interval_stays_inside_and_has_width(videos, each, right):
+    values = [right] * (videos * each)
+    found = statistics.accuracy(values, [str(i // each) for i in range(len(values))])
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+    assert found.high - found.low > 0.05
+
+
+def test_one_video_gives_no_interval():
+    assert statistics.accuracy([1, 0, 1], ["a"] * 3).interval is None
+    assert statistics.difference([1, 0, 1], [0, 0, 0], ["a"] * 3).interval is None
+
+
+def test_interval_covers_as_often_as_it_says():
+    """Questions of one video that stand and fall together: the clustered interval covers, the naive one does not."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(40), 5)
+    hits = naive = 0
+    for _ in range(400):
+        video = rng.random(40) < 0.8
+        values = np.where(rng.random(200) < 0.9, np.repeat(video, 5), rng.random(200) < 0.8)
+        found = statistics.accuracy(values, clusters)
+        hits += found.low <= 0.8 <= found.high
+        half = 1.96 * math.sqrt(found.mean * (1 - found.mean) / 200)
+        naive += abs(found.mean - 0.8) <= half
+    assert 0.92 <= hits / 400 <= 0.985
+    assert naive / 400 < 0.75
+
+
+def test_mcnemar_is_the_exact_binomial():
+    a = [True] * 9 + [False] * 1 + [True] * 50
+    b = [False] * 9 + [True] * 1 + [True] * 50
+    assert statistics.mcnemar(a, b) == pytest.approx(2 * sum(math.comb(10, k) for k in (0, 1)) / 2**10)
+    assert statistics.mcnemar(a, a) == 1.0
+
+
+def test_difference_is_paired():
+    names = [str(i) for i in range(6)]
+    found = statistics.difference([1, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 0], names)
+    assert found.mean == pytest.approx(2 / 6)
+    half = stats.t.ppf(0.975, 5) * np.std([1, 0, 0, 0, 0, 1], ddof=1) / math.sqrt(6)
+    assert found.interval == pytest.approx([2 / 6 - half, 2 / 6 + half])
+
+
+# -- parsing --
+
+OPTIONS = ("boot", "bag", "sandal")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("boot", "boot"),
+        (" Boot. ", "boot"),
+        ("'bag'", "bag"),
+        ("B", "bag"),
+        ("b", "bag"),
+        ("(C)", "sandal"),
+        ("C.", "sandal"),
+        ("A) boot", "boot"),
+        ("A. bag", None),  # letter and text disagree
+        ("D", None),
+        ("boot bag", None),
+        ("the boot", None),
+        ("", None),
+        ("   ", None),
+        ("not A", None),
+        ("boo", None),
+    ],
+)
+def test_parse_choice(reply, answer):
+    assert parse_choice(reply, OPTIONS) == answer
+
+
+def test_option_text_goes_before_letters():
+    assert parse_choice("b", ("c", "b", "a")) == "b"
+
+
+@settings(max_examples=60)
+@given(st.text(max_size=12), st.lists(st.sampled_from(["x", "yes", "no", "A", "12"]), min_size=2, unique=True))
+def test_parsing_never_guesses(reply, options):
+    first = parse_choice(reply, options)
+    assert first == parse_choice(reply, options)
+    if first is not None:
+        letter = chr(ord("a") + options.index(first))
+        assert first.casefold() in reply.casefold() or letter in reply.casefold()
+
+
+# -- options --
+
+
+def test_expand():
+    assert expand(["none", "str"], [0.25, 0.5]) == [DENSE, Variant("str", 0.25), Variant("str", 0.5)]
+    assert expand(["str", "str"], [0.25]) == [DENSE, Variant("str", 0.25)]
+    (composed,) = expand(["evs:0.5+str:0.5"], [0.1, 0.9])[1:]
+    assert (composed.budget, composed.fixed) == (0.25, True)
+    with pytest.raises(ValueError, match="did you mean 'saliency'"):
+        expand(["salency"], [0.25])
+
+
+def test_override():
+    assert parse_pairs(["frames=8,16", "text=4"], "x") == {"frames": ["8", "16"], "text": ["4"]}
+    assert override(ScoreOptions(), ["decay=on", "sign=relu"], "--score") == ScoreOptions(decay=True, sign="relu")
+    assert override(Schedule(), ["shape=step,start=2,never=0,3"], "--schedule") == Schedule(
+        "step", start=2, never=(0, 3)
+    )
+    for tokens, words in (
+        (["decai=on"], "did you mean 'decay'"),
+        (["decay=maybe"], "on or off"),
+        (["sign=up"], "sign must be one of"),
+        (["decay"], "key=value"),
+    ):
+        with pytest.raises(InputError, match=words):
+            override(ScoreOptions(), tokens, "--score")
+
+
+# -- the store --
+
+
+def test_broken_last_line_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    store = SampleStore(path)
+    store.append({"key": str(i), "n": i} for i in range(3))
+    path.write_bytes(path.read_bytes() + b'{"key": "3", "n')
+    again = SampleStore(path)
+    assert [r["n"] for r in again.records] == [0, 1, 2]
+    again.append([{"key": "3", "n": 3}])
+    assert [r["n"] for r in SampleStore(path).records] == [0, 1, 2, 3]
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"key": "0"}\nhello\n{"key": "1"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        SampleStore(path)
+
+
+def test_timings_of_different_runs_do_not_mix():
+    def records(run, n):
+        return [{"run": run}] * n
+
+    assert timing_run(records("a", 3) + records("b", 5), records("a", 3) + records("b", 5)) == "b"
+    assert timing_run(records("a", 3) + records("b", 5), records("a", 3)) == "a"  # b has no dense beside it
+    assert timing_run(records("b", 5), records("a", 3)) is None
+    assert timing_run(records("a", 4) + records("b", 4), records("a", 1) + records("b", 1)) == "b"
+
+
+def test_atomic_write_leaves_the_old_file_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_atomic(path, "old")
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+# -- questions on files --
+
+GOOD = {"video": "a.mp4", "question": "red", "options": ["red", "green"], "answer": "red"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"video": ', "line 2: not JSON"),
+        ("[1]", "line 2: must be an object"),
+        (json.dumps({**GOOD, "answer": "blue"}), "line 2: answer 'blue' is none of"),
+        (json.dumps({**GOOD, "answer": "C"}), "line 2: answer 'C' is none of"),
+        (json.dumps({**GOOD, "options": ["red"]}), "line 2: options must be a list of at least two"),
+        (json.dumps({**GOOD, "options": ["red", "Red."]}), "line 2: options must be"),
+        (json.dumps({**GOOD, "video": ""}), "line 2: video must be a text"),
+        (json.dumps({**GOOD, "quesiton": "x"}), "line 2: has no field 'quesiton'"),
+        (json.dumps({**GOOD, "id": "line-1"}), "line 2: id 'line-1' is also that of line 1"),
+        (json.dumps({**GOOD, "two_hop": "yes"}), "line 2: two_hop must be true or false"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, line, words):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=words) as caught:
+        read_samples(path)
+    assert str(path) in str(caught.value)
+
+
+def test_answers_may_be_letters(tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{**GOOD, "answer": "b"}, {**GOOD, "answer": "RED"}, {"video": "a.mp4", "question": "x", "answer": "seven"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert [s.answer for s in read_samples(path)] == ["green", "red", "seven"]
+
+
+# -- whole runs, on a micro model and micro videos --
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder where compiled programs are kept: the runs of this file are many, their programs few."""
+    cache = tmp_path_factory.mktemp("compiled")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(cache), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield cache
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, compiled):
+    """A folder with a random model and six 4-frame videos with three questions each."""
+    root = tmp_path_factory.mktemp("world")
+    save_folder(root / "micro", micro_model())
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(6):
+        write_video(root / f"v{number}.mp4", rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
+        for place, word in enumerate(("red", "green", "blue")):
+            row = {"video": f"v{number}.mp4", "question": word, "answer": word, "options": ["red", "green", "blue"]}
+            lines.append(json.dumps(row | {"type": f"type-{place}", "two_hop": place == 2}))
+    (root / "q.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def run_eval(world, output, *more, check=None):
+    """Run the command in this process; returns its exit code."""
+    argv = ["--model", str(world / "micro"), "--tasks", str(world / "q.jsonl"), "--output", str(output)]
+    code = command.main([*argv, "--batch-size", "4", *more])
+    assert check is None or code == check
+    return code
+
+
+def lines_of(output):
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+def answers_of(output):
+    return {(r["method"], r["budget"], r["id"]): (r["prediction"], r["correct"], r["key"]) for r in lines_of(output)}
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """One whole run."""
+    output = tmp_path_factory.mktemp("done")
+    run_eval(world, output, "--methods", "str,uniform-input", "--budgets", "0.5", check=0)
+    return output
+
+
+def test_a_run_leaves_everything(done, capsys):
+    assert {p.name for p in done.iterdir()} == {
+        "accuracy_vs_retention.png",
+        "accuracy_vs_speedup.png",
+        "report.md",
+        "results.json",
+        "samples.jsonl",
+    }
+    results = json.loads((done / "results.json").read_text())
+    assert [(r["method"], r["budget"]) for r in results["rows"]] == [
+        ("none", 1.0),
+        ("str", 0.5),
+        ("uniform-input", 0.5),
+    ]
+    for row in results["rows"]:
+        assert tuple(row) == ROW_KEYS
+        assert row["n"] == 18
+        assert set(row["by_type"]) == {"type-0", "type-1", "type-2"}
+        assert row["accuracy"] == pytest.approx(np.mean(list(row["by_type"].values())))
+        assert row["accuracy_two_hop"] == row["by_type"]["type-2"]
+        assert row["prefill_ms"] > 0 and row["decode_ms"] > 0 and row["speedup"] > 0 and row["peak_bytes"] > 0
+        assert row["compiles"] > 0
+        assert 0 <= row["parse_failures"] <= 18
+    dense, progressive, uniform = results["rows"]
+    assert (dense["delta"], dense["speedup"], dense["retention_achieved"], dense["flop_speedup"]) == (0, 1, 1, 1)
+    for row in (progressive, uniform):
+        assert row["retention_mean"] == pytest.approx(0.5, abs=0.02)
+        assert row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=0.05)
+        assert row["flop_speedup"] > 1
+    assert results["comparisons"][0]["method"] == "str"
+    assert results["metadata"]["versions"]["jax"] and results["metadata"]["device"]["kind"]
+    assert results["details"][1]["plans"][0]["method"] == "str"
+    assert "drop after" in (done / "report.md").read_text()
+
+
+def test_wrong_and_unreadable_answers_count_as_wrong(done):
+    """The micro model is random and may say anything; whatever cannot be read must be wrong and counted."""
+    results = json.loads((done / "results.json").read_text())
+    for row in results["rows"]:
+        mine = [r for r in lines_of(done) if (r["method"], r["budget"]) == (row["method"], row["budget"])]
+        assert len(mine) == 18
+        assert row["parse_failures"] == sum(r["parsed"] is None for r in mine)
+        assert not any(r["correct"] for r in mine if r["parsed"] is None)
+        assert row["accuracy"] == pytest.approx(sum(r["parsed"] == r["answer"] for r in mine) / 18)
+
+
+def test_a_second_call_answers_nothing_anew(world, done, capsys):
+    before = (done / "samples.jsonl").read_bytes()
+    rows = json.loads((done / "results.json").read_text())["rows"]
+    run_eval(world, done, "--methods", "str,uniform-input", "--budgets", "0.5", check=0)
+    assert (done / "samples.jsonl").read_bytes() == before
+    assert json.loads((done / "results.json").read_text())["rows"] == rows
+    assert "54 of 54 answers are already" in capsys.readouterr().err
+
+
+def test_another_seed_of_weights_or_plan_is_another_key(world, done, tmp_path):
+    """What changes an answer changes its key; what cannot, does not."""
+    keys = {key for *_, key in answers_of(done).values()}
+    output = tmp_path / "out"
+    for more in (["--budgets", "0.4"], ["--budgets", "0.5", "--schedule", "shape=linear"]):
+        run_eval(world, output, "--methods", "str", "--limit", "3", *more, check=0)
+        for row in lines_of(output):
+            assert (row["key"] in keys) == (row["method"] == "none")
+        (output / "samples.jsonl").unlink()
+    changed = micro_model()
+    changed.params["embed"] = changed.params["embed"] * 1.01
+    save_folder(tmp_path / "other", changed)
+    run_eval(world, output, "--methods", "none", "--limit", "3", "--model", str(tmp_path / "other"), check=0)
+    assert not keys & {row["key"] for row in lines_of(output)}
+
+
+def test_new_methods_join_old_answers(world, done, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "samples.jsonl").write_bytes((done / "samples.jsonl").read_bytes())
+    run_eval(world, output, "--methods", "str,random", "--budgets", "0.5", check=0)
+    results = json.loads((output / "results.json").read_text())
+    runs = [extra["timing_run"] for extra in results["details"]]
+    assert runs[0] != runs[2] or runs[0] != runs[1]  # str keeps its old clock, random has the new one
+    assert all(row["speedup"] is not None for row in results["rows"])
+    old = answers_of(done)
+    assert all(value == old[key] for key, value in answers_of(output).items() if key in old)
+
+
+def environment(compiled):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    # the precision of conftest.py, so that a child gives the very numbers of the runs in this process
+    return os.environ | cache | {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+
+
+def arguments(world, output, *more):
+    base = [sys.executable, "-m", "hybridvlm.eval", "--model", str(world / "micro"), "--tasks", str(world / "q.jsonl")]
+    return [*base, "--output", str(output), "--batch-size", "1", "--methods", "str", "--budgets", "0.5", *more]
+
+
+def test_resume_after_a_kill(world, done, compiled, tmp_path):
+    output = tmp_path / "out"
+    process = subprocess.Popen(arguments(world, output), env=environment(compiled), stderr=subprocess.DEVNULL)
+    samples = output / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not (samples.is_file() and samples.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = samples.read_bytes()
+    first = [json.loads(line) for line in kept.splitlines(keepends=True) if line.endswith(b"\n")]
+    assert 3 <= len(first) < 36
+    subprocess.run(arguments(world, output), env=environment(compiled), check=True, capture_output=True)
+    assert samples.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])  # nothing that was answered is touched
+    run = first[0]["run"]
+    again = [row for row in lines_of(output) if row["run"] != run and row["method"] == "str"]
+    assert {row["id"] for row in again}.isdisjoint(row["id"] for row in first if row["method"] == "str")
+    results = json.loads((output / "results.json").read_text())
+    assert [row["n"] for row in results["rows"]] == [18, 18]
+    whole = answers_of(done)
+    assert all(value[0] == whole[key][0] for key, value in answers_of(output).items())
+    for extra in results["details"]:  # one run's clock, stated
+        assert extra["timing_run"] in {row["run"] for row in lines_of(output)}
+        assert extra["timed_batches"] <= 18
+
+
+BAD = [
+    (["--methods", "sttr"], "unknown reduction method 'sttr'; did you mean 'str'?"),
+    (["--tasks", "nedle"], "unknown task 'nedle'; did you mean 'needle'?"),
+    (["--budgets", "0"], "budget must lie in (0, 1], got 0"),
+    (["--budgets", "1.2"], "budget must lie in (0, 1], got 1.2"),
+    (["--budgets", "half"], "--budgets takes numbers"),
+    (["--model", "nowhere"], "'nowhere' is neither"),
+    (["--tasks", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
+    (["--frames", "9"], "--frames 9 is over the most"),
+    (["--buckets", "text=2"], "text = 3 is over the largest bucket; the text buckets are (2,)"),
+    (["--limit", "-1"], "--limit must be at least 0"),
+    (["--compare", "fastv"], "--compare 'fastv' is not among"),
+]
+
+
+@pytest.mark.parametrize(("more", "words"), BAD, ids=[" ".join(more) for more, _ in BAD])
+def test_bad_options_are_one_line(world, tmp_path, capsys, more, words):
+    assert run_eval(world, tmp_path / "out", "--methods", "str", *more) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0]
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_bad_videos_are_named_before_anything_runs(world, compiled, tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("not a video\n" * 50)
+    (tmp_path / "cut.mp4").write_bytes((world / "v0.mp4").read_bytes()[:300])
+    names = ("missing.mp4", "empty.mp4", "text.mp4", "cut.mp4")
+    rows = [{**GOOD, "video": str(world / "v0.mp4")}, *({**GOOD, "video": name} for name in names)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "results.json").write_text("{}")
+    call = [*arguments(world, output), "--tasks", str(tmp_path / "bad.jsonl")]
+    found = subprocess.run(call, env=environment(compiled), capture_output=True, text=True)
+    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert found.returncode == 2 and len(errors) == len(names)
+    assert all(name in line for name, line in zip(names, errors, strict=True))
+    assert (output / "results.json").read_text() == "{}"
+
+
+def test_a_short_video_uses_all_frames_and_says_so(world, tmp_path, capsys):
+    write_video(tmp_path / "short.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+    (tmp_path / "q.jsonl").write_text(json.dumps({**GOOD, "video": "short.mp4"}))
+    run_eval(world, tmp_path / "out", "--tasks", str(tmp_path / "q.jsonl"), "--methods", "str", check=0)
+    assert "has 2 frames, fewer than the 4 asked for; using all" in capsys.readouterr().err
+    assert "has 2 frames" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_video_that_breaks_on_the_way_keeps_what_was_answered(world, tmp_path, monkeypatch, capsys):
+    from hybridvlm.eval.tasks import jsonl
+    from hybridvlm.video import VideoError
+
+    whole = jsonl.decode_frames
+
+    def failing(path, *args, **kwargs):
+        if path.name == "v3.mp4":
+            raise VideoError(f"{path}: the disk is gone")
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(jsonl, "decode_frames", failing)
+    assert run_eval(world, tmp_path / "out", "--methods", "str") == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "v3.mp4: the disk is gone" in errors[0] and "kept in" in errors[1]
+    assert len(lines_of(tmp_path / "out")) == 2 * 8  # two whole batches of dense and str
+
+
+def test_match_flops_solves_all_to_one_cost(world, tmp_path):
+    more = ["--methods", "str,uniform-input,random", "--budgets", "0.5", "--match-flops", "str", "--limit", "3"]
+    run_eval(world, tmp_path / "out", *more, check=0)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    goal = rows[1]["flop_speedup"]
+    assert [row["flop_speedup"] for row in rows[1:]] == pytest.approx([goal] * 3, rel=0.02)
+
+
+def test_a_method_that_does_nothing_is_called_out(world, tmp_path):
+    run_eval(world, tmp_path / "out", "--methods", "uniform", "--budgets", "1", "--limit", "6", check=0)
+    assert "the same 6 replies as dense" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["mean", "final"])
+def test_reductions_come_from_the_checkpoint_unless_told(kind):
+    from hybridvlm.eval.evaluate import base_reduction
+
+    own = Reduction("str", 0.25, kind="flops", schedule=Schedule("linear"), score=ScoreOptions(dt=True))
+    options = command.build_parser().parse_args(["--score", "decay=on", "--kind", kind])
+    base = base_reduction(options, own)
+    assert (base.schedule, base.score, base.kind) == (own.schedule, ScoreOptions(decay=True, dt=True), kind)
+    assert base_reduction(command.build_parser().parse_args([]), own).kind == "flops"
+
+
+def test_listing(capsys):
+    assert command.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert "str-mamba" in out and "needle" in out

@@ -1,0 +1,332 @@
+"""SSD: every implementation against the token scan, splits with carried state, and what the compiled program may hold."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from hybridvlm.ops.segments import segment_runs
+from hybridvlm.ops.ssd import ssd, ssd_step
+from hybridvlm.ops.ssd.xla import ssd_chunked
+
+CHUNKED = ("associative", "sequential")
+ARRAYS = ("x", "dt", "A", "B", "C", "D", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    length: int = 21
+    groups: int = 2
+    segments: str = "packed"  # none | packed | empty row
+    initial: str = "none"  # no incoming state | unnamed | same segment | other segment
+    seed: int = 0
+    decay: float = 1.0  # factor on dt A
+
+    def inputs(self):
+        rng = np.random.default_rng(self.seed)
+        heads, p, n = 4, 3, 5
+
+        def normal(*shape):
+            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+        arrays = {
+            "x": normal(self.batch, self.length, heads, p),
+            "dt": jax.nn.softplus(normal(self.batch, self.length, heads)),
+            "A": -jnp.asarray(rng.uniform(0.1, 2.0, heads) * self.decay, jnp.float32),
+            "B": normal(self.batch, self.length, self.groups, n),
+            "C": normal(self.batch, self.length, self.groups, n),
+            "D": normal(heads),
+        }
+        rest = {}
+        if self.segments != "none":
+            rest["segment"] = _segments(rng, self.batch, self.length)
+            if self.segments == "empty row":
+                rest["segment"] = rest["segment"].at[-1].set(0)
+        if self.initial != "none":
+            arrays["initial_state"] = normal(self.batch, heads, p, n)
+            if "segment" in rest and self.initial != "unnamed":
+                rest["initial_segment"] = rest["segment"][:, 0] + (self.initial == "other segment")
+        return arrays, rest
+
+
+def _segments(rng, batch, length):
+    """Rows of one to four segments, cut anywhere, most with padding at the end."""
+    rows = np.zeros((batch, length), np.int32)
+    for row in rows:
+        real = int(rng.integers(1, length + 1))
+        cuts = np.sort(rng.integers(0, real, size=rng.integers(0, 4)))
+        row[:real] = 1 + np.searchsorted(cuts, np.arange(real), side="right")
+    return jnp.asarray(rows)
+
+
+cases = st.builds(
+    Case,
+    batch=st.integers(1, 3),
+    length=st.sampled_from((1, 2, 15, 16, 21, 47)),
+    groups=st.sampled_from((1, 2)),
+    segments=st.sampled_from(("none", "packed", "empty row")),
+    initial=st.sampled_from(("none", "unnamed", "same segment", "other segment")),
+    seed=st.integers(0, 10**6),
+)
+sweep = hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def _with_gradients(arrays, rest, implementation, chunk_size=8):
+    def loss(arrays):
+        y, state = ssd(**arrays, **rest, implementation=implementation, chunk_size=chunk_size)
+        weights = [jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape) for v in (y, state)]
+        return jnp.sum(y.astype(jnp.float32) * weights[0]) + jnp.sum(state * weights[1]), (y, state)
+
+    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return outputs, gradients
+
+
+def _close(got, expected, tolerance, name=""):
+    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+    assert got.shape == expected.shape, name
+    assert np.isfinite(got).all(), name
+    scale = max(np.abs(expected).max(), 1e-6)
+    error = np.abs(got - expected).max() / scale
+    assert error <= tolerance, f"{name}: {error:.2e} of the largest value {scale:.2e}"
+
+
+def _agree(case, implementation, chunk_size=8, forward=1e-5, backward=1e-4):
+    arrays, rest = case.inputs()
+    outputs, gradients = _with_gradients(arrays, rest, implementation, chunk_size)
+    expected_outputs, expected_gradients = _with_gradients(arrays, rest, "reference")
+    for name, got, expected in zip(("y", "state"), outputs, expected_outputs, strict=True):
+        _close(got, expected, forward, name)
+    for name in gradients:
+        _close(gradients[name], expected_gradients[name], backward, f"gradient of {name}")
+
+
+@sweep
+@hypothesis.given(case=cases)
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_agrees_with_the_token_scan(implementation, case):
+    with jax.default_matmul_precision("highest"):
+        _agree(case, implementation)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_any_chunk_size(implementation, chunk_size):
+    _agree(Case(initial="same segment"), implementation, chunk_size)
+
+
+def test_reference_is_the_recurrence():
+    """The oracle itself, against loops over tokens and heads that know of no library."""
+    arrays, rest = Case(batch=2, length=9, initial="same segment", seed=3).inputs()
+    y, state = ssd(**arrays, **rest, implementation="reference")
+    v = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    segment = np.asarray(rest["segment"])
+    for row in range(2):
+        for head in range(4):
+            s, owner, group = v["initial_state"][row, head], segment[row, 0], head // 2
+            for t in range(9):
+                expected = np.zeros(3)
+                if segment[row, t]:
+                    if segment[row, t] != owner:
+                        s, owner = np.zeros_like(s), segment[row, t]
+                    dt, x = v["dt"][row, t, head], v["x"][row, t, head]
+                    s = np.exp(dt * v["A"][head]) * s + dt * np.outer(x, v["B"][row, t, group])
+                    expected = s @ v["C"][row, t, group] + v["D"][head] * x
+                np.testing.assert_allclose(y[row, t, head], expected, atol=1e-4)
+            np.testing.assert_allclose(state[row, head], s, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+@pytest.mark.parametrize("block", [2, 3, 16])
+def test_several_chunks_at_once(implementation, block):
+    arrays, rest = Case(batch=3, length=47, initial="same segment", seed=5).inputs()
+    expected = ssd(**arrays, **rest, implementation="reference")
+    real = rest["segment"] > 0
+    names = ("x", "dt", "A", "B", "C", "D")
+    got = ssd_chunked(
+        arrays["x"],
+        jnp.where(real[..., None], arrays["dt"], 0.0),
+        *(arrays[name] for name in names[2:]),
+        segment_runs(rest["segment"], rest["initial_segment"]),
+        real,
+        arrays["initial_state"],
+        chunk_size=4,
+        block=block,
+        associative=implementation == "associative",
+    )
+    for a, b in zip(got, expected, strict=True):
+        _close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_several_chunks_at_once_backwards(implementation):
+    arrays, _ = Case(batch=2, length=29, segments="none", initial="unnamed", seed=6).inputs()
+
+    def loss(arrays, run):
+        x, dt, a, b, c, d, state = (arrays[name] for name in ARRAYS)
+        y, state = run(x, dt, a, b, c, d, state)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state))
+
+    def blocks(x, dt, a, b, c, d, state):
+        associative = implementation == "associative"
+        return ssd_chunked(x, dt, a, b, c, d, None, None, state, chunk_size=4, block=3, associative=associative)
+
+    def scan(x, dt, a, b, c, d, state):
+        return ssd(x, dt, a, b, c, D=d, initial_state=state, implementation="reference")
+
+    got, expected = jax.grad(loss)(arrays, blocks), jax.grad(loss)(arrays, scan)
+    for name in ARRAYS:
+        _close(got[name], expected[name], 1e-4, name)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_strong_decay_keeps_its_digits(implementation):
+    """About 200 nats within a chunk of 32 tokens."""
+    case = Case(batch=1, length=64, segments="none", initial="unnamed", seed=1, decay=8.0)
+    arrays, _ = case.inputs()
+    nats = -np.asarray(arrays["dt"] * arrays["A"])[0, :32].sum(0).max()
+    assert 150 < nats < 400
+    _agree(case, implementation, 32)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_extreme_decay_stays_finite(implementation):
+    arrays, rest = Case(seed=2, decay=1e4).inputs()
+    outputs, gradients = _with_gradients(arrays, rest, implementation)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves((outputs, gradients)))
+
+
+@pytest.mark.parametrize("implementation", ("reference", *CHUNKED))
+@pytest.mark.parametrize("cut", [1, 7, 8, 20])
+def test_split_anywhere_equals_the_whole(implementation, cut):
+    arrays, rest = Case(batch=3, segments="empty row", initial="same segment", seed=7).inputs()
+    segment = rest["segment"].at[0].set(jnp.asarray([1] * 8 + [2] * 13))  # row 0 changes segment at the cut 8
+    y, state = ssd(**arrays, segment=segment, implementation=implementation, chunk_size=8)
+    parts, carried, owner = [], arrays["initial_state"], segment[:, 0]
+    for piece in (slice(None, cut), slice(cut, None)):
+        row = {name: arrays[name][:, piece] for name in ("x", "dt", "B", "C")}
+        part, carried = ssd(
+            **row,
+            A=arrays["A"],
+            D=arrays["D"],
+            segment=segment[:, piece],
+            initial_state=carried,
+            initial_segment=owner,
+            implementation=implementation,
+            chunk_size=8,
+        )
+        parts.append(part)
+        owner = jnp.max(jnp.where(segment[:, piece] > 0, segment[:, piece], 0), axis=1)
+    _close(jnp.concatenate(parts, 1), y, 1e-5, "y")
+    _close(carried, state, 1e-5, "state")
+
+
+@pytest.mark.parametrize("implementation", ("reference", *CHUNKED))
+def test_state_of_another_segment_is_dropped_and_padding_hands_it_on(implementation):
+    arrays, rest = Case(batch=2, segments="empty row", initial="other segment", seed=8).inputs()
+    rest["initial_segment"] = jnp.asarray([9, 9])
+    y, state = ssd(**arrays, **rest, implementation=implementation, chunk_size=8)
+    without = {name: v for name, v in arrays.items() if name != "initial_state"}
+    fresh_y, fresh_state = ssd(**without, segment=rest["segment"], implementation=implementation, chunk_size=8)
+    _close(y, fresh_y, 0.0)
+    _close(state[0], fresh_state[0], 0.0)
+    _close(state[1], arrays["initial_state"][1], 0.0)
+    assert not np.asarray(y[1]).any()
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_padding_is_inert(implementation):
+    """What stands in padded places changes nothing, and a longer row gives the same numbers."""
+    arrays, rest = Case(batch=1, length=21, segments="none", seed=9).inputs()
+    y, state = ssd(**arrays, segment=jnp.ones((1, 21), jnp.int32), implementation=implementation, chunk_size=8)
+    longer = {
+        name: jnp.pad(v, [(0, 0), (0, 12)] + [(0, 0)] * (v.ndim - 2), constant_values=3.0) if v.ndim > 1 else v
+        for name, v in arrays.items()
+    }
+    segment = jnp.asarray([[1] * 21 + [0] * 12])
+    longer_y, longer_state = ssd(**longer, segment=segment, implementation=implementation, chunk_size=8)
+    _close(longer_y[:, :21], y, 1e-6)
+    _close(longer_state, state, 1e-6)
+    assert not np.asarray(longer_y[:, 21:]).any()
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_bfloat16(implementation):
+    """Inputs of 8 bits, decays and states of 24: as close to the float32 scan on the same values as 8 bits allow."""
+    arrays, rest = Case(batch=2, length=47, initial="same segment", seed=10).inputs()
+    for name in ("x", "B", "C"):
+        arrays[name] = arrays[name].astype(jnp.bfloat16)
+    (y, state), gradients = _with_gradients(arrays, rest, implementation, 16)
+    assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    assert all(gradients[name].dtype == arrays[name].dtype for name in arrays)
+    wide = {name: v.astype(jnp.float32) for name, v in arrays.items()}
+    (expected_y, expected_state), expected = _with_gradients(wide, rest, "reference")
+    _close(y, expected_y, 1e-2)
+    _close(state, expected_state, 1e-2)
+    for name in ARRAYS:
+        _close(gradients[name], expected[name], 2e-2, name)
+
+
+def test_step_is_the_op_on_one_token():
+    arrays, _ = Case(batch=2, length=6, segments="none", initial="unnamed", seed=11).inputs()
+    y, state = ssd(**arrays, implementation="reference")
+    carried = arrays["initial_state"]
+    for t in range(6):
+        x, dt, b, c = (arrays[name][:, t] for name in ("x", "dt", "B", "C"))
+        step, carried = ssd_step(x, dt, arrays["A"], b, c, carried, arrays["D"])
+        _close(step, y[:, t], 1e-5)
+    _close(carried, state, 1e-5)
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        for variable in (*equation.invars, *equation.outvars):
+            if hasattr(variable.aval, "size"):
+                yield variable.aval.size, variable.aval.shape
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from _sizes(inner)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_no_token_states_and_no_repeated_groups(implementation):
+    """Forward and backward at L=512, H=8, P=16, G=1, N=32: nothing comes near [L,H,P,N], nor to B repeated over heads."""
+    length, h, p, n = 512, 8, 16, 32
+    f = jnp.float32
+    shapes = {"x": (1, length, h, p), "dt": (1, length, h), "A": (h,), "B": (1, length, 1, n), "C": (1, length, 1, n)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, f) for name, shape in shapes.items()}
+
+    def loss(arrays):
+        y, state = ssd(**arrays, implementation=implementation, chunk_size=32)
+        return jnp.sum(y) + jnp.sum(state)
+
+    gradient = jax.jit(jax.grad(loss))
+    largest, shape = max(_sizes(gradient.trace(arrays).jaxpr.jaxpr))
+    assert largest < length * h * n, shape
+    held = gradient.lower(arrays).compile().memory_analysis().temp_size_in_bytes
+    assert held <= 0.25 * length * h * p * n * 4
+
+
+def test_errors_say_what_was_expected():
+    arrays, _ = Case(segments="none").inputs()
+    with pytest.raises(ValueError, match=r"dt does not fit.*expected \(2, 21, 4\), got \(2, 20, 4\)"):
+        ssd(**{**arrays, "dt": arrays["dt"][:, 1:]})
+    with pytest.raises(ValueError, match="one of .*sequential.*'fast'"):
+        ssd(**arrays, implementation="fast")
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        ssd(**arrays, chunk_size=0)
+    with pytest.raises(ValueError, match="initial_segment needs segment"):
+        ssd(**arrays, initial_segment=jnp.ones(2, jnp.int32))
+    with pytest.raises(ValueError, match="divisor of 4, got 3"):
+        ssd(**{**arrays, "B": jnp.zeros((2, 21, 3, 5)), "C": jnp.zeros((2, 21, 3, 5))})

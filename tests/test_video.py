@@ -1,0 +1,249 @@
+"""Decoding: the exact frame, or one clear line; sampling rules."""
+
+import pathlib
+import warnings
+
+import av
+import numpy as np
+import pytest
+
+from hybridvlm import video as video_files
+from hybridvlm.video import VideoError, VideoInfo, VideoWarning, decode_frames, probe, sample_indices
+
+CLIP = pathlib.Path(__file__).parents[2] / "shared" / "videos" / "magic.mp4"
+FRAMES, HEIGHT, WIDTH, BITS = 61, 64, 96, 8
+BLOCK = WIDTH // BITS
+
+
+def stamped(path, *, gop=30, b_frames=3, open_gop=False, codec="libx264", rotation=0, options=None, frames=FRAMES):
+    """A clip whose frame k carries k in black and white blocks along the top, over moving noise."""
+    settings = {"g": str(gop), "keyint_min": str(gop), "bf": str(b_frames)}
+    if codec == "libx264":
+        settings |= {"preset": "veryfast", "x264-params": f"scenecut=0:open-gop={int(open_gop)}"}
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=settings)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for k in range(frames):
+            noise = np.random.default_rng(k).integers(0, 60, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+            bits = (k >> np.arange(BITS)) & 1
+            noise[:16] = np.repeat(255 * bits, BLOCK)[None, :, None]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def stamps(frames):
+    """The number on each frame [n,64,96,3]."""
+    blocks = frames[:, 2:14, :, 0].reshape(len(frames), 12, BITS, BLOCK)[..., 2:-2].mean((1, 3)) > 128
+    return (blocks << np.arange(BITS)).sum(1).tolist()
+
+
+@pytest.mark.parametrize("gop", [1, 2, 5, 30])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi"])
+def test_exact_frames(tmp_path, gop, suffix):
+    path = stamped(tmp_path / f"clip{suffix}", gop=gop, b_frames=3)
+    info = probe(path)
+    assert (info.frames, info.width, info.height, info.fps) == (FRAMES, WIDTH, HEIGHT, 25.0)
+    assert info.duration == pytest.approx(FRAMES / 25, abs=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked = [60, 3, 4, 4, 31, 0, 17, 58, 29, 30]
+        assert stamps(decode_frames(path, asked)) == asked
+        assert stamps(decode_frames(path, range(FRAMES))) == list(range(FRAMES))
+        for one in (0, 1, 29, 30, 31, 60):
+            assert stamps(decode_frames(path, [one])) == [one]
+
+
+@pytest.mark.parametrize("gop", [5, 30])
+def test_exact_frames_in_open_groups(tmp_path, gop):
+    path = stamped(tmp_path / "clip.mp4", gop=gop, open_gop=True)
+    for step in (1, 2, 7, 13):
+        asked = list(range(0, FRAMES, step))
+        assert stamps(decode_frames(path, asked)) == asked
+
+
+def test_exact_frames_of_other_codecs(tmp_path):
+    for name, codec in (("clip.mpg", "mpeg2video"), ("clip.webm", "libvpx")):
+        path = stamped(tmp_path / name, gop=12, b_frames=0, codec=codec)
+        asked = [40, 12, 11, 59]
+        assert stamps(decode_frames(path, asked)) == asked
+
+
+def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path, monkeypatch):
+    """Sparse frames over short groups decode few frames; dense frames never decode one twice."""
+    path = stamped(tmp_path / "clip.mp4", gop=5, b_frames=0)
+    probe(path)
+    count = [0]
+    plain = video_files.decode._decoded
+
+    def counted(container, stream):
+        for frame in plain(container, stream):
+            count[0] += 1
+            yield frame
+
+    monkeypatch.setattr(video_files.decode, "_decoded", counted)
+    assert stamps(decode_frames(path, [2, 32, 57])) == [2, 32, 57]
+    assert count[0] <= 9
+    count[0] = 0
+    decode_frames(path, range(FRAMES))
+    assert count[0] == FRAMES
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = stamped(tmp_path / "clip.mp4", frames=10)
+    assert probe(path).frames == 10
+    stamped(path, frames=20)
+    assert probe(path).frames == 20
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_rotation(tmp_path, degrees):
+    """The stored picture is turned counterclockwise by the angle, as players show it."""
+    path = stamped(tmp_path / "clip.mp4", rotation=degrees)
+    info = probe(path)
+    assert (info.width, info.height) == ((WIDTH, HEIGHT) if degrees == 180 else (HEIGHT, WIDTH))
+    turned = decode_frames(path, [5, 44])
+    assert turned.shape[1:3] == (info.height, info.width)
+    assert stamps(np.rot90(turned, -degrees // 90, axes=(1, 2))) == [5, 44]
+
+
+def test_size(tmp_path):
+    path = stamped(tmp_path / "clip.mp4")
+    frames = decode_frames(path, [9, 3], size=(2 * HEIGHT, 2 * WIDTH))
+    assert frames.shape == (2, 2 * HEIGHT, 2 * WIDTH, 3)
+    assert stamps(frames[:, ::2, ::2]) == [9, 3]
+
+
+def test_indices_out_of_range(tmp_path):
+    path = stamped(tmp_path / "clip.mp4", frames=10)
+    with pytest.raises(IndexError, match=r"0\.\.9"):
+        decode_frames(path, [3, 10])
+    with pytest.raises(IndexError, match=r"0\.\.9"):
+        decode_frames(path, [-1])
+    with pytest.raises(ValueError, match="at least one"):
+        decode_frames(path, [])
+
+
+def refused(path, *words):
+    for call in (probe, lambda p: decode_frames(p, [0])):
+        with pytest.raises(VideoError) as caught:
+            call(path)
+        text = str(caught.value)
+        assert "\n" not in text
+        assert str(path) in text
+        for word in words:
+            assert word in text
+
+
+def test_files_that_are_no_videos(tmp_path):
+    refused(tmp_path / "missing.mp4", "no such file")
+    refused(tmp_path, "not a file")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    refused(tmp_path / "empty.mp4", "empty")
+    (tmp_path / "text.mp4").write_text("hello\n" * 200)
+    refused(tmp_path / "text.mp4", "not a video")
+    (tmp_path / "text.txt").write_text("hello\n" * 200)
+    refused(tmp_path / "text.txt", "not a video")
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
+    refused(tmp_path / "noise.mp4", "not a video")
+
+
+def test_still_picture_and_sound(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for name in ("still.png", "still.jpg"):
+        image.new("RGB", (32, 32)).save(tmp_path / name)
+        refused(tmp_path / name, "still picture")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for _ in range(10):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    refused(tmp_path / "sound.mp4", "no pictures")
+
+
+def cut(source, target, share):
+    data = source.read_bytes()
+    target.write_bytes(data[: int(len(data) * share)])
+    return target
+
+
+def test_truncated_without_index_is_refused(tmp_path):
+    refused(cut(stamped(tmp_path / "clip.mp4"), tmp_path / "cut.mp4", 0.6), "cut off")
+    refused(cut(stamped(tmp_path / "clip.mkv"), tmp_path / "cut.mkv", 0.01))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_truncated_uses_what_decodes_and_says_so(tmp_path, suffix):
+    options = {"movflags": "faststart"} if suffix == ".mp4" else None
+    whole = stamped(tmp_path / f"clip{suffix}", gop=12, b_frames=0, options=options)
+    path = cut(whole, tmp_path / f"cut{suffix}", 0.6)
+    with pytest.warns(VideoWarning, match="cut"):
+        info = probe(path)
+    assert 20 < info.frames < 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stamps(decode_frames(path, range(info.frames))) == list(range(info.frames))
+
+
+def test_undecodable_stretch_is_filled_and_said(tmp_path):
+    path = stamped(tmp_path / "clip.mp4", gop=12, b_frames=0)
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    for start, size in packets[24:36]:  # one whole group of pictures
+        data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+    assert probe(path).frames == FRAMES
+    with pytest.warns(VideoWarning, match="could not be decoded"):
+        read = stamps(decode_frames(path, [20, 23, 27, 36, 50]))
+    assert read == [20, 23, 23, 36, 50]
+    with pytest.raises(VideoError, match="none of the 2"):
+        decode_frames(path, [26, 29])
+
+
+INFO = VideoInfo(frames=100, fps=25.0, duration=4.0, width=8, height=8)
+
+
+def test_sampling_rules():
+    assert sample_indices(INFO, 5).tolist() == [0, 24, 49, 74, 99]
+    assert sample_indices(INFO, 1).tolist() == [0]
+    assert sample_indices(INFO, 5, "middle").tolist() == [10, 30, 50, 70, 90]
+    assert sample_indices(INFO, 64, "fps:2").tolist() == np.linspace(0, 99, 8).astype(int).tolist()
+    assert len(sample_indices(INFO, 3, "fps:2")) == 3
+    assert len(sample_indices(INFO, 3, "fps:0.01")) == 1
+
+
+@pytest.mark.parametrize("rule", ["uniform", "middle"])
+def test_short_video_gives_all_frames_and_says_so(rule):
+    short = VideoInfo(frames=6, fps=25.0, duration=0.24, width=8, height=8)
+    with pytest.warns(VideoWarning, match=r"clip\.mp4: has 6 frames, fewer than the 64"):
+        assert sample_indices(short, 64, rule, name="clip.mp4").tolist() == list(range(6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sample_indices(short, 6, rule).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("rule", ["random", "fps", "fps:", "fps:fast", "fps:0", "fps:-2", "fps:R"])
+def test_unknown_rules_are_refused(rule):
+    with pytest.raises(ValueError, match="rule"):
+        sample_indices(INFO, 8, rule)
+
+
+def test_no_frames_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_indices(INFO, 0)
+
+
+@pytest.mark.skipif(not CLIP.is_file(), reason="the real clip is not part of the repository")
+def test_real_clip():
+    info = probe(CLIP)
+    assert (info.frames, info.width, info.height) == (359, 1920, 1080)
+    assert info.fps == pytest.approx(59.94, abs=0.01)
+    frames = decode_frames(CLIP, sample_indices(info, 4), size=(90, 160))
+    with av.open(str(CLIP)) as container:
+        expected = next(frame for k, frame in enumerate(container.decode(video=0)) if k == 119)
+        assert np.array_equal(frames[1], expected.to_ndarray(format="rgb24", width=160, height=90))
