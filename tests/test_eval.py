@@ -1,5 +1,6 @@
 """The evaluation command: statistics, parsing, resuming, bad input, and the files it leaves."""
 
+import dataclasses
 import json
 import math
 import os
@@ -445,6 +446,7 @@ BAD = [
     (["--frames", "9"], "--frames 9 is over the most"),
     (["--buckets", "text=2"], "text = 3 is over the largest bucket; the text buckets are (2,)"),
     (["--limit", "-1"], "--limit must be at least 0"),
+    (["--match-flops", "none"], "--match-flops takes a method that drops"),
     (["--compare", "fastv"], "--compare 'fastv' is not among"),
 ]
 
@@ -478,7 +480,7 @@ def test_bad_videos_are_named_before_anything_runs(world, compiled, tmp_path):
 def test_a_short_video_uses_all_frames_and_says_so(world, tmp_path, capsys):
     write_video(tmp_path / "short.mp4", np.zeros((2, 16, 16, 3), np.uint8))
     (tmp_path / "q.jsonl").write_text(json.dumps({**GOOD, "video": "short.mp4"}))
-    run_eval(world, tmp_path / "out", "--tasks", str(tmp_path / "q.jsonl"), "--methods", "str", check=0)
+    run_eval(world, tmp_path / "out", "--tasks", str(tmp_path / "q.jsonl"), "--methods", "none", check=0)
     assert "has 2 frames, fewer than the 4 asked for; using all" in capsys.readouterr().err
     assert "has 2 frames" in (tmp_path / "out" / "report.md").read_text()
 
@@ -495,7 +497,7 @@ def test_a_video_that_breaks_on_the_way_keeps_what_was_answered(world, tmp_path,
         return whole(path, *args, **kwargs)
 
     monkeypatch.setattr(jsonl, "decode_frames", failing)
-    assert run_eval(world, tmp_path / "out", "--methods", "str") == 1
+    assert run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5") == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "v3.mp4: the disk is gone" in errors[0] and "kept in" in errors[1]
     assert len(lines_of(tmp_path / "out")) == 2 * 8  # two whole batches of dense and str
@@ -529,3 +531,30 @@ def test_listing(capsys):
     assert command.main(["--list"]) == 0
     out = capsys.readouterr().out
     assert "str-mamba" in out and "needle" in out
+
+
+def test_the_needle_task_is_the_embedded_benchmark():
+    from hybridvlm.config import VisionConfig
+    from hybridvlm.eval.tasks import TaskOptions, build_task
+
+    config = micro_model().config
+    vision = VisionConfig(
+        kind="stem", image_size=(128, 128), patch_size=32, width=12, downsample=1, max_frames=64, stem_channels=(4,)
+    )
+    shown = TaskOptions(dataclasses.replace(config, vision=vision), frames=5, limit=12)
+    task = build_task("needle", shown)
+    assert len(task.samples) == 12 and len(task.videos) == 2
+    assert {s.type for s in task.samples} == {"WHAT", "WHERE", "TAG1", "TAG2", "2G", "2P", "2C"}
+    assert all(s.two_hop == s.type.startswith("2") for s in task.samples)
+    pixels, seconds = task.frames(task.videos[0])
+    assert pixels.shape == (5, 128, 128, 3) and len(seconds) == 5 == len(task.seconds(task.videos[0]))
+    for sample in task.samples:
+        assert task.correct(task.parse(sample.answer, sample), sample)
+        wrong = next(option for option in sample.options if option != sample.answer)
+        assert not task.correct(task.parse(wrong, sample), sample)
+        assert task.parse("zebra", sample) is None and not task.correct(None, sample)
+    assert {s.id for s in build_task("needle", dataclasses.replace(shown, split="val")).samples}.isdisjoint(
+        s.id for s in task.samples
+    )
+    with pytest.raises(ValueError, match="128x128 pixels, the model takes 16x16"):
+        build_task("needle", dataclasses.replace(shown, config=config))

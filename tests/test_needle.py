@@ -244,7 +244,7 @@ def test_test_split_is_balanced_and_repeatable():
     assert len(pairs) >= 250
     kinds = np.concatenate([questions.type for _, questions in pairs])
     counts = np.bincount(kinds, minlength=len(needle.TYPES))
-    assert counts.sum() == 2048
+    assert counts.sum() == 1024
     assert counts.max() - counts.min() <= 1
     answers = np.concatenate([questions.answer for _, questions in pairs])
     classes = np.bincount(answers[answers >= vocabulary.CLASS] - vocabulary.CLASS, minlength=tiles.CLASSES)
@@ -253,7 +253,7 @@ def test_test_split_is_balanced_and_repeatable():
         assert_same(first[0], second[0])
         assert_same(first[1], second[1])
     names = {needle.question_id(video, i) for video, questions in pairs for i in range(len(questions))}
-    assert len(names) == 2048
+    assert len(names) == 1024
 
 
 # --- vocabulary
@@ -294,7 +294,7 @@ def test_export_and_back(tmp_path):
     texts = [text for _, questions in pairs for text in questions.texts()][:11]
     assert [row["question"] for row in rows] == texts
     for row in rows:
-        assert set(row) == {"id", "video", "question", "options", "answer", "type"}
+        assert set(row) == {"id", "video", "question", "options", "answer", "type", "two_hop"}
         assert row["answer"] in row["options"]
     for (video, _), name in zip(pairs, dict.fromkeys(row["video"] for row in rows), strict=True):
         info = video_files.probe(tmp_path / name)

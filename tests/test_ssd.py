@@ -71,16 +71,22 @@ def _segments(rng, batch, length):
     return jnp.asarray(rows)
 
 
+# Drawn cases share one shape per number of groups, so that they share its compiled programs.
 cases = st.builds(
     Case,
-    batch=st.integers(1, 3),
-    length=st.sampled_from((1, 2, 15, 16, 21, 47)),
+    batch=st.just(3),
+    length=st.just(21),
     groups=st.sampled_from((1, 2)),
-    segments=st.sampled_from(("none", "packed", "empty row")),
-    initial=st.sampled_from(("none", "unnamed", "same segment", "other segment")),
+    segments=st.sampled_from(("packed", "empty row")),
+    initial=st.sampled_from(("same segment", "other segment")),
     seed=st.integers(0, 10**6),
 )
-sweep = hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+sweep = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def _forward(arrays, rest, implementation, chunk_size=8):
+    return ssd(**arrays, **rest, implementation=implementation, chunk_size=chunk_size)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
@@ -122,15 +128,29 @@ def test_agrees_with_the_token_scan(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)
-@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, length=1, segments="none"),
+        Case(batch=1, length=16, segments="packed", initial="unnamed"),
+        Case(batch=2, length=47, segments="none", initial="unnamed", groups=1),
+    ],
+    ids=str,
+)
+def test_arguments_left_out_and_odd_lengths(implementation, case):
+    _agree(case, implementation)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+@pytest.mark.parametrize("chunk_size", [1, 64])
 def test_any_chunk_size(implementation, chunk_size):
-    _agree(Case(initial="same segment"), implementation, chunk_size)
+    _agree(Case(batch=3, initial="same segment"), implementation, chunk_size)
 
 
 def test_reference_is_the_recurrence():
     """The oracle itself, against loops over tokens and heads that know of no library."""
     arrays, rest = Case(batch=2, length=9, initial="same segment", seed=3).inputs()
-    y, state = ssd(**arrays, **rest, implementation="reference")
+    y, state = _forward(arrays, rest, "reference")
     v = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     segment = np.asarray(rest["segment"])
     for row in range(2):
@@ -149,84 +169,61 @@ def test_reference_is_the_recurrence():
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)
-@pytest.mark.parametrize("block", [2, 3, 16])
+@pytest.mark.parametrize("block", [2, 16])
 def test_several_chunks_at_once(implementation, block):
-    arrays, rest = Case(batch=3, length=47, initial="same segment", seed=5).inputs()
-    expected = ssd(**arrays, **rest, implementation="reference")
+    """As on platforms where a step works on a block of chunks: forward and backward, last block overlapping or alone."""
+    arrays, rest = Case(batch=3, initial="same segment", seed=5).inputs()
     real = rest["segment"] > 0
-    names = ("x", "dt", "A", "B", "C", "D")
-    got = ssd_chunked(
-        arrays["x"],
-        jnp.where(real[..., None], arrays["dt"], 0.0),
-        *(arrays[name] for name in names[2:]),
-        segment_runs(rest["segment"], rest["initial_segment"]),
-        real,
-        arrays["initial_state"],
-        chunk_size=4,
-        block=block,
-        associative=implementation == "associative",
-    )
-    for a, b in zip(got, expected, strict=True):
+
+    @jax.jit
+    def blocks(arrays):
+        def loss(arrays):
+            x, dt, a, b, c, d, state = (arrays[name] for name in ARRAYS)
+            dt, run = jnp.where(real[..., None], dt, 0.0), segment_runs(rest["segment"], rest["initial_segment"])
+            associative = implementation == "associative"
+            y, state = ssd_chunked(
+                x, dt, a, b, c, d, run, real, state, chunk_size=4, block=block, associative=associative
+            )
+            weights = [jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape) for v in (y, state)]
+            return jnp.sum(y * weights[0]) + jnp.sum(state * weights[1]), (y, state)
+
+        (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return outputs, gradients
+
+    got, expected = blocks(arrays), _with_gradients(arrays, rest, "reference")
+    for a, b in zip(got[0], expected[0], strict=True):
         _close(a, b, 1e-5)
-
-
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_several_chunks_at_once_backwards(implementation):
-    arrays, _ = Case(batch=2, length=29, segments="none", initial="unnamed", seed=6).inputs()
-
-    def loss(arrays, run):
-        x, dt, a, b, c, d, state = (arrays[name] for name in ARRAYS)
-        y, state = run(x, dt, a, b, c, d, state)
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state))
-
-    def blocks(x, dt, a, b, c, d, state):
-        associative = implementation == "associative"
-        return ssd_chunked(x, dt, a, b, c, d, None, None, state, chunk_size=4, block=3, associative=associative)
-
-    def scan(x, dt, a, b, c, d, state):
-        return ssd(x, dt, a, b, c, D=d, initial_state=state, implementation="reference")
-
-    got, expected = jax.grad(loss)(arrays, blocks), jax.grad(loss)(arrays, scan)
     for name in ARRAYS:
-        _close(got[name], expected[name], 1e-4, name)
+        _close(got[1][name], expected[1][name], 1e-4, name)
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_strong_decay_keeps_its_digits(implementation):
-    """About 200 nats within a chunk of 32 tokens."""
-    case = Case(batch=1, length=64, segments="none", initial="unnamed", seed=1, decay=8.0)
+    """Hundreds of nats within one chunk."""
+    case = Case(batch=3, segments="packed", initial="same segment", seed=1, decay=16.0)
     arrays, _ = case.inputs()
-    nats = -np.asarray(arrays["dt"] * arrays["A"])[0, :32].sum(0).max()
-    assert 150 < nats < 400
-    _agree(case, implementation, 32)
+    nats = -np.asarray(arrays["dt"] * arrays["A"]).sum(1).min()
+    assert 200 < nats < 1000
+    _agree(case, implementation, 64)
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_extreme_decay_stays_finite(implementation):
-    arrays, rest = Case(seed=2, decay=1e4).inputs()
+    arrays, rest = Case(batch=3, initial="same segment", seed=2, decay=1e4).inputs()
     outputs, gradients = _with_gradients(arrays, rest, implementation)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves((outputs, gradients)))
 
 
 @pytest.mark.parametrize("implementation", ("reference", *CHUNKED))
-@pytest.mark.parametrize("cut", [1, 7, 8, 20])
+@pytest.mark.parametrize("cut", [1, 8])
 def test_split_anywhere_equals_the_whole(implementation, cut):
     arrays, rest = Case(batch=3, segments="empty row", initial="same segment", seed=7).inputs()
     segment = rest["segment"].at[0].set(jnp.asarray([1] * 8 + [2] * 13))  # row 0 changes segment at the cut 8
-    y, state = ssd(**arrays, segment=segment, implementation=implementation, chunk_size=8)
+    y, state = _forward(arrays, {"segment": segment}, implementation)
     parts, carried, owner = [], arrays["initial_state"], segment[:, 0]
     for piece in (slice(None, cut), slice(cut, None)):
-        row = {name: arrays[name][:, piece] for name in ("x", "dt", "B", "C")}
-        part, carried = ssd(
-            **row,
-            A=arrays["A"],
-            D=arrays["D"],
-            segment=segment[:, piece],
-            initial_state=carried,
-            initial_segment=owner,
-            implementation=implementation,
-            chunk_size=8,
-        )
+        row = {name: v[:, piece] if v.ndim > 2 else v for name, v in arrays.items()} | {"initial_state": carried}
+        part, carried = _forward(row, {"segment": segment[:, piece], "initial_segment": owner}, implementation)
         parts.append(part)
         owner = jnp.max(jnp.where(segment[:, piece] > 0, segment[:, piece], 0), axis=1)
     _close(jnp.concatenate(parts, 1), y, 1e-5, "y")
@@ -237,9 +234,9 @@ def test_split_anywhere_equals_the_whole(implementation, cut):
 def test_state_of_another_segment_is_dropped_and_padding_hands_it_on(implementation):
     arrays, rest = Case(batch=2, segments="empty row", initial="other segment", seed=8).inputs()
     rest["initial_segment"] = jnp.asarray([9, 9])
-    y, state = ssd(**arrays, **rest, implementation=implementation, chunk_size=8)
+    y, state = _forward(arrays, rest, implementation)
     without = {name: v for name, v in arrays.items() if name != "initial_state"}
-    fresh_y, fresh_state = ssd(**without, segment=rest["segment"], implementation=implementation, chunk_size=8)
+    fresh_y, fresh_state = _forward(without, {"segment": rest["segment"]}, implementation)
     _close(y, fresh_y, 0.0)
     _close(state[0], fresh_state[0], 0.0)
     _close(state[1], arrays["initial_state"][1], 0.0)
@@ -249,14 +246,14 @@ def test_state_of_another_segment_is_dropped_and_padding_hands_it_on(implementat
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_padding_is_inert(implementation):
     """What stands in padded places changes nothing, and a longer row gives the same numbers."""
-    arrays, rest = Case(batch=1, length=21, segments="none", seed=9).inputs()
-    y, state = ssd(**arrays, segment=jnp.ones((1, 21), jnp.int32), implementation=implementation, chunk_size=8)
+    arrays, _ = Case(batch=1, length=21, segments="none", seed=9).inputs()
+    y, state = _forward(arrays, {"segment": jnp.ones((1, 21), jnp.int32)}, implementation)
     longer = {
         name: jnp.pad(v, [(0, 0), (0, 12)] + [(0, 0)] * (v.ndim - 2), constant_values=3.0) if v.ndim > 1 else v
         for name, v in arrays.items()
     }
     segment = jnp.asarray([[1] * 21 + [0] * 12])
-    longer_y, longer_state = ssd(**longer, segment=segment, implementation=implementation, chunk_size=8)
+    longer_y, longer_state = _forward(longer, {"segment": segment}, implementation)
     _close(longer_y[:, :21], y, 1e-6)
     _close(longer_state, state, 1e-6)
     assert not np.asarray(longer_y[:, 21:]).any()
@@ -265,10 +262,10 @@ def test_padding_is_inert(implementation):
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_bfloat16(implementation):
     """Inputs of 8 bits, decays and states of 24: as close to the float32 scan on the same values as 8 bits allow."""
-    arrays, rest = Case(batch=2, length=47, initial="same segment", seed=10).inputs()
+    arrays, rest = Case(batch=3, initial="same segment", seed=10).inputs()
     for name in ("x", "B", "C"):
         arrays[name] = arrays[name].astype(jnp.bfloat16)
-    (y, state), gradients = _with_gradients(arrays, rest, implementation, 16)
+    (y, state), gradients = _with_gradients(arrays, rest, implementation)
     assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
     assert all(gradients[name].dtype == arrays[name].dtype for name in arrays)
     wide = {name: v.astype(jnp.float32) for name, v in arrays.items()}
@@ -281,11 +278,11 @@ def test_bfloat16(implementation):
 
 def test_step_is_the_op_on_one_token():
     arrays, _ = Case(batch=2, length=6, segments="none", initial="unnamed", seed=11).inputs()
-    y, state = ssd(**arrays, implementation="reference")
+    y, state = _forward(arrays, {}, "reference")
     carried = arrays["initial_state"]
     for t in range(6):
         x, dt, b, c = (arrays[name][:, t] for name in ("x", "dt", "B", "C"))
-        step, carried = ssd_step(x, dt, arrays["A"], b, c, carried, arrays["D"])
+        step, carried = jax.jit(ssd_step)(x, dt, arrays["A"], b, c, carried, arrays["D"])
         _close(step, y[:, t], 1e-5)
     _close(carried, state, 1e-5)
 
@@ -322,7 +319,7 @@ def test_errors_say_what_was_expected():
     arrays, _ = Case(segments="none").inputs()
     with pytest.raises(ValueError, match=r"dt does not fit.*expected \(2, 21, 4\), got \(2, 20, 4\)"):
         ssd(**{**arrays, "dt": arrays["dt"][:, 1:]})
-    with pytest.raises(ValueError, match="one of .*sequential.*'fast'"):
+    with pytest.raises(ValueError, match=r"one of .*sequential.*'fast'"):
         ssd(**arrays, implementation="fast")
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         ssd(**arrays, chunk_size=0)

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.bench import timing
 from hybridvlm.config import ModelConfig, Reduction, load_model_config
 
 SIDES = ("transformers", "hybridvlm")
@@ -80,8 +80,12 @@ def _worker(side: str, args: argparse.Namespace, folder: str) -> None:
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
     """Median seconds of `repeats` calls that block, after one that is not counted."""
-    call()
-    return float(np.median(timing.interleaved({"": call}, repeats)[""]))
+    laps = []
+    for lap in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        laps.append(time.perf_counter() - start)
+    return statistics.median(laps[1:])
 
 
 def _lengths(args: argparse.Namespace) -> list[int]:
@@ -166,16 +170,20 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from hybridvlm.bench.prefill import _plan, prompt
+    from hybridvlm.bench.prefill import bench_plan, prompt, running_chunk
     from hybridvlm.checkpoints import params_from_hf
     from hybridvlm.generate import Sampling, decode
     from hybridvlm.models.nemotron_vl import prefill_prompt
     from hybridvlm.nn.caches import cache_bytes
+    from hybridvlm.reduction.flops import decoder_flops
 
     theirs = json.loads((args.folder / "transformers.json").read_text())
     with np.load(args.folder / "weights.npz") as stored:
         params = jax.tree.map(jnp.asarray, params_from_hf(config, dict(stored)))
     jax.block_until_ready(params)
+
+    def seconds(program: Callable, *inputs: Any) -> float:
+        return _seconds(lambda: jax.block_until_ready(program(*inputs)), args.repeats)
 
     def program(config, batch, visual, plan, room):
         def function(params, batch, visual):
@@ -205,25 +213,26 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "version": f"jax {jax.__version__}",
         "logits_error": error,
-        "matmul": 2 * MATMUL**3 / _seconds(lambda: matmul(left, right), 7),
-        "copy": 2 * COPY_BYTES / _seconds(lambda: copy(on_device), 7),
+        "matmul": 2 * MATMUL**3 / seconds(matmul, left, right),
+        "copy": 2 * COPY_BYTES / seconds(copy, on_device),
         "prefill": {},
     }
     for length in _lengths(args):
         batch = text(length)
         compiled = program(config, batch, None, None, 0)
-        found["prefill"][str(length)] = _seconds(lambda: compiled(params, batch, None), args.repeats)  # noqa: B023
+        found["prefill"][str(length)] = seconds(compiled, params, batch, None)
 
     length = _lengths(args)[-1]
     frames = next(n for n in range(64, 0, -1) if (length - args.text) % n == 0)
     per_frame = (length - args.text) // frames
-    plan = _plan(Reduction("str", args.budget), config, frames, per_frame, args.text)
+    plan = bench_plan(Reduction("str", args.budget), config, frames, per_frame, args.text)
     batch = prompt(frames, per_frame, args.text, 0, config.vocab_size)
     visual = jax.random.normal(jax.random.key(1), (1, frames, per_frame, config.width))
     compiled = program(config, batch, visual, plan, 0)
-    found["reduced"] = _seconds(lambda: compiled(params, batch, visual), args.repeats)
+    found["reduced"] = seconds(compiled, params, batch, visual)
     found["flop_speedup"] = plan.flop_speedup
-    found["flops"] = {str(n): _dense_flops(config, n) for n in _lengths(args)}
+    layers, chunk = len(config.pattern), running_chunk(config)
+    found["flops"] = {str(n): decoder_flops(config, [n] * layers, chunk) for n in _lengths(args)}
 
     batch = text(_lengths(args)[0])
     logits, caches = jax.block_until_ready(program(config, batch, None, None, args.new)(params, batch, None))
@@ -232,8 +241,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
         def function(params, logits, caches):
             return decode(params, config, logits, caches, jnp.zeros(1, jnp.int32), max_new=new, sampling=Sampling())[0]
 
-        compiled = jax.jit(function).lower(params, logits, caches).compile()
-        return _seconds(lambda: compiled(params, logits, caches), args.repeats)
+        return seconds(jax.jit(function), params, logits, caches)
 
     # one program of the whole loop: the difference of two lengths is free of what happens once per call
     short = max(1, args.new // 4)
@@ -241,16 +249,6 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     moved = [a for name, a in params.items() if name != "embed" or config.tie_embeddings]
     found["decode_bytes"] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(moved)) + cache_bytes(caches)
     return found
-
-
-def _dense_flops(config: ModelConfig, length: int) -> int:
-    import jax
-
-    from hybridvlm.ops.ssd.api import DEFAULTS, OTHER_PLATFORM
-    from hybridvlm.reduction.flops import decoder_flops
-
-    chunk = config.chunk_size or DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)[1]
-    return decoder_flops(config, [length] * len(config.pattern), chunk)
 
 
 # -- the table ----------------------------------------------------------------------------------------------------------

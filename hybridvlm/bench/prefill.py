@@ -125,7 +125,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
     pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     encode = lambda params, pixels: HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)  # noqa: E731
     call, _ = _compiled(encode, params, pixels)
-    return 1000 * float(np.median(timing.interleaved({"vision": call}, 3)["vision"]))
+    return timing.median_ms(timing.interleaved({"vision": call}, rounds=3, warmup=0)["vision"])
 
 
 def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: f
     text = args.text + stamps * frames
     plans, calls, compile_s = {}, {}, {}
     for method, reduction in reductions.items():
-        plan = plans[method] = reduction and _plan(reduction, config, frames, per_frame, text)
+        plan = plans[method] = reduction and bench_plan(reduction, config, frames, per_frame, text)
         tokens = per_frame if plan is None else plan.decoder_tokens // plan.decoder_frames
         count = frames if plan is None else plan.decoder_frames
         batch = prompt(count, tokens, args.text, stamps, config.vocab_size)
@@ -146,7 +146,7 @@ def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: f
             return out.logits, out.decoder.caches
 
         calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)
-    seconds = timing.interleaved(calls, args.repeats)
+    seconds = timing.interleaved(calls, rounds=args.repeats, warmup=0)
     rows = []
     for method, plan in plans.items():
         speedup = timing.paired_ratio(seconds["none"], seconds[method])
@@ -159,7 +159,7 @@ def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: f
                 "prompt": "time stamps" if stamps else "question",
                 "method": method,
                 "budget": 1.0 if plan is None else args.budget,
-                "ms": 1000 * float(np.median(seconds[method])),
+                "ms": timing.median_ms(seconds[method]),
                 "speedup": speedup,
                 "flop_speedup": predicted,
                 "share_of_predicted": speedup / predicted,
@@ -171,12 +171,16 @@ def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: f
     return rows
 
 
-def _plan(reduction: Reduction, config: ModelConfig, frames: int, per_frame: int, text: int):
-    import jax
-
-    from hybridvlm.ops.ssd.api import DEFAULTS, OTHER_PLATFORM
+def bench_plan(reduction: Reduction, config: ModelConfig, frames: int, per_frame: int, text: int):
+    """The plan of a bucket that is exactly full, its FLOPs counted at the SSD chunk that runs here."""
     from hybridvlm.reduction.plan import make_plan
 
-    chunk = config.chunk_size or DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)[1]
     size = {"visual_tokens": frames * per_frame, "text_tokens": text, "frames": frames}
-    return make_plan(reduction, config, **size, chunk_size=chunk, itemsize=4)
+    return make_plan(reduction, config, **size, chunk_size=running_chunk(config), itemsize=4)
+
+
+def running_chunk(config: ModelConfig) -> int:
+    """Tokens per chunk of the SSD that the model runs on this platform."""
+    from hybridvlm.ops.ssd.api import default_choice
+
+    return config.chunk_size or default_choice().chunk_size

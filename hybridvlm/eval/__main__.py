@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=300, help="first N questions of each task, 0 for all (default: 300)")
     add("--frames", type=int, help="frames per video (default: 64 for needle, the most the model takes for files)")
     add("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="weights and activations")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="weights and activations")
     add("--buckets", nargs="+", default=[], metavar="KEY=N,N", help="static sizes: frames=16,64 text=16,64 max_new=8")
     add("--output", type=pathlib.Path, help="folder for results (default: results/<model>-<task>)")
     add("--seed", type=int, default=0, help="of the random methods (default: 0)")
@@ -92,16 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print(listing())
         return 0
+    from jax.errors import JaxRuntimeError
+
     from hybridvlm.eval.evaluate import prepare
     from hybridvlm.reduction import PlanMismatch
 
+    evaluation = None
     try:
         evaluation = prepare(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
-    except (OSError, ValueError) as error:
-        return _fail(error, 2)
-    try:
         evaluation.run()
-    except (PlanMismatch, OSError, ValueError) as error:
+    except (PlanMismatch, JaxRuntimeError, OSError, ValueError) as error:
+        if evaluation is None:
+            return _fail(error, 2)
         return _fail(error, 1, f"what was answered before is kept in {evaluation.store.path}")
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("stopped; start the same command again to go on"), 130)

@@ -117,8 +117,8 @@ def prepare(options: argparse.Namespace, command: str) -> Evaluation:
     if options.frames is not None and options.frames < 1:
         raise InputError(f"--frames must be at least 1, got {options.frames}")
     variants = expand(methods, shares)
-    if options.match_flops is not None:
-        expand([options.match_flops], shares)
+    if options.match_flops is not None and len(expand([options.match_flops], shares)) == 1:
+        raise InputError("--match-flops takes a method that drops tokens, got 'none'")
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
@@ -210,7 +210,7 @@ class Evaluation:
         from tqdm import tqdm
 
         for task in self.tasks:
-            self._note(*getattr(task, "notes", []))
+            self._note(*task.notes)
         total = sum(len(runner.variants) * len(runner.task.samples) for runner in self.runners)
         missing = sum(runner.pending() for runner in self.runners)
         if missing < total:
@@ -224,7 +224,7 @@ class Evaluation:
 
                 runner.run(progress)
         for task in self.tasks:
-            self._note(*getattr(task, "notes", []))
+            self._note(*task.notes)
         self._write()
 
     def _write(self) -> None:

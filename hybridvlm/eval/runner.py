@@ -138,6 +138,10 @@ def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
     return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class Runner:
     """Answers a task's questions under variants, resuming from what a store already holds."""
 
@@ -171,7 +175,9 @@ class Runner:
             "library": versions()["hybridvlm"],
         }
         self._keys: dict[tuple[Variant, str], str] = {}
+        self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket]] = set()
+        self._warm_encode: set[int] = set()
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._held = 0
         self.buckets = {sample.id: self._bucket(sample) for sample in task.samples}
@@ -186,17 +192,14 @@ class Runner:
     def key(self, variant: Variant, sample: Sample) -> str:
         """What a stored answer must share with this run to stand for it: configuration, weights, plan, sample."""
         if (variant, sample.id) not in self._keys:
-            _, plan = self.planner(variant, self.buckets[sample.id])
-            identity = [
-                self._common,
-                None if plan is None else plan.to_dict(),
-                dataclasses.asdict(sample),
-                self.task.prompt(sample),
-                self.task.identity(sample.video),
-                self.buckets[sample.id],
-            ]
-            text = json.dumps(identity, sort_keys=True, default=str)
-            self._keys[variant, sample.id] = hashlib.sha256(text.encode()).hexdigest()[:32]
+            bucket = self.buckets[sample.id]
+            if (variant, bucket) not in self._settings:
+                _, plan = self.planner(variant, bucket)
+                self._settings[variant, bucket] = _digest(
+                    [self._common, bucket, None if plan is None else plan.to_dict()]
+                )
+            asked = [dataclasses.asdict(sample), self.task.prompt(sample), self.task.identity(sample.video)]
+            self._keys[variant, sample.id] = _digest([self._settings[variant, bucket], asked])
         return self._keys[variant, sample.id]
 
     def plans(self, variant: Variant) -> list[ReductionPlan | None]:
@@ -233,7 +236,17 @@ class Runner:
                     self.store.append(records)
                     progress(len(missing[variant]), variant.label)
 
-    def _answer(self, variant, bucket, number, samples, rows, seconds, visual) -> list[dict[str, Any]]:
+    def _answer(
+        self,
+        variant: Variant,
+        bucket: Bucket,
+        number: int,
+        samples: Sequence[Sample],
+        rows: Sequence[Sample],
+        seconds: Sequence[Sequence[float]],
+        visual: jax.Array,
+    ) -> list[dict[str, Any]]:
+        """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
         reduction, plan = self.planner(variant, bucket)
         compiled = compile_count()
         batch, plan = self.model.batch([self.task.prompt(sample) for sample in rows], seconds, reduction)
@@ -284,13 +297,11 @@ class Runner:
         pixels, _ = self.task.frames(video)
         padded = np.zeros((1, frames, *pixels.shape[1:]), np.uint8)
         padded[0, : len(pixels)] = pixels
-        first = not self.encode_ms and ("encode", frames) not in self._warm
         start = time.perf_counter()
         tokens = np.asarray(jax.device_get(self.model.encode(padded)))[0]
-        if first:
-            self._warm.add(("encode", frames))
-        else:
+        if frames in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
+        self._warm_encode.add(frames)
         self._visual[video, frames] = tokens
         self._held += tokens.nbytes
         while self._held > self.cache_bytes and len(self._visual) > self.batch_size:

@@ -31,17 +31,13 @@ def compact_indices(
     rows = jnp.arange(b)[:, None]
 
     # One stable sort by (group, best score first): group 0 is what does not compete, group s the visual tokens of s.
+    # lax.sort takes both zeros for equal and puts every NaN behind infinity, which is where NaN scores belong.
     group = jnp.where(visual, segment, 0)
-    score = jax.lax.stop_gradient(score).astype(jnp.float32)
-    cost = jnp.where(visual & ~jnp.isnan(score), -score, jnp.inf)
-    # inf cannot be told from NaN by this key alone; a second one puts NaN after it.
-    unranked = jnp.isnan(score)
-    group_sorted, _, _, order = jax.lax.sort((group, unranked, cost, place), dimension=1, num_keys=3, is_stable=True)
+    cost = -jax.lax.stop_gradient(score).astype(jnp.float32)
+    group_sorted, _, order = jax.lax.sort((group, cost, place), dimension=1, num_keys=2, is_stable=True)
 
     # A token's rank is its distance from the first of its group.
-    group_start = jax.lax.cummax(
-        jnp.where(jnp.diff(group_sorted, axis=1, prepend=-1) != 0, place, 0), axis=1
-    )
+    group_start = jax.lax.cummax(jnp.where(jnp.diff(group_sorted, axis=1, prepend=-1) != 0, place, 0), axis=1)
     counts = jnp.pad(keep.astype(jnp.int32), ((0, 0), (1, 0)))
     quota = jnp.take_along_axis(counts, jnp.clip(group_sorted, 0, keep.shape[1]), axis=1)
     quota = jnp.where(group_sorted <= keep.shape[1], quota, 0)

@@ -10,6 +10,7 @@ frame a video frame, 8 frames a second, yuv444p, so that the 2-pixel borders kee
     options   list of the words that could be the answer
     answer    the right one, a member of `options`
     type      question type, for the table by type
+    two_hop   whether the answer needs a second look-up
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def export(
     split: str = "test",
     limit: int = 0,
     videos: int = 256,
-    per_video: int = 8,
+    per_video: int = 4,
     frames: int = needle.FRAMES,
     seed: int = 0,
 ) -> tuple[int, int]:
@@ -65,7 +66,7 @@ def export(
         fields = zip(questions.texts(), questions.options(), questions.answers(), questions.type_names(), strict=True)
         for place, (text, options, answer, kind) in enumerate(fields):
             row = {"id": needle.question_id(video, place), "video": name, "question": text, "options": options}
-            rows.append(row | {"answer": answer, "type": kind})
+            rows.append(row | {"answer": answer, "type": kind, "two_hop": kind in needle.TWO_HOP})
     rows = rows[:limit]
     (output / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return written, len(rows)

@@ -186,7 +186,7 @@ def make_questions(video: Video, n: int, rng: np.random.Generator, types: Sequen
 
 
 def split_questions(
-    split: str = "test", videos: int = 256, per_video: int = 8, frames: int = FRAMES, seed: int = 0
+    split: str = "test", videos: int = 256, per_video: int = 4, frames: int = FRAMES, seed: int = 0
 ) -> list[tuple[Video, Questions]]:
     """The evaluation list: `videos` videos with `per_video` questions each, types balanced within one over the list."""
     pairs = []

@@ -49,6 +49,7 @@ class Task(abc.ABC):
 
     name: str
     samples: tuple[Sample, ...]
+    notes: Sequence[str] = ()  # what a reader of the results must know of the videos
 
     def prompt(self, sample: Sample) -> str:
         """The text that the model is asked."""

@@ -7,7 +7,7 @@ import numpy as np
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions
 from hybridvlm.tiny import needle, tiles
 
-VIDEOS, PER_VIDEO = 256, 8
+VIDEOS, PER_VIDEO = 256, 4
 
 
 class Needle(Task):

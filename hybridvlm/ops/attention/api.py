@@ -67,7 +67,9 @@ def check_shapes(
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: expected {k.shape[:3]} and a head width, to match k, got {v.shape}")
     if (q_segment is None) != (kv_segment is None):
-        raise ValueError("q_segment, kv_segment: expected both or neither, got one; pass ones for a row without padding")
+        raise ValueError(
+            "q_segment, kv_segment: expected both or neither, got one; pass ones for a row without padding"
+        )
     for name, array, shape in (
         ("q_segment", q_segment, (b, t)),
         ("q_index", q_index, (b, t)),

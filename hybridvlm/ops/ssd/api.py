@@ -1,4 +1,4 @@
-"""The public SSD op: checks, segments, padding to whole chunks, choice of implementation."""
+"""The public SSD op: checks, segments and padding, choice of implementation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from hybridvlm.ops.ssd.reference import ssd_reference
 from hybridvlm.ops.ssd.xla import ssd_chunked
 
 
-
 class Choice(NamedTuple):
-    """What `ssd` does where the caller does not say: implementation, tokens per chunk, chunks worked on at once."""
+    """What `ssd` does on a platform where the caller does not say."""
 
     implementation: str
-    chunk_size: int
-    block: int
+    chunk_size: int  # tokens per chunk, for that implementation
+    block: int  # chunks that "associative" works on at once; "sequential" has nothing to do at once
+    other_chunk_size: int = 128  # for the implementation that is not the default
+
+    def chunk_for(self, implementation: str) -> int:
+        return self.chunk_size if implementation == self.implementation else self.other_chunk_size
 
 
-# Measured with `python -m hybridvlm.bench ssd` on each platform named here. On 2 CPU cores one chunk after the other keeps
-# the state in cache, where the associative scan sends every chunk's state through memory several times.
+IMPLEMENTATIONS = ("reference", "associative", "sequential")
+
+# Measured with `python -m hybridvlm.bench ssd --chunk-sizes 32 64 128` on each platform named here. On 2 CPU cores
+# chunks taken one after the other keep the state in cache; the associative scan sends every chunk's state through
+# memory several times.
 DEFAULTS = {"cpu": Choice("sequential", 32, 1)}
 OTHER_PLATFORM = Choice("associative", 128, 16)
 
-IMPLEMENTATIONS = ("reference", "associative", "sequential")
+
+def default_choice() -> Choice:
+    """The choice for the platform that JAX computes on by default."""
+    return DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)
 
 
 def ssd(
@@ -49,7 +58,7 @@ def ssd(
     segment [B,L] int32: 0 is padding (only at the end of a row; its dt counts as 0, its y is 0), the state is reset
     between two different nonzero segments; None: all one segment. initial_state [B,H,P,N] (zeros if None) belongs to
     initial_segment [B] int32 (None: to the row's first segment) and is dropped if the first segment is another one.
-    chunk_size: tokens per chunk of the chunked implementations; any L works with any chunk size.
+    chunk_size: tokens per chunk of the chunked implementations (None: the platform's); any L works with any chunk size.
     implementation: "reference" (token scan), "associative" (chunks combined by `jax.lax.associative_scan`),
     "sequential" (chunks one after the other); None takes the measured choice for the platform.
 
@@ -59,15 +68,14 @@ def ssd(
     Raises ValueError for shapes that do not fit together and for an unknown implementation.
     """
     _check(x, dt, A, B, C, D, segment, initial_state, initial_segment)
-    default = DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)
+    default = default_choice()
     implementation = default.implementation if implementation is None else implementation
-    chunk_size = default.chunk_size if chunk_size is None else chunk_size
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"ssd: implementation must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
 
-    b, length, h, p = x.shape
+    b, _, h, p = x.shape
     n = B.shape[3]
     dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
     state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
@@ -82,7 +90,7 @@ def ssd(
         y, state = ssd_reference(x, dt, A, B, C, D, run, real, state)
     else:
         associative = implementation == "associative"
-        # Between chunks taken one after the other there is nothing to do at once.
+        chunk_size = chunk_size or default.chunk_for(implementation)
         block = default.block if associative else 1
         y, state = ssd_chunked(
             x, dt, A, B, C, D, run, real, state, chunk_size=chunk_size, block=block, associative=associative

@@ -19,8 +19,9 @@ def ssd_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """Token by token: state <- exp(dt a) state + dt x b^T, y = state c + d x.
 
-    x [B,L,H,P], dt [B,L,H] fp32, a [H] fp32, b and c [B,L,G,N], d [H] fp32 or None, run and real [B,L] (see `segment_runs`;
-    real is False at padding) or None, state [B,H,P,N] fp32 -> y [B,L,H,P] in x.dtype, final state [B,H,P,N] fp32.
+    x [B,L,H,P], dt [B,L,H] fp32, a [H] fp32, b and c [B,L,G,N], d [H] fp32 or None, run and real [B,L] (see
+    `segment_runs`; real is False at padding) or None, state [B,H,P,N] fp32.
+    Returns y [B,L,H,P] in x.dtype and the final state [B,H,P,N] fp32.
     """
     batch, length, heads, p = x.shape
     groups, n = b.shape[2:]

@@ -1,14 +1,14 @@
 """Chunked SSD in plain XLA: quadratic within a chunk of tokens, a linear recurrence over states between chunks.
 
-With t the running sum of log-decays inside a chunk, S its incoming state and M[i,j] = (C_i . B_j) exp(t_i - t_j) dt_j (j <= i),
+With t the running sum of log-decays inside a chunk, S its incoming state, M[i,j] = (C_i . B_j) exp(t_i - t_j) dt_j for j <= i,
 
-    y_i = sum_j M[i,j] x_j  +  exp(t_i) C_i S               S' = exp(t_last) S + sum_j dt_j exp(t_last - t_j) B_j x_j^T
+    y_i = sum_j M[i,j] x_j + exp(t_i) C_i S        S' = exp(t_last) S + sum_j dt_j exp(t_last - t_j) B_j x_j^T
 
 Every decay is a function of dt and A alone and small, [B,L,H]: `_coefficients` computes them all beforehand and JAX
-differentiates it. What remains is bilinear matmul work on x, B and C, done a few chunks at a time inside a loop, so that the
-[C,C] masks of all heads exist for those chunks only; its backward pass is written out here and keeps nothing but the
-state at the start of each chunk. States are held as [G,N,R,P] (R = H/G heads per group), so that reading and writing
-them are plain matrix products for which x and y keep the layout that the caller has.
+differentiates it. What remains is bilinear matmul work on x, B and C, done a few chunks at a time inside a loop, so
+that the [C,C] masks of all heads exist for those chunks only; its backward pass is written out here and keeps nothing
+but the state at the start of each chunk. States are held as [G,N,R,P] (R = H/G heads per group), so that reading and
+writing them are plain matrix products for which x and y keep the layout that the caller has.
 
 A length that is no multiple of the step is not padded (that would copy x): the last step looks at the last full window,
 and the tokens in it that were done before are made inert by dt = 0.
@@ -38,16 +38,22 @@ class Sizes(NamedTuple):
         return self.block * self.chunk
 
     @property
+    def done(self) -> int:
+        """Tokens before the last step."""
+        return (self.steps - 1) * self.window
+
+    @property
     def stale(self) -> int:
-        """Tokens of the last window that belong to the step before."""
+        """Tokens at the front of the last window that the step before has done already."""
         return self.steps * self.window - self.length
 
 
 class Coefficients(NamedTuple):
     """Everything that depends on dt and A, float32, ordered by step: S steps, b = B * block chunks each.
 
-    total, dt, read, write [S,b,G,R,C]: sum of log-decays up to and with a token; its dt; the weight with which it reads the
-    chunk's incoming state; the weight with which it enters the outgoing one. keep [S,b,G,R]: what is left of the incoming state.
+    total, dt, read, write [S,b,G,R,C]: sum of log-decays up to and with a token; its dt; the weight with which it
+    reads the chunk's incoming state; the weight with which it enters the outgoing one. keep [S,b,G,R]: what is left
+    of the incoming state.
     """
 
     total: jax.Array
@@ -65,10 +71,10 @@ class Runs(NamedTuple):
 
 
 def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: int, associative: bool):
-    """Chunked SSD: x [B,L,H,P], dt [B,L,H] fp32, a [H] fp32, b and c [B,L,G,N], d [H] fp32 or None, state [B,H,P,N] fp32.
+    """Chunked SSD; arguments and results as `ssd_reference`, at padding dt must be 0.
 
-    run and real [B,L] (see `segment_runs`; real is False at padding) or None for rows of one segment. `block` chunks
-    are worked on at once. associative: chunk states are combined by `jax.lax.associative_scan`, otherwise one after the other.
+    `block` chunks are worked on at once. associative: chunk states are combined by `jax.lax.associative_scan`,
+    otherwise one after the other.
     Returns y [B,L,H,P] in x.dtype, 0 where not real, and the final state [B,H,P,N] fp32.
     """
     batch, length, heads, p = x.shape
@@ -86,8 +92,7 @@ def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: 
     return y, jnp.transpose(state, (0, 1, 3, 4, 2)).reshape(batch, heads, p, n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Decays
+# -- decays --
 
 
 def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | None]:
@@ -98,9 +103,8 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
         """[B,L,...] -> [B,S*W,...]: the windows side by side, the stale places of the last one replaced."""
         if not sizes.stale:
             return v
-        done = sizes.length - sizes.window + sizes.stale
         stale = jnp.broadcast_to(stale_value, (batch, sizes.stale, *v.shape[2:])).astype(v.dtype)
-        return jnp.concatenate([v[:, :done], stale, v[:, done:]], axis=1)
+        return jnp.concatenate([v[:, : sizes.done], stale, v[:, sizes.done :]], axis=1)
 
     def by_step(v):
         """[B,S*W,...] -> [S,b,C,...]"""
@@ -111,20 +115,20 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     dt = jnp.moveaxis(dt, 2, -1)  # [S,b,G,R,C]
     total = jnp.cumsum(dt * a.reshape(groups, heads // groups, 1), axis=-1)
     last = total[..., -1:]
-    # The last token's own distance is 0 by definition; written so, its two gradients need not cancel in floating point.
+    # The last token's own distance is 0 whatever t is; written so, its two gradients need not cancel.
     to_end = jnp.concatenate([last - total[..., :-1], jnp.zeros_like(last)], axis=-1)
     kept = last[..., 0]
     if run is None:
         return Coefficients(total, dt, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
 
-    done = sizes.length - sizes.window + sizes.stale
-    run = windows(run, run[:, done - 1 : done])
+    run = windows(run, run[:, sizes.done - 1 : sizes.done])
     ends = run[:, sizes.chunk - 1 :: sizes.chunk]
     before = jnp.pad(ends[:, :-1], [(0, 0), (1, 0)])  # the run to which a chunk's incoming state belongs
     reader = by_step(jnp.where(windows(real, False), run, -1))  # padding reads nothing
     writer = by_step(run)
     before, ends = (
-        jnp.moveaxis(v.reshape(batch, sizes.steps, sizes.block), 1, 0).reshape(sizes.steps, -1, 1) for v in (before, ends)
+        jnp.moveaxis(v.reshape(batch, sizes.steps, sizes.block), 1, 0).reshape(sizes.steps, -1, 1)
+        for v in (before, ends)
     )
 
     def masked_exp(mask, exponent):  # the mask comes before exp: no overflow, and no 0 * inf in the gradient
@@ -137,8 +141,8 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     return Coefficients(total, dt, read, write, keep), Runs(reader, writer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# One step: b chunks. x, y [b,C,G,R,P]; b, c [b,C,G,N]; coefficients [b,G,R,C]; states [b,G,N,R,P].
+# -- one step --
+# b chunks: x, y [b,C,G,R,P]; b, c [b,C,G,N]; coefficients [b,G,R,C]; states [b,G,N,R,P].
 
 
 def _dot(left, right, contract: tuple[int, int], batch: int):
@@ -228,7 +232,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     gb = _dot(gscores, c32, (2, 2), 2)
     gweights = gmixed * scores * decays
     gdt = gweights.sum(-2)
-    # The exponent t_i - t_i is 0 whatever t is; left in, the two halves of its gradient would cancel only up to rounding.
+    # The exponent t_i - t_i is 0 whatever t is; left in, its two gradients would cancel only up to rounding.
     size = x.shape[1]
     gexponent = gweights * k.dt[..., None, :] * jnp.tril(jnp.ones((size, size), jnp.float32), -1)
     gtotal = gexponent.sum(-1) - gexponent.sum(-2)
@@ -256,8 +260,7 @@ def _dot_heads(v, state):
     return lax.dot_general(v, state, (((3, 4), (3, 4)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Walking over the steps
+# -- walking over the steps --
 
 
 def _window(sizes: Sizes, v, step):
@@ -296,10 +299,6 @@ def _at(tree, step):
     return jax.tree.map(lambda v: lax.dynamic_index_in_dim(v, step, keepdims=False), tree)
 
 
-def _empty(shape, dtype=jnp.float32):
-    return jnp.zeros(shape, dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sequential(sizes, x, b, c, d, coefficients, runs, state):
     return _sequential_forward(sizes, x, b, c, d, coefficients, runs, state, keep_states=False)[:2]
@@ -315,8 +314,8 @@ def _sequential_forward(sizes, x, b, c, d, coefficients, runs, state, keep_state
         y = _put(sizes, y, _outputs(xs, bs, cs, d, k, who, state), step)
         return _kept(k, state) + _inflow(xs, bs, k), y, starts
 
-    starts = _empty((sizes.steps, *state.shape)) if keep_states else None
-    state, y, starts = lax.fori_loop(0, sizes.steps, body, (state, _empty(x.shape, x.dtype), starts))
+    starts = jnp.zeros((sizes.steps, *state.shape)) if keep_states else None
+    state, y, starts = lax.fori_loop(0, sizes.steps, body, (state, jnp.zeros(x.shape, x.dtype), starts))
     return y, state, (x, b, c, d, coefficients, runs, starts)
 
 
@@ -326,7 +325,7 @@ def _sequential_fwd(sizes, *args):
 
 
 def _sequential_bwd(sizes, saved, gradients):
-    x, b, c, d, coefficients, runs, starts = saved
+    c, coefficients, starts = saved[2], saved[4], saved[6]
     gy, gstate = gradients
 
     def body(i, carry):
@@ -343,7 +342,7 @@ def _sequential_bwd(sizes, saved, gradients):
 
 def _gradient_buffers(saved):
     x, b, c, d, coefficients = saved[:5]
-    return jax.tree.map(lambda v: _empty(v.shape, v.dtype), (x, b, c, d, coefficients))
+    return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), (x, b, c, d, coefficients))
 
 
 def _one_step_back(sizes, saved, step, start, gy, gstate, out):
@@ -369,9 +368,9 @@ def _associative_fwd(sizes, x, b, c, d, coefficients, runs, state):
         k = _at(coefficients, step)
         return _put_states(sizes, states, _inflow(_head_window(sizes, x, step), _window(sizes, b, step), k), step, 1)
 
-    # Element 0 is the incoming state; element i+1 what chunk i does to a state. Their prefixes are the states themselves.
+    # Element 0 is the incoming state, element i+1 what chunk i adds to one; the prefixes are the states themselves.
     count = sizes.steps * sizes.block
-    states = _empty((count + 1, *state.shape)).at[0].set(state)
+    states = jnp.zeros((count + 1, *state.shape)).at[0].set(state)
     states = lax.fori_loop(0, sizes.steps, add, states)
     keep = _keeps(sizes, coefficients)
     states = _recurrence(jnp.concatenate([jnp.ones_like(keep[:1]), keep]), states)
@@ -381,12 +380,12 @@ def _associative_fwd(sizes, x, b, c, d, coefficients, runs, state):
         k, who = _at((coefficients, runs), step)
         return _put(sizes, y, _outputs(xs, bs, cs, d, k, who, _get_states(sizes, states, step, 0)), step)
 
-    y = lax.fori_loop(0, sizes.steps, emit, _empty(x.shape, x.dtype))
+    y = lax.fori_loop(0, sizes.steps, emit, jnp.zeros(x.shape, x.dtype))
     return (y, states[-1]), (x, b, c, d, coefficients, runs, states)
 
 
 def _associative_bwd(sizes, saved, gradients):
-    x, b, c, d, coefficients, runs, states = saved
+    c, coefficients, states = saved[2], saved[4], saved[6]
     gy, gstate = gradients
 
     def fresh_gy(step):
@@ -397,7 +396,7 @@ def _associative_bwd(sizes, saved, gradients):
         return _put_states(sizes, gstates, value, step, 0)
 
     # The same recurrence, run backwards: element i is what reaches the start of chunk i directly.
-    gstates = _empty(states.shape).at[-1].set(gstate)
+    gstates = jnp.zeros(states.shape).at[-1].set(gstate)
     gstates = lax.fori_loop(0, sizes.steps, add, gstates)
     keep = _keeps(sizes, coefficients)
     gstates = _recurrence(jnp.concatenate([keep, jnp.ones_like(keep[:1])]), gstates, reverse=True)

@@ -1,0 +1,69 @@
+"""Benchmarks: python -m hybridvlm.bench NAME [--json FILE] [options of NAME]; NAME --help tells them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+# name -> (module, what it measures). A module has add_arguments(parser) and run(args) -> list of rows, dicts with the
+# same keys; its docstring is its help. It is imported only when it is asked for.
+BENCHES = {
+    "ssd": ("hybridvlm.bench.ssd", "implementations of the SSD op: forward, gradient, memory"),
+    "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense beside reduction methods"),
+    "peers": ("hybridvlm.bench.peers", "prefill and decode beside transformers' NemotronH"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one benchmark; 0 when it ran, 2 for a request that cannot be met."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__ + "\n\n" + "\n".join(f"  {name:10} {what}" for name, (_, what) in BENCHES.items()))
+        return 0 if argv else 2
+    name = argv[0]
+    if name not in BENCHES:
+        print(f"bench: there is no benchmark {name!r}; there are: {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(BENCHES[name][0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m hybridvlm.bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows to FILE as a JSON list")
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: the folder {args.json.absolute().parent} does not exist")
+    rows = module.run(args)
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned text, a column per key, in the order in which keys first appear; None is shown as '-'."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
