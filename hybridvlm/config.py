@@ -134,7 +134,6 @@ class ModelConfig:
     conv_bias: bool = True
     chunk_size: int = 0  # SSD chunk; 0 takes the platform's measured choice (results do not depend on it)
     dt_floor: float = 0.0  # only for parity with transformers' NemotronH prefill, which floors dt at 1e-3
-    gate_norm_groups: int = 0  # groups of the gated RMSNorm; 0 means ssm_groups (Nemotron-H), Mamba2ForCausalLM has 1
     qk_norm: bool = False  # RMSNorm on q and k per head
     attention_bias: bool = False
     norm_eps: float = 1e-5

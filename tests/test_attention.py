@@ -48,9 +48,11 @@ def case(name: str) -> tuple[tuple[np.ndarray, ...], dict]:
     rng = np.random.default_rng(sum(map(ord, name)))
 
     def qkv(b, t, length, heads, kv_heads, width):
-        return normal(rng, b, t, heads, width), normal(rng, b, length, kv_heads, width), normal(
-            rng, b, length, kv_heads, width
-        )  # fmt: skip
+        return (
+            normal(rng, b, t, heads, width),
+            normal(rng, b, length, kv_heads, width),
+            normal(rng, b, length, kv_heads, width),
+        )
 
     if name == "plain":
         return qkv(1, 13, 13, 4, 4, 8), {}
@@ -66,16 +68,24 @@ def case(name: str) -> tuple[tuple[np.ndarray, ...], dict]:
         segment = packed(rng, 2, 40, 5)
         own = np.array([[2, 2, 3], [1, 0, 0]], np.int32)
         index = np.array([[30, 31, 35], [9, 0, 0]], np.int32)
-        return qkv(2, 3, 40, 4, 2, 8), dict(
-            q_segment=own, kv_segment=segment, q_index=index, kv_index=places(2, 40)
-        )  # fmt: skip
+        return qkv(2, 3, 40, 4, 2, 8), {
+            "q_segment": own,
+            "kv_segment": segment,
+            "q_index": index,
+            "kv_index": places(2, 40),
+        }
     if name == "one row, not causal":
         segment = (places(2, 30) < [[30], [17]]).astype(np.int32)
-        return qkv(2, 1, 30, 4, 2, 8), dict(q_segment=np.ones((2, 1), np.int32), kv_segment=segment, causal=False)
+        return qkv(2, 1, 30, 4, 2, 8), {"q_segment": np.ones((2, 1), np.int32), "kv_segment": segment, "causal": False}
     if name == "scattered indices":
         segment = packed(rng, 1, 24, 3)
         index = np.sort(rng.choice(100, (1, 24), replace=False)).astype(np.int32)
-        return qkv(1, 24, 24, 4, 1, 8), dict(q_segment=segment, kv_segment=segment, q_index=index, kv_index=index - 2)
+        return qkv(1, 24, 24, 4, 1, 8), {
+            "q_segment": segment,
+            "kv_segment": segment,
+            "q_index": index,
+            "kv_index": index - 2,
+        }
     if name == "long":
         return qkv(1, 700, 700, 2, 1, 8), {}
     if name == "long, packed":
@@ -84,14 +94,17 @@ def case(name: str) -> tuple[tuple[np.ndarray, ...], dict]:
         return qkv(2, 800, 800, 4, 2, 8), {"q_segment": segment, "kv_segment": segment}
     if name == "long, more keys than queries":
         ones = np.ones((1, 300), np.int32), np.ones((1, 900), np.int32)
-        return qkv(1, 300, 900, 4, 2, 8), dict(
-            q_segment=ones[0], kv_segment=ones[1], q_index=places(1, 300, 500), kv_index=places(1, 900)
-        )  # fmt: skip
+        return qkv(1, 300, 900, 4, 2, 8), {
+            "q_segment": ones[0],
+            "kv_segment": ones[1],
+            "q_index": places(1, 300, 500),
+            "kv_index": places(1, 900),
+        }
     if name == "long, more queries than keys":
         return qkv(1, 600, 300, 2, 2, 8), {}
     if name == "long, not causal":
         segment = packed(rng, 1, 600, 10)
-        return qkv(1, 600, 600, 5, 1, 8), dict(q_segment=segment, kv_segment=segment, causal=False)
+        return qkv(1, 600, 600, 5, 1, 8), {"q_segment": segment, "kv_segment": segment, "causal": False}
     if name == "long, order reversed":
         index = np.ascontiguousarray(places(1, 520)[:, ::-1])
         return qkv(1, 520, 520, 2, 1, 8), {"q_index": index, "kv_index": index}

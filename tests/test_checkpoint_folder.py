@@ -42,12 +42,10 @@ def micro_model(**changes) -> Model:
     rng = np.random.default_rng(
         0
     )  # drawn here, since running the modules' own init op by op takes far longer than any test
-    flat = {
-        name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in folder.expected_shapes(config).items()
-    }
+    flat = {name: rng.normal(0, 2, shape).astype(np.float32) for name, shape in folder.expected_shapes(config).items()}
     params = jax.tree.map(jnp.asarray, folder.unflatten(flat))
     settings = {
-        "buckets": Buckets(frames=(4,), text=(8,), max_new=2),
+        "buckets": Buckets(frames=(4,), text=(8,), max_new=1),
         "style": PromptStyle(question="what {question} ?"),
     }
     return Model(config, params, tokenizer, **(settings | changes))

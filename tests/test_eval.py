@@ -357,6 +357,8 @@ def test_wrong_and_unreadable_answers_count_as_wrong(done):
         assert row["parse_failures"] == sum(r["parsed"] is None for r in mine)
         assert not any(r["correct"] for r in mine if r["parsed"] is None)
         assert row["accuracy"] == pytest.approx(sum(r["parsed"] == r["answer"] for r in mine) / 18)
+    assert 0 < results["rows"][0]["parse_failures"] < 18
+    assert len({r["prediction"] for r in lines_of(done)}) > 2
 
 
 def test_a_second_call_answers_nothing_anew(world, done, capsys):

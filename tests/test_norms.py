@@ -37,7 +37,9 @@ def test_gated_rms_norm(groups):
 def test_layer_norm():
     x, weight, bias = 2 + _normal(3, 8), _normal(8, seed=1), _normal(8, seed=2)
     centred = x - x.mean(-1, keepdims=True)
-    np.testing.assert_allclose(layer_norm(x, weight, bias, 1e-5), _rms(centred, 1e-5) * weight + bias, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        layer_norm(x, weight, bias, 1e-5), _rms(centred, 1e-5) * weight + bias, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_errors_name_the_argument():

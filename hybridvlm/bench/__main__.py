@@ -39,8 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv[1:])
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: the folder {args.json.absolute().parent} does not exist")
-    rows = module.run(args)
-    print(table(rows))
+    try:
+        rows = module.run(args)
+    except (OSError, ValueError) as error:
+        print(f"bench {name}: {error}", file=sys.stderr)
+        return 2
+    if rows:
+        print(table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for side in SIDES:
             _worker(side, args, folder)
             found[side] = json.loads((pathlib.Path(folder) / f"{side}.json").read_text())
-    return _rows(args, load_model_config(args.config), found)
+    return rows(args, load_model_config(args.config), found)
 
 
 def _worker(side: str, args: argparse.Namespace, folder: str) -> None:
@@ -81,7 +81,7 @@ def _worker(side: str, args: argparse.Namespace, folder: str) -> None:
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
     """Median seconds of `repeats` calls that block, after one that is not counted."""
     laps = []
-    for lap in range(repeats + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
         call()
         laps.append(time.perf_counter() - start)
@@ -254,14 +254,14 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
 # -- the table ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(args: argparse.Namespace, config: ModelConfig, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(args: argparse.Namespace, config: ModelConfig, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per side and measurement; `speedup` is over transformers' dense figure of the same measurement."""
     theirs, ours = found["transformers"], found["hybridvlm"]
-    rows = []
+    out = []
 
     def add(side: str, measure: str, tokens: int, seconds: float, base: float, **more: Any) -> None:
         row = {"config": config.name, "measure": measure, "side": side, "version": found[side]["version"], "tokens": tokens}
-        rows.append(row | {"ms": 1000 * seconds, "speedup": base / seconds} | more)
+        out.append(row | {"ms": 1000 * seconds, "speedup": base / seconds} | more)
 
     for length, seconds in theirs["prefill"].items():
         n = int(length)
@@ -276,7 +276,7 @@ def _rows(args: argparse.Namespace, config: ModelConfig, found: dict[str, dict[s
         share = ours["decode_bytes"] / found[side]["decode"] / found[side]["copy"]
         add(side, "decode", 1, found[side]["decode"], theirs["decode"], share_of_copy=share)
     for side in SIDES:
-        rows.append(
+        out.append(
             {
                 "config": config.name,
                 "measure": "machine",
@@ -286,4 +286,4 @@ def _rows(args: argparse.Namespace, config: ModelConfig, found: dict[str, dict[s
                 "logits_error": ours["logits_error"],
             }
         )
-    return rows
+    return out

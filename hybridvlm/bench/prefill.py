@@ -51,14 +51,17 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.text < 1 or args.repeats < 1:
         raise ValueError(f"--text and --repeats must be at least 1, got {args.text} and {args.repeats}")
     methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
-    reductions = {m: _reduction(m, args) for m in methods}
+    plans = {}
+    for stamps in (0, STAMP_TOKENS) if args.real_prompt else (0,):
+        text = args.text + stamps * frames
+        plans[stamps] = {m: _reduced(m, args, config, frames, text) for m in methods}
 
     params = random_params(config)
     visual = jax.random.normal(jax.random.key(1), (1, frames, per_frame, config.width))
     vision_ms = _vision_ms(config, params, frames) if args.vision else None
     rows = []
-    for stamps in (0, STAMP_TOKENS) if args.real_prompt else (0,):
-        rows += _measure(args, config, params, visual, reductions, stamps, vision_ms)
+    for stamps, by_method in plans.items():
+        rows += _measure(args, config, params, visual, by_method, stamps, vision_ms)
     return rows
 
 
@@ -88,11 +91,15 @@ def _batch(ids: np.ndarray, frame: np.ndarray, frames: int):
     return Batch(ids, np.ones_like(ids), frame.astype(np.int32), np.full(1, frames, np.int32))
 
 
-def _reduction(method: str, args: argparse.Namespace) -> Reduction | None:
-    return None if method == "none" else Reduction(method, args.budget, schedule=_schedule(args.schedule))
+def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames: int, text: int):
+    if method == "none":
+        return None
+    reduction = Reduction(method, args.budget, schedule=parse_schedule(args.schedule))
+    return bench_plan(reduction, config, frames, config.vision.tokens_per_frame, text)
 
 
-def _schedule(pairs: list[str]) -> Schedule:
+def parse_schedule(pairs: list[str]) -> Schedule:
+    """A Schedule from KEY=VALUE strings; a tuple is a comma list."""
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Schedule)}
     values: dict[str, Any] = {}
     for pair in pairs:
@@ -128,14 +135,13 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
     return timing.median_ms(timing.interleaved({"vision": call}, rounds=3, warmup=0)["vision"])
 
 
-def _measure(args, config, params, visual, reductions, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
+def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
     from hybridvlm.models.nemotron_vl import prefill_prompt
 
     frames, per_frame = visual.shape[1:3]
     text = args.text + stamps * frames
-    plans, calls, compile_s = {}, {}, {}
-    for method, reduction in reductions.items():
-        plan = plans[method] = reduction and bench_plan(reduction, config, frames, per_frame, text)
+    calls, compile_s = {}, {}
+    for method, plan in plans.items():
         tokens = per_frame if plan is None else plan.decoder_tokens // plan.decoder_frames
         count = frames if plan is None else plan.decoder_frames
         batch = prompt(count, tokens, args.text, stamps, config.vocab_size)

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of every call, by candidate: `warmup` unmeasured rounds, then `rounds` in which each is called once.
 
     A call counts as over when every array that it returned is ready. From round to round the order is turned by one

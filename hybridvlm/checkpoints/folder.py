@@ -132,6 +132,7 @@ def save_folder(path: str | pathlib.Path, model: Model, *, storage: str = "float
         new.mkdir()
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         save_file(tensors, new / WEIGHTS)
+        (new / WEIGHTS).chmod(0o644)  # safetensors writes it for the owner alone; a checkpoint is shared like any file
         if model.tokenizer is not None:
             model.tokenizer.save(new / TOKENIZER)
         if path.exists():

@@ -77,7 +77,7 @@ class Row:
     when: Callable[[Any], bool] = lambda c: True
 
 
-def _layer_norm(c: ModelConfig) -> Shape:
+def _width(c: ModelConfig) -> Shape:
     return (c.width,)
 
 
@@ -106,7 +106,7 @@ def _attention_rows(name: str, heads: str) -> tuple[Row, ...]:
 
 DECODER: dict[str, tuple[Row, ...]] = {
     "M": (
-        Row(_M + "norm", _L + "norm.weight", _layer_norm),
+        Row(_M + "norm", _L + "norm.weight", _width),
         Row(_M + "in_proj", _L + "mixer.in_proj.weight", lambda c: (c.in_proj_width, c.width), _linear),
         Row(_M + "conv_weight", _L + "mixer.conv1d.weight", lambda c: (c.conv_width, 1, c.conv_kernel), _conv),
         Row(_M + "conv_bias", _L + "mixer.conv1d.bias", lambda c: (c.conv_width,), when=lambda c: c.conv_bias),
@@ -117,14 +117,14 @@ DECODER: dict[str, tuple[Row, ...]] = {
         Row(_M + "out_proj", _L + "mixer.out_proj.weight", lambda c: (c.width, c.mamba_width), _linear),
     ),
     "*": (
-        Row(_A + "norm", _L + "norm.weight", _layer_norm),
+        Row(_A + "norm", _L + "norm.weight", _width),
         *_attention_rows("q", "attention_heads"),
         *_attention_rows("k", "kv_heads"),
         *_attention_rows("v", "kv_heads"),
         Row(_A + "o_proj", _L + "mixer.o_proj.weight", lambda c: (c.width, c.attention_heads * c.head_dim), _linear),
     ),
     "-": (
-        Row(_F + "norm", _L + "norm.weight", _layer_norm),
+        Row(_F + "norm", _L + "norm.weight", _width),
         Row(_F + "up_proj", _L + "mixer.up_proj.weight", lambda c: (c.mlp_width, c.width), _linear),
         Row(_F + "down_proj", _L + "mixer.down_proj.weight", lambda c: (c.width, c.mlp_width), _linear),
     ),

@@ -105,7 +105,7 @@ def attention_layer(
         )
     pad = ((0, 0), (0, room), (0, 0), (0, 0))
     cache = AttentionCache(
-        jnp.pad(k, pad), jnp.pad(v, pad), jnp.pad(segment, pad[:2]), jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
+        jnp.pad(k, pad), jnp.pad(v, pad), jnp.pad(segment, pad[:2]), jnp.full((), segment.shape[1], jnp.int32)
     )
     return _output(p, x, out), cache, aux
 
@@ -118,19 +118,18 @@ def attention_extend(
     The caller sees to it that the cache has room (AttentionCache.k.shape[1] >= length + T).
     """
     q, k, v = _qkv(p, c, x)
-    b, t = segment.shape
-    place = cache.length[:, None] + jnp.arange(t)
-    rows = jnp.arange(b)[:, None]
-    keys = cache.k.at[rows, place].set(k.astype(cache.k.dtype))
-    values = cache.v.at[rows, place].set(v.astype(cache.v.dtype))
-    slots = cache.segment.at[rows, place].set(segment)
+    t = segment.shape[1]
+    keys, values, slots = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+        for old, new in ((cache.k, k), (cache.v, v), (cache.segment, segment))
+    )
     if t == 1:  # a single new token sees every filled slot: no order to check
         out, _ = attention(q, keys, values, q_segment=segment, kv_segment=slots, causal=False)
     else:
-        kv_index = jnp.broadcast_to(jnp.arange(keys.shape[1]), slots.shape)
-        out, _ = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=kv_index)
-    length = cache.length + jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
-    return _output(p, x, out), AttentionCache(keys, values, slots, length)
+        index = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
+        place = jnp.broadcast_to(cache.length + jnp.arange(t, dtype=jnp.int32), segment.shape)
+        out, _ = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=index)
+    return _output(p, x, out), AttentionCache(keys, values, slots, cache.length + t)
 
 
 def attention_shared(

@@ -23,9 +23,11 @@ class MambaCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """k, v [B,S,K,P] and the segment [B,S] of every slot (0 = empty); length [B], the slot that the next token takes.
+    """k, v [B,S,K,P] and the segment [B,S] of every slot (0 = empty); length [], the slot that the next token takes.
 
-    S is that layer's own row length plus room for new tokens, so under reduction each layer has another S.
+    S is that layer's own row length plus room for new tokens, so under reduction each layer has another S. New tokens go
+    behind the whole row, to the same slot in every example (one slice is written, not B scattered ones); the padding of
+    a shorter example stays between its prompt and its answer as empty slots.
     """
 
     k: jax.Array
@@ -61,7 +63,7 @@ def empty_caches(config: ModelConfig, batch: int, length: int, dtype=jnp.float32
                     jnp.zeros(shape, dtype),
                     jnp.zeros(shape, dtype),
                     jnp.zeros((batch, length), jnp.int32),
-                    jnp.zeros((batch,), jnp.int32),
+                    jnp.zeros((), jnp.int32),
                 )
             )
         else:

@@ -81,7 +81,7 @@ def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, 
 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     y = y.reshape(*z.shape[:-1], c.mamba_width)
-    y = gated_rms_norm(y, z, p["gate_norm"], c.gate_norm_groups or c.ssm_groups, c.norm_eps)
+    y = gated_rms_norm(y, z, p["gate_norm"], c.ssm_groups, c.norm_eps)
     return residual + (y @ p["out_proj"].astype(y.dtype)).astype(residual.dtype)
 
 

@@ -25,7 +25,9 @@ def gated_rms_norm(y: jax.Array, z: jax.Array, weight: jax.Array, groups: int = 
         raise ValueError(f"gated_rms_norm: z must have the shape of y, expected {y.shape}, got {z.shape}")
     width = y.shape[-1]
     if groups < 1 or width % groups:
-        raise ValueError(f"gated_rms_norm: groups must divide the width of y, expected a divisor of {width}, got {groups}")
+        raise ValueError(
+            f"gated_rms_norm: groups must divide the width of y, expected a divisor of {width}, got {groups}"
+        )
     u = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
     u = u.reshape(*y.shape[:-1], groups, width // groups)
     u = u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from hybridvlm.checkpoints.folder import load
-from hybridvlm.config import ModelConfig, Reduction, Schedule
+from hybridvlm.config import ModelConfig
 from hybridvlm.nn.decoder import prefill
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction.methods import score_fn
@@ -85,8 +85,8 @@ def reduced_loss(
 class Recipe:
     """Steps that teach the scores (dense), then steps in turn under the plan and dense; the rate falls to zero (cosine)."""
 
-    teach: int = 200
-    reduced: int = 200
+    teach: int = 110
+    reduced: int = 110
     rate: float = 1.5e-3
     frames: int = 64
     videos: int = 4
@@ -158,13 +158,6 @@ def finetune(
     return params
 
 
-def default_reduction() -> Reduction:
-    """`str` at 25% with the schedule of configs/tiny.json's models: nothing is dropped before the first look-up is read, that is
-    before the first Mamba layer behind the first attention layer (chosen on validation videos; see the README)."""
-    pattern = codes.config().pattern
-    return Reduction("str", 0.25, schedule=Schedule(start=pattern.index("M", pattern.index("*"))))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -179,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model = load(args.model)
-    config, recipe, reduction = model.config, Recipe(), default_reduction()
+    config, recipe, reduction = model.config, Recipe(), codes.reduction()
     saved = Saved(args.work or args.output.with_name(args.output.name + ".run"))
     done, params, state = saved.restore(model.params, lambda p, _: recipe_optimizer(recipe).init(p))
     if done:

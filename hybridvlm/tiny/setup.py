@@ -11,7 +11,9 @@ from hybridvlm.models.nemotron_vl import Batch, HybridVLM
 from hybridvlm.tiny import codes
 
 QUIET = 0.05  # scale of the other branches' last projection: the directions must stay readable at the start
-AMPLITUDE = 3.0  # length of a direction in the residual stream: about one per channel of a visual token, so that the first
+AMPLITUDE = (
+    3.0  # length of a direction in the residual stream: about one per channel of a visual token, so that the first
+)
 # steps of Adam, which move every weight alike, do not drown it
 READ = 0.7  # scale of what attention brings: directions in a normed token are about 4.3 long and come out about as they went in
 SHARP = 2.0  # weight of the q and k norms: their product times sqrt(P) multiplies the cosine

@@ -17,7 +17,7 @@ class Choice(NamedTuple):
 
     implementation: str
     chunk_size: int  # tokens per chunk, for that implementation
-    block: int  # chunks that "associative" works on at once; "sequential" has nothing to do at once
+    block: int  # chunks that "associative" works on at once
     other_chunk_size: int = 128  # for the implementation that is not the default
 
     def chunk_for(self, implementation: str) -> int:
@@ -89,11 +89,11 @@ def ssd(
     if implementation == "reference":
         y, state = ssd_reference(x, dt, A, B, C, D, run, real, state)
     else:
-        associative = implementation == "associative"
-        chunk_size = chunk_size or default.chunk_for(implementation)
-        block = default.block if associative else 1
         y, state = ssd_chunked(
-            x, dt, A, B, C, D, run, real, state, chunk_size=chunk_size, block=block, associative=associative
+            *(x, dt, A, B, C, D, run, real, state),
+            chunk_size=chunk_size or default.chunk_for(implementation),
+            block=default.block,
+            associative=implementation == "associative",
         )
     return y, state
 

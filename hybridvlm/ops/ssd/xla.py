@@ -73,15 +73,15 @@ class Runs(NamedTuple):
 def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: int, associative: bool):
     """Chunked SSD; arguments and results as `ssd_reference`, at padding dt must be 0.
 
-    `block` chunks are worked on at once. associative: chunk states are combined by `jax.lax.associative_scan`,
-    otherwise one after the other.
+    associative: chunk states are combined by `jax.lax.associative_scan`, and all other work is done for `block` chunks
+    at once; otherwise one chunk comes after the other.
     Returns y [B,L,H,P] in x.dtype, 0 where not real, and the final state [B,H,P,N] fp32.
     """
     batch, length, heads, p = x.shape
     groups, n = b.shape[2:]
     per_group = heads // groups
     chunk = min(chunk_size, length)
-    block = min(block, length // chunk)
+    block = min(block, length // chunk) if associative else 1
     sizes = Sizes(length, chunk, block, -(-length // (block * chunk)), groups)
     coefficients, runs = _coefficients(sizes, dt, a, run, real)
     d = None if d is None else d.reshape(groups, per_group)
@@ -172,9 +172,24 @@ def _scaled(v, weight):
     return v * jnp.transpose(weight, (0, 3, 1, 2))[..., None]
 
 
+def _sum_last(v):
+    """Sum over the last axis, as a product with ones: on CPU, XLA's own reductions can be ten times slower."""
+    ones = jnp.ones(v.shape[-1], v.dtype)
+    return lax.dot_general(v, ones, (((v.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _sum_heads(v):
+    """[b,G,R,...] summed over R, likewise."""
+    b, g, r = v.shape[:3]
+    ones = jnp.ones((b, g, 1, r), v.dtype)
+    axes = (((3,), (2,)), ((0, 1), (0, 1)))
+    summed = lax.dot_general(ones, v.reshape(b, g, r, -1), axes, precision=lax.Precision.HIGHEST)
+    return summed.reshape(b, g, *v.shape[3:])
+
+
 def _head_sums(v):
     """[b,C,G,R,P] summed over P -> [b,G,R,C]"""
-    return jnp.transpose(v.sum(-1), (0, 2, 3, 1))
+    return jnp.transpose(_sum_last(v), (0, 2, 3, 1))
 
 
 def _decays(k: Coefficients, runs: Runs | None):
@@ -227,7 +242,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     gyh = _by_head(gy.astype(kind))
     gmixed = _dot(gyh, _by_head(x), (4, 4), 3)
     gx = _from_head(_dot((scores * weights).astype(kind), gyh, (3, 3), 3))
-    gscores = (gmixed * weights).sum(2)
+    gscores = _sum_heads(gmixed * weights)
     gc = _dot(gscores, b32, (3, 2), 2)
     gb = _dot(gscores, c32, (2, 2), 2)
     gweights = gmixed * scores * decays
@@ -246,7 +261,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     gwrite = _head_sums(x * gweighted)
     gx = gx + _scaled(gweighted, k.write)
     gb = gb + _dot_heads(_by_group(_scaled(x, k.write)), gstate)
-    gkeep = (state * gstate).sum((2, 4))
+    gkeep = _sum_last(state * gstate).sum(2)
 
     gd = None
     if d is not None:
@@ -257,7 +272,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
 
 def _dot_heads(v, state):
     """v [b,G,C,R,P] and state [b,G,N,R,P] -> [b,G,C,N], summed over the heads of the group."""
-    return lax.dot_general(v, state, (((3, 4), (3, 4)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    return _dot(v.reshape(*v.shape[:3], -1), state.reshape(*state.shape[:3], -1), (3, 3), 2)
 
 
 # -- walking over the steps --

@@ -1,0 +1,139 @@
+"""The benches run end to end on a model of a few thousand parameters, and their rows hold what the table promises."""
+
+import argparse
+import importlib.util
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridvlm.bench import peers, prefill
+from hybridvlm.bench.__main__ import main, table
+from hybridvlm.config import Reduction, load_model_config
+from hybridvlm.models.nemotron_vl import assemble
+
+MICRO = {
+    "name": "micro",
+    "pattern": "M*",
+    "width": 16,
+    "vocab_size": 32,
+    "mamba_heads": 2,
+    "mamba_head_dim": 8,
+    "ssm_groups": 1,
+    "ssm_state": 8,
+    "attention_heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "mlp_width": 16,
+}
+VISION = {
+    "kind": "stem",
+    "image_size": [8, 8],
+    "patch_size": 4,
+    "width": 8,
+    "downsample": 1,
+    "max_frames": 8,
+    "stem_channels": [4],
+}
+
+
+@pytest.fixture
+def micro(tmp_path):
+    path = tmp_path / "micro.json"
+    path.write_text(json.dumps(MICRO | {"vision": VISION}))
+    return path
+
+
+def test_prefill(micro, tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    options = ["--config", str(micro), "--visual", "16", "--text", "4", "--budget", "0.75", "--methods", "str"]
+    options += ["--repeats", "1", "--no-real-prompt", "--no-vision"]
+    assert main(["prefill", *options, "--json", str(out)]) == 0
+    dense, reduced = json.loads(out.read_text())
+    assert [dense["method"], reduced["method"]] == ["none", "str"]
+    assert (dense["budget"], dense["speedup"], dense["flop_speedup"]) == (1, 1, 1)
+    wanted = {"config": "micro", "visual_tokens": 16, "text_tokens": 4, "budget": 0.75}
+    assert {key: reduced[key] for key in wanted} == wanted
+    assert reduced["flop_speedup"] > 1 and reduced["ms"] > 0 and reduced["compile_s"] > 0
+    assert math.isclose(reduced["speedup"], dense["ms"] / reduced["ms"], rel_tol=1e-6)
+    assert math.isclose(reduced["share_of_predicted"], reduced["speedup"] / reduced["flop_speedup"])
+    assert "flop_speedup" in capsys.readouterr().out
+
+
+def test_prompts_have_the_places_that_they_promise(micro):
+    config = load_model_config(micro)
+    for stamps in (0, 3):
+        batch = prefill.prompt(4, config.vision.tokens_per_frame, 5, stamps, config.vocab_size)
+        tokens = assemble(jnp.zeros((config.vocab_size, config.width)), batch, None)
+        assert batch.input_ids.shape == (1, 4 * (4 + stamps) + 5)
+        assert int(tokens.visual.sum()) == 16 and int(tokens.query.sum()) == 5
+        frames = np.asarray(tokens.frame[tokens.visual])
+        np.testing.assert_array_equal(frames, np.repeat(np.arange(4), 4))
+        assert bool(tokens.visual[0, 0]) == (stamps == 0)
+
+
+def test_plan_counts_at_the_chunk_that_runs(micro):
+    config = load_model_config(micro)
+    plan = prefill.bench_plan(Reduction("str", 0.75), config, 4, 4, 4)
+    assert prefill.running_chunk(config) > 1
+    assert plan.dense_cost.layers[0] > config.width * 2 * 20 * (config.in_proj_width + config.mamba_width)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--visual", "15"], "multiple of 4"),
+        (["--methods", "sr"], "did you mean"),
+        (["--schedule", "shape"], "KEY=VALUE"),
+        (["--config", "peers_56m"], "no vision side"),
+        (["--repeats", "0"], "at least 1"),
+    ],
+)
+def test_bad_options_are_one_line(micro, capsys, options, message):
+    assert main(["prefill", "--config", str(micro), "--visual", "16", "--no-vision", *options]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and "\n" not in said
+
+
+def test_schedule_options():
+    schedule = prefill.parse_schedule(["shape=list", "values=1,0.5", "floor=0.1", "never=3,4", "start=2"])
+    assert (schedule.shape, schedule.values, schedule.floor) == ("list", (1.0, 0.5), 0.1)
+    assert (schedule.never, schedule.start) == ((3, 4), 2)
+    with pytest.raises(ValueError, match="did you mean 'floor'"):
+        prefill.parse_schedule(["flor=1"])
+
+
+def test_peers_without_their_packages(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert main(["peers"]) == 2
+    assert "hybridvlm[parity]" in capsys.readouterr().err
+
+
+def test_peer_rows():
+    """The table from two sides' raw figures: ratios are over transformers, shares over the side's own machine rates."""
+    theirs = {"version": "t", "matmul": 100.0, "copy": 50.0, "prefill": {"8": 4.0, "16": 9.0}, "decode": 2.0}
+    ours = {"version": "o", "matmul": 200.0, "copy": 40.0, "prefill": {"8": 2.0, "16": 3.0}, "decode": 0.5}
+    ours |= {"reduced": 1.0, "flop_speedup": 4.0, "flops": {"8": 160, "16": 480}, "decode_bytes": 10, "logits_error": 0}
+    args = argparse.Namespace(tokens="8,16", budget=0.25)
+    rows = peers.rows(args, load_model_config("peers_56m"), {"transformers": theirs, "hybridvlm": ours})
+    by = {(row["measure"], row["side"], row.get("tokens")): row for row in rows}
+    assert by["prefill", "hybridvlm", 16]["speedup"] == 3 and by["prefill", "transformers", 16]["speedup"] == 1
+    assert by["prefill", "hybridvlm", 16]["share_of_matmul"] == 0.8
+    assert by["prefill", "transformers", 8]["share_of_matmul"] == 0.4
+    assert by["prefill str:0.25", "hybridvlm", 16]["speedup"] == 9
+    assert by["decode", "hybridvlm", 1]["speedup"] == 4 and by["decode", "hybridvlm", 1]["share_of_copy"] == 0.5
+    assert "share_of_copy" in table(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the [parity] extra")
+def test_peers(tmp_path, capfd):
+    path, out = tmp_path / "micro.json", tmp_path / "rows.json"
+    path.write_text(json.dumps(MICRO | {"pattern": "M-*M-"}))
+    options = ["--config", str(path), "--tokens", "24,40", "--text", "8", "--new", "4", "--repeats", "1"]
+    assert main(["peers", *options, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [row["measure"] for row in rows] == ["prefill"] * 4 + ["prefill str:0.25"] + ["decode"] * 2 + ["machine"] * 2
+    assert rows[-1]["logits_error"] < 1e-5

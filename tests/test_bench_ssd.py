@@ -1,0 +1,58 @@
+"""The bench command: a row per implementation, JSON, and refusals in one line."""
+
+import json
+
+import pytest
+
+from hybridvlm.bench.__main__ import main, table
+from hybridvlm.bench.timing import available_bytes, interleaved, paired_ratio
+
+SMALL = ["ssd", "--shapes", "2,4,1,8", "--length", "48", "--chunk-sizes", "16", "--rounds", "1", "--gradient-rounds", "1"]
+
+
+def test_a_row_per_implementation(tmp_path, capsys):
+    assert main([*SMALL, "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["implementation"] for row in rows] == ["reference", "associative", "sequential"]
+    assert min(row["x_fastest"] for row in rows) == 1.0
+    for row in rows:
+        assert row["forward_ms"] > 0 and row["gradient_ms"] > 0 and row["gradient_speedup"] > 0
+        assert row["temp_share"] == pytest.approx(row["temp_mb"] * 1e6 / (48 * 2 * 4 * 8 * 4))
+    assert "x_fastest" in capsys.readouterr().out
+
+
+def test_a_gradient_without_room_is_skipped_with_a_message(monkeypatch, capsys):
+    monkeypatch.setattr("hybridvlm.bench.timing.available_bytes", lambda: 1)
+    assert main([*SMALL, "--implementations", "reference"]) == 0
+    assert "gradient of reference at 2,4,1,8 skipped: it needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sdd"], "there is no benchmark 'sdd'; there are: ssd"),
+        (["ssd", "--shapes", "3,4,2,8"], "a shape is H,P,G,N with G dividing H"),
+        (["ssd", "--length", "0"], "at least 1, got '0'"),
+        (["ssd", "--json", "nowhere/rows.json"], "nowhere does not exist"),
+    ],
+)
+def test_refusals(argv, message, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_timing_takes_turns():
+    calls = []
+    seconds = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, warmup=1)
+    assert sorted(calls[:2]) == sorted(calls[2:4]) == ["a", "b"] and calls[2:4] != calls[4:]
+    assert all(len(times) == 2 for times in seconds.values())
+    assert paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+    assert available_bytes() is None or available_bytes() > 0
+
+
+def test_table_shows_missing_values():
+    assert table([{"a": 1.5, "b": None}, {"a": True}]).splitlines()[2:] == ["1.5  -", "yes  -"]

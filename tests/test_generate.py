@@ -1,0 +1,144 @@
+"""Buckets, programs, sampling and batches of the model that people hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridvlm.config import Buckets, ModelConfig, Reduction, VisionConfig
+from hybridvlm.generate import Model, Sampling, choose, compile_count
+from hybridvlm.models.nemotron_vl import Batch, HybridVLM
+from hybridvlm.models.prompt import PromptStyle
+
+VISION = VisionConfig(
+    kind="stem", image_size=(8, 8), patch_size=4, width=16, downsample=1, max_frames=8, stem_channels=(4,)
+)
+CONFIG = ModelConfig(
+    pattern="M*-M*",
+    width=24,
+    vocab_size=40,
+    mamba_heads=2,
+    mamba_head_dim=8,
+    ssm_groups=1,
+    ssm_state=6,
+    attention_heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=32,
+    vision=VISION,
+)
+QUESTIONS = ["one two three", "one two three four five"]
+SECONDS = [[0.0, 1.0, 2.0, 3.0], [0.0, 1.0]]
+
+
+class Letters:
+    """A stand-in tokenizer: a word is its length."""
+
+    def encode(self, text):
+        return [len(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(str(i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    one = jnp.ones((1, 1), jnp.int32)
+    pixels = jnp.zeros((1, 1, 8, 8, 3), jnp.uint8)
+    params = HybridVLM(CONFIG).init(jax.random.key(0), Batch(one, one, -one, one[0]), pixels)["params"]
+    params["lm_head"] = 4 * params["lm_head"]  # far from uniform, so that greedy and sampled answers differ
+    return Model(CONFIG, params, Letters(), buckets=Buckets(frames=(2, 4, 8), text=(8,), max_new=6))
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (2, 4, 8, 8, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("reduction", [None, Reduction("str", 0.5), Reduction("avgpool", 0.25), Reduction("evs", 0.5)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, top_p=0.9)])
+def test_each_gets_in_a_batch_what_it_gets_alone(model, pixels, reduction, sampling):
+    seeds = [11, 12]
+    batch, plan = model.batch(QUESTIONS, SECONDS, reduction)
+    together = model.generate(batch, model.encode(pixels), plan, sampling=sampling, seeds=seeds)
+    model.verify(together)
+    for row in range(2):
+        frames = len(SECONDS[row])
+        batch, plan = model.batch([QUESTIONS[row]], [SECONDS[row]], reduction)
+        visual = model.encode(pixels[row : row + 1, :frames])
+        alone = model.generate(batch, visual, plan, sampling=sampling, seeds=seeds[row : row + 1])
+        assert alone.tokens[0] == together.tokens[row]
+        want = np.asarray(alone.prefilled.logits[0])
+        np.testing.assert_allclose(together.prefilled.logits[row], want, atol=1e-5 * np.abs(want).max())
+
+
+def test_generation_is_prefill_over_and_over(model, pixels):
+    batch, _ = model.batch(QUESTIONS[:1], SECONDS[:1], None)
+    visual = model.encode(pixels[:1])
+    got = model.generate(batch, visual).tokens[0]
+    ids, segment = np.array(batch.input_ids), np.array(batch.segment)
+    n = int(segment.sum())
+    for token in got:
+        longer = Batch(ids, segment, batch.frame, batch.frame_count)
+        assert int(np.argmax(model.prefill(longer, visual).logits[0])) == token
+        if n == ids.shape[1]:
+            break
+        ids[0, n], segment[0, n] = token, 1
+        n += 1
+
+
+def test_stop_ids_end_an_answer(model, pixels):
+    batch, plan = model.batch(QUESTIONS, SECONDS, None)
+    visual = model.encode(pixels)
+    free = model.generate(batch, visual, plan).tokens
+    stop = free[0][2]
+    cut = model.generate(batch, visual, plan, sampling=Sampling(stop_ids=(stop,))).tokens
+    for long, short in zip(free, cut, strict=True):
+        want = long[: long.index(stop)] if stop in long else long
+        assert short == want
+
+
+def test_same_bucket_compiles_nothing(model, pixels):
+    for reduction in (None, Reduction("str", 0.5)):
+        batch, plan = model.batch(QUESTIONS, SECONDS, reduction)
+        model.generate(batch, model.encode(pixels), plan)
+        before = compile_count()
+        other, plan = model.batch(["a bb ccc dddd", "a"], [[0.0, 1.0, 2.0], [5.0]], reduction)
+        again = model.generate(other, model.encode(pixels[::-1].copy()), plan)
+        assert compile_count() == before
+        model.verify(again)
+    assert model.peak_bytes() > 0
+
+
+def test_lengths_over_the_buckets_are_named(model):
+    with pytest.raises(ValueError, match=r"frames = 9 .*\(2, 4, 8\)"):
+        model.batch(["a"], [[float(i) for i in range(9)]], None)
+    with pytest.raises(ValueError, match=r"text = 9 .*\(8,\)"):
+        model.batch(["a b c d e f g h i"], [[0.0]], None)
+    batch, _ = model.batch(["a"], [[0.0]], None)
+    with pytest.raises(ValueError, match="max_new"):
+        model.generate(batch, None, max_new=7)
+
+
+def test_text_between_frames_is_laid_out_in_order(model):
+    style = PromptStyle(before="s", frame="at {seconds:.0f}", after_frame="xxx")
+    spaced = Model(CONFIG, model.params, Letters(), buckets=Buckets(frames=(2,), text=(16,), max_new=2), style=style)
+    batch, _ = spaced.batch(["what"], [[0.0, 7.0]], None)
+    assert batch.frame[0].tolist() == [-1, -1, -1] + [0] * 4 + [-1, -1, -1] + [1] * 4 + [-1, -1] + [-1] * 8
+    assert batch.input_ids[0, :3].tolist() == [1, 2, 1]
+    assert int(batch.segment.sum()) == 16
+
+
+def test_top_p_keeps_the_likeliest_that_hold_it():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        keys = jax.random.split(jax.random.key(0), 400)
+        sampling = Sampling(temperature=1.0, top_p=top_p)
+        drawn = {int(choose(logits, key[None], sampling)[0]) for key in keys}
+        assert drawn == allowed
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
