@@ -7,7 +7,19 @@ import pytest
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.bench.timing import available_bytes, interleaved, paired_ratio
 
-SMALL = ["ssd", "--shapes", "2,4,1,8", "--length", "48", "--chunk-sizes", "16", "--rounds", "1", "--gradient-rounds", "1"]
+SMALL = [
+    "ssd",
+    "--shapes",
+    "2,4,1,8",
+    "--length",
+    "48",
+    "--chunk-sizes",
+    "16",
+    "--rounds",
+    "1",
+    "--gradient-rounds",
+    "1",
+]
 
 
 def test_a_row_per_implementation(tmp_path, capsys):

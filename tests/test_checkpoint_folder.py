@@ -39,9 +39,8 @@ def micro_model(**changes) -> Model:
         vision=vision,
         name="micro",
     )
-    rng = np.random.default_rng(
-        0
-    )  # drawn here, since running the modules' own init op by op takes far longer than any test
+    # drawn here, since running the modules' own init op by op takes far longer than any test
+    rng = np.random.default_rng(1)
     flat = {name: rng.normal(0, 2, shape).astype(np.float32) for name, shape in folder.expected_shapes(config).items()}
     params = jax.tree.map(jnp.asarray, folder.unflatten(flat))
     settings = {

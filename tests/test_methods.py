@@ -8,7 +8,7 @@ from test_plan import model, plan
 from test_scores import mamba_aux, prompts
 
 from hybridvlm.config import Reduction, ScoreOptions
-from hybridvlm.ops.aux import AttentionAux
+from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.reduction import (
     METHODS,
     average_pool,

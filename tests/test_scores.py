@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.config import ScoreOptions
-from hybridvlm.ops.aux import AttentionAux, MambaAux
+from hybridvlm.ops.layer_aux import AttentionAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import attention_score, mamba_score, saliency_score
 from hybridvlm.reduction.scores import random_score, spread_score

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hybridvlm.bench peers`."""
     add = parser.add_argument
     add("--config", default="peers_56m", help="name or JSON file of a text-only model config (default: peers_56m)")
-    add("--tokens", default="4096,8192", help="comma list of prompt lengths; the last also reduced (default: 4096,8192)")
+    add(
+        "--tokens", default="4096,8192", help="comma list of prompt lengths; the last also reduced (default: 4096,8192)"
+    )
     add("--text", type=int, default=128, help="text tokens of the reduced prompt (default: 128)")
     add("--budget", type=float, default=0.25, help="mean share of visual tokens that str keeps (default: 0.25)")
     add("--new", type=int, default=64, help="tokens decoded after the first prompt length (default: 64)")
@@ -203,7 +205,9 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
         expected = stored["logits"]
     error = float(np.max(np.abs(logits - expected)) / np.max(np.abs(expected)))
     if not error <= TOLERANCE:
-        raise ValueError(f"logits of the two sides differ by {error:.1e} of the largest one; at most {TOLERANCE} is allowed")
+        raise ValueError(
+            f"logits of the two sides differ by {error:.1e} of the largest one; at most {TOLERANCE} is allowed"
+        )
 
     left, right = (jax.random.normal(jax.random.key(i), (MATMUL, MATMUL)) for i in range(2))
     source = np.ones(COPY_BYTES // 4, np.float32)
@@ -260,7 +264,13 @@ def rows(args: argparse.Namespace, config: ModelConfig, found: dict[str, dict[st
     out = []
 
     def add(side: str, measure: str, tokens: int, seconds: float, base: float, **more: Any) -> None:
-        row = {"config": config.name, "measure": measure, "side": side, "version": found[side]["version"], "tokens": tokens}
+        row = {
+            "config": config.name,
+            "measure": measure,
+            "side": side,
+            "version": found[side]["version"],
+            "tokens": tokens,
+        }
         out.append(row | {"ms": 1000 * seconds, "speedup": base / seconds} | more)
 
     for length, seconds in theirs["prefill"].items():

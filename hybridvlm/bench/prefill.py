@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     config = load_model_config(args.config)
     if config.vision is None:
-        raise ValueError(f"config {args.config!r} has no vision side, and so no visual tokens to reduce; try bench_100m")
+        raise ValueError(
+            f"config {args.config!r} has no vision side, and so no visual tokens to reduce; try bench_100m"
+        )
     per_frame = config.vision.tokens_per_frame
     frames = args.visual // per_frame if args.frames is None else args.frames
     if frames < 1 or (args.frames is None and args.visual % per_frame):

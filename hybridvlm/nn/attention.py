@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.caches import AttentionCache
+from hybridvlm.nn.caches import AttentionCache, attention_cache
 from hybridvlm.ops.attention import attention
-from hybridvlm.ops.aux import AttentionAux
+from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 
 Params = dict[str, jax.Array]
@@ -87,7 +89,7 @@ def attention_layer(
 ) -> tuple[jax.Array, AttentionCache, AttentionAux | None]:
     """One residual attention layer over whole rows.
 
-    x [B,L,D], segment [B,L]. `room`: empty slots added to the cache for tokens to come. With `query` [B,L] bool the rows of
+    x [B,L,D], segment [B,L]. `room`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of
     the question (at most `query_capacity` of them) come back in the aux, for the text-to-visual score.
     """
     q, k, v = _qkv(p, c, x)
@@ -103,11 +105,24 @@ def attention_layer(
             k=k,
             lse=jnp.take_along_axis(lse, index[:, None, :], axis=2),
         )
-    pad = ((0, 0), (0, room), (0, 0), (0, 0))
-    cache = AttentionCache(
-        jnp.pad(k, pad), jnp.pad(v, pad), jnp.pad(segment, pad[:2]), jnp.full((), segment.shape[1], jnp.int32)
-    )
-    return _output(p, x, out), cache, aux
+    return _output(p, x, out), attention_cache(k, v, segment, room), aux
+
+
+def _merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention over disjoint sets of keys, (out [B,T,H,P], lse [B,H,T]) each, as if it had been over all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = jax.nn.logsumexp(jnp.stack([part for _, part in parts]), axis=0)
+    out = sum(part * jnp.exp(mine - lse).swapaxes(1, 2)[..., None] for part, mine in parts)
+    return out.astype(parts[0][0].dtype), lse
+
+
+def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool) -> list[tuple[jax.Array, jax.Array]]:
+    """q [B,T,H,P] over the cache's prompt and, with `recent`, over what came after it: all of it lies before q."""
+    sets = [(cache.k, cache.v, cache.segment)] + ([(cache.new_k, cache.new_v, cache.new_segment)] if recent else [])
+    return [
+        attention(q, k, v, q_segment=segment, kv_segment=slots, causal=False) for k, v, slots in sets if k.shape[1] > 0
+    ]
 
 
 def attention_extend(
@@ -115,21 +130,25 @@ def attention_extend(
 ) -> tuple[jax.Array, AttentionCache]:
     """New tokens after a cache: x [B,T,D], segment [B,T] (0 = padding at the end; its slots stay empty).
 
-    The caller sees to it that the cache has room (AttentionCache.k.shape[1] >= length + T).
+    The caller sees to it that the cache has room (AttentionCache.new_k.shape[1] >= length + T).
     """
     q, k, v = _qkv(p, c, x)
-    t = segment.shape[1]
+    t, room = segment.shape[1], cache.new_k.shape[1]
+    if t > room:
+        raise ValueError(f"the cache has room for {room} new tokens, got {t}; prefill with a larger `room`")
     keys, values, slots = (
         jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
-        for old, new in ((cache.k, k), (cache.v, v), (cache.segment, segment))
+        for old, new in ((cache.new_k, k), (cache.new_v, v), (cache.new_segment, segment))
     )
+    cache = dataclasses.replace(cache, new_k=keys, new_v=values, new_segment=slots, length=cache.length + t)
     if t == 1:  # a single new token sees every filled slot: no order to check
-        out, _ = attention(q, keys, values, q_segment=segment, kv_segment=slots, causal=False)
+        out, _ = _merge(*_past(q, segment, cache, recent=True))
     else:
-        index = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
-        place = jnp.broadcast_to(cache.length + jnp.arange(t, dtype=jnp.int32), segment.shape)
-        out, _ = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=index)
-    return _output(p, x, out), AttentionCache(keys, values, slots, cache.length + t)
+        index = jnp.broadcast_to(jnp.arange(room, dtype=jnp.int32), slots.shape)
+        place = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
+        own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=index)
+        out, _ = _merge(own, *_past(q, segment, cache, recent=False))
+    return _output(p, x, out), cache
 
 
 def attention_shared(
@@ -143,17 +162,11 @@ def attention_shared(
     q, k, v = _qkv(p, c, x)
     rows, t, heads, width = q.shape
     b = cache.k.shape[0]
-    out_own, lse_own = attention(q, k, v, q_segment=segment, kv_segment=segment)
+    own = attention(q, k, v, q_segment=segment, kv_segment=segment)
     folded = q.reshape(b, rows // b * t, heads, width)
-    out_past, lse_past = attention(
-        folded, cache.k, cache.v, q_segment=segment.reshape(b, -1), kv_segment=cache.segment, causal=False
-    )
-    out_past = out_past.reshape(rows, t, heads, width)
-    lse_past = lse_past.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t)
-    lse = jnp.logaddexp(lse_own, lse_past)
-
-    def share(part: jax.Array) -> jax.Array:
-        return jnp.exp(part - lse).swapaxes(1, 2)[..., None].astype(q.dtype)
-
-    out = out_own * share(lse_own) + out_past * share(lse_past)
+    past = [
+        (out.reshape(rows, t, heads, width), lse.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t))
+        for out, lse in _past(folded, segment.reshape(b, -1), cache, recent=True)
+    ]
+    out, lse = _merge(own, *past)
     return _output(p, x, out), q, lse

@@ -23,20 +23,32 @@ class MambaCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """k, v [B,S,K,P] and the segment [B,S] of every slot (0 = empty); length [], the slot that the next token takes.
+    """The prompt's k, v [B,L,K,P] with segment [B,L] (0 = empty), and behind it room for R new tokens.
 
-    S is that layer's own row length plus room for new tokens, so under reduction each layer has another S. New tokens go
-    behind the whole row, to the same slot in every example (one slice is written, not B scattered ones); the padding of
-    a shorter example stays between its prompt and its answer as empty slots.
+    L is that layer's own row length, so under reduction each layer has another one. new_k, new_v [B,R,K,P], new_segment
+    [B,R]: what came after the prompt; length []: the slot that the next token takes, the same in every example. A decode
+    step so writes one slice of a small array and only reads the prompt, which a compiler would copy if it were written.
     """
 
     k: jax.Array
     v: jax.Array
     segment: jax.Array
+    new_k: jax.Array
+    new_v: jax.Array
+    new_segment: jax.Array
     length: jax.Array
 
 
 Cache = MambaCache | AttentionCache | None
+
+
+def attention_cache(k: jax.Array, v: jax.Array, segment: jax.Array, room: int) -> AttentionCache:
+    """The cache after a prompt: k, v [B,L,K,P], segment [B,L], and `room` empty slots for tokens to come."""
+    shape = (k.shape[0], room, *k.shape[2:])
+    empty = jnp.zeros(shape[:2], jnp.int32)
+    return AttentionCache(
+        k, v, segment, jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype), empty, jnp.zeros((), jnp.int32)
+    )
 
 
 def cache_bytes(caches: tuple[Cache, ...]) -> int:
@@ -45,7 +57,7 @@ def cache_bytes(caches: tuple[Cache, ...]) -> int:
 
 
 def empty_caches(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[Cache, ...]:
-    """Caches before the first token, with `length` slots in every attention layer."""
+    """Caches before the first token, with room for `length` of them in every attention layer."""
     entries: list[Cache] = []
     for kind in config.pattern:
         if kind == "M":
@@ -57,15 +69,8 @@ def empty_caches(config: ModelConfig, batch: int, length: int, dtype=jnp.float32
                 )
             )
         elif kind == "*":
-            shape = (batch, length, config.kv_heads, config.head_dim)
-            entries.append(
-                AttentionCache(
-                    jnp.zeros(shape, dtype),
-                    jnp.zeros(shape, dtype),
-                    jnp.zeros((batch, length), jnp.int32),
-                    jnp.zeros((), jnp.int32),
-                )
-            )
+            nothing = jnp.zeros((batch, 0, config.kv_heads, config.head_dim), dtype)
+            entries.append(attention_cache(nothing, nothing, jnp.zeros((batch, 0), jnp.int32), length))
         else:
             entries.append(None)
     return tuple(entries)

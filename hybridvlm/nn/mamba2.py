@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import MambaCache
-from hybridvlm.ops.aux import MambaAux
 from hybridvlm.ops.conv1d import causal_conv1d
+from hybridvlm.ops.layer_aux import MambaAux
 from hybridvlm.ops.norms import gated_rms_norm, rms_norm
 from hybridvlm.ops.ssd import ssd, ssd_step
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
-from hybridvlm.ops.aux import AttentionAux, MambaAux
+from hybridvlm.ops.layer_aux import AttentionAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import evs as before
 from hybridvlm.reduction import schedules, scores

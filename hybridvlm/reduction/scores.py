@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.config import ScoreOptions
-from hybridvlm.ops.aux import AttentionAux, MambaAux
+from hybridvlm.ops.layer_aux import AttentionAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 
 _DEFAULT = ScoreOptions()

@@ -1,7 +1,7 @@
 """Finetune the embedded model under the 25% plan: `python -m hybridvlm.tiny.finetune --model DIR --output DIR`.
 
-First the Mamba layers' scores are taught to rank as the dense model's own later attention does (no label of a needed token
-is read); then steps under the plan, one question per video, take turns with such dense steps.
+First the Mamba layers' scores are taught to rank as the model's own next attention layer does in a dense pass (no label of a
+needed token is read); then steps under the plan, one question per video, take turns with such dense steps.
 """
 
 from __future__ import annotations
@@ -35,19 +35,24 @@ SCORE_WEIGHT = 0.3
 
 
 def score_loss(config: ModelConfig, told: dict, out: Any) -> jax.Array:
-    """Cross-entropy of each Mamba layer's score, z-scored and softmaxed over the video, towards the mean attention of all later
-    attention layers (no gradient). Layers behind the last attention layer have no teacher and are left alone."""
+    """Cross-entropy of each Mamba layer's score, z-scored and softmaxed over the video, towards the weights of the next attention
+    layer (no gradient). A question counts as far as its teacher is sharp (1 - entropy / log M): one that looks everywhere
+    teaches nothing. Layers behind the last attention layer have no teacher and are left alone."""
     mamba = layer_scores(config, told, out, attention=False)
     attention = layer_scores(config, told, out, attention=True)
-    losses = []
+    losses, weights = [], []
     for layer, score in mamba.items():
-        later = [weights / weights.sum(-1, keepdims=True) for at, weights in attention.items() if at > layer]
-        if not later:
+        following = [at for at in sorted(attention) if at > layer]
+        if not following:
             continue
-        target = jax.lax.stop_gradient(sum(later) / len(later))
+        target = jax.lax.stop_gradient(attention[following[0]])
+        target = target / target.sum(-1, keepdims=True)
+        entropy = -jnp.sum(target * jnp.log(target + 1e-20), -1)
+        sharp = 1 - entropy / np.log(target.shape[-1])
         z = (score - score.mean(-1, keepdims=True)) / (score.std(-1, keepdims=True) + 1e-6)
-        losses.append(-jnp.sum(target * jax.nn.log_softmax(z), -1).mean())
-    return sum(losses) / len(losses)
+        losses.append(jnp.sum(-jnp.sum(target * jax.nn.log_softmax(z), -1) * sharp))
+        weights.append(jnp.sum(sharp))
+    return sum(losses) / sum(weights)
 
 
 def dense_loss(params: dict, config: ModelConfig, tokens: jax.Array, sample: dict[str, jax.Array]):
@@ -85,9 +90,9 @@ def reduced_loss(
 class Recipe:
     """Steps that teach the scores (dense), then steps in turn under the plan and dense; the rate falls to zero (cosine)."""
 
-    teach: int = 110
-    reduced: int = 110
-    rate: float = 1.5e-3
+    teach: int = 80
+    reduced: int = 60
+    rate: float = 7e-4
     frames: int = 64
     videos: int = 4
     questions: int = 48

@@ -51,12 +51,14 @@ class Sizes(NamedTuple):
 class Coefficients(NamedTuple):
     """Everything that depends on dt and A, float32, ordered by step: S steps, b = B * block chunks each.
 
-    total, dt, read, write [S,b,G,R,C]: sum of log-decays up to and with a token; its dt; the weight with which it
-    reads the chunk's incoming state; the weight with which it enters the outgoing one. keep [S,b,G,R]: what is left
-    of the incoming state.
+    total, minus, dt, read, write [S,b,G,R,C]: sum of log-decays up to and with a token; the same negated, so that
+    exp(t_i - t_j) reads two arrays (XLA's CPU loops that read one array at two places are not vectorised: 5 times
+    slower); its dt; the weight with which it reads the chunk's incoming state; the weight with which it enters the
+    outgoing one. keep [S,b,G,R]: what is left of the incoming state.
     """
 
     total: jax.Array
+    minus: jax.Array
     dt: jax.Array
     read: jax.Array
     write: jax.Array
@@ -119,7 +121,7 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     to_end = jnp.concatenate([last - total[..., :-1], jnp.zeros_like(last)], axis=-1)
     kept = last[..., 0]
     if run is None:
-        return Coefficients(total, dt, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
+        return Coefficients(total, -total, dt, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
 
     run = windows(run, run[:, sizes.done - 1 : sizes.done])
     ends = run[:, sizes.chunk - 1 :: sizes.chunk]
@@ -138,7 +140,7 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     read = masked_exp((reader == before)[over_heads], total)
     write = dt * masked_exp((writer == ends)[over_heads], to_end)
     keep = masked_exp(before == ends, kept.reshape(sizes.steps, -1, heads)).reshape(kept.shape)
-    return Coefficients(total, dt, read, write, keep), Runs(reader, writer)
+    return Coefficients(total, -total, dt, read, write, keep), Runs(reader, writer)
 
 
 # -- one step --
@@ -199,7 +201,7 @@ def _decays(k: Coefficients, runs: Runs | None):
     if runs is not None:
         seen = (seen & (runs.reader[:, :, None] == runs.writer[:, None, :]))[:, None, None]
     # The mask comes before exp: above the diagonal the difference is positive and may overflow.
-    return jnp.exp(k.total[..., :, None] - k.total[..., None, :] + jnp.where(seen, 0.0, -jnp.inf))
+    return jnp.exp(k.total[..., :, None] + k.minus[..., None, :] + jnp.where(seen, 0.0, -jnp.inf))
 
 
 def _kept(k: Coefficients, state):
@@ -250,7 +252,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     # The exponent t_i - t_i is 0 whatever t is; left in, its two gradients would cancel only up to rounding.
     size = x.shape[1]
     gexponent = gweights * k.dt[..., None, :] * jnp.tril(jnp.ones((size, size), jnp.float32), -1)
-    gtotal = gexponent.sum(-1) - gexponent.sum(-2)
+    gtotal, gminus = gexponent.sum(-1), gexponent.sum(-2)
 
     # Reading the incoming state.
     gread = _head_sums(gy * _by_group(_dot(c32, state, (3, 2), 2)))
@@ -267,7 +269,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     if d is not None:
         gx = gx + _skip(gy, d, runs)
         gd = _skip(gy * x, jnp.ones_like(d), runs).sum((0, 1, 4))
-    return gx, _by_group(gb), _by_group(gc), gd, Coefficients(gtotal, gdt, gread, gwrite, gkeep)
+    return gx, _by_group(gb), _by_group(gc), gd, Coefficients(gtotal, gminus, gdt, gread, gwrite, gkeep)
 
 
 def _dot_heads(v, state):

@@ -1,0 +1,138 @@
+"""The embedded model: its start, its shared passes, its training that resumes, its control, and the packaged checkpoints."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridvlm.checkpoints.folder import load
+from hybridvlm.config import MIXERS
+from hybridvlm.nn.decoder import prefill
+from hybridvlm.reduction.methods import score_fn
+from hybridvlm.reduction.plan import make_plan
+from hybridvlm.tiny import codes, control, finetune, needle, train
+from hybridvlm.tiny.bank import draw, draw_videos, make_bank
+from hybridvlm.tiny.resume import Saved
+from hybridvlm.tiny.setup import initial_params
+from hybridvlm.tiny.shared import QUESTION, arrays, forward, layer_scores, video_tokens
+from hybridvlm.tiny.tower import initial_tower
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The embedded model's own layers, fewer of them, untrained."""
+    config = dataclasses.replace(codes.config(), pattern="M-*MM*M")
+    params = initial_params(config, initial_tower(config))
+    return config, params, make_bank(params, config, frames=4, n=20, seed=0, split="val")
+
+
+def sample_of(bank, videos=2, questions=6, seed=0):
+    return arrays(draw(bank, 4, videos, questions, needle.TYPES, np.random.default_rng(seed)))
+
+
+def test_directions_are_orthonormal_and_words_lie_behind_the_rotation():
+    width = codes.config().width
+    c = codes.codes(width)
+    basis = np.concatenate([c[name] for name in codes.SIZES])
+    np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-5)
+    np.testing.assert_allclose(c["R"] @ c["R"].T, np.eye(width), atol=1e-5)
+    word, visual = codes.projections(width, 64, seed=3)
+    query = (c["colour"][3] + codes.time_code(width)[12]) @ c["R"].T @ word
+    items = c["colour"][:, None] + codes.time_code(width)[None]
+    assert np.unravel_index(np.argmax(items @ visual @ query), (16, 64)) == (3, 12)
+
+
+def test_shared_scores_are_the_scores_of_one_question_alone(small):
+    config, params, bank = small
+    sample = sample_of(bank)
+    _, told, out = forward(params, config, bank.tokens, sample, keys=True)
+    shared = layer_scores(config, told, out)
+    mixers = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
+    videos = video_tokens(params, bank.tokens, sample["cells"])
+    plan = make_plan(codes.reduction(), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
+    one = jax.tree.map(lambda a: a[1:2], videos)
+    prompt = finetune.with_question(params, one, sample["rows"][8:9, :QUESTION])  # question 2 of video 1
+    alone = prefill(
+        params["decoder"], config, prompt, score_fn=score_fn(plan), collect=mixers, query_capacity=QUESTION
+    ).scores
+    for layer in mixers:
+        want = np.asarray(alone[layer][0, :64])
+        np.testing.assert_allclose(shared[layer][1, 2], want, atol=2e-5 * np.abs(want).max())
+
+
+def test_losses_move_what_they_should(small):
+    config, params, bank = small
+    sample = sample_of(bank)
+    loss, grads = jax.value_and_grad(lambda p: train.task_loss(p, config, bank.tokens, sample)[0])(params)
+    assert np.isfinite(loss)
+    taught = jax.grad(lambda p: finetune.dense_loss(p, config, bank.tokens, sample)[0])(params)
+    plan = make_plan(codes.reduction(), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
+    single = arrays(draw(bank, 4, 3, 1, needle.TYPES, np.random.default_rng(1)))
+    under = jax.grad(lambda p: finetune.reduced_loss(p, config, bank.tokens, single, plan)[0])(params)
+    for tree in (grads, taught, under):
+        assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(tree))
+        assert float(jnp.abs(tree["decoder"]["mamba"]["in_proj"]).max()) > 0
+
+
+def test_the_optimizer_leaves_tower_and_connector_alone_and_decays_projections_only(small):
+    _, params, _ = small
+    optimizer = train.make_optimizer(0.1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    moved = {jax.tree_util.keystr(path) for path, u in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(u != 0)}
+    assert moved and all(name.endswith("_proj']") for name in moved)
+    assert not any("vision" in name or "projector" in name for name in moved)
+
+
+def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(small, tmp_path):
+    config, params, bank = small
+    stage = train.Stage("short", 4, 2, 6, 6, 1e-3, 0.1)
+
+    def run(folder, stop=None):
+        saved = Saved(folder, every=2)
+        start, at, state = saved.restore(params, lambda p, _: train.stage_optimizer(stage).init(p))
+
+        def keep(step, p, s):
+            saved.save(step, p, s)
+            if step == stop:
+                saved.wait()
+                raise KeyboardInterrupt
+
+        at = jax.tree.map(jnp.array, at)  # the training step donates its arguments
+        return train.train_stage(at, config, stage, 0, bank=bank, start=start or 0, state=state, on_step=keep)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop=4)
+    again = run(tmp_path / "cut")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_separate_questions_need_no_token_twice(small):
+    _, _, bank = small
+    _, asked = draw_videos(bank, 4, 3, 40, needle.TYPES, np.random.default_rng(0))
+    for q in asked:
+        chosen = control.separate(q.hop1, q.hop2)
+        needed = [t for pair in zip(q.hop1[chosen], q.hop2[chosen], strict=True) for t in pair if t >= 0]
+        assert len(needed) == len(set(needed)) and chosen.any()
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-reduced"])
+def test_packaged_checkpoints_answer(name):
+    model = load(name)
+    assert sum(a.size for a in jax.tree.leaves(model.params)) < 3_000_000
+    assert len(model.config.pattern) >= 24
+    video, questions = needle.split_questions("val", videos=1, per_video=28)[0]
+    seconds = [[float(t) for t in range(video.frames)]] * 4
+    visual = jnp.repeat(model.encode(needle.render_video(video)[None]), 4, axis=0)
+    for reduction, least in ((None, 25), (codes.reduction(), 22 if name == "tiny-reduced" else 0)):
+        right = 0
+        for at in range(0, 28, 4):
+            batch, plan = model.batch(questions.texts()[at : at + 4], seconds, reduction)
+            answer = model.generate(batch, visual, plan)
+            model.verify(answer)
+            right += sum(a == b for a, b in zip(answer.text, questions.answers()[at : at + 4], strict=True))
+        assert right >= least
