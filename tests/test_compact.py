@@ -11,7 +11,7 @@ from hybridvlm.ops.compact import compact, compact_indices
 from hybridvlm.ops.tokens import Tokens
 
 LENGTH = 24  # one length and few capacities, so that hypothesis does not compile anew for every case
-CAPACITIES = (4, 8, LENGTH, LENGTH + 4)
+CAPACITIES = (8, LENGTH, LENGTH + 4)
 WIDTH = 3
 
 
@@ -106,7 +106,7 @@ def test_a_row_that_fills_the_capacity_exactly():
     tokens, _ = simple(LENGTH)
     score = np.random.default_rng(2).permutation(LENGTH)[None].astype(np.float32)
     segment, visual = np.ones(LENGTH, int), np.asarray(tokens.visual)[0]
-    for keep in (0, 1, LENGTH - 3, LENGTH - 2, LENGTH):
+    for keep in (0, LENGTH - 3, LENGTH):
         places = survivors(segment, visual, score[0], [keep])
         assert kept(tokens, score, [[keep]], len(places)) == places
 
@@ -135,7 +135,7 @@ def test_visual_flags_on_padding_do_not_matter():
 
 def test_a_row_of_padding_stays_padding():
     tokens = make_tokens(np.zeros((1, 6), int), np.zeros((1, 6), bool))
-    got = compact(tokens, jnp.zeros((1, 6)), jnp.array([[3]]), 4)
+    got = jitted(tokens, jnp.zeros((1, 6)), jnp.array([[3]]), 4)
     assert not got.segment.any() and not got.x.any() and not got.visual.any() and not got.extra["deep"].any()
     assert (got.index == -1).all() and (got.frame == -1).all()
 
@@ -157,8 +157,8 @@ def test_under_vmap():
     tokens = make_tokens(np.ones((3, 12), int), rng.random((3, 12)) < 0.7)
     score, keep = jnp.asarray(rng.normal(size=(3, 12))), jnp.array([[1], [2], [3]])
     rows = jax.tree.map(lambda a: a[:, None], (tokens, score, keep))
-    got = jax.vmap(lambda t, s, n: compact(t, s, n, 10))(*rows)
-    wanted = compact(tokens, score, keep, 10)
+    got = jax.jit(jax.vmap(lambda t, s, n: compact(t, s, n, 10)))(*rows)
+    wanted = jitted(tokens, score, keep, 10)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(a[:, 0], b)
 
@@ -171,7 +171,7 @@ def test_gradient_reaches_x_and_not_the_score():
     def loss(x, score):
         return jnp.sum(compact(tokens.replace(x=x), score, jnp.array([[2]]), 5).x * weight)
 
-    dx, dscore = jax.grad(loss, (0, 1))(tokens.x, score)
+    dx, dscore = jax.jit(jax.grad(loss, (0, 1)))(tokens.x, score)
     wanted = np.zeros((1, 8, WIDTH), np.float32)
     wanted[0, [0, 5, 6, 7]] = weight[0, :4]
     np.testing.assert_array_equal(dx, wanted)

@@ -5,6 +5,7 @@ import functools
 
 import hypothesis
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -287,7 +288,7 @@ def _sizes(jaxpr):
         for variable in (*equation.invars, *equation.outvars):
             if hasattr(variable.aval, "size"):
                 yield variable.aval.size, variable.aval.shape
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from _sizes(inner)
 
 

@@ -279,7 +279,7 @@ class Evaluation:
             "model": self.model.name,
             "weights": self.weights,
             "config": to_dict(self.model.config),
-            "trained_under": None if self.model.reduction is None else to_dict(self.model.reduction),
+            "model_reduction": None if self.model.reduction is None else to_dict(self.model.reduction),
             "reduction": to_dict(self.planner.base),
             "match_flops": self.options.match_flops,
             "buckets": to_dict(self.model.buckets),
