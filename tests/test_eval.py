@@ -374,11 +374,11 @@ def test_another_seed_of_weights_or_plan_is_another_key(world, done, tmp_path):
     """What changes an answer changes its key; what cannot, does not."""
     keys = {key for *_, key in answers_of(done).values()}
     output = tmp_path / "out"
-    for more in (["--budgets", "0.4"], ["--budgets", "0.5", "--schedule", "shape=linear"]):
-        run_eval(world, output, "--methods", "str", "--limit", "3", *more, check=0)
-        for row in lines_of(output):
-            assert (row["key"] in keys) == (row["method"] == "none")
-        (output / "samples.jsonl").unlink()
+    more = ["--budgets", "0.5", "--schedule", "shape=linear"]
+    run_eval(world, output, "--methods", "str", "--limit", "3", *more, check=0)
+    for row in lines_of(output):
+        assert (row["key"] in keys) == (row["method"] == "none")
+    (output / "samples.jsonl").unlink()
     changed = micro_model()
     changed.params["embed"] = changed.params["embed"] * 1.01
     save_folder(tmp_path / "other", changed)

@@ -142,9 +142,12 @@ def test_arguments_left_out_and_odd_lengths(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)
-@pytest.mark.parametrize("chunk_size", [1, 64])
+@pytest.mark.parametrize("chunk_size", [1, 5])
 def test_any_chunk_size(implementation, chunk_size):
-    _agree(Case(batch=3, initial="same segment"), implementation, chunk_size)
+    arrays, rest = Case(batch=3, initial="same segment").inputs()
+    got = _forward(arrays, rest, implementation, chunk_size)
+    for a, b in zip(got, _forward(arrays, rest, "reference"), strict=True):
+        _close(a, b, 1e-5)
 
 
 def test_reference_is_the_recurrence():
@@ -210,8 +213,9 @@ def test_extreme_decay_stays_finite(implementation):
     assert all(np.isfinite(v).all() for v in jax.tree.leaves((outputs, gradients)))
 
 
-@pytest.mark.parametrize("implementation", ("reference", *CHUNKED))
-@pytest.mark.parametrize("cut", [1, 8])
+@pytest.mark.parametrize(
+    ("implementation", "cut"), [("reference", 1), ("associative", 1), ("sequential", 1), ("sequential", 8)]
+)
 def test_split_anywhere_equals_the_whole(implementation, cut):
     arrays, rest = Case(batch=3, segments="empty row", initial="same segment", seed=7).inputs()
     segment = rest["segment"].at[0].set(jnp.asarray([1] * 8 + [2] * 13))  # row 0 changes segment at the cut 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.checkpoints.folder import load
-from hybridvlm.config import MIXERS
+from hybridvlm.config import MIXERS, Reduction
 from hybridvlm.nn.decoder import prefill
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
@@ -51,7 +51,7 @@ def test_shared_scores_are_the_scores_of_one_question_alone(small):
     shared = layer_scores(config, told, out)
     mixers = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
     videos = video_tokens(params, bank.tokens, sample["cells"])
-    plan = make_plan(codes.reduction(), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
+    plan = make_plan(Reduction("str", 0.7), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
     one = jax.tree.map(lambda a: a[1:2], videos)
     prompt = finetune.with_question(params, one, sample["rows"][8:9, :QUESTION])  # question 2 of video 1
     alone = prefill(
@@ -68,7 +68,7 @@ def test_losses_move_what_they_should(small):
     loss, grads = jax.value_and_grad(lambda p: train.task_loss(p, config, bank.tokens, sample)[0])(params)
     assert np.isfinite(loss)
     taught = jax.grad(lambda p: finetune.dense_loss(p, config, bank.tokens, sample)[0])(params)
-    plan = make_plan(codes.reduction(), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
+    plan = make_plan(Reduction("str", 0.7), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
     single = arrays(draw(bank, 4, 3, 1, needle.TYPES, np.random.default_rng(1)))
     under = jax.grad(lambda p: finetune.reduced_loss(p, config, bank.tokens, single, plan)[0])(params)
     for tree in (grads, taught, under):

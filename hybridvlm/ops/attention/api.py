@@ -27,10 +27,11 @@ def attention(
     q [B,T,H,P], k and v [B,L,K,P]; query head h reads kv head h // (H // K), and nothing is repeated in memory.
     A query sees a key if both are of the same nonzero segment (q_segment [B,T], kv_segment [B,L] int32; None: all one
     segment) and, when `causal`, kv_index <= q_index (int32, [B,T] and [B,L]). Indices not given count from 0, query 0
-    beside key 0; that case is about twice as fast as one with explicit indices, as what lies above the diagonal is never
-    computed. `scale` multiplies q·k (None: P ** -0.5).
-    `implementation`: "xla" (blockwise, the default) or "reference" (whole matrix); memory of the former is
-    O(block * L) per head, forward and backward.
+    beside key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
+    segments. `scale` multiplies q·k (None: P ** -0.5).
+    `implementation`: "xla" (tiles with a softmax carried along; beyond inputs and outputs it holds a few tiles and
+    fp32 accumulators of their size, forward and backward; no forward-mode derivative for more than 8 rows), the
+    default, or "reference" (whole matrix).
 
     Returns out [B,T,H,P] in q.dtype and the log-sum-exp of the scaled scores, lse [B,H,T] fp32, both differentiable.
     A row that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by

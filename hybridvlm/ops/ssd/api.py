@@ -29,7 +29,7 @@ IMPLEMENTATIONS = ("reference", "associative", "sequential")
 # Measured with `python -m hybridvlm.bench ssd --chunk-sizes 32 64 128` on each platform named here. On 2 CPU cores
 # chunks taken one after the other keep the state in cache; the associative scan sends every chunk's state through
 # memory several times.
-DEFAULTS = {"cpu": Choice("sequential", 32, 1)}
+DEFAULTS = {"cpu": Choice("sequential", 64, 1)}
 OTHER_PLATFORM = Choice("associative", 128, 16)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +31,8 @@ def ssd_reference(
         run = jnp.zeros((batch, length), jnp.int32)
     reset = jnp.diff(run, axis=1, prepend=0) > 0
 
+    # Without it, autodiff would store two copies of every token's state: the one before and the one after.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(state, token):
         x, dt, b, c, reset = token
         decay = jnp.where(reset[:, None], 0.0, jnp.exp(dt * a))
