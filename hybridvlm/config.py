@@ -241,6 +241,11 @@ class Schedule:
             raise ValueError(f"Schedule.shape must be one of {shapes}, got {self.shape!r}")
         if not 0.0 <= self.floor < 1.0:
             raise ValueError(f"Schedule.floor must lie in [0, 1), got {self.floor}")
+        if not 0.0 < self.steepness < math.inf:
+            raise ValueError(f"Schedule.steepness must be a positive number, got {self.steepness}")
+        for name in ("start", "stages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Schedule.{name} must be at least 0, got {getattr(self, name)}")
         if (self.shape == "list") != bool(self.values):
             raise ValueError("Schedule.values goes with shape 'list', and only with it")
 

@@ -16,6 +16,7 @@ from hybridvlm.models.nemotron_vl import Batch, HybridVLM, Prefilled, prefill_pr
 from hybridvlm.models.prompt import Layout, PromptStyle, layout, make_batch
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import step, unstack
+from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.reduction.plan import ReductionPlan, make_plan
 
 _COMPILES = [0]
@@ -36,11 +37,13 @@ def compile_count() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest tokens that hold that much probability."""
+    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest tokens that hold that much probability.
+
+    stop_ids: tokens that end an answer; None takes the model's own (its eos_ids), () lets it run to the end."""
 
     temperature: float = 0.0
     top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -80,7 +83,7 @@ def decode(
     depend on its own seed and step alone, so it gets in a batch what it gets by itself. Ends early once all have stopped.
     """
     b = logits.shape[0]
-    stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
+    stops = jnp.asarray((config.eos_ids if sampling.stop_ids is None else sampling.stop_ids) or (-1,), jnp.int32)
     layers = unstack(params["decoder"], config)
     head = params["embed"].T if config.tie_embeddings else params["lm_head"]
     base = jax.vmap(jax.random.key)(seeds)
@@ -107,10 +110,9 @@ def decode(
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds of the last call's phases, device work awaited; compilation apart."""
+    """Seconds of one generate(), device work awaited: compile (0 where the programs were there), prefill, decode."""
 
     compile: float = 0.0
-    vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
 
@@ -175,7 +177,15 @@ class Model:
         if reduction is None or reduction.method == "none":
             return None
         m = self.config.vision.tokens_per_frame
-        return make_plan(reduction, self.config, visual_tokens=frames * m, text_tokens=text, frames=frames)
+        return make_plan(
+            reduction,
+            self.config,
+            visual_tokens=frames * m,
+            text_tokens=text,
+            frames=frames,
+            chunk_size=self.config.chunk_size or default_choice().chunk_size,
+            itemsize=self.params["embed"].dtype.itemsize,
+        )
 
     def layout(self, question: str, seconds: Sequence[float], factors: tuple[int, int, int] = (1, 1, 1)) -> Layout:
         """One prompt of this model's style: frames at these time stamps, then the question."""
@@ -211,11 +221,13 @@ class Model:
     ) -> Prefilled:
         """Prompts to last-token logits and caches with `room` for new tokens (default: the buckets' max_new)."""
         room = self.buckets.max_new if room is None else room
+        return self._prefill_program(batch, visual, plan, room)(self.params, batch, visual)
 
+    def _prefill_program(self, batch: Batch, visual: jax.Array | None, plan: ReductionPlan | None, room: int):
         def run(params, batch, visual):
             return prefill_prompt(params, self.config, batch, visual, plan, room)
 
-        return self.program("prefill", run, (plan, room), self.params, batch, visual)(self.params, batch, visual)
+        return self.program("prefill", run, (plan, room), self.params, batch, visual)
 
     def generate(
         self,
@@ -231,22 +243,24 @@ class Model:
         max_new = self.buckets.max_new if max_new is None else max_new
         if not 1 <= max_new <= self.buckets.max_new:
             raise ValueError(f"max_new must lie in 1..{self.buckets.max_new} (Buckets.max_new), got {max_new}")
-        sampling = Sampling(stop_ids=self.config.eos_ids) if sampling is None else sampling
+        sampling = Sampling() if sampling is None else sampling
         seeds = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
         timing = Timing()
-        compiled = compile_count()
         start = time.perf_counter()
-        prefilled = jax.block_until_ready(self.prefill(batch, visual, plan, max_new))
+        prefill = self._prefill_program(batch, visual, plan, max_new)
+        timing.compile = time.perf_counter() - start
+        start = time.perf_counter()
+        prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
         timing.prefill = time.perf_counter() - start
-        if compile_count() != compiled:
-            timing.compile += timing.prefill
         caches = prefilled.decoder.caches
 
         def run(params, logits, caches, seeds):
             return decode(params, self.config, logits, caches, seeds, max_new=max_new, sampling=sampling)
 
         args = (self.params, prefilled.logits, caches, seeds)
+        start = time.perf_counter()
         program = self.program("decode", run, (max_new, sampling), *args)
+        timing.compile += time.perf_counter() - start
         start = time.perf_counter()
         tokens, lengths = jax.device_get(program(*args))
         timing.decode = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -86,6 +87,17 @@ def test_gradients_stay_in_the_segment():
     gx, gstate = jax.grad(last_of_second, argnums=(0, 1))(x, state)
     np.testing.assert_allclose(gx[0, 4:7], weight[1:], atol=1e-6)
     assert not gx[0, :4].any() and not gx[0, 7:].any() and not gstate.any()
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_gradients_by_finite_differences(segments):
+    x, weight, bias, state = _inputs(len(SEGMENTS), 9, seed=5)
+    segment = None if segments is None else jnp.asarray(segments)
+
+    def run(*arrays):
+        return causal_conv1d(*arrays[:3], segment=segment, initial_state=arrays[3])
+
+    jax.test_util.check_grads(run, (x, weight, bias, state), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_bfloat16_and_errors():

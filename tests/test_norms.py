@@ -1,6 +1,10 @@
 """Norms against their formulas in double precision."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -40,6 +44,14 @@ def test_layer_norm():
     np.testing.assert_allclose(
         layer_norm(x, weight, bias, 1e-5), _rms(centred, 1e-5) * weight + bias, rtol=1e-4, atol=1e-5
     )
+
+
+def test_gradients_by_finite_differences():
+    y, z, weight, bias = _normal(2, 3, 8), _normal(2, 3, 8, seed=1), _normal(8, seed=2), _normal(8, seed=3)
+    check = functools.partial(jax.test_util.check_grads, order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    check(rms_norm, (y, weight))
+    check(functools.partial(gated_rms_norm, groups=2), (y, z, weight))
+    check(layer_norm, (y, weight, bias))
 
 
 def test_errors_name_the_argument():

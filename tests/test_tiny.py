@@ -91,7 +91,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(small, tmp_path)
     stage = train.Stage("short", 4, 2, 6, 6, 1e-3, 0.1)
 
     def run(folder, stop=None):
-        saved = Saved(folder, every=2)
+        saved = Saved(folder, "a recipe", every=2)
         start, at, state = saved.restore(params, lambda p, _: train.stage_optimizer(stage).init(p))
 
         def keep(step, p, s):
@@ -106,6 +106,8 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(small, tmp_path)
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop=4)
+    with pytest.raises(ValueError, match="another seed, recipe or start"):
+        Saved(tmp_path / "cut", "another recipe")
     again = run(tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)

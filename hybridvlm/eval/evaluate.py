@@ -169,7 +169,6 @@ class Evaluation:
         self.folder = options.output or default
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--output {self.folder} is a file; give a folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.store = SampleStore(self.folder / "samples.jsonl")
         self.weights = fingerprint(model.params)
         for task in tasks:
@@ -179,6 +178,7 @@ class Evaluation:
             )  # fmt: skip
             runner.variants += self._possible(runner, variants)
             self.runners.append(runner)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def _possible(self, runner: Runner, variants: Sequence[Variant]) -> list[Variant]:
         """The variants whose plans can be settled; the others are named. InputError if none but dense is left."""

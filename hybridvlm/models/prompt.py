@@ -22,11 +22,6 @@ class PromptStyle:
     question: str = "{question}"
 
 
-NEMOTRON_VIDEO = PromptStyle(
-    before="This is a video:\n", frame="Frame {number} sampled at {seconds:.2f} seconds: <img>", after_frame="</img>\n"
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One prompt before padding: ids, and the frame of every visual place (-1 for text)."""

@@ -32,18 +32,13 @@ def causal_conv1d(
     if initial_state is None:
         initial_state = jnp.zeros((b, width - 1, d), x.dtype)
     extended = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
-    w = weight.astype(jnp.float32)
-
     if segment is None:
-        y = sum(extended[:, j : j + length].astype(jnp.float32) * w[j] for j in range(width))
+        seen = None
         final = extended[:, length:]
     else:
         run = segment_runs(segment, initial_segment)
         extended_run = jnp.concatenate([jnp.zeros((b, width - 1), run.dtype), run], axis=1)
-        y = jnp.zeros(x.shape, jnp.float32)
-        for j in range(width):
-            same = extended_run[:, j : j + length] == run
-            y = y + jnp.where(same[..., None], extended[:, j : j + length].astype(jnp.float32), 0.0) * w[j]
+        seen = jnp.stack([extended_run[:, j : j + length] == run for j in range(width)])
         # The last real token stands at real + W - 2 of `extended`, so the W-1 inputs that end there start at `real`.
         real = jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
         place = real[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
@@ -51,11 +46,44 @@ def causal_conv1d(
         alive = jnp.take_along_axis(extended_run, place, axis=1) == last_run
         final = jnp.where(alive[..., None], jnp.take_along_axis(extended, place[..., None], axis=1), 0)
 
+    y = _taps(extended, weight.astype(jnp.float32), seen)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     if segment is not None:
         y = jnp.where((segment > 0)[..., None], y, 0.0)
     return y.astype(x.dtype), final
+
+
+@jax.custom_vjp
+def _taps(extended: jax.Array, weight: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """extended [B,W-1+L,D], weight [W,D] fp32, seen [W,B,L] bool (None: all) -> [B,L,D] fp32."""
+    length = extended.shape[1] - weight.shape[0] + 1
+    y = jnp.zeros((), jnp.float32)
+    for j, w in enumerate(weight):
+        x = extended[:, j : j + length].astype(jnp.float32)
+        y = y + (x if seen is None else jnp.where(seen[j][..., None], x, 0.0)) * w
+    return y
+
+
+def _taps_forward(extended, weight, seen):
+    return _taps(extended, weight, seen), (extended, weight, seen)
+
+
+def _taps_backward(saved, gy):
+    extended, weight, seen = saved
+    last = weight.shape[0] - 1
+    gx, gweight = jnp.zeros((), jnp.float32), []
+    # gy is shifted (a pad fuses) rather than x (a slice does not): autodiff's own version is forty times slower on CPU
+    # and holds a product as large as x per tap.
+    for j, w in enumerate(weight):
+        g = gy if seen is None else jnp.where(seen[j][..., None], gy, 0.0)
+        g = jnp.pad(g, ((0, 0), (j, last - j), (0, 0)))
+        gx = gx + g * w
+        gweight.append(jnp.sum(g * extended.astype(jnp.float32), axis=(0, 1)))
+    return gx.astype(extended.dtype), jnp.stack(gweight), None
+
+
+_taps.defvjp(_taps_forward, _taps_backward)
 
 
 def _check(x, weight, bias, segment, initial_state, initial_segment) -> None:

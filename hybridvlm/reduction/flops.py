@@ -30,10 +30,13 @@ class Cost:
         return sum(self.layers) + self.head
 
 
+DEFAULT_CHUNK = 128  # where neither the caller nor the config names the SSD chunk that runs
+
+
 def mamba_flops(config: ModelConfig, length: int, chunk_size: int | None = None) -> int:
     """Operations of one Mamba-2 layer over `length` tokens: projections, convolution, chunked SSD."""
     c = config
-    chunk = max(1, min(chunk_size or c.chunk_size, length))
+    chunk = max(1, min(chunk_size or c.chunk_size or DEFAULT_CHUNK, length))
     inner, state = c.mamba_width, c.ssm_state
     project = 2 * length * c.width * (c.in_proj_width + inner)
     conv = 2 * length * c.conv_width * c.conv_kernel

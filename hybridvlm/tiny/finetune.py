@@ -182,7 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     model = load(args.model)
     config, recipe, reduction = model.config, Recipe(), codes.reduction()
     under = dataclasses.replace(reduction, schedule=dataclasses.replace(reduction.schedule, floor=TRAINING_FLOOR))
-    saved = Saved(args.work or args.output.with_name(args.output.name + ".run"))
+    start = float(sum(np.abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(model.params)))
+    saved = Saved(
+        args.work or args.output.with_name(args.output.name + ".run"), repr((args.seed, recipe, under, config, start))
+    )
     done, params, state = saved.restore(model.params, lambda p, _: recipe_optimizer(recipe).init(p))
     if done:
         print(f"resuming after step {done} of {recipe.total}")

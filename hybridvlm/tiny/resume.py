@@ -17,11 +17,23 @@ from hybridvlm.tiny import vocabulary
 
 
 class Saved:
-    """A training run's folder of Orbax checkpoints, keyed by global step; the newest is kept, written whole or not at all."""
+    """A training run's folder of Orbax checkpoints, keyed by global step; the newest is kept, written whole or not at all.
 
-    def __init__(self, folder: str | pathlib.Path, every: int = 100):
+    recipe: everything that the run's numbers depend on, in words. ValueError if the folder holds a run of another recipe.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, recipe: str, every: int = 100):
         import orbax.checkpoint as ocp
 
+        folder = pathlib.Path(folder)
+        note = folder.with_name(folder.name + ".recipe")
+        if note.is_file() and note.read_text() != recipe:
+            raise ValueError(
+                f"{folder} holds a run of another seed, recipe or start ({note}); remove both or choose another --work"
+            )
+        if not note.is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(recipe)
         self._ocp, self.every = ocp, every
         self._manager = ocp.CheckpointManager(
             pathlib.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)

@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     from hybridvlm.tiny.resume import Saved, write_checkpoint
 
     config = codes.config()
-    saved = Saved(args.work or args.output.with_name(args.output.name + ".run"))
+    saved = Saved(args.work or args.output.with_name(args.output.name + ".run"), repr((args.seed, STAGES, config)))
     begins = np.cumsum([0, *(stage.steps for stage in STAGES)]).tolist()
 
     def stage_of(step: int) -> int:

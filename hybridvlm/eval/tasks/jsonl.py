@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -44,6 +45,10 @@ class JsonlTask(Task):
         order = {video: i for i, video in enumerate(dict.fromkeys(sample.video for sample in samples))}
         samples.sort(key=lambda sample: order[sample.video])  # stable: a video's questions come together
         self.samples = tuple(samples[: options.limit or None])
+        try:
+            self.prompt(self.samples[0])
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(f"--prompt may name {{question}} and {{options}} only, got {self._template!r}") from error
 
     def prompt(self, sample: Sample) -> str:
         return self._template.format(question=sample.question, options=letters(sample.options))
@@ -127,7 +132,7 @@ def _sample(row: Any, number: int) -> Sample:
     answer = row["answer"]
     if options:
         same = [o for o in options if plain(o) == plain(answer)]
-        place = ord(answer.strip().upper()) - ord("A") if len(answer.strip()) == 1 else -1
+        place = ord(answer.strip().upper()) - ord("A") if re.fullmatch("[A-Za-z]", answer.strip()) else -1
         if not same and not 0 <= place < len(options):
             raise ValueError(f"answer {answer!r} is none of the options {options} and not the letter of one")
         answer = same[0] if same else options[place]
