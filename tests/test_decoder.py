@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.config import ModelConfig, Reduction, Schedule
+from hybridvlm.nn import decoder
 from hybridvlm.nn.attention import attention_layer
 from hybridvlm.nn.caches import empty_caches
 from hybridvlm.nn.decoder import (
     Decoder,
-    extend,
-    extend_shared,
     layer_params,
-    prefill,
     repeats,
-    step,
     unstack,
 )
 from hybridvlm.nn.mamba2 import mamba_layer
@@ -28,6 +25,13 @@ from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import Tokens, text_tokens
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
+
+# whole programs compile faster than their operations one by one
+STATIC = ("plan", "score_fn", "collect", "room", "segments", "query_capacity")
+prefill = jax.jit(decoder.prefill, static_argnums=1, static_argnames=STATIC)
+extend = jax.jit(decoder.extend, static_argnums=1)
+extend_shared = jax.jit(decoder.extend_shared, static_argnums=1)
+step = jax.jit(decoder.step, static_argnums=2)
 
 CONFIG = ModelConfig(
     pattern="M-M-*M",

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import AttentionCache, attention_cache
+from hybridvlm.nn.linear import linear
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
@@ -52,7 +53,7 @@ def _qkv(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Array,
     h = rms_norm(x, p["norm"], c.norm_eps)
     heads = []
     for name, count in (("q", c.attention_heads), ("k", c.kv_heads), ("v", c.kv_heads)):
-        projected = h @ p[f"{name}_proj"].astype(h.dtype)
+        projected = linear(h, p[f"{name}_proj"])
         if c.attention_bias:
             projected = projected + p[f"{name}_bias"].astype(h.dtype)
         projected = projected.reshape(*x.shape[:2], count, c.head_dim)
@@ -64,7 +65,7 @@ def _qkv(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Array,
 
 def _output(p: Params, residual: jax.Array, out: jax.Array) -> jax.Array:
     out = out.reshape(*residual.shape[:2], -1)
-    return residual + (out @ p["o_proj"].astype(out.dtype)).astype(residual.dtype)
+    return residual + linear(out, p["o_proj"]).astype(residual.dtype)
 
 
 def gather_queries(query: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:

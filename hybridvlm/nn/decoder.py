@@ -13,6 +13,7 @@ from flax import linen as nn
 from hybridvlm.config import KINDS, MIXERS, ModelConfig
 from hybridvlm.nn.attention import AttentionStack, attention_extend, attention_layer, attention_shared
 from hybridvlm.nn.caches import AttentionCache, Cache
+from hybridvlm.nn.linear import cut_columns
 from hybridvlm.nn.mamba2 import MambaStack, mamba_layer, mamba_step
 from hybridvlm.nn.mlp import MlpStack, mlp_layer
 from hybridvlm.ops.compact import compact
@@ -79,8 +80,12 @@ def layer_params(params: Params, config: ModelConfig, layer: int) -> dict[str, j
 
 
 def unstack(params: Params, config: ModelConfig) -> tuple[dict[str, jax.Array], ...]:
-    """One dict per layer. A decode loop slices the stacks once, before it starts, and not again for every token."""
-    return tuple(layer_params(params, config, layer) for layer in range(len(config.pattern)))
+    """One dict per layer, for `step`. A decode loop slices the stacks once, before it starts, and not again for every token."""
+    layers = []
+    for layer in range(len(config.pattern)):
+        p = layer_params(params, config, layer)
+        layers.append({name: cut_columns(a) if name.endswith("_proj") else a for name, a in p.items()})
+    return tuple(layers)
 
 
 def visual_counts(tokens: Tokens, segments: int) -> jax.Array:

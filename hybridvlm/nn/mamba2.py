@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import MambaCache
+from hybridvlm.nn.linear import linear
 from hybridvlm.ops.conv1d import causal_conv1d
 from hybridvlm.ops.layer_aux import MambaAux
 from hybridvlm.ops.norms import gated_rms_norm, rms_norm
@@ -61,7 +62,7 @@ class MambaStack(nn.Module):
 def _project(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B,L,D] -> gate z [B,L,H*P], the convolution's input [B,L,channels], raw dt [B,L,H]."""
     h = rms_norm(x, p["norm"], c.norm_eps)
-    projected = h @ p["in_proj"].astype(h.dtype)
+    projected = linear(h, p["in_proj"])
     return tuple(jnp.split(projected, (c.mamba_width, c.mamba_width + c.conv_width), axis=-1))
 
 
@@ -83,7 +84,7 @@ def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     y = y.reshape(*z.shape[:-1], c.mamba_width)
     y = gated_rms_norm(y, z, p["gate_norm"], c.ssm_groups, c.norm_eps)
-    return residual + (y @ p["out_proj"].astype(y.dtype)).astype(residual.dtype)
+    return residual + linear(y, p["out_proj"]).astype(residual.dtype)
 
 
 def mamba_layer(

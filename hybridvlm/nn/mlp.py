@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
+from hybridvlm.nn.linear import linear
 from hybridvlm.ops.norms import rms_norm
 
 Params = dict[str, jax.Array]
@@ -31,5 +32,5 @@ class MlpStack(nn.Module):
 def mlp_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
     """x [B,L,D] -> x + down(relu(up(norm(x)))^2)."""
     h = rms_norm(x, p["norm"], c.norm_eps)
-    up = jnp.square(nn.relu(h @ p["up_proj"].astype(h.dtype)))
-    return x + (up @ p["down_proj"].astype(h.dtype)).astype(x.dtype)
+    up = jnp.square(nn.relu(linear(h, p["up_proj"])))
+    return x + linear(up, p["down_proj"]).astype(x.dtype)
