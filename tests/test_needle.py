@@ -287,11 +287,11 @@ def test_near_words_are_listed():
 
 
 def test_export_and_back(tmp_path):
-    assert export.export(tmp_path, limit=11) == (2, 11)
+    assert export.export(tmp_path, limit=7) == (2, 7)
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert len({row["id"] for row in rows}) == len(rows) == 11
+    assert len({row["id"] for row in rows}) == len(rows) == 7
     pairs = needle.split_questions(videos=2)
-    texts = [text for _, questions in pairs for text in questions.texts()][:11]
+    texts = [text for _, questions in pairs for text in questions.texts()][:7]
     assert [row["question"] for row in rows] == texts
     for row in rows:
         assert set(row) == {"id", "video", "question", "options", "answer", "type", "two_hop"}
