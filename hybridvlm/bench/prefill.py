@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         text = args.text + stamps * frames
         plans[stamps] = {m: _reduced(m, args, config, frames, text) for m in methods}
 
+    timing.say(f"{config.name or args.config}: {frames} frames of {per_frame} tokens, {args.text} text tokens")
     params = random_params(config)
     visual = jax.random.normal(jax.random.key(1), (1, frames, per_frame, config.width))
     vision_ms = _vision_ms(config, params, frames) if args.vision else None
@@ -130,6 +131,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
 
     from hybridvlm.models.nemotron_vl import HybridVLM
 
+    timing.say(f"timing the vision tower on {frames} frames")
     shape = (1, frames, *config.vision.image_size, 3)
     pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     encode = lambda params, pixels: HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)  # noqa: E731
@@ -144,6 +146,7 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
     text = args.text + stamps * frames
     calls, compile_s = {}, {}
     for method, plan in plans.items():
+        timing.say(f"compiling {method} with {text} text tokens")
         tokens = per_frame if plan is None else plan.decoder_tokens // plan.decoder_frames
         count = frames if plan is None else plan.decoder_frames
         batch = prompt(count, tokens, args.text, stamps, config.vocab_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,14 +23,28 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, war
         raise ValueError(f"interleaved: rounds must be at least 1, got {rounds}")
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-warmup, rounds):
-        for place in range(len(names)):
-            name = names[(place + turn) % len(names)]
-            start = time.perf_counter()
-            jax.block_until_ready(candidates[name]())
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+    with progress("measuring", (rounds + warmup) * len(names)) as bar:
+        for turn in range(-warmup, rounds):
+            for place in range(len(names)):
+                name = names[(place + turn) % len(names)]
+                start = time.perf_counter()
+                jax.block_until_ready(candidates[name]())
+                if turn >= 0:
+                    seconds[name].append(time.perf_counter() - start)
+                bar.update()
     return seconds
+
+
+def progress(what: str, total: int) -> Any:
+    """A progress bar on stderr, shown only to a person at a terminal and only once it has taken some seconds."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, leave=False, delay=2, disable=None)
+
+
+def say(what: str) -> None:
+    """One line on stderr about what is being done, so that a table can be piped without it."""
+    print(f"bench: {what}", file=sys.stderr, flush=True)
 
 
 def median_ms(seconds: list[float]) -> float:
