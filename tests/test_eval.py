@@ -105,6 +105,11 @@ def test_difference_is_paired():
     assert found.interval == pytest.approx([2 / 6 - half, 2 / 6 + half])
 
 
+def test_no_disagreement_is_not_certainty():
+    low, high = statistics.difference([1, 0, 1, 1], [1, 0, 1, 1], list("abcd")).interval
+    assert -low == high and (1 - high) ** 4 == pytest.approx(0.025)  # 0 of 4 is no rarer than 1 in 40 there
+
+
 # -- parsing --
 
 OPTIONS = ("boot", "bag", "sandal")
@@ -156,7 +161,8 @@ def test_expand():
     assert expand(["none", "str"], [0.25, 0.5]) == [DENSE, Variant("str", 0.25), Variant("str", 0.5)]
     assert expand(["str", "str"], [0.25]) == [DENSE, Variant("str", 0.25)]
     (composed,) = expand(["evs:0.5+str:0.5"], [0.1, 0.9])[1:]
-    assert (composed.budget, composed.fixed) == (0.25, True)
+    assert (composed.budget, composed.product, composed.fixed) == (0.25, 0.25, True)
+    assert Variant("evs:0.5+str", 0.5).product == 0.25 and Variant("str", 0.5).product == 0.5
     with pytest.raises(ValueError, match="did you mean 'saliency'"):
         expand(["salency"], [0.25])
 
@@ -443,6 +449,7 @@ BAD = [
     (["--budgets", "0"], "budget must lie in (0, 1], got 0"),
     (["--budgets", "1.2"], "budget must lie in (0, 1], got 1.2"),
     (["--budgets", "half"], "--budgets takes numbers"),
+    (["--sampling", "fps:0"], "rule 'fps:R' needs a rate above 0"),
     (["--model", "nowhere"], "'nowhere' is neither"),
     (["--tasks", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
     (["--frames", "9"], "--frames 9 is over the most"),

@@ -283,7 +283,6 @@ def test_verify_names_layer_and_counts():
     counts = np.array([1024, 640])
     kept = np.stack([p.keep(layer, counts) for layer in range(p.layers)])
     p.verify(kept, counts)
-    p.verify(kept[[site + 1 for site in p.drops]], counts)
     with pytest.raises(
         PlanMismatch, match=r"layer 5 \(mamba\) was given 1 visual tokens of example 1 where the plan says"
     ):
@@ -292,7 +291,7 @@ def test_verify_names_layer_and_counts():
         p.verify(wrong, counts)
     with pytest.raises(PlanMismatch, match="layer 1 "):
         p.verify(np.broadcast_to(counts, kept.shape), counts)
-    with pytest.raises(ValueError, match="a row per layer"):
+    with pytest.raises(ValueError, match="kept_counts must be"):
         p.verify(kept[:3], counts)
 
 

@@ -53,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
     add("--limit", type=int, default=300, help="first N questions of each task, 0 for all (default: 300)")
     add("--frames", type=int, help="frames per video (default: 64 for needle, the most the model takes for files)")
+    sampling = "frames of video files: uniform (first to last), middle (of equal spans), fps:R (default: uniform)"
+    add("--sampling", default="uniform", metavar="RULE", help=sampling)
     add("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="weights and activations")
     add("--buckets", nargs="+", default=[], metavar="KEY=N,N", help="static sizes: frames=16,64 text=16,64 max_new=8")

@@ -136,7 +136,9 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
             f"--frames {options.frames} is over the most that {model.name} can be shown, {most} (frame buckets "
             f"{model.buckets.frames}, its table of times has {model.config.vision.max_frames or 'no'} rows)"
         )
-    settings = TaskOptions(model.config, options.frames, most, options.split, options.limit, options.prompt)
+    settings = TaskOptions(
+        model.config, options.frames, most, options.split, options.limit, options.prompt, options.sampling
+    )
     names = _split(options.tasks)
     if not names:
         raise InputError("--tasks needs at least one task")
@@ -251,7 +253,7 @@ class Evaluation:
                     return runner.key(variant if which == "row" else DENSE, sample)
 
                 row, extra = build_row(
-                    runner.task, variant.method, variant.budget, runner.plans(variant), key, self.store
+                    runner.task, variant.method, variant.product, runner.plans(variant), key, self.store
                 )
                 own.append((variant, row, extra))
             rows += [row for _, row, _ in own]
@@ -286,6 +288,7 @@ class Evaluation:
             "dtype": self.options.dtype,
             "batch_size": self.options.batch_size,
             "frames": self.options.frames,
+            "sampling": self.options.sampling,
             "seed": self.options.seed,
             "split": self.options.split,
             "limit": self.options.limit,

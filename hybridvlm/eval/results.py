@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hybridvlm.eval import statistics
@@ -122,13 +122,13 @@ def build_row(
     task: Task,
     method: str,
     budget: float,
-    plans: Sequence[ReductionPlan | None],
+    plans: Mapping[str, ReductionPlan | None],
     key: Callable[[str, Any], str],
     store: SampleStore,
 ) -> tuple[Record, Record]:
     """(row, what else is known of it) of one method and budget; key(variant, sample) -> a sample's key.
 
-    variant is "row" or "dense". plans: those of the buckets that occurred, None where nothing is reduced.
+    variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced.
     """
     answers = [store.get(key("row", sample)) for sample in task.samples]
     dense = [store.get(key("dense", sample)) for sample in task.samples]
@@ -143,13 +143,16 @@ def build_row(
     prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
     dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
     total = statistics.accuracy(correct, clusters)
+    itself = keys == dense_keys
     delta = statistics.difference(correct, reference, clusters)
     types: dict[str, list[bool]] = {}
     for sample, right in zip(task.samples, correct, strict=True):
         types.setdefault(sample.type or "all", []).append(right)
     two_hop = [right for sample, right in zip(task.samples, correct, strict=True) if sample.two_hop]
-    shares = [(1.0, 1.0, 1.0) if p is None else (p.retention_mean, p.retention_final, p.flop_speedup) for p in plans]
-    mean, final, flop_speedup = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    used = [plans[sample.id] for sample in task.samples]
+    mean, final = (sum(1.0 if p is None else getattr(p, f"retention_{of}") for p in used) for of in ("mean", "final"))
+    work = sum(1.0 if p is None else p.flop_ratio for p in used)
+    different = list(dict.fromkeys(p for p in used if p is not None))
     row = {
         "task": task.name,
         "method": method,
@@ -158,16 +161,16 @@ def build_row(
         "n": total.n,
         "ci95": total.interval,
         "delta": delta.mean,
-        "delta_ci95": delta.interval,
+        "delta_ci95": [0.0, 0.0] if itself else delta.interval,
         "mcnemar_p": statistics.mcnemar(correct, reference),
         "by_type": {kind: sum(rights) / len(rights) for kind, rights in types.items()},
         "accuracy_two_hop": sum(two_hop) / len(two_hop) if two_hop else None,
-        "retention_mean": mean,
-        "retention_final": final,
+        "retention_mean": mean / len(used),
+        "retention_final": final / len(used),
         "retention_achieved": sum(r["retention"] for r in answers) / len(answers),
         "prefill_ms": prefill,
         "speedup": dense_prefill / prefill if prefill and dense_prefill else None,
-        "flop_speedup": flop_speedup,
+        "flop_speedup": len(used) / work,
         "decode_ms": statistics.median([batches[b]["decode_ms"] for b in both]),
         "peak_bytes": max((r["peak_bytes"] for r in batches.values()), default=None),
         "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
@@ -188,8 +191,8 @@ def build_row(
         "most_common_reply": max(replies.values()) / len(answers),
         "timing_run": run,
         "timed_batches": len(both),
-        "plans": [p.to_dict() for p in plans if p is not None],
-        "explained": [p.explain() for p in plans if p is not None],
+        "plans": [p.to_dict() for p in different],
+        "explained": [p.explain() for p in different],
     }
     assert tuple(row) == ROW_KEYS
     return row, extra

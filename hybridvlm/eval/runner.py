@@ -41,6 +41,13 @@ class Variant:
     fixed: bool = False
 
     @property
+    def product(self) -> float:
+        """The budget of all parts together: what `evs+str` at 0.5 leaves is 0.25."""
+        if self.method == "none" or self.fixed:
+            return self.budget
+        return float(np.prod([self.budget if rate is None else rate for _, rate in parse_method(self.method)]))
+
+    @property
     def label(self) -> str:
         return self.method if self.fixed or self.method == "none" else f"{self.method} at {self.budget:g}"
 
@@ -172,6 +179,9 @@ class Runner:
             "buckets": to_dict(model.buckets),
             "style": to_dict(model.style),
             "task": task.name,
+            "tokenizer": hashlib.sha256(model.tokenizer.tokenizer.to_str().encode()).hexdigest()
+            if model.tokenizer
+            else None,
             "library": versions()["hybridvlm"],
         }
         self._keys: dict[tuple[Variant, str], str] = {}
@@ -202,9 +212,9 @@ class Runner:
             self._keys[variant, sample.id] = _digest([self._settings[variant, bucket], asked])
         return self._keys[variant, sample.id]
 
-    def plans(self, variant: Variant) -> list[ReductionPlan | None]:
-        """The plans of a variant for the buckets that the samples need."""
-        return [self.planner(variant, bucket)[1] for bucket in sorted(set(self.buckets.values()))]
+    def plans(self, variant: Variant) -> dict[str, ReductionPlan | None]:
+        """The plan of a variant for every sample, by its id: that of the sample's bucket."""
+        return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.task.samples}
 
     def batches(self) -> Iterator[tuple[Bucket, list[Sample]]]:
         """Samples of one bucket, `batch_size` at a time, videos in order."""

@@ -67,14 +67,18 @@ def accuracy(correct: Sequence[bool], clusters: Sequence[str]) -> Estimate:
 
 
 def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Sequence[str]) -> Estimate:
-    """Mean of correct - reference on the same questions, with its paired clustered interval (Student's t)."""
+    """Mean of correct - reference on the same questions, with its paired clustered interval (Student's t).
+
+    Where the two never disagree no spread shows; the interval then reaches as far as the share of clusters with a
+    disagreement may lie that shows in none of them (Clopper-Pearson's upper bound).
+    """
     if len(correct) != len(reference):
         raise ValueError(f"both must answer the same questions, got {len(correct)} and {len(reference)}")
     d = np.asarray(correct, np.float64) - np.asarray(reference, np.float64)
     mean, se, groups = cluster_se(d, clusters)
     if math.isnan(se):
         return Estimate(mean, None, None, len(d), groups)
-    half = _quantile(groups) * se
+    half = _quantile(groups) * se if d.any() else 1 - (0.5 - LEVEL / 2) ** (1 / groups)
     return Estimate(mean, mean - half, mean + half, len(d), groups)
 
 

@@ -165,17 +165,13 @@ class ReductionPlan:
     def verify(self, kept_counts: Any, visual_counts: Any) -> None:
         """Check what a run kept: kept_counts [layers,B(,S)] entering each layer, of visual_counts [B(,S)].
 
-        A run that counts only after each drop gives [len(drops),B(,S)] instead. visual_counts are what the decoder was
-        handed. Raises PlanMismatch, with the layer and the counts, where a count is not the plan's.
+        visual_counts are what the decoder was handed. Raises PlanMismatch, with the layer and the counts, where a count
+        is not the plan's.
         """
         kept, visual = np.asarray(kept_counts), np.asarray(visual_counts)
-        layers = range(self.layers) if len(kept) == self.layers else [site + 1 for site in self.drops]
-        if kept.shape != (len(layers), *visual.shape):
-            raise ValueError(
-                f"verify: kept_counts must be [rows, *{visual.shape}] with a row per layer ({self.layers}) or per drop "
-                f"({len(self.drops)}), got {kept.shape}"
-            )
-        for layer, row in zip(layers, kept, strict=True):
+        if kept.shape != (self.layers, *visual.shape):
+            raise ValueError(f"verify: kept_counts must be {(self.layers, *visual.shape)}, got {kept.shape}")
+        for layer, row in enumerate(kept):
             planned = np.asarray(self.keep(layer, visual.astype(np.int64)))
             wrong = np.argwhere(row != planned)
             if len(wrong):

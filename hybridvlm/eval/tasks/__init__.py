@@ -34,7 +34,8 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
     """What a task is built for: the model's config, frames per video (None: the task's own choice), the most that the
-    model can be shown, split of `needle`, most samples (0: all), the prompt template of JSONL questions."""
+    model can be shown, split of `needle`, most samples (0: all), the prompt template of JSONL questions, the rule that
+    picks frames of video files (`video.sampling`)."""
 
     config: ModelConfig
     frames: int | None = None
@@ -42,6 +43,7 @@ class TaskOptions:
     split: str = "test"
     limit: int = 0
     prompt: str = "{question}"
+    sampling: str = "uniform"
 
 
 class Task(abc.ABC):

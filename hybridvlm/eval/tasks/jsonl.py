@@ -25,7 +25,7 @@ _KNOWN = {"video", "question", "answer", "options", "type", "two_hop", "id"}
 
 
 class JsonlTask(Task):
-    """A JSONL file, one question a line; frames evenly from each video's first to its last.
+    """A JSONL file, one question a line; frames by the rule of the options, evenly from first to last unless told.
 
     ValueError with file and line number for a line that is not a question; FileNotFoundError for a missing file.
     """
@@ -38,7 +38,7 @@ class JsonlTask(Task):
             raise ValueError(f"{path}: the model has no vision tower, it cannot be asked about videos")
         self.name, self._folder, self._template = path.stem, path.parent, options.prompt
         self._size = tuple(vision.image_size)
-        self._count = options.frames or options.most_frames
+        self._count, self._rule = options.frames or options.most_frames, options.sampling
         self._indices: dict[str, tuple[np.ndarray, list[float]]] = {}
         self.notes: list[str] = []
         samples = read_samples(path)
@@ -60,7 +60,7 @@ class JsonlTask(Task):
             with warnings.catch_warnings(record=True) as remarks:
                 warnings.simplefilter("always", VideoWarning)
                 info = probe(path)
-                indices = sample_indices(info, self._count, name=str(path))
+                indices = sample_indices(info, self._count, self._rule, name=str(path))
             self.notes += [str(remark.message) for remark in remarks if issubclass(remark.category, VideoWarning)]
             self._indices[video] = indices, [float(i) / info.fps for i in indices]
         return self._indices[video]
