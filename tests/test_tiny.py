@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,14 +66,14 @@ def test_shared_scores_are_the_scores_of_one_question_alone(small):
 def test_losses_move_what_they_should(small):
     config, params, bank = small
     sample = sample_of(bank)
-    loss, grads = jax.value_and_grad(lambda p: train.task_loss(p, config, bank.tokens, sample)[0])(params)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: train.task_loss(p, config, bank.tokens, sample)[0]))(params)
     assert np.isfinite(loss)
-    taught = jax.grad(lambda p: finetune.dense_loss(p, config, bank.tokens, sample)[0])(params)
+    taught = jax.jit(jax.grad(lambda p: finetune.dense_loss(p, config, bank.tokens, sample)[0]))(params)
     plan = make_plan(Reduction("str", 0.7), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
     single = arrays(draw(bank, 4, 3, 1, needle.TYPES, np.random.default_rng(1)))
-    under = jax.grad(lambda p: finetune.reduced_loss(p, config, bank.tokens, single, plan)[0])(params)
+    under = jax.jit(jax.grad(lambda p: finetune.reduced_loss(p, config, bank.tokens, single, plan)[0]))(params)
     for tree in (grads, taught, under):
-        assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(tree))
+        chex.assert_tree_all_finite(tree)
         assert float(jnp.abs(tree["decoder"]["mamba"]["in_proj"]).max()) > 0
 
 
@@ -109,8 +110,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(small, tmp_path)
     with pytest.raises(ValueError, match="another seed, recipe or start"):
         Saved(tmp_path / "cut", "another recipe")
     again = run(tmp_path / "cut")
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(whole, again)
 
 
 def test_separate_questions_need_no_token_twice(small):

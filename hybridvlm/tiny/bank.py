@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,14 @@ def draw(
 ) -> Sample:
     """`videos` videos of `frames` frames with `questions` questions each."""
     return draw_videos(bank, frames, videos, questions, types, rng)[0]
+
+
+def batches(make: Callable[[int], Sample], start: int, stop: int) -> Iterator[Sample]:
+    """make(step) for start <= step < stop, in order; a thread draws ahead while the device works on the step before."""
+    import grain
+
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(reading))
 
 
 def draw_videos(

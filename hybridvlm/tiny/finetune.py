@@ -26,7 +26,7 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import ReductionPlan, make_plan
 from hybridvlm.tiny import codes, needle
-from hybridvlm.tiny.bank import Bank, draw, make_bank
+from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
 from hybridvlm.tiny.resume import Saved, write_checkpoint
 from hybridvlm.tiny.shared import QUESTION, arrays, forward, layer_scores, video_tokens
 from hybridvlm.tiny.train import CELLS_PER_COLOUR, accuracy_by_type, make_optimizer
@@ -140,11 +140,14 @@ def finetune(
     types = needle.TYPES + needle.TWO_HOP
     log: dict[bool, list] = {False: [], True: []}
     begin = time.time()
-    for step in range(start, recipe.total):
-        reduced = recipe.under_plan(step)
+
+    def sample_of(step: int) -> Sample:
         rng = np.random.default_rng([seed, 1000, step])
-        size = (recipe.rows, 1) if reduced else (recipe.videos, recipe.questions)
-        sample = draw(bank, recipe.frames, *size, types, rng)
+        size = (recipe.rows, 1) if recipe.under_plan(step) else (recipe.videos, recipe.questions)
+        return draw(bank, recipe.frames, *size, types, rng)
+
+    for step, sample in enumerate(batches(sample_of, start, recipe.total), start):
+        reduced = recipe.under_plan(step)
         params, state, loss, told = update(params, state, bank.tokens, arrays(sample), reduced=reduced)
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; the last checkpoint is kept")

@@ -2,8 +2,8 @@
 
 Stages of growing length; many questions share one pass over a video. The hop is supervised: before the second look-up the
 last word of a two-hop question must spell where to look, in the space of the word embeddings, and the second attention layer
-must look there. A killed run resumes from
-its last checkpoint and draws the same batches (a batch depends on seed, stage and step alone).
+must look there. A killed run resumes from its last checkpoint and draws the same batches (a batch depends on seed, stage and
+step alone).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import optax
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.decoder import DecoderOutput
 from hybridvlm.tiny import codes, needle, tower
-from hybridvlm.tiny.bank import Bank, draw, make_bank
+from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
 from hybridvlm.tiny.setup import initial_params
 from hybridvlm.tiny.shared import QUESTION, arrays, forward
 
@@ -174,9 +174,12 @@ def train_stage(
         return optax.apply_updates(params, updates), state, loss, told
 
     begin, seen, kinds = time.time(), [], []
-    for step in range(start, stage.steps):
+
+    def sample_of(step: int) -> Sample:
         rng = np.random.default_rng([seed, *stage.name.encode(), step])
-        sample = draw(bank, stage.frames, stage.videos, stage.questions, stage.types, rng)
+        return draw(bank, stage.frames, stage.videos, stage.questions, stage.types, rng)
+
+    for step, sample in enumerate(batches(sample_of, start, stage.steps), start):
         params, state, loss, told = update(params, state, bank.tokens, arrays(sample))
         if not np.isfinite(loss):
             raise FloatingPointError(
