@@ -307,3 +307,14 @@ def test_explain_shows_every_layer_and_the_totals():
         assert words in text
     assert text.count("drop after") == len(p.drops)
     assert sum(line.lstrip()[:2].strip().isdigit() for line in text.splitlines()) == p.layers
+
+
+@pytest.mark.parametrize("method", ["evs:0.5+str:0.5", "random-input:0.5+str:0.5", "evs+str"])
+def test_a_composition_is_solved_to_the_product_of_operations(method):
+    p = plan(method, 0.5, "flops")
+    assert p.budget == 0.25 and p.flop_ratio == pytest.approx(0.25, abs=2e-3)
+
+
+def test_the_budget_of_a_plan_is_the_one_asked_for():
+    p = plan("evs", 0.3, "flops")
+    assert p.budget == 0.3 and p.flop_ratio == pytest.approx(0.3, abs=2e-3)

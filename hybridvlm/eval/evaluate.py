@@ -19,6 +19,7 @@ from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Planner, Runner, Variant, expand, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.generate import Model
+from hybridvlm.reduction import BudgetError
 
 
 class InputError(ValueError):
@@ -190,7 +191,7 @@ class Evaluation:
                 continue
             try:
                 runner.plans(variant)
-            except ValueError as error:
+            except BudgetError as error:
                 reasons.append(f"{variant.label} was left out: {error}")
                 continue
             good.append(variant)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from hybridvlm.config import ModelConfig, Reduction
 from hybridvlm.reduction import flops, methods, schedules
 from hybridvlm.reduction.evs import evs_keep_count
-from hybridvlm.reduction.schedules import SHARE_ONE
+from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
 
 _POOL_TOLERANCE = 0.1  # how far, relative to it, the share that blocks can keep may lie from the budget
 
@@ -41,14 +41,12 @@ class Fit:
         self.reduction, self.config = reduction, config
         self.visual, self.text, self.frames = visual, text, frames
         self.layers = len(config.pattern)
-        self._flops = functools.lru_cache(maxsize=None)(
-            lambda kind, n: flops.layer_flops(config, config.pattern.index(kind), n, chunk)
-        )
+        self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
 
     def decoder(self, visual: Sequence[int]) -> int:
-        rows = zip(self.config.pattern, visual, strict=True)
-        return sum(self._flops(kind, n + self.text) for kind, n in rows) + flops.head_flops(self.config)
+        rows = (self._flops(layer, n + self.text) for layer, n in enumerate(visual))
+        return sum(rows) + flops.head_flops(self.config)
 
     def tokens_per_frame(self, name: str) -> int:
         if self.frames < 1 or self.visual % self.frames:
@@ -57,32 +55,38 @@ class Fit:
             )
         return self.visual // self.frames
 
-    def evs(self, rate: float) -> tuple[int, float]:
-        """(nominal share in 1/4096ths of the full bucket, rate kept) that meet the budget."""
-        m = self.tokens_per_frame("evs")
+    def evs(self, asked: float) -> tuple[int, float]:
+        """(nominal share in 1/4096ths of the full bucket, rate of the tokens kept) that meet the budget."""
+        m, rate = self.tokens_per_frame("evs"), asked
         if self.reduction.kind == "flops":
-            share, _ = self.input_share(rate)
-            rate = share / SHARE_ONE
+            rate = self.input_share(asked) / SHARE_ONE
         if rate * self.frames < 1.0 - 1e-9:
-            raise ValueError(
-                f"evs keeps the first frame whole: of {self.frames} frames it can keep {_up(1 / self.frames)} or more, "
-                f"got {rate:g}"
+            least = 1 / self.frames
+            raise BudgetError(
+                f"evs keeps the first frame whole: of {self.frames} frames it can keep {_up(least)} or more, "
+                f"got {rate:g} of the tokens for a {self.reduction.kind} budget of {asked:g}",
+                least,
+                1.0,
             )
         kept = evs_keep_count(self.frames, m, 1.0 - rate)
         return (kept * SHARE_ONE + self.visual // 2) // self.visual, rate
 
-    def input_share(self, rate: float) -> tuple[int, float]:
-        """(share in 1/4096ths, the rate) of a drop before layer 0 that meets the budget."""
+    def input_share(self, rate: float) -> int:
+        """The share, in 1/4096ths, of a drop before layer 0 that meets the budget.
+
+        In a composition its rate is one of tokens; the decoder's part then makes up what the operations ask for.
+        """
         if self.reduction.kind != "flops" or "+" in self.reduction.method:
-            return max(1, round(rate * SHARE_ONE)), rate
+            return max(1, round(rate * SHARE_ONE))
 
         def ratio(share: int) -> float:
             return self.decoder([(self.visual * share + SHARE_ONE // 2) // SHARE_ONE] * self.layers) / self._dense
 
         if rate < ratio(1):
             least = _up(ratio(1))
-            raise ValueError(f"{self.reduction.method} can meet flops budgets from {least} to 1, got {rate:g}")
-        return min(range(1, SHARE_ONE + 1), key=lambda share: abs(ratio(share) - rate)), rate
+            message = f"{self.reduction.method} can meet flops budgets from {least} to 1, got {rate:g}"
+            raise BudgetError(message, ratio(1), 1.0)
+        return min(range(1, SHARE_ONE + 1), key=lambda share: abs(ratio(share) - rate))
 
     def pool(self, rate: float) -> tuple[tuple[int, int, int], tuple[int, int]]:
         """(pool_factors, grid): the smallest blocks whose size is nearest 1/rate."""
@@ -106,15 +110,24 @@ class Fit:
 
         best = min(options, key=lambda f: (round(abs(share(f) - rate), 9), max(f), f))
         if abs(share(best) - rate) > _POOL_TOLERANCE * rate:
-            near = sorted({round(share(f), 4) for f in options}, key=lambda s: abs(s - rate))[:4]
-            raise ValueError(
+            shares = sorted(round(share(f), 4) for f in options)
+            near = sorted(set(shares), key=lambda s: abs(s - rate))[:4]
+            raise BudgetError(
                 f"avgpool merges whole blocks of a {grid[0]}x{grid[1]} grid and cannot keep {rate:g}; "
-                f"the nearest budgets it can are {', '.join(f'{s:g}' for s in sorted(near))}"
+                f"the nearest budgets it can are {', '.join(f'{s:g}' for s in sorted(near))}",
+                shares[0],
+                shares[-1],
             )
         return best, grid
 
-    def relative(self, method: methods.Method, budget: float, entering: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(shares of the tokens entering layer 0, the sites of their drops) for a method inside the decoder."""
+    def relative(
+        self, method: methods.Method, budget: float, entering: int, rate: float
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(shares of the tokens entering layer 0, the sites of their drops) for a method inside the decoder.
+
+        rate: what was asked of the part before the decoder. Shares are of what that part left; operations are of dense,
+        so that a composition is solved to the product of both.
+        """
         everything = (SHARE_ONE,) * self.layers
         schedule = self.reduction.schedule
         if method.place != "decoder":
@@ -126,6 +139,8 @@ class Fit:
         if budget == 1.0:
             return everything, sites
         measure = self._measure(entering)
+        if self.reduction.kind == "flops":
+            budget *= rate
         try:
             shares = schedules.solve(curve, sites, self.layers, budget, measure)
             if schedule.stages and method.scheduled:
@@ -133,15 +148,14 @@ class Fit:
                 if len(thinned) < len(schedules.drop_sites(shares)):
                     shares, sites = schedules.solve(curve, thinned, self.layers, budget, measure), thinned
         except schedules.BudgetError as error:
-            raise ValueError(self._unmet(method, budget, sites, error)) from None
+            raise BudgetError(self._unmet(method, budget, sites, error), error.low, error.high) from None
         return shares, sites
 
     def _measure(self, entering: int) -> Callable[[Sequence[int]], float]:
         kind = self.reduction.kind
         if kind != "flops":
             return schedules.mean_share if kind == "mean" else schedules.final_share
-        whole = self.decoder([entering] * self.layers)
-        return lambda shares: self.decoder([(entering * s + SHARE_ONE // 2) // SHARE_ONE for s in shares]) / whole
+        return lambda shares: self.decoder([(entering * s + SHARE_ONE // 2) // SHARE_ONE for s in shares]) / self._dense
 
     def _unmet(self, method: methods.Method, budget: float, sites: Sequence[int], error: schedules.BudgetError) -> str:
         kind = self.reduction.kind

@@ -247,17 +247,17 @@ def make_plan(
     outer, rate, inner, budget = _split(reduction)
     decoder = methods.get_method(inner)
     fit = Fit(reduction, config, visual_tokens, text_tokens, frames, chunk_size)
-    pool, grid, rule, share = (1, 1, 1), (1, 1), "share", SHARE_ONE
+    pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
     if outer == "avgpool":
         pool, grid = fit.pool(rate)
     elif outer == "evs":
         fit.tokens_per_frame("evs")
-        rule, share, rate = "evs", *fit.evs(rate)
+        rule, (share, kept) = "evs", fit.evs(rate)
     elif outer != "none":
-        share, rate = fit.input_share(rate)
+        share = fit.input_share(rate)
     handed = visual_tokens if pool == (1, 1, 1) else pooled_tokens(frames, grid, pool)
-    entering = entering_tokens(rule, share, rate, handed, frames)
-    relative, sites = fit.relative(decoder, budget, entering)
+    entering = entering_tokens(rule, share, kept, handed, frames)
+    relative, sites = fit.relative(decoder, budget, entering, rate)
     lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
     dense = [visual_tokens] * len(config.pattern)
     drops = schedules.drop_sites(relative)
@@ -292,7 +292,7 @@ def make_plan(
         sites=sites,
         input_rule=rule,
         input_share=share,
-        input_rate=rate,
+        input_rate=kept,
         pool_factors=pool,
         grid=grid,
         schedule=reduction.schedule,

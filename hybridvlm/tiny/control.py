@@ -192,8 +192,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from hybridvlm.checkpoints.folder import load
 
-    model = load(args.model)
+    try:
+        model = load(args.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: {error}")
     config = model.config
+    if config.pattern.count("*") < 2:
+        parser.error(
+            f"--model {args.model} has fewer than two attention layers ({config.pattern}); nothing to look up twice"
+        )
     mixers = [layer for layer, kind in enumerate(config.pattern) if kind in MIXERS]
     second = [layer for layer in mixers if config.pattern[layer] == "*"][1]
     layers = [layer for layer in mixers if layer <= second] + [layer for layer in mixers if layer > second][:2]

@@ -41,10 +41,10 @@ class JsonlTask(Task):
         self._count, self._rule = options.frames or options.most_frames, options.sampling
         self._indices: dict[str, tuple[np.ndarray, list[float]]] = {}
         self.notes: list[str] = []
-        samples = read_samples(path)
+        samples = read_samples(path)[: options.limit or None]
         order = {video: i for i, video in enumerate(dict.fromkeys(sample.video for sample in samples))}
         samples.sort(key=lambda sample: order[sample.video])  # stable: a video's questions come together
-        self.samples = tuple(samples[: options.limit or None])
+        self.samples = tuple(samples)
         try:
             self.prompt(self.samples[0])
         except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -102,7 +102,7 @@ def read_samples(path: pathlib.Path) -> list[Sample]:
             continue
         try:
             sample = _sample(json.loads(line), number)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
@@ -139,8 +139,11 @@ def _sample(row: Any, number: int) -> Sample:
     for field, kind in (("type", str), ("two_hop", bool)):
         if not isinstance(row.get(field, kind()), kind):
             raise ValueError(f"{field} must be {'a text' if kind is str else 'true or false'}, got {row[field]!r}")
+    identity = row.get("id", f"line-{number}")
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        raise ValueError(f"id must be a text or a whole number, got {identity!r}")
     return Sample(
-        str(row.get("id", f"line-{number}")),
+        str(identity),
         row["video"],
         row["question"],
         answer,
