@@ -1,7 +1,8 @@
 """Hybrid Mamba-Transformer vision-language models in JAX, with stateful token reduction for long video.
 
     import hybridvlm as hv
-    model = hv.load("tiny", reduction=hv.Reduction("str", budget=0.25))
+    model = hv.load("tiny-reduced")
+    answer = model.ask("clip.mp4", "red@t12 none what ?", reduction=hv.Reduction("str", budget=0.25))
 
 Names are loaded when they are first used: importing the package is quick and starts no device.
 """
@@ -20,15 +21,21 @@ _HOME = {
     "VisionConfig": "config",
     "config_names": "config",
     "load_model_config": "config",
+    "Clip": "models.media",
+    "PromptStyle": "models.prompt",
     "Tokens": "ops.tokens",
     "ReductionPlan": "reduction.plan",
+    "ShardingRules": "sharding",
+    "make_mesh": "sharding",
     "make_plan": "reduction.plan",
     "Model": "generate",
+    "Answer": "conversation",
+    "Conversation": "conversation",
     "Sampling": "generate",
     "compile_count": "generate",
     "load": "checkpoints.folder",
 }
-_MODULES = ("config", "ops", "nn", "vision", "models", "reduction", "video", "checkpoints", "generate")
+_MODULES = ("config", "ops", "nn", "vision", "models", "reduction", "video", "checkpoints", "conversation", "generate")
 
 __all__ = sorted([*_HOME, "ops", "__version__"])
 

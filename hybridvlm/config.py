@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import pathlib
 from typing import Any, TypeVar
 
-MAMBA, ATTENTION, MLP = "M", "*", "-"
-KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
+MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
+KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp", MOE: "moe"}
 MIXERS = (MAMBA, ATTENTION)
 
 ConfigT = TypeVar("ConfigT")
@@ -66,6 +67,8 @@ class VisionConfig:
 
     kind "radio": ViT with a resizable position table (C-RADIO). kind "stem": a convolutional stem over separate patches,
     for the tiny embedded model; its tokens get learned cell and frame-time embeddings, as it has no text between frames.
+    kind "qwen": the ViT of Qwen2-VL and Qwen3-VL, with rotary embeddings of row and column and full attention inside each
+    frame; a frame here is `temporal_patch` frames of the film, and image_size the size that a video is brought to.
     """
 
     kind: str = "radio"
@@ -78,6 +81,12 @@ class VisionConfig:
     position_rows: int = 128  # side of the square position table
     prefix_tokens: int = 10  # cls + register tokens, dropped after the tower
     temporal_patch: int = 1  # frames per video patch (2 in Nemotron-3-Omni)
+    max_tiles: int = 0  # an image is cut into up to this many tiles of image_size and a thumbnail; 0: it is one frame
+    image_patches: tuple[int, int] = (
+        0,
+        0,
+    )  # least and most patches of an image that keeps its aspect; 0: image_size instead
+    video_patches: int = 0  # patches of a video frame that keeps its aspect; 0: image_size instead
     norm_eps: float = 1e-6
     downsample: int = 2  # pixel shuffle: side of the neighbourhood merged into one token
     projector_width: int = 20480
@@ -86,18 +95,33 @@ class VisionConfig:
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     max_frames: int = 0  # kind "stem": rows of the frame-time embedding
     stem_channels: tuple[int, ...] = ()  # kind "stem": channels of its stride-2 convolutions
+    activation: str = "gelu"  # of the blocks: gelu | gelu_tanh | quick_gelu
+    patch_bias: bool = False  # kind "qwen": whether the patch embedding has a bias
+    deepstack: tuple[
+        int, ...
+    ] = ()  # kind "qwen": blocks whose output, merged, is added behind the first decoder layers
 
     def __post_init__(self) -> None:
-        if self.kind not in ("radio", "stem"):
-            raise ValueError(f"VisionConfig.kind must be 'radio' or 'stem', got {self.kind!r}")
+        if self.kind not in ("radio", "stem", "qwen"):
+            raise ValueError(f"VisionConfig.kind must be 'radio', 'stem' or 'qwen', got {self.kind!r}")
+        if self.activation not in ("gelu", "gelu_tanh", "quick_gelu"):
+            raise ValueError(
+                f"VisionConfig.activation must be 'gelu', 'gelu_tanh' or 'quick_gelu', got {self.activation!r}"
+            )
         _positive("VisionConfig", patch_size=self.patch_size, width=self.width, downsample=self.downsample)
         step = self.patch_size * self.downsample
         if any(side % step for side in self.image_size):
             raise ValueError(
                 f"VisionConfig.image_size must be multiples of patch_size * downsample = {step}, got {self.image_size}"
             )
-        if self.kind == "radio" and self.width % self.heads:
+        if self.kind != "stem" and self.width % self.heads:
             raise ValueError(f"VisionConfig.width {self.width} is not divisible by heads {self.heads}")
+        if self.kind == "qwen" and self.width // self.heads % 4:
+            raise ValueError(f"VisionConfig.width / heads must be divisible by 4, got {self.width} / {self.heads}")
+        if any(b <= a for a, b in zip(self.deepstack, self.deepstack[1:], strict=False)) or not all(
+            0 <= layer < self.layers for layer in self.deepstack
+        ):
+            raise ValueError(f"VisionConfig.deepstack must be rising blocks below {self.layers}, got {self.deepstack}")
         if self.kind == "stem" and self.max_frames < 1:
             raise ValueError("VisionConfig.max_frames must be at least 1 for kind 'stem'")
 
@@ -114,7 +138,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A hybrid decoder given by a pattern string (M Mamba-2, * attention, - MLP), and its vision side.
+    """A hybrid decoder given by a pattern string (M Mamba-2, * attention, - MLP, E experts), and its vision side.
 
     Every character is one pre-norm residual layer. Defaults follow Nemotron-H: no RoPE, relu^2 MLP without gate.
     """
@@ -135,7 +159,20 @@ class ModelConfig:
     chunk_size: int = 0  # SSD chunk; 0 takes the platform's measured choice (results do not depend on it)
     dt_floor: float = 0.0  # only for parity with transformers' NemotronH prefill, which floors dt at 1e-3
     qk_norm: bool = False  # RMSNorm on q and k per head
-    attention_bias: bool = False
+    attention_bias: bool = False  # on q, k and v
+    rope_theta: float = 0.0  # base of the rotary embedding; 0 means none, as in Nemotron-H
+    rope_sections: tuple[int, ...] = ()  # M-RoPE: pairs of channels that follow time, row and column; () means one axis
+    rope_interleaved: bool = False  # M-RoPE: the axes take turns (Qwen3-VL) instead of standing one after the other
+    mlp_gated: bool = False  # SwiGLU instead of relu^2 without gate
+    experts: int = 0  # of an E layer; each is a relu^2 MLP of expert_width, and one of shared_width sees every token
+    experts_per_token: int = 0
+    expert_width: int = 0
+    shared_width: int = 0
+    expert_latent: int = 0  # width that tokens are projected to before the experts and back behind them; 0: as they are
+    router_groups: int = 1  # experts compete in groups, of which the router_top_groups best are kept
+    router_top_groups: int = 1
+    router_norm: bool = True  # the chosen experts' weights add up to router_scale
+    router_scale: float = 1.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     eos_ids: tuple[int, ...] = ()
@@ -165,6 +202,26 @@ class ModelConfig:
             raise ValueError(f"mamba_heads {self.mamba_heads} is not divisible by ssm_groups {self.ssm_groups}")
         if self.attention_heads % self.kv_heads:
             raise ValueError(f"attention_heads {self.attention_heads} is not divisible by kv_heads {self.kv_heads}")
+        if self.count(MOE):
+            _positive(
+                "ModelConfig",
+                experts=self.experts,
+                experts_per_token=self.experts_per_token,
+                expert_width=self.expert_width,
+                shared_width=self.shared_width,
+            )
+            if self.experts % self.router_groups or self.router_top_groups > self.router_groups:
+                raise ValueError(
+                    f"ModelConfig: {self.experts} experts in router_groups {self.router_groups}, of which "
+                    f"router_top_groups {self.router_top_groups} are kept, cannot be cut evenly"
+                )
+            if self.experts_per_token > self.experts // self.router_groups * self.router_top_groups:
+                raise ValueError(f"ModelConfig.experts_per_token {self.experts_per_token} is more than can be chosen")
+        if self.rope_sections and (len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.head_dim):
+            raise ValueError(
+                f"ModelConfig.rope_sections must be three counts (time, row, column) that add up to head_dim / 2 = "
+                f"{self.head_dim // 2}, got {self.rope_sections}"
+            )
 
     @property
     def mamba_width(self) -> int:
@@ -182,13 +239,85 @@ class ModelConfig:
         return self.mamba_width + self.conv_width + self.mamba_heads
 
     def count(self, kind: str) -> int:
-        """How many layers of the pattern are of `kind` (M, * or -)."""
+        """How many layers of the pattern are of `kind` (M, *, - or E)."""
         return self.pattern.count(kind)
 
     def kind_index(self, layer: int) -> tuple[str, int]:
         """(kind name, index among the layers of that kind): where a layer's parameters lie in the stacked arrays."""
         kind = self.pattern[layer]
         return KINDS[kind], self.pattern[:layer].count(kind)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenConfig(ModelConfig):
+    """Qwen2-VL (arXiv 2409.12191) and Qwen3-VL (arXiv 2511.21631): "*-" per layer, M-RoPE, SwiGLU.
+
+    generation: 2 or 3, for tensor names and prompt: 3 writes each frame's time before it. Pixel limits are (least, most): of an
+    image; of one video frame; and `video_pixels` the most that all frames of a video have together.
+    """
+
+    mamba_heads: int = 1  # the pattern has no Mamba layer: these four say nothing
+    mamba_head_dim: int = 1
+    ssm_groups: int = 1
+    ssm_state: int = 1
+    generation: int = 2
+    image_pixels: tuple[int, int] = (3136, 12845056)
+    frame_pixels: tuple[int, int] = (128 * 28**2, 768 * 28**2)
+    video_pixels: int = 2 * 115200 * 28**2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern != "*-" * (len(self.pattern) // 2):
+            raise ValueError(f"QwenConfig.pattern must be '*-' for every layer, got {self.pattern!r}")
+        if self.generation not in (2, 3):
+            raise ValueError(f"QwenConfig.generation must be 2 or 3, got {self.generation!r}")
+        for name in ("image_pixels", "frame_pixels"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"QwenConfig.{name} must be (least, most), got {getattr(self, name)}")
+        planes = len(self.vision.deepstack) if self.vision is not None else 0
+        if planes > self.count(ATTENTION):
+            raise ValueError(f"QwenConfig: {planes} DeepStack planes for {self.count(ATTENTION)} decoder layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VambaConfig(QwenConfig):
+    """VAMBA (arXiv 2503.11579): a Qwen2 decoder for the text, whose layers each carry a Mamba-2 block for the video as well.
+
+    The pattern is that of the text, "*-" per layer; the mamba_ and ssm_ fields are those of the video's blocks. longest_edge,
+    shortest_edge: what a video's sides are brought within before they are rounded to whole patches.
+    """
+
+    mamba_heads: int = 112
+    mamba_head_dim: int = 64
+    ssm_groups: int = 1
+    ssm_state: int = 128
+    mamba_norm_eps: float = 1e-5  # of the norms before and inside a Mamba block; norm_eps is the text's
+    alpha_balancing: bool = True  # a learnt share for self-attention against cross-attention, per layer
+    longest_edge: int = 480
+    shortest_edge: int = 256
+    text_only: str = "balanced"  # rows without a video: self-attention keeps its share ("balanced") or counts "whole"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generation != 2:
+            raise ValueError(f"VambaConfig.generation must be 2, VAMBA is made from Qwen2-VL; got {self.generation!r}")
+        if not 0 < self.shortest_edge <= self.longest_edge:
+            edges = (self.shortest_edge, self.longest_edge)
+            raise ValueError(f"VambaConfig.shortest_edge, longest_edge: expected 0 < shortest <= longest, got {edges}")
+        if self.text_only not in ("balanced", "whole"):
+            raise ValueError(f"VambaConfig.text_only must be 'balanced' or 'whole', got {self.text_only!r}")
+
+    @property
+    def layers(self) -> int:
+        return self.count(ATTENTION)
+
+    @functools.cached_property
+    def mixer(self) -> ModelConfig:
+        """The video's Mamba-2 blocks as a decoder of their own, one per layer."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        fields |= {"pattern": MAMBA * self.layers, "norm_eps": self.mamba_norm_eps, "vision": None}
+        return ModelConfig(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,9 +432,14 @@ class Reduction:
 
 _NESTED: dict[tuple[str, str], type] = {
     ("ModelConfig", "vision"): VisionConfig,
+    ("VambaConfig", "vision"): VisionConfig,
+    ("QwenConfig", "vision"): VisionConfig,
     ("Reduction", "schedule"): Schedule,
     ("Reduction", "score"): ScoreOptions,
 }
+
+
+_CONFIGS: dict[str, type[ModelConfig]] = {"nemotron_vl": ModelConfig, "vamba": VambaConfig, "qwen_vl": QwenConfig}
 
 
 def config_names() -> list[str]:
@@ -320,7 +454,10 @@ def _config_folder() -> pathlib.Path:
 
 
 def load_model_config(name_or_path: str | pathlib.Path) -> ModelConfig:
-    """A ModelConfig by the name of one of the files in `configs/` (such as "tiny"), or from a JSON file of the same form."""
+    """A ModelConfig by the name of one of the files in `configs/` (such as "tiny"), or from a JSON file of the same form.
+
+    The file's "family" says which kind of ModelConfig it is (none: the Nemotron VL family's). ValueError for an unknown one.
+    """
     path = pathlib.Path(name_or_path)
     if path.suffix != ".json":
         path = _config_folder() / f"{name_or_path}.json"
@@ -328,4 +465,8 @@ def load_model_config(name_or_path: str | pathlib.Path) -> ModelConfig:
         raise FileNotFoundError(
             f"no model config {str(name_or_path)!r}; give a JSON file or one of {', '.join(config_names())}"
         )
-    return from_dict(ModelConfig, json.loads(path.read_text()))
+    data = json.loads(path.read_text())
+    name = data.pop("family", "nemotron_vl")
+    if name not in _CONFIGS:
+        raise ValueError(f"{path}: no model family {name!r}; there are {', '.join(_CONFIGS)}")
+    return from_dict(_CONFIGS[name], data)

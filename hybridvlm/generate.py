@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM, Prefilled, prefill_prompt
-from hybridvlm.models.prompt import Layout, PromptStyle, layout, make_batch
+from hybridvlm.conversation import Answer, Conversation
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.media import Clip
+from hybridvlm.models.nemotron_vl import Prefilled
+from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import step, unstack
-from hybridvlm.ops.ssd.api import default_choice
-from hybridvlm.reduction.plan import ReductionPlan, make_plan
+from hybridvlm.reduction.plan import ReductionPlan
 
 _COMPILES = [0]
 
@@ -46,10 +49,12 @@ class Sampling:
     stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"Sampling.temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"Sampling.temperature must be finite and at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling.top_p must lie in (0, 1], got {self.top_p}")
+        if self.stop_ids is not None:
+            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # it is part of a program's key
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
@@ -67,45 +72,63 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Where decoding stands: token [B], chosen and not yet in the caches; done [B]; place [], how many were chosen; caches."""
+
+    token: jax.Array
+    done: jax.Array
+    place: jax.Array
+    caches: Any
+
+
 def decode(
     params: dict,
     config: ModelConfig,
-    logits: jax.Array,
-    caches: tuple[Cache, ...],
+    logits: jax.Array | None,
+    caches: tuple[Cache, ...] | Decoding,
     seeds: jax.Array,
     *,
     max_new: int,
     sampling: Sampling,
-) -> tuple[jax.Array, jax.Array]:
+    limit: jax.Array | None = None,
+    family: ModuleType = nemotron_vl,
+) -> tuple[jax.Array, jax.Array, Decoding]:
     """Generate up to `max_new` tokens: logits [B,V] after the prompt, caches with that much room, seeds [B] int32.
 
-    Returns tokens [B,max_new] (pad_id behind the end) and lengths [B], the stop token not counted. An example's random numbers
-    depend on its own seed and step alone, so it gets in a batch what it gets by itself. Ends early once all have stopped.
+    limit []: fewer of them, by a number that need not be known when this is compiled.
+    Without logits, `caches` is the Decoding that an earlier call came to, and the answer goes on from there. Returns tokens
+    [B,max_new] (pad_id behind the end), lengths [B], the stop token not counted, and where it stands. An example's random
+    numbers depend on its own seed and step alone, so it gets in a batch what it gets by itself. Ends early once all have
+    stopped.
     """
-    b = logits.shape[0]
+    b = seeds.shape[0]
     stops = jnp.asarray((config.eos_ids if sampling.stop_ids is None else sampling.stop_ids) or (-1,), jnp.int32)
-    layers = unstack(params["decoder"], config)
-    head = params["embed"].T if config.tie_embeddings else params["lm_head"]
+    one = family.stepper(params, config)
     base = jax.vmap(jax.random.key)(seeds)
+    begin = jnp.int32(0) if logits is not None else caches.place
 
-    def pick(n, logits, done, out):
-        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(base, n), sampling)
+    def pick(place, logits, done, out, length):
+        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(base, place), sampling)
         done = done | jnp.any(token[:, None] == stops, axis=1)
-        return token, done, out.at[:, n].set(jnp.where(done, config.pad_id, token))
+        out = out.at[:, place - begin].set(jnp.where(done, config.pad_id, token))
+        return token, done, out, length + ~done
 
     def body(state):
-        n, token, done, out, length, caches = state
-        x = jnp.take(params["embed"], token, axis=0)[:, None]
-        x, caches = step(layers, params["decoder"]["norm_f"], config, x, caches)
-        logits = jnp.matmul(x[:, 0], head.astype(x.dtype), preferred_element_type=jnp.float32)
-        token, done, out = pick(n, logits, done, out)
-        return n + 1, token, done, out, length + ~done, caches
+        place, token, done, out, length, caches = state
+        logits, caches = one(token, caches)
+        return place + 1, *pick(place, logits, done, out, length), caches
 
-    out = jnp.full((b, max_new), config.pad_id, jnp.int32)
-    token, done, out = pick(0, logits, jnp.zeros((b,), bool), out)
-    state = (jnp.int32(1), token, done, out, (~done).astype(jnp.int32), caches)
-    state = jax.lax.while_loop(lambda s: (s[0] < max_new) & ~jnp.all(s[2]), body, state)
-    return state[3], state[4]
+    out, length = jnp.full((b, max_new), config.pad_id, jnp.int32), jnp.zeros((b,), jnp.int32)
+    if logits is not None:
+        state = (begin + 1, *pick(begin, logits, jnp.zeros((b,), bool), out, length), caches)
+    else:
+        state = (begin, caches.token, caches.done, out, length, caches.caches)
+    limit = max_new if limit is None else jnp.minimum(limit, max_new)
+    state = jax.lax.while_loop(lambda s: (s[0] - begin < limit) & ~jnp.all(s[2]), body, state)
+    place, token, done, out, length, caches = state
+    return out, length, Decoding(token, done, place, caches)
 
 
 @dataclasses.dataclass
@@ -129,7 +152,10 @@ class Generation:
 
 
 class Model:
-    """A config, its parameters and a tokenizer, with one compiled program per bucket, plan and phase."""
+    """A config, its parameters and a tokenizer, with one compiled program per bucket, plan and phase.
+
+    family: the module of `hybridvlm.models` whose functions do the work. style: the text around frames and question.
+    """
 
     def __init__(
         self,
@@ -141,22 +167,28 @@ class Model:
         reduction: Reduction | None = None,
         style: PromptStyle = PromptStyle(),
         name: str = "",
+        family: ModuleType = nemotron_vl,
     ):
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.buckets, self.reduction, self.style, self.name = buckets, reduction, style, name or config.name
-        self.module = HybridVLM(config)
+        self.family, self.module = family, family.module(config)
         self._programs: dict[tuple, Any] = {}
+        self.compile_seconds = 0.0  # that this model's programs took to compile
         self.latest: dict[str, Any] = {}  # the compiled program that ran last, by phase: encode, prefill, decode
 
     # -- programs ---------------------------------------------------------------------------------------------------
 
-    def program(self, name: str, function, static: tuple, *args):
-        """The compiled program of `function(*args)` for these shapes; `static` tells apart programs of one name."""
+    def program(self, name: str, function, static: tuple, *args, donate: tuple[int, ...] = ()):
+        """The compiled program of `function(*args)` for these shapes; `static` tells apart programs of one name.
+
+        donate: arguments whose memory the results may take; they are gone after the call."""
         shapes = jax.tree.map(lambda a: (jnp.shape(a), str(jnp.result_type(a))), args)
         leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple) and isinstance(s[-1], str))
         key = (name, static, tuple(leaves), tree)
         if key not in self._programs:
-            self._programs[key] = jax.jit(function).lower(*args).compile()
+            start = time.perf_counter()
+            self._programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
         self.latest[name] = self._programs[key]
         return self._programs[key]
 
@@ -174,45 +206,66 @@ class Model:
 
     def plan(self, reduction: Reduction | None, frames: int, text: int) -> ReductionPlan | None:
         """The static plan of a reduction for a bucket; None when there is nothing to reduce."""
-        if reduction is None or reduction.method == "none":
+        return self.plan_for(self.config, reduction, frames, text)
+
+    def plan_for(
+        self, config: ModelConfig, reduction: Reduction | None, frames: int, text: int
+    ) -> ReductionPlan | None:
+        """As `plan`, under a config whose frames have another size than the model's own."""
+        if reduction is None:
             return None
-        m = self.config.vision.tokens_per_frame
-        return make_plan(
-            reduction,
-            self.config,
-            visual_tokens=frames * m,
-            text_tokens=text,
-            frames=frames,
-            chunk_size=self.config.chunk_size or default_choice().chunk_size,
-            itemsize=self.params["embed"].dtype.itemsize,
-        )
+        return self.family.make_plan(config, reduction, frames, text, self.params["embed"].dtype.itemsize)
 
     def layout(self, question: str, seconds: Sequence[float], factors: tuple[int, int, int] = (1, 1, 1)) -> Layout:
         """One prompt of this model's style: frames at these time stamps, then the question."""
-        m = self.config.vision.tokens_per_frame // (factors[1] * factors[2])
-        return layout(question, seconds, m, self.tokenizer.encode, self.style, group=factors[0])
+        clips = [Clip(tuple(seconds))] if len(seconds) else []
+        messages = [user_message(question, self.style, [clip.kind for clip in clips])]
+        return self.family.prompt(self.config, self.tokenizer, messages, clips, style=self.style, factors=factors)
 
     def batch(
         self, questions: Sequence[str], seconds: Sequence[Sequence[float]], reduction: Reduction | None
     ) -> tuple[Batch, ReductionPlan | None]:
         """Questions, each with the time stamps of its frames, as the arrays of the smallest bucket; and the plan for it."""
-        layouts = [self.layout(q, s) for q, s in zip(questions, seconds, strict=True)]
-        batch, frames, text = make_batch(layouts, self.config, self.buckets)
-        plan = self.plan(reduction, frames, text)
+        asked = list(zip(questions, seconds, strict=True))
+        return self.batch_for(self.config, lambda factors: [self.layout(q, s, factors) for q, s in asked], reduction)
+
+    def batch_for(
+        self,
+        config: ModelConfig,
+        layouts: Callable[[tuple[int, int, int]], list[Layout]],
+        reduction: Reduction | None,
+        buckets: Buckets | None = None,
+    ) -> tuple[Batch, ReductionPlan | None]:
+        """Arrays and plan of prompts that are laid out anew where a plan merges frames, rows and columns by such factors."""
+        buckets = self.buckets if buckets is None else buckets
+        batch, frames, text = self.family.make_batch(config, layouts((1, 1, 1)), buckets)
+        plan = self.plan_for(config, reduction, frames, text)
         if plan is not None and plan.pool_factors != (1, 1, 1):
-            ft, fr, fc = plan.pool_factors
-            layouts = [self.layout(q, s, plan.pool_factors) for q, s in zip(questions, seconds, strict=True)]
-            m = self.config.vision.tokens_per_frame // (fr * fc)
-            batch, _, _ = make_batch(layouts, self.config, dataclasses.replace(self.buckets, text=(text,)), m, group=ft)
+            buckets = dataclasses.replace(buckets, text=(text,))
+            batch, _, _ = self.family.make_batch(config, layouts(plan.pool_factors), buckets, plan.pool_factors)
         return batch, plan
+
+    def ask(self, video: Any, question: str, **options: Any) -> Answer:
+        """Answer a question about a video or image: a path, frames [F,h,w,3] uint8, or a Clip; None for text alone.
+
+        The options are those of `Conversation` and of its `ask`, which an Answer's `conversation` takes further questions by.
+        """
+        own = {name: options.pop(name) for name in Conversation.OPTIONS if name in options}
+        return Conversation(self, video, **own).ask(question, **options)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def encode(self, pixels: np.ndarray) -> jax.Array:
-        """Frames [B,F,h,w,3] uint8 -> visual tokens [B,F,m,D]."""
+    def encode(self, pixels: Any) -> Any:
+        """What the family's `pixels` gives (frames [B,F,h,w,3] uint8) -> visual tokens [B,F,m,D].
+
+        Frames are filled up with black ones to the bucket that they lie in: no prompt has a place for those."""
+        if not isinstance(pixels, dict | tuple | list):
+            spare = self.buckets.pick("frames", pixels.shape[1]) - pixels.shape[1]
+            if spare:  # on the host: on the device every number of frames would compile a padding of its own
+                pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
 
         def run(params, pixels):
-            return self.module.apply({"params": params}, pixels, method=HybridVLM.encode)
+            return self.family.encode(params, self.config, pixels)
 
         return self.program("encode", run, (), self.params, pixels)(self.params, pixels)
 
@@ -224,8 +277,19 @@ class Model:
         return self._prefill_program(batch, visual, plan, room)(self.params, batch, visual)
 
     def _prefill_program(self, batch: Batch, visual: jax.Array | None, plan: ReductionPlan | None, room: int):
+        frames = int(np.max(np.asarray(batch.frame_count), initial=0))
+        if visual is None and frames:
+            raise ValueError(f"visual is None, but the batch has places for {frames} frames; pass encode(frames)")
+        if visual is not None and hasattr(visual, "shape"):
+            rows = len(batch.input_ids)
+            if visual.shape[0] != rows or visual.shape[1] < frames:
+                raise ValueError(
+                    f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has places for, "
+                    f"got {visual.shape}"
+                )
+
         def run(params, batch, visual):
-            return prefill_prompt(params, self.config, batch, visual, plan, room)
+            return self.family.prefill(params, self.config, batch, visual, plan, room)
 
         return self.program("prefill", run, (plan, room), self.params, batch, visual)
 
@@ -247,19 +311,14 @@ class Model:
         seeds = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
         timing = Timing()
         start = time.perf_counter()
-        prefill = self._prefill_program(batch, visual, plan, max_new)
+        prefill = self._prefill_program(batch, visual, plan, self.buckets.max_new)
         timing.compile = time.perf_counter() - start
         start = time.perf_counter()
         prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
         timing.prefill = time.perf_counter() - start
-        caches = prefilled.decoder.caches
-
-        def run(params, logits, caches, seeds):
-            return decode(params, self.config, logits, caches, seeds, max_new=max_new, sampling=sampling)
-
-        args = (self.params, prefilled.logits, caches, seeds)
+        args = (self.params, prefilled.logits, prefilled.decoder.caches, seeds, np.int32(max_new))
         start = time.perf_counter()
-        program = self.program("decode", run, (max_new, sampling), *args)
+        program = self._decode_program(*args, max_new=self.buckets.max_new, sampling=sampling)
         timing.compile += time.perf_counter() - start
         start = time.perf_counter()
         tokens, lengths = jax.device_get(program(*args))
@@ -267,6 +326,90 @@ class Model:
         ids = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
         text = [self.tokenizer.decode(row) if self.tokenizer is not None else "" for row in ids]
         return Generation(ids, text, prefilled, plan, timing)
+
+    def warm_up(
+        self,
+        reduction: Reduction | None = None,
+        *,
+        batch: int = 1,
+        frames: Sequence[int] | None = None,
+        text: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+    ) -> float:
+        """Compile what answers of these buckets take (default: all of them), and return the seconds it took to compile.
+
+        Black frames are asked an empty question, `batch` times over. After it, questions of those buckets, reduction,
+        batch and sampling compile nothing. A text bucket that is too short for the text between so many frames is passed over.
+        """
+        before = self.compile_seconds
+        for f in self.buckets.frames if frames is None else frames:
+            height, width = self.family.frame_size(self.config, *self.config.vision.image_size, f, "video")
+            group = self.config.vision.temporal_patch
+            stamps = tuple(float(t) for t in range(f * group))
+            clips = [Clip(stamps, np.zeros((f * group, height, width, 3), np.uint8))] * batch
+            visual = self.encode(self.family.pixels(self.config, clips, f))
+            for t in self.buckets.text if text is None else text:
+                if self.layout("", stamps).text > t:
+                    continue
+                own = dataclasses.replace(self.buckets, frames=(f,), text=(t,))
+                layouts = lambda factors, stamps=stamps: [self.layout("", stamps, factors)] * batch  # noqa: E731
+                rows, plan = self.batch_for(self.config, layouts, reduction, own)
+                self.generate(rows, visual, plan, sampling=sampling)
+        return self.compile_seconds - before
+
+    def _decode_program(self, *args, max_new: int, sampling: Sampling, whole: bool = True):
+        """whole: tokens and lengths alone, without the caches behind them."""
+
+        def run(params, logits, caches, seeds, limit):
+            out = decode(
+                params,
+                self.config,
+                logits,
+                caches,
+                seeds,
+                max_new=max_new,
+                limit=limit,
+                sampling=sampling,
+                family=self.family,
+            )
+            return out[:2] if whole else out
+
+        return self.program("decode", run, (max_new, sampling, whole), *args, donate=() if whole else (2,))
+
+    def decode(
+        self,
+        logits: jax.Array | None,
+        caches: Any,
+        seeds: np.ndarray,
+        *,
+        max_new: int,
+        sampling: Sampling | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, Decoding]:
+        """Up to `max_new` tokens, and where decoding then stands: see `decode` of this file. For answers in pieces.
+
+        `caches` may not be used again: their memory goes over to the new ones."""
+        sampling = Sampling() if sampling is None else sampling
+        args = (self.params, logits, caches, seeds, np.int32(max_new))
+        tokens, lengths, state = self._decode_program(*args, max_new=max_new, sampling=sampling, whole=False)(*args)
+        return *jax.device_get((tokens, lengths)), state
+
+    def extend(self, ids: np.ndarray, segment: np.ndarray, caches: Any) -> tuple[jax.Array, Any]:
+        """Text behind what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the caches in their place."""
+
+        def run(params, ids, segment, caches):
+            return self.family.extend(params, self.config, ids, segment, caches)
+
+        args = (self.params, ids, segment, caches)
+        return self.program("extend", run, (), *args, donate=(3,))(*args)
+
+    def remember(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> Any:
+        """Of a family that can make it: what every question needs of these videos, to be given to prefill as `visual`."""
+
+        def run(params, batch, visual):
+            return self.family.remember(params, self.config, batch, visual, plan)
+
+        args = (self.params, batch, visual)
+        return self.program("remember", run, (plan,), *args)(*args)
 
     def verify(self, generation: Generation) -> None:
         """Raise if what the run kept is not what its plan says."""

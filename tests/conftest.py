@@ -5,6 +5,8 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The interpreters of Pallas kernels wait in one thread for what another computes: with a pool of two they can wait for ever.
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import numpy as np

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from hybridvlm import aot
+from hybridvlm.bench import floors
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.bench.timing import available_bytes, interleaved, paired_ratio
 
@@ -22,6 +24,12 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """A device of 1 MB/s and 1 MFLOP/s, so that no test measures this one."""
+    monkeypatch.setattr(floors, "peaks", lambda kind: floors.Peaks({"float32": 1e6}, 1e6))
+
+
 def test_a_row_per_implementation(tmp_path, capsys):
     assert main([*SMALL, "--implementations", "reference", "sequential", "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -30,7 +38,36 @@ def test_a_row_per_implementation(tmp_path, capsys):
     for row in rows:
         assert row["forward_ms"] > 0 and row["gradient_ms"] > 0 and row["gradient_speedup"] > 0
         assert row["temp_share"] == pytest.approx(row["temp_mb"] * 1e6 / (48 * 2 * 4 * 8 * 4))
+        # x and y [48,2,4], dt [48,2], B and C [48,1,8], a state [2,4,8]; 128 tokens a chunk
+        assert row["bytes_ms"] == pytest.approx(4e-3 * (2 * 48 * 8 + 48 * 2 + 2 * 48 * 8 + 64))
+        assert row["flops_ms"] == pytest.approx(2e-3 * 48 * (128 * (8 + 8) + 2 * 64))
+        assert row["of_floor"] == pytest.approx(row["flops_ms"] / row["forward_ms"])
     assert "x_fastest" in capsys.readouterr().out
+
+
+def test_an_unknown_device_has_no_floor(monkeypatch, capsys):
+    monkeypatch.setattr(floors, "peaks", lambda kind: None)
+    assert main([*SMALL, "--implementations", "sequential", "--gradient-rounds", "0"]) == 0
+    assert "unknown device: no peaks for float32 on 'cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(aot.missing("tpu") is not None, reason=str(aot.missing("tpu")))
+def test_compiled_for_a_target(tmp_path):
+    argv = [
+        "ssd",
+        "--aot",
+        "v5e:2x2",
+        "--shapes",
+        "2,64,1,128",
+        "--length",
+        "300",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    assert main([*argv, "--implementations", "sequential", "pallas_tpu"]) == 0
+    rows = {row["implementation"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["pallas_tpu"]["target"] == "v5e:2x2" and rows["pallas_tpu"]["gb"] < rows["sequential"]["gb"]
+    assert all(row["gradient_gb"] > row["gb"] > 0 and row["temp_mb"] >= 0 for row in rows.values())
 
 
 def test_a_gradient_without_room_is_skipped_with_a_message(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridvlm.ops.compact import compact, compact_indices
+from hybridvlm.ops.compact import IMPLEMENTATIONS, compact, compact_indices
 from hybridvlm.ops.tokens import Tokens
 
 LENGTH = 24  # one length and few capacities, so that hypothesis does not compile anew for every case
@@ -50,8 +50,15 @@ def fields(tokens: Tokens) -> dict[str, np.ndarray]:
 
 
 EMPTY = {"index": -1, "frame": -1}
-jitted = jax.jit(compact, static_argnums=3)
-jitted_indices = jax.jit(compact_indices, static_argnums=4)
+jitted = jax.jit(compact, static_argnums=(3, 4))
+jitted_indices = jax.jit(compact_indices, static_argnums=(4, 5))
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS), autouse=True)
+def implementation(request):
+    """Every test here holds for every implementation."""
+    return request.param
+
 
 ROW = st.tuples(
     st.lists(st.integers(0, 9), min_size=0, max_size=3),  # tokens in each segment

@@ -110,6 +110,39 @@ def test_same_bucket_compiles_nothing(model, pixels):
     assert model.peak_bytes() > 0
 
 
+def test_after_a_warm_up_no_number_of_frames_compiles(model, pixels):
+    reduction = Reduction("str", 0.5)
+    model.warm_up(reduction, batch=1, frames=(4,))
+    before = compile_count()
+    for frames in (3, 4):
+        batch, plan = model.batch(QUESTIONS[:1], [[float(t) for t in range(frames)]], reduction)
+        model.verify(model.generate(batch, model.encode(pixels[:1, :frames]), plan, max_new=2))
+    assert compile_count() == before
+
+
+def test_frames_that_are_missing_are_refused(model, pixels):
+    batch, _ = model.batch(QUESTIONS[:1], [[0.0, 1.0, 2.0]], None)
+    with pytest.raises(ValueError, match="places for 3 frames"):
+        model.generate(batch, None)
+    with pytest.raises(ValueError, match="at least 3 frames"):
+        model.generate(batch, model.encode(pixels[:1, :2]))
+    with pytest.raises(ValueError, match="with B = 1"):
+        model.generate(batch, model.encode(pixels[:2]))
+
+
+def test_text_alone_is_answered_under_every_reduction(model):
+    tokens = {
+        tuple(model.generate(*_with_none(model.batch(["a bb"], [[]], reduction))).tokens[0])
+        for reduction in (None, Reduction("str", 0.5), Reduction("random-input", 0.5), Reduction("evs", 0.5))
+    }
+    assert len(tokens) == 1
+
+
+def _with_none(made):
+    batch, plan = made
+    return batch, None, plan
+
+
 def test_lengths_over_the_buckets_are_named(model):
     with pytest.raises(ValueError, match=r"frames = 9 .*\(2, 4, 8\)"):
         model.batch(["a"], [[float(i) for i in range(9)]], None)
@@ -138,7 +171,7 @@ def test_top_p_keeps_the_likeliest_that_hold_it():
         assert drawn == allowed
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)

@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridvlm.checkpoints import TensorFolder, config_from_hf, params_from_hf, vision_from_hf
+from hybridvlm.checkpoints import TensorFolder, params_from_hf
+from hybridvlm.checkpoints import load as load_folder
 from hybridvlm.generate import Sampling, decode
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM, prefill_prompt
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.nemotron_config import config_from_hf, vision_from_hf
+from hybridvlm.models.nemotron_vl import HybridVLM
+from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import empty_caches
 from hybridvlm.nn.decoder import extend, layer_params, step, unstack
 from hybridvlm.nn.mamba2 import mamba_layer, mamba_step
 from hybridvlm.vision import encode_frames, pixel_shuffle, radio_tower
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-TEXT = ("nemotron_h", "mamba2")
+TEXT = ("nemotron_h", "mamba2", "nemotron_h_moe")
 VLM = ("nemotron_h_omni_image", "nemotron_nano_vl_v2")
 
 
@@ -46,7 +50,7 @@ def text_batch(ids):
 
 def prefill(params, config, batch, visual, room):
     """The dense prefill as one compiled program."""
-    return jax.jit(lambda p, b, v: prefill_prompt(p, config, b, v, None, room))(params, batch, visual)
+    return jax.jit(lambda p, b, v: nemotron_vl.prefill(p, config, b, v, None, room))(params, batch, visual)
 
 
 def step_by_step(config, params, x, caches, start):
@@ -163,6 +167,19 @@ def vlm_batch(io, placeholder, tokens_per_frame):
     return Batch(jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, jnp.int32), jnp.asarray(frame, jnp.int32), count)
 
 
+def whole_prompt(config, params, batch, visual):
+    """(embeddings, logits) [B,L,...] of whole prompts, nothing dropped."""
+    model = HybridVLM(config)
+
+    @jax.jit
+    def run(params):
+        tokens = model.apply({"params": params}, batch, visual, method=HybridVLM.prompt)
+        hidden = model.apply({"params": params}, tokens, method=lambda m, t: m.decoder(t).tokens.x)
+        return tokens.x, hidden @ params["lm_head"]
+
+    return run(params)
+
+
 @pytest.mark.parametrize("name", VLM)
 def test_vision_to_logits(name):
     config, params, io = load(name)
@@ -170,15 +187,7 @@ def test_vision_to_logits(name):
     visual = jax.jit(lambda p, x: encode_frames(p, vision, x, jnp.arange(len(x))))(params, pixels)
     close(visual.reshape(-1, config.width), io["projected"], 1e-5)
     batch = vlm_batch(io, 90, config.vision.tokens_per_frame)
-    model = HybridVLM(config)
-
-    @jax.jit
-    def run(params):
-        tokens = model.apply({"params": params}, batch, visual[None], method=HybridVLM.prompt)
-        hidden = model.apply({"params": params}, tokens, method=lambda m, t: m.decoder(t).tokens.x)
-        return tokens.x, hidden @ params["lm_head"]
-
-    x, logits = run(params)
+    x, logits = whole_prompt(config, params, batch, visual[None])
     close(logits, io["logits"])
 
     prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2  # through the visual tokens and one behind them
@@ -216,8 +225,31 @@ def test_greedy_decoding():
     batch = vlm_batch(io, 90, config.vision.tokens_per_frame)
     out = prefill(params, config, batch, visual[None], 4)
     run = jax.jit(functools.partial(decode, config=config, max_new=4, sampling=Sampling()))
-    tokens, _ = run(params, logits=out.logits, caches=out.decoder.caches, seeds=jnp.zeros(1, jnp.int32))
+    tokens, _, _ = run(params, logits=out.logits, caches=out.decoder.caches, seeds=jnp.zeros(1, jnp.int32))
     np.testing.assert_array_equal(tokens[0], io["greedy"])
+
+
+def test_published_folder_through_load():
+    """nemotron_nano_vl_v2 as people load it: a folder with shards and an index, float32; prefill, and decoding with caches."""
+    config, _, io = load("nemotron_nano_vl_v2")
+    model = load_folder(GOLDENS / "nemotron_nano_vl_v2", dtype="float32")
+    assert (model.name, model.family, model.tokenizer) == ("nemotron_nano_vl_v2", nemotron_vl, None)
+    vision, pixels = vlm_frames("nemotron_nano_vl_v2", config, io)
+    visual = encode_frames(model.params, vision, pixels, jnp.arange(len(pixels)))[None]
+    batch = vlm_batch(io, 90, config.vision.tokens_per_frame)
+    close(whole_prompt(model.config, model.params, batch, visual)[1], io["logits"])
+    prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2  # through the visual tokens and one behind them
+    part = Batch(*(a[:, :prompt] for a in (batch.input_ids, batch.segment, batch.frame)), batch.frame_count)
+    out = model.prefill(part, visual, None, 16)
+    close(out.logits, io["logits"][:, prompt - 1])
+    ids = np.zeros((1, 8), np.int32)
+    ids[:, :2] = io["input_ids"][:, prompt : prompt + 2]
+    logits, caches = model.extend(ids, (np.arange(8) < 2)[None].astype(np.int32), out.decoder.caches)
+    close(logits, io["logits"][:, prompt + 1])
+    one = jax.jit(lambda token, caches: nemotron_vl.stepper(model.params, model.config)(token, caches))
+    for place in range(prompt + 2, io["input_ids"].shape[1]):
+        logits, caches = one(jnp.asarray(io["input_ids"][:, place], jnp.int32), caches)
+        close(logits, io["logits"][:, place])
 
 
 def test_every_golden_loads_completely():
@@ -259,20 +291,9 @@ def test_unsupported_configs_are_refused():
     hf = json.loads((GOLDENS / "nemotron_h" / "config.json").read_text())
     assert config_from_hf(hf).pattern == "M-M*-M-"
     assert config_from_hf(hf | {"hybrid_override_pattern": "M*"}).pattern == "M*"
-    with pytest.raises(ValueError, match="moe"):
-        config_from_hf(hf | {"layers_block_type": ["linear_attention", "moe"]})
+    with pytest.raises(ValueError, match="sparse"):
+        config_from_hf(hf | {"layers_block_type": ["linear_attention", "sparse"]})
     with pytest.raises(ValueError, match="mlp_hidden_act = 'silu'"):
         config_from_hf(hf | {"mlp_hidden_act": "silu"})
     with pytest.raises(ValueError, match="time_step_limit"):
         config_from_hf(hf | {"time_step_limit": [0.0, 0.1]})
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no safetensors checkpoint"):
-        TensorFolder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        TensorFolder(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match="part-2"):
-        TensorFolder(tmp_path)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from ssd_shared import SharedSsdTests
 
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.ssd import ssd, ssd_step
@@ -23,6 +24,14 @@ ARRAYS = ("x", "dt", "A", "B", "C", "D", "initial_state")
 def _exact_products():
     with jax.default_matmul_precision("highest"):
         yield
+
+
+class TestAssociative(SharedSsdTests):
+    implementation, chunk = "associative", 32
+
+
+class TestSequential(SharedSsdTests):
+    implementation, chunk = "sequential", 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,86 +205,6 @@ def test_several_chunks_at_once(block):
         _close(got[1][name], expected[1][name], 1e-4, name)
 
 
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_strong_decay_keeps_its_digits(implementation):
-    """Hundreds of nats within one chunk."""
-    case = Case(batch=3, segments="packed", initial="same segment", seed=1, decay=16.0)
-    arrays, _ = case.inputs()
-    nats = -np.asarray(arrays["dt"] * arrays["A"]).sum(1).min()
-    assert 200 < nats < 1000
-    _agree(case, implementation, 64)
-
-
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_extreme_decay_stays_finite(implementation):
-    arrays, rest = Case(batch=3, initial="same segment", seed=2, decay=1e4).inputs()
-    outputs, gradients = _with_gradients(arrays, rest, implementation)
-    assert all(np.isfinite(v).all() for v in jax.tree.leaves((outputs, gradients)))
-
-
-@pytest.mark.parametrize(
-    ("implementation", "cut"), [("reference", 1), ("associative", 1), ("sequential", 1), ("sequential", 8)]
-)
-def test_split_anywhere_equals_the_whole(implementation, cut):
-    arrays, rest = Case(batch=3, segments="empty row", initial="same segment", seed=7).inputs()
-    segment = rest["segment"].at[0].set(jnp.asarray([1] * 8 + [2] * 13))  # row 0 changes segment at the cut 8
-    y, state = _forward(arrays, {"segment": segment}, implementation)
-    parts, carried, owner = [], arrays["initial_state"], segment[:, 0]
-    for piece in (slice(None, cut), slice(cut, None)):
-        row = {name: v[:, piece] if v.ndim > 2 else v for name, v in arrays.items()} | {"initial_state": carried}
-        part, carried = _forward(row, {"segment": segment[:, piece], "initial_segment": owner}, implementation)
-        parts.append(part)
-        owner = jnp.max(jnp.where(segment[:, piece] > 0, segment[:, piece], 0), axis=1)
-    _close(jnp.concatenate(parts, 1), y, 1e-5, "y")
-    _close(carried, state, 1e-5, "state")
-
-
-@pytest.mark.parametrize("implementation", ("reference", *CHUNKED))
-def test_state_of_another_segment_is_dropped_and_padding_hands_it_on(implementation):
-    arrays, rest = Case(batch=2, segments="empty row", initial="other segment", seed=8).inputs()
-    rest["initial_segment"] = jnp.asarray([9, 9])
-    y, state = _forward(arrays, rest, implementation)
-    without = {name: v for name, v in arrays.items() if name != "initial_state"}
-    fresh_y, fresh_state = _forward(without, {"segment": rest["segment"]}, implementation)
-    _close(y, fresh_y, 0.0)
-    _close(state[0], fresh_state[0], 0.0)
-    _close(state[1], arrays["initial_state"][1], 0.0)
-    assert not np.asarray(y[1]).any()
-
-
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_padding_is_inert(implementation):
-    """What stands in padded places changes nothing, and a longer row gives the same numbers."""
-    arrays, _ = Case(batch=1, length=21, segments="none", seed=9).inputs()
-    y, state = _forward(arrays, {"segment": jnp.ones((1, 21), jnp.int32)}, implementation)
-    longer = {
-        name: jnp.pad(v, [(0, 0), (0, 12)] + [(0, 0)] * (v.ndim - 2), constant_values=3.0) if v.ndim > 1 else v
-        for name, v in arrays.items()
-    }
-    segment = jnp.asarray([[1] * 21 + [0] * 12])
-    longer_y, longer_state = _forward(longer, {"segment": segment}, implementation)
-    _close(longer_y[:, :21], y, 1e-6)
-    _close(longer_state, state, 1e-6)
-    assert not np.asarray(longer_y[:, 21:]).any()
-
-
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_bfloat16(implementation):
-    """Inputs of 8 bits, decays and states of 24: as close to the float32 scan on the same values as 8 bits allow."""
-    arrays, rest = Case(batch=3, initial="same segment", seed=10).inputs()
-    for name in ("x", "B", "C"):
-        arrays[name] = arrays[name].astype(jnp.bfloat16)
-    (y, state), gradients = _with_gradients(arrays, rest, implementation)
-    assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
-    assert all(gradients[name].dtype == arrays[name].dtype for name in arrays)
-    wide = {name: v.astype(jnp.float32) for name, v in arrays.items()}
-    (expected_y, expected_state), expected = _with_gradients(wide, rest, "reference")
-    _close(y, expected_y, 1e-2)
-    _close(state, expected_state, 1e-2)
-    for name in ARRAYS:
-        _close(gradients[name], expected[name], 2e-2, name)
-
-
 def test_step_is_the_op_on_one_token():
     arrays, _ = Case(batch=2, length=6, segments="none", initial="unnamed", seed=11).inputs()
     y, state = _forward(arrays, {}, "reference")
@@ -315,10 +244,23 @@ def test_no_token_states_and_no_repeated_groups(implementation):
     assert held <= 0.25 * length * h * p * n * 4
 
 
+def test_flat_x_is_the_same():
+    arrays, rest = Case(batch=2, initial="same segment", seed=12).inputs()
+    flat = arrays | {"x": arrays["x"].reshape(2, 21, 12)}
+    for implementation in ("reference", *CHUNKED):
+        y, state = _forward(arrays, rest, implementation)
+        flat_y, flat_state = _forward(flat, rest, implementation)
+        assert flat_y.shape == (2, 21, 12)
+        _close(flat_y.reshape(y.shape), y, 1e-6)
+        _close(flat_state, state, 1e-6)
+
+
 def test_errors_say_what_was_expected():
     arrays, _ = Case(segments="none").inputs()
     with pytest.raises(ValueError, match=r"dt does not fit.*expected \(2, 21, 4\), got \(2, 20, 4\)"):
         ssd(**{**arrays, "dt": arrays["dt"][:, 1:]})
+    with pytest.raises(ValueError, match=r"A \[H\] must have a head for equal parts of x \[B,L,H\*P\] = \(2, 21, 10\)"):
+        ssd(**{**arrays, "x": jnp.zeros((2, 21, 10))})
     with pytest.raises(ValueError, match=r"one of .*sequential.*'fast'"):
         ssd(**arrays, implementation="fast")
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):

@@ -2,13 +2,26 @@
 
 import pathlib
 import warnings
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from hybridvlm import video as video_files
-from hybridvlm.video import VideoError, VideoInfo, VideoWarning, decode_frames, probe, sample_indices
+from hybridvlm.models.media import resize
+from hybridvlm.video import (
+    VideoError,
+    VideoInfo,
+    VideoWarning,
+    decode_frames,
+    frame_seconds,
+    probe,
+    read_clip,
+    read_image,
+    sample_indices,
+)
 
 CLIP = pathlib.Path(__file__).parents[2] / "shared" / "videos" / "magic.mp4"
 FRAMES, HEIGHT, WIDTH, BITS = 61, 64, 96, 8
@@ -217,6 +230,30 @@ def test_sampling_rules():
     assert len(sample_indices(INFO, 3, "fps:0.01")) == 1
 
 
+def test_rules_of_the_engines():
+    """n frames of 100, by hand."""
+    for rule, want in (
+        ("uniform-round", [0, 25, 50, 74, 99]),
+        ("middle-low", [9, 29, 49, 69, 89]),
+        ("steps", [0, 20, 40, 60, 80]),
+        ("inner", [16, 33, 50, 66, 83]),
+    ):
+        assert sample_indices(INFO, 5, rule).tolist() == want, rule
+    assert sample_indices(INFO, 64, "qwen:2").tolist() == [0, 14, 28, 42, 57, 71, 85, 99]
+    assert len(sample_indices(INFO, 64, "qwen:0.1")) == 4  # never fewer
+    assert len(sample_indices(INFO, 5, "qwen:2")) == 4  # always an even number
+    assert sample_indices(INFO, 64, "nemotron-train:2").tolist() == [5, 14, 23, 33, 42, 52, 61, 70]
+    odd = VideoInfo(frames=101, fps=25.0, duration=4.04, width=8, height=8)
+    assert sample_indices(odd, 4, "middle").tolist() == [12, 37, 62, 88]
+    for rule in ("uniform", "uniform-round", "middle", "middle-low", "steps", "inner"):
+        for total, n in ((7, 7), (359, 64), (10, 3), (2, 1)):
+            numbers = sample_indices(VideoInfo(total, 25.0, total / 25, 8, 8), n, rule)
+            assert len(numbers) == n
+            assert (np.diff(numbers) > 0).all()
+            assert numbers[0] >= 0
+            assert numbers[-1] < total
+
+
 @pytest.mark.parametrize("rule", ["uniform", "middle"])
 def test_short_video_gives_all_frames_and_says_so(rule):
     short = VideoInfo(frames=6, fps=25.0, duration=0.24, width=8, height=8)
@@ -236,6 +273,69 @@ def test_unknown_rules_are_refused(rule):
 def test_no_frames_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         sample_indices(INFO, 0)
+
+
+def test_variable_rate(tmp_path):
+    """Frames at uneven times: all are found by number, and their time stamps are the file's own."""
+    path = tmp_path / "uneven.mkv"
+    times = np.cumsum([0, *np.random.default_rng(0).integers(5, 200, FRAMES - 1)])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "10", "bf": "2", "preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for k, at in enumerate(times.tolist()):
+            picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+            picture[:16] = np.repeat(255 * ((k >> np.arange(BITS)) & 1), BLOCK)[None, :, None]
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = at, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert probe(path).frames == FRAMES
+    asked = [60, 2, 33, 9]
+    assert stamps(decode_frames(path, asked)) == asked
+    assert frame_seconds(path, asked) == pytest.approx((times[asked] / 1000).tolist(), abs=2e-3)
+
+
+def test_clips(tmp_path):
+    path = stamped(tmp_path / "clip.mp4")
+    asked = []
+
+    def size_of(height, width, frames, kind):
+        asked.append((height, width, frames, kind))
+        return 32, 48
+
+    clip = read_clip(path, size_of, frames=4)
+    assert (clip.numbers, clip.kind, clip.size, clip.fps) == ((0, 20, 40, 60), "video", (HEIGHT, WIDTH), 25.0)
+    assert clip.seconds == pytest.approx((0.0, 0.8, 1.6, 2.4))
+    assert clip.frames.shape == (4, 32, 48, 3)
+    assert asked == [(HEIGHT, WIDTH, 4, "video")]
+    full = decode_frames(path, [20])
+    np.testing.assert_array_equal(clip.frames[1], resize(full, (32, 48))[0])  # an image processor's, not the decoder's
+    slow = stamped(tmp_path / "slow.mp4")
+    drifting = read_clip(slow, size_of, frames=4, clock="milliseconds")
+    assert drifting.seconds == (0.0, 20 * 0.04, 40 * 0.04, 60 * 0.04)
+    again = read_clip(clip, lambda *_: (16, 16))
+    assert (again.frames.shape, again.seconds) == ((4, 16, 16, 3), clip.seconds)
+    image = read_clip(full[0], size_of)
+    assert (image.kind, image.frames.shape) == ("image", (1, HEIGHT, WIDTH, 3))
+    with pytest.raises(ValueError, match="uint8"):
+        read_clip(full.astype(np.float32), size_of)
+
+
+@pytest.mark.parametrize("degrees", [90, 180])
+def test_clips_are_turned_before_they_are_scaled(tmp_path, degrees):
+    path = stamped(tmp_path / "clip.mp4", rotation=degrees)
+    clip = read_clip(path, lambda *_: (48, 40), frames=2)
+    assert clip.size == ((WIDTH, HEIGHT) if degrees == 90 else (HEIGHT, WIDTH))
+    np.testing.assert_array_equal(clip.frames[0], resize(decode_frames(path, [0]), (48, 40))[0])
+
+
+def test_images_are_turned_as_their_camera_says(tmp_path):
+    picture = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0], np.rot90(np.asarray(picture), -1))
 
 
 @pytest.mark.skipif(not CLIP.is_file(), reason="the real clip is not part of the repository")

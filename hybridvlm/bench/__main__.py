@@ -13,6 +13,15 @@ from typing import Any
 # same keys; its docstring is its help. It is imported only when it is asked for.
 BENCHES = {
     "ssd": ("hybridvlm.bench.ssd", "implementations of the SSD op: forward, gradient, memory"),
+    "vamba": (
+        "hybridvlm.bench.vamba",
+        "VAMBA-7B beside Qwen2-VL-7B at true size, compiled for TPUs that are not there",
+    ),
+    "attention": ("hybridvlm.bench.attention", "implementations of attention over whole rows"),
+    "score": ("hybridvlm.bench.score", "implementations of the text-to-visual score"),
+    "compact": ("hybridvlm.bench.compact", "dropping tokens from a row, by sorting and by counting"),
+    "dtype": ("hybridvlm.bench.dtype", "the embedded model in bfloat16 beside float32: kept tokens and accuracy"),
+    "aot": ("hybridvlm.bench.aot", "a whole prefill compiled for TPUs that are not there: memory, cost, compile time"),
     "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense beside reduction methods"),
     "peers": ("hybridvlm.bench.peers", "prefill and decode beside transformers' NemotronH"),
 }

@@ -179,7 +179,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     from hybridvlm.bench.prefill import bench_plan, prompt, running_chunk
     from hybridvlm.checkpoints import params_from_hf
     from hybridvlm.generate import Sampling, decode
-    from hybridvlm.models.nemotron_vl import prefill_prompt
+    from hybridvlm.models.nemotron_vl import prefill as prefill_model
     from hybridvlm.nn.caches import cache_bytes
     from hybridvlm.reduction.flops import decoder_flops
 
@@ -193,7 +193,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
 
     def program(config, batch, visual, plan, room):
         def function(params, batch, visual):
-            out = prefill_prompt(params, config, batch, visual, plan, room)
+            out = prefill_model(params, config, batch, visual, plan, room)
             return out.logits, out.decoder.caches
 
         return jax.jit(function).lower(params, batch, visual).compile()

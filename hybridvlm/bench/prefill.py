@@ -140,7 +140,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
 
 
 def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
-    from hybridvlm.models.nemotron_vl import prefill_prompt
+    from hybridvlm.models.nemotron_vl import prefill as prefill_model
 
     frames, per_frame = visual.shape[1:3]
     text = args.text + stamps * frames
@@ -153,7 +153,7 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
         batch = dataclasses.replace(batch, frame_count=np.full(1, frames, np.int32))
 
         def prefill(params, batch, visual, plan=plan):
-            out = prefill_prompt(params, config, batch, visual, plan, 0)
+            out = prefill_model(params, config, batch, visual, plan, 0)
             return out.logits, out.decoder.caches
 
         calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)

@@ -1,17 +1,34 @@
-"""Checkpoints: the library's own folders, and the tensors, names and configs of published ones."""
+"""Checkpoints: the library's own folders, and published ones in and out."""
 
-from hybridvlm.checkpoints.folder import CheckpointError, load, save_folder
-from hybridvlm.checkpoints.hf_config import config_from_hf, vision_from_hf
-from hybridvlm.checkpoints.names import canonical, params_from_hf
-from hybridvlm.checkpoints.tensors import TensorFolder
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hybridvlm.checkpoints.folder import load, save_folder
+from hybridvlm.checkpoints.hf import params_from_tensors, read_params, save_published
+from hybridvlm.checkpoints.tensors import CheckpointError, TensorFolder
+from hybridvlm.config import ModelConfig, VisionConfig
 
 __all__ = [
     "CheckpointError",
     "TensorFolder",
-    "canonical",
-    "config_from_hf",
     "load",
     "params_from_hf",
+    "params_from_tensors",
+    "read_params",
     "save_folder",
-    "vision_from_hf",
+    "save_published",
 ]
+
+
+def params_from_hf(
+    config: ModelConfig | VisionConfig, tensors: Mapping[str, np.ndarray], *, dtype: Any = None
+) -> dict[str, Any]:
+    """Our parameters (NumPy) from Nemotron tensors under any of their known names; of a VisionConfig, a RADIO tower alone."""
+    from hybridvlm.models.nemotron_names import table
+
+    params = params_from_tensors(table(config), tensors, dtype=dtype)
+    return params["vision"] if isinstance(config, VisionConfig) else params

@@ -1,7 +1,8 @@
-"""The library's own checkpoint: a folder with config.json, model.safetensors and tokenizer.json.
+"""Checkpoint folders of three kinds behind one door, `load`: the library's own, Orbax's, and published ones.
 
-config.json is a ModelConfig with {"format": "hybridvlm", "version": 1}, and optional sections "reduction" (what the
-model was tuned under), "style" (the text around the frames) and "buckets". Tensor names are the paths of the
+The library's own: a folder with config.json, model.safetensors and tokenizer.json. config.json is a family's config with
+{"format": "hybridvlm", "version": 1, "family": ...} (nemotron_vl if it says nothing), and optional sections "reduction" (what
+the model was tuned under), "style" (the text around the frames) and "buckets". Tensor names are the paths of the
 parameters, joined by "/".
 """
 
@@ -9,70 +10,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridvlm.config import Buckets, ModelConfig, Reduction, from_dict, to_dict
+from hybridvlm.checkpoints.atomic import whole_folder
+from hybridvlm.checkpoints.hf import CONFIG, Place, read_json, read_params
+from hybridvlm.checkpoints.orbax import is_orbax, read_about, restore_orbax, save_orbax
+from hybridvlm.checkpoints.tensors import CheckpointError, TensorFolder
+from hybridvlm.checkpoints.tokenizer import TOKENIZER, PublishedTokenizer
+from hybridvlm.config import Buckets, Reduction, from_dict, to_dict
 from hybridvlm.generate import Model
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM
+from hybridvlm.models import family, family_of, nemotron_vl
+from hybridvlm.models.names import FLOAT32, flatten, unflatten
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.wordlevel import WordLevel
 
 FORMAT, VERSION = "hybridvlm", 1
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+WEIGHTS = "model.safetensors"
 STORAGE = ("float32", "float16")
 SECTIONS = {"reduction": Reduction, "style": PromptStyle, "buckets": Buckets}
-# what makes decays and steps stays in fp32 whatever the model's dtype: the scan's sums are fp32, and these are small
-FLOAT32 = ("A_log", "D", "dt_bias")
+PUBLISHED_BUCKETS = Buckets(frames=(1, 2, 4, 8, 16, 32, 64, 128), text=(64, 256, 1024, 4096), max_new=256)
 _DATA = pathlib.Path(__file__).parent.parent / "tiny" / "data"
 PACKAGED = {"tiny": _DATA / "tiny", "tiny-reduced": _DATA / "tiny-reduced"}
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file and what is wrong with it."""
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict of parameters as {"decoder/mamba/in_proj": leaf, ...}."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`."""
-    params: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        level = params
-        for parent in parents:
-            level = level.setdefault(parent, {})
-        level[name] = value
-    return params
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any, kind: ModuleType = nemotron_vl) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter that a model of this config has, by flat name; nothing is allocated."""
-    places = config.vision.tokens_per_frame if config.vision is not None else 1
-    row = jax.ShapeDtypeStruct((1, places), jnp.int32)
-    batch = Batch(row, row, row, jax.ShapeDtypeStruct((1,), jnp.int32))
-    pixels = None
-    if config.vision is not None:
-        pixels = jax.ShapeDtypeStruct((1, 1, *config.vision.image_size, 3), jnp.uint8)
-    variables = jax.eval_shape(HybridVLM(config).init, jax.random.key(0), batch, pixels)
-    return {name: tuple(leaf.shape) for name, leaf in flatten(variables["params"]).items()}
+    params = jax.eval_shape(lambda key: kind.init(config, key), jax.random.key(0))
+    return {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
 
 
 def check_tensors(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -110,8 +84,6 @@ def save_folder(path: str | pathlib.Path, model: Model, *, storage: str = "float
     if storage not in STORAGE:
         raise ValueError(f"storage must be one of {STORAGE}, got {storage!r}")
     path = pathlib.Path(path)
-    if path.exists() and not (path / CONFIG).is_file():
-        raise ValueError(f"{path} exists and is not a checkpoint folder; choose another path or remove it")
     tensors = {}
     for name, leaf in flatten(model.params).items():
         array = np.asarray(jax.device_get(leaf)).astype(np.float32)
@@ -120,129 +92,234 @@ def save_folder(path: str | pathlib.Path, model: Model, *, storage: str = "float
         if not np.isfinite(array).all():
             raise ValueError(f"parameter {name} is not finite in {storage}; the checkpoint was not written")
         tensors[name] = np.ascontiguousarray(array)
-    check_tensors({n: a.shape for n, a in tensors.items()}, expected_shapes(model.config), "the model")
-    config = {"format": FORMAT, "version": VERSION, **to_dict(model.config)}
-    sections = {"reduction": model.reduction, "style": model.style, "buckets": model.buckets}
-    config |= {name: to_dict(value) for name, value in sections.items() if value is not None}
+    check_tensors({n: a.shape for n, a in tensors.items()}, expected_shapes(model.config, model.family), "the model")
+    config = {"format": FORMAT, "version": VERSION, "family": model.family.NAME, **to_dict(model.config)}
+    config |= _sections(model)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
+    with whole_folder(path, lambda old: (old / CONFIG).is_file()) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         save_file(tensors, new / WEIGHTS)
         (new / WEIGHTS).chmod(0o644)  # safetensors writes it for the owner alone; a checkpoint is shared like any file
         if model.tokenizer is not None:
             model.tokenizer.save(new / TOKENIZER)
-        if path.exists():
-            os.replace(path, work / "old")
-        try:
-            os.replace(new, path)
-        except OSError:
-            if (work / "old").exists():
-                os.replace(work / "old", path)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def _sections(model: Model) -> dict[str, Any]:
+    sections = {"reduction": model.reduction, "style": model.style, "buckets": model.buckets}
+    return {name: to_dict(value) for name, value in sections.items() if value is not None}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(name_or_path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a packaged name (`tiny`, `tiny-reduced`) or of a path; FileNotFoundError names what there is."""
+def resolve(name_or_path: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
+    """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
+
+    Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already; HF_HUB_OFFLINE=1 asks nobody.
+    FileNotFoundError names what there is.
+    """
     packaged = PACKAGED.get(str(name_or_path))
     path = packaged or pathlib.Path(name_or_path)
-    if not path.is_dir():
-        known = ", ".join(PACKAGED)
-        what = "is packaged but not installed" if packaged else "is neither a checkpoint folder nor a packaged name"
-        raise FileNotFoundError(
-            f"{str(name_or_path)!r} {what} (packaged: {known}; or the path of a folder with {CONFIG})"
-        )
-    return path
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} goes with an id of the hub, and {path} is a folder")
+        return path
+    name = str(name_or_path)
+    if packaged is None and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name, revision)
+    known = ", ".join(PACKAGED)
+    what = "is packaged but not installed" if packaged else "is neither a checkpoint folder nor a packaged name"
+    raise FileNotFoundError(
+        f"{name!r} {what} (packaged: {known}; or the path of a folder with {CONFIG}, or owner/name on the hub)"
+    )
 
 
-def read_config(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model config, {section: its dataclass}) of a checkpoint folder."""
-    file = path / CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} has no {CONFIG}; a checkpoint folder holds {CONFIG}, {WEIGHTS}, {TOKENIZER}")
+def _download(name: str, revision: str | None) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        data = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise CheckpointError(f'{file} is not a checkpoint of this library: it has no "format": "{FORMAT}"')
-    version = data.pop("version", None)
+        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and could not be had from the hub{at}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_config(path: pathlib.Path) -> tuple[ModuleType, Any, dict[str, Any]]:
+    """(family, config, {section: its dataclass}) of a folder in the library's own form."""
+    file = path / CONFIG
+    data = read_json(file)
+    version = data.get("version")
     if version != VERSION:
         raise CheckpointError(f"{file} has version {version!r}, this library reads version {VERSION}; update hybridvlm")
+    return _built(file, {name: value for name, value in data.items() if name not in ("format", "version")})
+
+
+def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, Any, dict[str, Any]]:
+    data = dict(data)
     sections = {name: data.pop(name, None) for name in SECTIONS}
     try:
-        config = from_dict(ModelConfig, data)
+        kind = family(data.pop("family", nemotron_vl.NAME))
+        config = from_dict(kind.Config, data)
         built = {name: from_dict(cls, sections[name]) for name, cls in SECTIONS.items() if sections[name] is not None}
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return config, built
+    return kind, config, built
 
 
-def read_weights(path: pathlib.Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of a checkpoint folder as a nested dict of arrays in `dtype` (default float32).
+def read_weights(
+    path: pathlib.Path, config: Any, dtype: Any = None, kind: ModuleType = nemotron_vl, place: Place | None = None
+) -> dict[str, Any]:
+    """The parameters of a folder in the library's own form, in `dtype` (default float32).
 
     Names and shapes are checked against the config before any data is read; NaN and infinite weights are refused.
     """
-    from safetensors import SafetensorError, safe_open
-
     file, dtype = path / WEIGHTS, jnp.dtype(dtype or jnp.float32)
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {WEIGHTS}; a checkpoint folder holds {CONFIG}, {WEIGHTS}, {TOKENIZER}")
-    flat = {}
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            names = list(tensors.keys())
-            check_tensors(
-                {n: tuple(tensors.get_slice(n).get_shape()) for n in names}, expected_shapes(config), str(file)
-            )
-            for name in names:
-                kind = tensors.get_slice(name).get_dtype()
-                if kind not in ("F32", "F16"):
-                    raise CheckpointError(f"{file}: {name} is stored as {kind}; this format holds F32 or F16")
-                array = tensors.get_tensor(name)
-                if not np.isfinite(array).all():
-                    raise CheckpointError(
-                        f"{file}: {name} holds {np.sum(~np.isfinite(array))} values that are not finite"
-                    )
-                keep = name.rsplit("/", 1)[-1] in FLOAT32
-                flat[name] = jnp.asarray(array, jnp.float32 if keep else dtype)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {str(error).splitlines()[0]}") from error
+    flat, tensors = {}, TensorFolder(file)
+    check_tensors(tensors.shapes(), expected_shapes(config, kind), str(file))
+    for name, stored in tensors.dtypes().items():
+        if str(stored) not in STORAGE:
+            raise CheckpointError(f"{file}: {name} is stored as {stored}; this format holds {' or '.join(STORAGE)}")
+        array = tensors[name]
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{file}: {name} holds {np.sum(~np.isfinite(array))} values that are not finite")
+        array = jnp.asarray(array, jnp.float32 if name.rsplit("/", 1)[-1] in FLOAT32 else dtype)
+        flat[name] = array if place is None else jax.device_put(array, place(name, array.shape))
     return unflatten(flat)
 
 
 def load(
     name_or_path: str | pathlib.Path,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     dtype: Any = None,
     reduction: Reduction | None = None,
     buckets: Buckets | None = None,
+    revision: str | None = None,
+    cache: str | pathlib.Path | None = None,
 ) -> Model:
-    """The model of a checkpoint folder, or of a packaged name: `tiny`, `tiny-reduced`.
+    """The model of a checkpoint folder (this library's, Orbax's or a published one), of a packaged name (`tiny`,
+    `tiny-reduced`), or of an id of the Hugging Face hub.
 
-    dtype: of the weights and so of the activations, e.g. "bfloat16" (default float32). reduction, buckets: instead of
-    the checkpoint's own. FileNotFoundError for a missing file, CheckpointError (a ValueError) where one does not fit.
+    mesh: where the weights go, by the rules of hybridvlm/sharding.py (default: one device). dtype: of the weights and so of the
+    activations, e.g. "bfloat16" (default: float32 for the library's own, else as stored). reduction, buckets: instead of
+    the checkpoint's own. revision: of the hub. cache: a folder for an Orbax copy of a published checkpoint, which is made at
+    the first time and read, onto any mesh, from then on. FileNotFoundError for a missing file, CheckpointError (a
+    ValueError) where one does not fit.
     """
-    path = resolve(name_or_path)
-    config, sections = read_config(path)
-    tokenizer = WordLevel.from_file(path / TOKENIZER)
-    if tokenizer.size > config.vocab_size:
-        raise CheckpointError(
-            f"{path / TOKENIZER} has {tokenizer.size} words, more than the model's vocab_size {config.vocab_size}"
-        )
-    params = read_weights(path, config, dtype)
-    sections = {**sections, **({"reduction": reduction} if reduction is not None else {})}
+    path = resolve(name_or_path, revision)
+    place = None if mesh is None else _placing(mesh)
+    if is_orbax(path):
+        return _load_orbax(path, dtype, place, reduction, buckets)
+    if read_json(path / CONFIG).get("format") is None:
+        return _load_published(path, dtype, place, reduction, buckets, cache)
+    if cache is not None:
+        raise ValueError("cache is for published checkpoints; this one is in the library's own form already")
+    if read_json(path / CONFIG)["format"] != FORMAT:
+        raise CheckpointError(f'{path / CONFIG} is not a checkpoint of this library: it has no "format": "{FORMAT}"')
+    kind, config, sections = read_config(path)
+    tokenizer = _tokenizer(path, config)
+    if tokenizer is None:
+        raise FileNotFoundError(f"no tokenizer at {path / TOKENIZER}")
+    params = read_weights(path, config, dtype, kind, place)
+    return _model(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
+
+
+def _placing(mesh: jax.sharding.Mesh) -> Place:
+    """The mesh's places by the default rules; an axis that does not divide evenly is left whole."""
+    from hybridvlm.sharding import DEFAULT_RULES
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        cut = []
+        for size, axes in zip(shape, DEFAULT_RULES.spec(path), strict=False):
+            names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+            parts = math.prod(mesh.shape.get(name, 1) for name in names)
+            cut.append(axes if size % parts == 0 else None)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
+
+    return place
+
+
+def _model(name, kind, config, params, tokenizer, sections, reduction, buckets) -> Model:
+    sections = dict(sections)
+    if reduction is not None:
+        sections["reduction"] = reduction
     if buckets is not None:
         sections["buckets"] = buckets
     if not config.name:
-        config = dataclasses.replace(config, name=path.name)
-    return Model(config, params, tokenizer, name=path.name, **sections)
+        config = dataclasses.replace(config, name=name)
+    return Model(config, params, tokenizer, name=name, family=kind, **sections)
+
+
+def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenizer | None:
+    """The tokenizer of a folder, None if it has none; refused if it has ids that the model has no rows for."""
+    file = path / TOKENIZER
+    if not file.is_file():
+        return None
+    closed = (read_json(file).get("model") or {}).get("type") == "WordLevel"
+    tokenizer = WordLevel.from_file(file) if closed else PublishedTokenizer.from_folder(path)
+    if tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            f"{file} has {tokenizer.size} words, more than the model's vocab_size {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _load_orbax(path, dtype, place, reduction, buckets) -> Model:
+    about = read_about(path)
+    kind, config, sections = _built(path / "model.json", about["model"])
+    params = restore_orbax(path, expected_shapes(config, kind), dtype=dtype, place=place)
+    return _model(
+        about.get("name", path.name), kind, config, params, _tokenizer(path, config), sections, reduction, buckets
+    )
+
+
+def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
+    raw = read_json(path / CONFIG)
+    try:
+        kind = family_of(raw)
+        tensors = TensorFolder(path)
+        config = kind.config_from_hf(raw, tensors.shapes())
+    except KeyError as error:
+        raise CheckpointError(f"{path / CONFIG} has no {error}, which this family needs") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    name = path.name
+    if path.parent.name == "snapshots":  # the hub's cache: .../models--owner--name/snapshots/commit
+        name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    config = dataclasses.replace(config, name=config.name or name, eos_ids=_stops(path, config.eos_ids))
+    table = kind.table(config)
+    tokenizer = _tokenizer(path, config)
+    style = kind.style_for(config)
+    sections = {"style": style, "buckets": PUBLISHED_BUCKETS}
+    if cache is None:
+        params = read_params(table, tensors, dtype=dtype, place=place)
+        return _model(name, kind, config, params, tokenizer, sections, reduction, buckets)
+    cache, source = pathlib.Path(cache), _source(path, tensors, dtype)
+    if not is_orbax(cache) or read_about(cache).get("source") != source:
+        params = read_params(table, tensors, dtype=dtype, place=place)
+        about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
+        save_orbax(cache, params, {"name": name, "model": about, "source": source}, tokenizer)
+        return _model(name, kind, config, params, tokenizer, sections, reduction, buckets)
+    return _load_orbax(cache, None, place, reduction, buckets)
+
+
+def _stops(path: pathlib.Path, own: tuple[int, ...]) -> tuple[int, ...]:
+    """What ends an answer: config.json's tokens and those that generation_config.json adds."""
+    file = path / "generation_config.json"
+    more = read_json(file).get("eos_token_id") if file.is_file() else None
+    return tuple(dict.fromkeys([*own, *([more] if isinstance(more, int) else more or ())]))
+
+
+def _source(path: pathlib.Path, tensors: TensorFolder, dtype: Any) -> dict[str, Any]:
+    """What a converted copy must share with a checkpoint to stand for it: its files and their times, and the dtype."""
+    files = [path / CONFIG, *(path / name for name in tensors.files())]
+    stamps = {file.name: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files}
+    return {"path": str(path.resolve()), "files": stamps, "dtype": str(jnp.dtype(dtype)) if dtype is not None else None}

@@ -1,52 +1,207 @@
-"""Reading safetensors files as NumPy arrays, one tensor at a time."""
+"""Safetensors files, read a piece of a tensor at a time and written the same way.
+
+The format is eight bytes of header length, a JSON header, and the data. It is read here with plain file reads: a memory map
+would count towards the process's memory page by page, and a library that hands out whole tensors could not be stopped at a
+few rows. Nothing in such a file can run code; files that can (pickles) are refused.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_MOST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file or tensors and what is wrong with them."""
+
+
+class _File:
+    """One safetensors file: its header, checked against the file's length, and its tensors' places."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.handle = path, path.open("rb", buffering=0)
+        size = os.fstat(self.handle.fileno()).st_size
+        length = int.from_bytes(self.handle.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER):
+            raise self._unreadable("its header is cut off or longer than the file")
+        try:
+            header = json.loads(self.handle.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise self._unreadable(f"its header is not JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise self._unreadable("its header is not a table of tensors")
+        header.pop("__metadata__", None)
+        self.begin = 8 + length
+        self.places: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
+        cut = []
+        for name, entry in header.items():
+            try:
+                kind, shape, (first, last) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._unreadable(f"the entry of {name} is not dtype, shape and two offsets") from error
+            if kind not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: {name} is stored as {kind}; supported: {', '.join(DTYPES)}. Take an unquantised checkpoint"
+                )
+            if min((0, *shape)) < 0 or first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
+                raise self._unreadable(f"{name} of shape {list(shape)} {kind} cannot fill bytes {first} to {last}")
+            if self.begin + last > size:
+                cut.append(name)
+            self.places[name] = (DTYPES[kind], shape, self.begin + first)
+        if cut:
+            more = f" and {len(cut) - 4} more" if len(cut) > 4 else ""
+            raise CheckpointError(f"{path} is truncated: it ends inside or before {', '.join(sorted(cut)[:4])}{more}")
+
+    def _unreadable(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is not a readable safetensors file: {why}")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        dtype, shape, offset = self.places[name]
+        if shape and stop is not None:
+            offset += start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (stop - start, *shape[1:])
+        out = np.empty(shape, dtype)
+        view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.handle.fileno(), [view[done : done + (1 << 30)]], offset + done)
+            if not got:
+                raise CheckpointError(f"{self.path} ended while {name} was read; it was changed meanwhile")
+            done += got
+        return out
 
 
 class TensorFolder(Mapping[str, np.ndarray]):
     """The tensors of a checkpoint as a read-only mapping; a tensor is read from disk when it is asked for.
 
-    path: a .safetensors file, or a folder that holds one or several (with or without model.safetensors.index.json).
-    FileNotFoundError if there is none, or if the index names a file that is missing.
+    path: a .safetensors file, or a folder that holds one, or several with model.safetensors.index.json. FileNotFoundError if
+    there is none, or if the index or a file that it names is missing; CheckpointError for a file that cannot be read.
     """
 
     def __init__(self, path: str | pathlib.Path):
         path = pathlib.Path(path)
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        index, promised = path / INDEX, {}
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            promised = _read_index(index)
+            files = [path / name for name in sorted(set(promised.values()))]
         else:
-            files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+            files = sorted(path.glob("*.safetensors"))
+            if len(files) > 1:
+                raise FileNotFoundError(
+                    f"{path} holds {len(files)} safetensors files and no {INDEX}, which says what belongs together"
+                )
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not files:
+            pickles = sorted(file.name for form in _PICKLES for file in path.glob(form)) if path.is_dir() else []
+            if pickles and not missing:
+                raise CheckpointError(
+                    f"{path} holds its weights as {', '.join(pickles[:4])}: pickles can run code and are refused; "
+                    "take a checkpoint in safetensors"
+                )
             raise FileNotFoundError(
-                f"no safetensors checkpoint at {path}" + (f": missing {missing}" if missing else "")
+                f"no safetensors checkpoint at {path}" + (f": missing {', '.join(missing)}" if missing else "")
             )
-        self._open = {}
+        self._home: dict[str, _File] = {}
         for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-            for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
-                self._open[name] = handle
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file} is not a .safetensors file; other weights are refused")
+            opened = _File(file)
+            for name in opened.places:
+                if name in self._home:
+                    raise CheckpointError(f"{name} is in {self._home[name].path.name} and again in {file.name}")
+                self._home[name] = opened
+        lost = sorted(name for name, file in promised.items() if self._file_name(name) != file)
+        if lost:
+            more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+            raise CheckpointError(f"{index} promises tensors that its files do not hold: {', '.join(lost[:4])}{more}")
+
+    def _file_name(self, name: str) -> str:
+        return self._home[name].path.name if name in self._home else ""
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._open[name].get_tensor(name)
+        return self._home[name].read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._open)
+        return iter(self._home)
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._home)
+
+    def files(self) -> list[str]:
+        """Names of the files that hold the tensors."""
+        return sorted({file.path.name for file in self._home.values()})
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop-1 along the first axis of a tensor."""
+        return self._home[name].read(name, start, stop)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading the data."""
-        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._open.items()}
+        return {name: file.places[name][1] for name, file in self._home.items()}
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The dtype of every tensor, without reading the data."""
+        return {name: file.places[name][0] for name, file in self._home.items()}
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not an index of tensors: {type(error).__name__} {error}") from error
+    odd = [file for file in found.values() if pathlib.Path(file).name != file]
+    if odd:
+        raise CheckpointError(f"{path} names files outside its folder: {odd[0]}")
+    return found
+
+
+def write_tensors(
+    path: pathlib.Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    pieces: Callable[[str], Iterator[np.ndarray]],
+) -> None:
+    """Write a safetensors file of `tensors` (dtype and shape by name), whose data `pieces(name)` gives in order, row by row."""
+    header, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": _KINDS[np.dtype(dtype)], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in tensors.items():
+            left = math.prod(shape)
+            for piece in pieces(name):
+                array = np.ascontiguousarray(piece, dtype)
+                file.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
+                left -= array.size
+            if left:
+                raise ValueError(f"{name}: the pieces given are {left} values short of {shape}")
+        file.flush()
+        os.fsync(file.fileno())

@@ -305,10 +305,8 @@ class Runner:
             self._visual.move_to_end((video, frames))
             return self._visual[video, frames]
         pixels, _ = self.task.frames(video)
-        padded = np.zeros((1, frames, *pixels.shape[1:]), np.uint8)
-        padded[0, : len(pixels)] = pixels
         start = time.perf_counter()
-        tokens = np.asarray(jax.device_get(self.model.encode(padded)))[0]
+        tokens = np.asarray(jax.device_get(self.model.encode(pixels[None])))[0]
         if frames in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
         self._warm_encode.add(frames)

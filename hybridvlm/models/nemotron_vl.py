@@ -1,39 +1,112 @@
-"""The hybrid video VLM of the Nemotron Nano VL family: RADIO tower, pixel shuffle, projector, Mamba-2/attention decoder.
+"""The Nemotron VL family: RADIO tower, pixel shuffle, projector, Mamba-2/attention decoder, with experts in Nemotron 3 Omni.
 
-The tiny embedded model is the same class with a convolutional stem for a tower.
+The text models Nemotron-H and Mamba-2 are the same without the tower, and the tiny embedded model is the same with a
+convolutional stem for a tower. Below the module stand the functions that `hybridvlm.models.FAMILIES` lists.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from hybridvlm.config import ModelConfig
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, prefill
+from hybridvlm import sharding
+from hybridvlm.config import Buckets, ModelConfig, Reduction
+from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
+from hybridvlm.models.nemotron_config import config_from_hf
+from hybridvlm.models.nemotron_names import table
+from hybridvlm.models.prompt import Batch, Layout, Message, Pieces, PromptStyle, render, video_pieces
+from hybridvlm.models.prompt import make_batch as pad_layouts
+from hybridvlm.nn.caches import Cache
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, step, unstack
+from hybridvlm.nn.decoder import extend as extend_decoder
+from hybridvlm.nn.decoder import prefill as prefill_decoder
 from hybridvlm.ops.compact import compact
+from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.plan import make_plan as settle
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
 
+__all__ = ["config_from_hf", "table"]
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Prompts as arrays of one bucket.
+NAME = "nemotron_vl"
+MODEL_TYPES = (
+    "NemotronH_Nano_VL_V2",
+    "NemotronH_Omni_Reasoning_V3",
+    "nemotron_h_omni",
+    "NemotronHForCausalLM",
+    "nemotron_h",
+    "Mamba2ForCausalLM",
+    "mamba2",
+)
+Config = ModelConfig
+METHODS = None
 
-    input_ids [B,L] int32, with any id at visual places; segment [B,L] int32 (0 = padding, at the end); frame [B,L] int32, the
-    video frame of a visual place and -1 elsewhere; frame_count [B] int32, real frames of each example (the rest of the
-    frame bucket is padding).
-    """
+_IMAGE = {"image": "<img>", "after_image": "</img>"}
+_STAMP = "Frame {number} sampled at {seconds:.2f} seconds"
+# The engines disagree about the text around frames: "training" is what the model was trained on
+STYLES = {
+    "training": PromptStyle("This is a video:\n", _STAMP, "</img>\n", opening=": <img>", **_IMAGE),
+    "tensorrt": PromptStyle("This is a video:\n", _STAMP, "</img>", opening=": <img>", **_IMAGE),
+    "vllm": PromptStyle("", _STAMP, "</img>", opening=": <img>", between="\n", **_IMAGE),
+    "omni": PromptStyle(
+        "",
+        _STAMP,
+        "</img>",
+        also=" and frame {number} sampled at {seconds:.2f} seconds",
+        opening=": <img>",
+        between="\n",
+        **_IMAGE,
+    ),
+}
 
-    input_ids: jax.Array
-    segment: jax.Array
-    frame: jax.Array
-    frame_count: jax.Array
+# As published with the 12B model: "/think" and "/no_think" switch reasoning and are taken out of the text
+CHAT = """{%- set say = namespace(think=true, system='') -%}
+{%- for message in messages if message.role != 'assistant' -%}
+{%- if '/no_think' in message.content -%}{%- set say.think = false -%}
+{%- elif '/think' in message.content -%}{%- set say.think = true -%}{%- endif -%}
+{%- if message.role == 'system' -%}
+{%- set say.system = message.content.replace('/no_think', '').replace('/think', '').strip() -%}
+{%- endif -%}
+{%- endfor -%}
+{{- '<SPECIAL_10>System\n' + say.system + '\n' -}}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{{- '<SPECIAL_11>User\n' + message.content.replace('/no_think', '').replace('/think', '').strip() + '\n' -}}
+{%- elif message.role == 'assistant' -%}
+{{- '<SPECIAL_11>Assistant\n' + message.content.split('</think>')[-1].strip() + '\n<SPECIAL_12>\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{{- '<SPECIAL_11>Assistant\n' + ('<think>\n' if say.think else '<think></think>') -}}"""
+
+
+def style_for(config: ModelConfig) -> PromptStyle:
+    """The text around the frames that models of this config were trained on."""
+    if config.vision is None:
+        return PromptStyle()
+    return STYLES["omni" if config.vision.temporal_patch > 1 else "training"]
+
+
+def module(config: ModelConfig) -> HybridVLM:
+    """The Flax module of a config."""
+    return HybridVLM(config)
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Random parameters, as the module declares them."""
+    row = jnp.zeros((1, 1 if config.vision is None else config.vision.tokens_per_frame), jnp.int32)
+    batch = Batch(row, row, row, row[0, :1])
+    pixels = None if config.vision is None else jnp.zeros((1, 1, *config.vision.image_size, 3), jnp.uint8)
+    return HybridVLM(config).init(key, batch, pixels)["params"]
 
 
 class HybridVLM(nn.Module):
@@ -58,7 +131,7 @@ class HybridVLM(nn.Module):
         return self.logits(self.decoder(self.prompt(batch, visual)).tokens.x)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """Frames [B,F,h,w,3] uint8 -> visual tokens [B,F,m,D]."""
+        """Frames [B,F,h,w,3] uint8, or groups of frames that make one patch [B,F,t,h,w,3] -> visual tokens [B,F,m,D]."""
         b, f = pixels.shape[:2]
         scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
         params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
@@ -102,12 +175,116 @@ class Prefilled:
     counts: jax.Array
 
 
-def prefill_prompt(
-    params: dict, config: ModelConfig, batch: Batch, visual: jax.Array | None, plan: ReductionPlan | None, room: int
+# -- from frames and words to the arrays of a bucket --------------------------------------------------------------------
+
+
+def frame_size(config: ModelConfig, height: int, width: int, frames: int, kind: str) -> tuple[int, int]:
+    """(height, width) of the frames that the tower sees of a source of this size (of each tile, for an image in tiles)."""
+    v = config.vision
+    if kind == "video" and v.video_patches:
+        grid = video_grid(height, width, v.downsample, v.video_patches)
+    elif kind == "image" and v.image_patches[1]:
+        grid = image_grid(height, width, v.patch_size, v.downsample, *v.image_patches)
+    else:
+        return v.image_size
+    return grid[0] * v.patch_size, grid[1] * v.patch_size
+
+
+def prompt(
+    config: ModelConfig,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    clips: Sequence[Clip],
+    *,
+    style: PromptStyle | None = None,
+    factors: tuple[int, int, int] = (1, 1, 1),
+) -> Layout:
+    """Messages and their clips, in order, as one prompt. factors: (frames, rows, columns) that an avgpool plan merges into one."""
+    pieces = Pieces(tokenizer)
+    style = style_for(config) if style is None else style
+    v = config.vision
+    for part in render(tokenizer, messages, CHAT):
+        if isinstance(part, str):
+            pieces.text(part)
+            continue
+        clip = clips[part]
+        tokens = v.tokens_per_frame // (factors[1] * factors[2])
+        if clip.kind == "video":
+            video_pieces(pieces, clip.seconds, tokens, style, patch=v.temporal_patch, group=factors[0])
+            continue
+        tiles = tile_count(*clip.size, v.image_size, v.max_tiles) if v.max_tiles else 1
+        pieces.text(style.image)
+        for start in range(0, tiles, factors[0]):
+            pieces.visual(tokens, min(factors[0], tiles - start))
+        pieces.text(style.after_image)
+    return pieces.layout()
+
+
+def make_batch(
+    config: ModelConfig, layouts: Sequence[Layout], buckets: Buckets, factors: tuple[int, int, int] = (1, 1, 1)
+) -> tuple[Batch, int, int]:
+    """Prompts as the arrays of the smallest bucket: (batch, frame bucket, text bucket)."""
+    tokens = 0 if config.vision is None else config.vision.tokens_per_frame // (factors[1] * factors[2])
+    return pad_layouts(layouts, buckets, tokens, factors[0])
+
+
+def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
+    """What `encode` takes of one clip per example: uint8 [B,frames,h,w,3], or [B,frames,t,h,w,3] where t frames make a patch."""
+    v, rows = config.vision, []
+    for clip in clips:
+        shown = clip.frames
+        if clip.kind == "image":
+            shown = cut_tiles(shown[0], v.image_size, v.max_tiles) if v.max_tiles else resize(shown, v.image_size)
+        elif v.temporal_patch > 1:
+            odd = -len(shown) % v.temporal_patch
+            shown = np.concatenate([shown, np.repeat(shown[-1:], odd, axis=0)])
+            shown = shown.reshape(-1, v.temporal_patch, *shown.shape[1:])
+        if len(shown) > frames:
+            raise ValueError(f"a clip of {len(shown)} frames does not fit the bucket of {frames}")
+        rows.append(np.concatenate([shown, np.zeros((frames - len(shown), *shown.shape[1:]), np.uint8)]))
+    return np.stack(rows)
+
+
+def make_plan(
+    config: ModelConfig, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+) -> ReductionPlan | None:
+    """The static plan of a reduction for a bucket; None when there is nothing to reduce."""
+    if reduction.method == "none" or not frames:
+        return None
+    return settle(
+        reduction,
+        config,
+        visual_tokens=frames * config.vision.tokens_per_frame,
+        text_tokens=text,
+        frames=frames,
+        chunk_size=config.chunk_size or default_choice().chunk_size,
+        itemsize=itemsize,
+    )
+
+
+# -- the computation ----------------------------------------------------------------------------------------------------
+
+
+def encode(params: dict, config: ModelConfig, pixels: jax.Array) -> jax.Array:
+    """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
+    return HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
+
+
+def prefill(
+    params: dict,
+    config: ModelConfig,
+    batch: Batch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    room: int,
+    assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
+    mesh: Mesh | None = None,
 ) -> Prefilled:
     """Embeddings to last-token logits under a plan (None: dense). visual [B,F,m,D]; `room`: cache slots for new tokens.
 
-    The batch must be laid out for this plan: with average pooling it has the pooled number of places.
+    The batch must be laid out for this plan: with average pooling it has the pooled number of places. assemble: how embeddings,
+    batch and visual tokens become one row; a family whose visual tokens carry more behind the first D values has its own. mesh: the
+    devices that `params` were laid out for by `sharding.shard_params`.
     """
     score_fn, counts = None, None
     frame_count = batch.frame_count
@@ -119,14 +296,44 @@ def prefill_prompt(
     if plan is not None:
         score_fn, counts, text = methods.score_fn(plan), given, plan.text_tokens
         if plan.drops_input:
-            ranks = methods.input_score(plan)(visual, frame_count)
+            ranks = methods.input_score(plan)(visual[..., : config.width], frame_count)
             order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
             score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
             tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
-    out = prefill(
+    run = prefill_decoder if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
+    out = run(
         params["decoder"], config, tokens, plan=plan, score_fn=score_fn, room=room, query_capacity=text, counts=counts
     )
     last = jnp.maximum(jnp.sum(out.tokens.segment > 0, axis=1) - 1, 0)
     x = jnp.take_along_axis(out.tokens.x, last[:, None, None], axis=1)[:, 0]
+    return Prefilled(_head(params, config, x), out, given)
+
+
+def _head(params: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """Final hidden states [B,D] -> logits [B,V] fp32."""
     head = params["embed"].T if config.tie_embeddings else params["lm_head"]
-    return Prefilled(jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32), out, given)
+    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def stepper(
+    params: dict, config: ModelConfig
+) -> Callable[[jax.Array, tuple[Cache, ...]], tuple[jax.Array, tuple[Cache, ...]]]:
+    """A function from the next token [B] and the caches to logits [B,V] and the caches, one token longer."""
+    layers = unstack(params["decoder"], config)  # once, and not again for every token
+
+    def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
+        x = jnp.take(params["embed"], token, axis=0)[:, None]
+        x, caches = step(layers, params["decoder"]["norm_f"], config, x, caches)
+        return _head(params, config, x[:, 0]), caches
+
+    return one
+
+
+def extend(
+    params: dict, config: ModelConfig, ids: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
+    x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)
+    x, caches = extend_decoder(params["decoder"], config, x, segment, caches)
+    last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
+    return _head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches

@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
-from hybridvlm.config import Buckets, ModelConfig
-from hybridvlm.models.nemotron_vl import Batch
+from hybridvlm.config import Buckets
+
+Message = Mapping[
+    str, Any
+]  # {"role": ..., "content": str or [{"type": "video" | "image"} | {"type": "text", "text": ...}]}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts as arrays of one bucket.
+
+    input_ids [B,L] int32, with any id at visual places; segment [B,L] int32 (0 = padding, at the end); frame [B,L] int32, the
+    video frame of a visual place and -1 elsewhere; frame_count [B] int32, real frames of each example (the rest of the
+    frame bucket is padding).
+    """
+
+    input_ids: jax.Array
+    segment: jax.Array
+    frame: jax.Array
+    frame_count: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptStyle:
-    """The text around the frames. `frame` may use {number} (from 1) and {seconds}; each piece is tokenised by itself, so that
-    what is dropped never changes how the rest is split into tokens."""
+    """The text around the frames; each piece is tokenised by itself, so that what is dropped never changes how the rest is split
+    into tokens.
+
+    before, after: around the whole video. frame, after_frame: around each frame's tokens, and between: from one frame to the
+    next; `frame` may use {number} (from 1) and {seconds}. also: for the second frame of a patch of two, behind the first
+    one's `frame`; opening: behind both. image, after_image: around an image. question: what a question is put into.
+    """
 
     before: str = ""
     frame: str = ""
     after_frame: str = ""
     question: str = "{question}"
+    between: str = ""
+    also: str = ""
+    opening: str = ""
+    after: str = ""
+    image: str = ""
+    after_image: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One prompt before padding: ids, and the frame of every visual place (-1 for text)."""
+    """One prompt before padding: ids [L], the frame [L] of every visual place (-1 for text), and how many frames there are."""
 
     ids: np.ndarray
     frame: np.ndarray
@@ -35,50 +68,113 @@ class Layout:
         return int((self.frame < 0).sum())
 
 
-def layout(
-    question: str,
-    seconds: Sequence[float],
-    tokens_per_frame: int,
-    encode: Callable[[str], list[int]],
-    style: PromptStyle = PromptStyle(),
-    group: int = 1,
-) -> Layout:
-    """Lay one prompt out: `seconds` has a time stamp per frame; `group` frames share one run of visual tokens (pooling over time)."""
-    ids: list[int] = list(encode(style.before)) if style.before else []
-    frame: list[int] = [-1] * len(ids)
+class Pieces:
+    """A prompt under construction: text and runs of visual tokens, in order."""
 
-    def text(piece: str) -> None:
-        new = encode(piece) if piece else []
-        ids.extend(new)
-        frame.extend([-1] * len(new))
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.frame: list[int] = []
+        self.frames = 0
 
-    for number in range(0, len(seconds), group):
-        text(style.frame.format(number=number + 1, seconds=seconds[number]))
-        ids.extend([0] * tokens_per_frame)
-        frame.extend([number] * tokens_per_frame)
-        text(style.after_frame)
-    text(style.question.format(question=question))
-    return Layout(np.asarray(ids, np.int32), np.asarray(frame, np.int32), len(seconds))
+    def text(self, piece: str) -> None:
+        """Add text, tokenised by itself; nothing for an empty one."""
+        new = self.tokenizer.encode(piece) if piece else []
+        self.ids.extend(new)
+        self.frame.extend([-1] * len(new))
+
+    def visual(self, tokens: int, frames: int = 1) -> None:
+        """Add one run of visual tokens, which stands for `frames` of the frames that the tower gives."""
+        self.ids.extend([0] * tokens)
+        self.frame.extend([self.frames] * tokens)
+        self.frames += frames
+
+    def layout(self) -> Layout:
+        return Layout(np.asarray(self.ids, np.int32), np.asarray(self.frame, np.int32), self.frames)
+
+
+def video_pieces(
+    pieces: Pieces, seconds: Sequence[float], tokens: int, style: PromptStyle, *, patch: int = 1, group: int = 1
+) -> None:
+    """Add a video: `tokens` per run, a run being `group` patches (pooling over time) of `patch` frames each (Omni: 2)."""
+    pieces.text(style.before)
+    for start in range(0, len(seconds), patch * group):
+        if start:
+            pieces.text(style.between)
+        shown = range(start, min(start + patch, len(seconds)))
+        labels = [style.frame] + [style.also] * (len(shown) - 1)
+        label = "".join(
+            form.format(number=number + 1, seconds=seconds[number]) for form, number in zip(labels, shown, strict=True)
+        )
+        pieces.text(label + style.opening)
+        pieces.visual(tokens, min(group, -(-(len(seconds) - start) // patch)))
+        pieces.text(style.after_frame)
+    pieces.text(style.after)
+
+
+_MARK = re.compile("\ue000(\\d+)\ue001")
+
+
+def user_message(question: str, style: PromptStyle, kinds: Sequence[str] = ("video",)) -> Message:
+    """One question about media of these kinds, put the way `style` has it."""
+    media = [{"type": kind} for kind in kinds]
+    return {"role": "user", "content": [*media, {"type": "text", "text": style.question.format(question=question)}]}
+
+
+def render(tokenizer: Any, messages: Sequence[Message], template: str) -> list[str | int]:
+    """Messages as the chat template writes them, cut where media stand: text, and the number of each medium in order.
+
+    A tokenizer without `chat` belongs to a model that knows no conversation: one user message, nothing around it. ValueError
+    for an unknown kind of content (sound among them), or a conversation where there is none.
+    """
+    count, plain = 0, []
+    for message in messages:
+        content = message["content"]
+        words = []
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if item["type"] == "text":
+                if _MARK.search(item["text"]):
+                    raise ValueError("a message holds characters that mark the place of media (U+E000, U+E001)")
+                words.append(item["text"])
+            elif item["type"] in ("video", "image"):
+                words.append(f"\ue000{count}\ue001")
+                count += 1
+            else:
+                raise ValueError(
+                    f"content of type {item['type']!r} is not supported; give video, image and text"
+                    + (" (sound is not read: take the pictures alone)" if item["type"] == "audio" else "")
+                )
+        plain.append({"role": message["role"], "content": "".join(words)})
+    if hasattr(tokenizer, "chat"):
+        text = tokenizer.chat(plain, template)
+    elif len(plain) == 1 and plain[0]["role"] == "user":
+        text = plain[0]["content"]
+    else:
+        raise ValueError("this model knows no conversation: give one user message at a time")
+    parts: list[str | int] = [
+        int(part) if place % 2 else part for place, part in enumerate(_MARK.split(text)) if place % 2 or part
+    ]
+    found = [part for part in parts if isinstance(part, int)]
+    if found != list(range(count)):
+        raise ValueError(
+            f"the chat template put media {found} where {list(range(count))} were given; it cannot be used"
+        )
+    return parts
 
 
 def make_batch(
-    layouts: Sequence[Layout],
-    config: ModelConfig,
-    buckets: Buckets,
-    tokens_per_frame: int | None = None,
-    group: int = 1,
+    layouts: Sequence[Layout], buckets: Buckets, tokens_per_frame: int, group: int = 1
 ) -> tuple[Batch, int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket).
 
-    tokens_per_frame: places per run of frames (default: the vision config's; fewer under pooling). ValueError if a prompt is over
-    the largest bucket.
+    tokens_per_frame: places per run of `group` frames. ValueError if a prompt is over the largest bucket.
     """
     if not layouts:
         raise ValueError("make_batch needs at least one prompt, got none")
-    m = config.vision.tokens_per_frame if tokens_per_frame is None else tokens_per_frame
-    frames = buckets.pick("frames", max(item.frames for item in layouts))
+    most = max(item.frames for item in layouts)
+    frames = buckets.pick("frames", most) if most else 0
     text = buckets.pick("text", max(item.text for item in layouts))
-    length = -(-frames // group) * m + text
+    length = -(-frames // group) * tokens_per_frame + text
     ids, frame = np.zeros((len(layouts), length), np.int32), np.full((len(layouts), length), -1, np.int32)
     segment = np.zeros((len(layouts), length), np.int32)
     for row, item in enumerate(layouts):

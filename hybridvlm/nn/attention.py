@@ -1,4 +1,4 @@
-"""Grouped-query attention without position encoding (Nemotron-H), with a ragged key-value cache."""
+"""Grouped-query attention, without position encoding (Nemotron-H) or with M-RoPE (Qwen), with a ragged key-value cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import AttentionCache, attention_cache
-from hybridvlm.nn.linear import linear
+from hybridvlm.nn.parallel import own_channels, total
+from hybridvlm.nn.qwen import join_heads, project_heads
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
@@ -48,24 +49,15 @@ class AttentionStack(nn.Module):
         return p
 
 
-def _qkv(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B,L,D] -> q [B,L,H,P], k and v [B,L,K,P]."""
-    h = rms_norm(x, p["norm"], c.norm_eps)
-    heads = []
-    for name, count in (("q", c.attention_heads), ("k", c.kv_heads), ("v", c.kv_heads)):
-        projected = linear(h, p[f"{name}_proj"])
-        if c.attention_bias:
-            projected = projected + p[f"{name}_bias"].astype(h.dtype)
-        projected = projected.reshape(*x.shape[:2], count, c.head_dim)
-        if c.qk_norm and name != "v":
-            projected = rms_norm(projected, p[f"{name}_norm"], c.norm_eps)
-        heads.append(projected)
-    return tuple(heads)
+def _qkv(p: Params, c: ModelConfig, x: jax.Array, position: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B,L,D] -> q [B,L,H,P], k and v [B,L,K,P]; position [B,L] or [B,L,3] where the config has a rotary embedding."""
+    q, k, v = project_heads(p, c, rms_norm(x, p["norm"], c.norm_eps), position)
+    return q, k, v
 
 
-def _output(p: Params, residual: jax.Array, out: jax.Array) -> jax.Array:
-    out = out.reshape(*residual.shape[:2], -1)
-    return residual + linear(out, p["o_proj"]).astype(residual.dtype)
+def _output(p: Params, c: ModelConfig, residual: jax.Array, out: jax.Array) -> jax.Array:
+    out = own_channels(c, out.reshape(*out.shape[:2], -1))
+    return residual + total(c, join_heads(p, out)).astype(residual.dtype)
 
 
 def gather_queries(query: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -84,16 +76,18 @@ def attention_layer(
     x: jax.Array,
     segment: jax.Array,
     *,
+    position: jax.Array | None = None,
     query: jax.Array | None = None,
     query_capacity: int = 0,
     room: int = 0,
 ) -> tuple[jax.Array, AttentionCache, AttentionAux | None]:
     """One residual attention layer over whole rows.
 
-    x [B,L,D], segment [B,L]. `room`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of
-    the question (at most `query_capacity` of them) come back in the aux, for the text-to-visual score.
+    x [B,L,D], segment [B,L]; position [B,L] or [B,L,3] where the config has a rotary embedding (keys are cached turned).
+    `room`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of the question (at most
+    `query_capacity` of them) come back in the aux, for the text-to-visual score.
     """
-    q, k, v = _qkv(p, c, x)
+    q, k, v = _qkv(p, c, x, position)
     out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment)
     aux = None
     if query is not None:
@@ -106,7 +100,7 @@ def attention_layer(
             k=k,
             lse=jnp.take_along_axis(lse, index[:, None, :], axis=2),
         )
-    return _output(p, x, out), attention_cache(k, v, segment, room), aux
+    return _output(p, c, x, out), attention_cache(k, v, segment, room), aux
 
 
 def _merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -126,14 +120,10 @@ def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool)
     ]
 
 
-def attention_extend(
-    p: Params, c: ModelConfig, x: jax.Array, segment: jax.Array, cache: AttentionCache
+def extend_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, cache: AttentionCache
 ) -> tuple[jax.Array, AttentionCache]:
-    """New tokens after a cache: x [B,T,D], segment [B,T] (0 = padding at the end; its slots stay empty).
-
-    The caller sees to it that the cache has room (AttentionCache.new_k.shape[1] >= length + T).
-    """
-    q, k, v = _qkv(p, c, x)
+    """Heads of new tokens over a cache and themselves: q [B,T,H,P], k and v [B,T,K,P], segment [B,T] -> out [B,T,H,P], longer cache."""
     t, room = segment.shape[1], cache.new_k.shape[1]
     if t > room:
         raise ValueError(f"the cache has room for {room} new tokens, got {t}; prefill with a larger `room`")
@@ -149,18 +139,39 @@ def attention_extend(
         place = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
         own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=index)
         out, _ = _merge(own, *_past(q, segment, cache, recent=False))
-    return _output(p, x, out), cache
+    return out, cache
+
+
+def attention_extend(
+    p: Params,
+    c: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    cache: AttentionCache,
+    position: jax.Array | None = None,
+) -> tuple[jax.Array, AttentionCache]:
+    """New tokens after a cache: x [B,T,D], segment [B,T] (0 = padding at the end; its slots stay empty), position as above.
+
+    The caller sees to it that the cache has room (AttentionCache.new_k.shape[1] >= length + T).
+    """
+    out, cache = extend_cache(*_qkv(p, c, x, position), segment, cache)
+    return _output(p, c, x, out), cache
 
 
 def attention_shared(
-    p: Params, c: ModelConfig, x: jax.Array, segment: jax.Array, cache: AttentionCache
+    p: Params,
+    c: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    cache: AttentionCache,
+    position: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows that share a past: x [B*Q,T,D] after a cache of B rows (Q questions on each video, apart from one another).
 
     The cache is read where it lies, never copied per question, and not written. Returns x after the residual, and the
     questions' q [B*Q,T,H,P] with the log-sum-exp [B*Q,H,T] of their rows, for scores over the shared keys.
     """
-    q, k, v = _qkv(p, c, x)
+    q, k, v = _qkv(p, c, x, position)
     rows, t, heads, width = q.shape
     b = cache.k.shape[0]
     own = attention(q, k, v, q_segment=segment, kv_segment=segment)
@@ -170,4 +181,4 @@ def attention_shared(
         for out, lse in _past(folded, segment.reshape(b, -1), cache, recent=True)
     ]
     out, lse = _merge(own, *past)
-    return _output(p, x, out), q, lse
+    return _output(p, c, x, out), q, lse

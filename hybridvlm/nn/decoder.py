@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from hybridvlm.config import KINDS, MIXERS, ModelConfig
+from hybridvlm.config import KINDS, MIXERS, MOE, ModelConfig
 from hybridvlm.nn.attention import AttentionStack, attention_extend, attention_layer, attention_shared
 from hybridvlm.nn.caches import AttentionCache, Cache
 from hybridvlm.nn.linear import cut_columns
 from hybridvlm.nn.mamba2 import MambaStack, mamba_layer, mamba_step
 from hybridvlm.nn.mlp import MlpStack, mlp_layer
+from hybridvlm.nn.moe import MoeStack, moe_layer
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import Tokens
@@ -88,6 +90,11 @@ def unstack(params: Params, config: ModelConfig) -> tuple[dict[str, jax.Array], 
     return tuple(layers)
 
 
+def plane_after(layer: int) -> str:
+    """The name in Tokens.extra of what is added to the residual stream behind `layer` (DeepStack, arXiv 2406.04334)."""
+    return f"plane_after_{layer}"
+
+
 def visual_counts(tokens: Tokens, segments: int) -> jax.Array:
     """Visual tokens of each segment: [B,S] int32."""
     ids = jnp.arange(1, segments + 1, dtype=tokens.segment.dtype)
@@ -95,48 +102,105 @@ def visual_counts(tokens: Tokens, segments: int) -> jax.Array:
     return jnp.sum(mine, axis=1, dtype=jnp.int32)
 
 
-def _layer(kind: str, p, c: ModelConfig, x, segment, *, query=None, query_capacity=0, room=0):
+def _layer(kind: str, p, c: ModelConfig, x, segment, position, *, query=None, query_capacity=0, room=0):
     if kind == "M":
         return mamba_layer(p, c, x, segment)
     if kind == "*":
-        return attention_layer(p, c, x, segment, query=query, query_capacity=query_capacity, room=room)
-    return mlp_layer(p, c, x), None, None
-
-
-def _run(params: Params, c: ModelConfig, first: int, unit: int, times: int, x, segment, room: int):
-    """Layers that neither drop nor score: `times` repetitions of a unit as one scan, so that they compile once."""
-    kinds = c.pattern[first : first + unit]
-    if times == 1:
-        caches = []
-        for offset, kind in enumerate(kinds):
-            x, cache, _ = _layer(kind, layer_params(params, c, first + offset), c, x, segment, room=room)
-            caches.append(cache)
-        return x, caches
-    stacks = {}
-    for kind in set(kinds):
-        _, begin = c.kind_index(c.pattern.index(kind, first))
-        per_unit = kinds.count(kind)
-        stacks[kind] = jax.tree.map(
-            lambda a, begin=begin, per=per_unit: a[begin : begin + times * per].reshape(times, per, *a.shape[1:]),
-            params[KINDS[kind]],
+        return attention_layer(
+            p, c, x, segment, position=position, query=query, query_capacity=query_capacity, room=room
         )
+    return _per_token(kind, p, c, x), None, None
 
-    def body(x, unit_params):
-        seen = dict.fromkeys(unit_params, 0)
-        caches = []
-        for kind in kinds:
-            p = jax.tree.map(lambda a, i=seen[kind]: a[i], unit_params[kind])
-            seen[kind] += 1
-            x, cache, _ = _layer(kind, p, c, x, segment, room=room)
-            caches.append(cache)
-        return x, tuple(caches)
 
-    x, stacked = jax.lax.scan(body, x, stacks)
+def _per_token(kind: str, p, c: ModelConfig, x):
+    """The layers that look at every token by itself."""
+    return moe_layer(p, c, x) if kind == MOE else mlp_layer(p, c, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """Layers start..stop-1, which neither drop nor score; `copied`: repeated units scan over copies of their parameters."""
+
+    config: ModelConfig
+    start: int
+    stop: int
+    room: int
+    copied: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _span(span: _Span, params: Params, x, segment, position):
+    """x after the layers of a span, and their caches."""
+    base = {kind: span.config.pattern[: span.start].count(kind) for kind in KINDS}
+    return _walk(span, params, base, x, segment, position)
+
+
+def _span_forward(span: _Span, params: Params, x, segment, position):
+    run = _span.__wrapped__
+    return jax.vjp(
+        lambda params, x: run(dataclasses.replace(span, copied=True), params, x, segment, position), params, x
+    )
+
+
+def _span_backward(span: _Span, pull, gradient):
+    return (*pull(gradient), None, None)
+
+
+_span.defvjp(_span_forward, _span_backward)
+
+
+def _walk(span: _Span, params: Params, base: dict[str, Any], x, segment, position):
+    """`_span` with base[kind]: the place in its stack of the first layer of a kind here."""
+    c, base, caches = span.config, dict(base), []
+    for first, unit, times in repeats(c.pattern, span.start, span.stop):
+        kinds = c.pattern[first : first + unit]
+        if times > 1:
+            inner = dataclasses.replace(span, start=first, stop=first + unit)
+            x, entries = _repeat(inner, times, params, base, x, segment, position)
+            caches += entries
+        else:
+            for kind in kinds:
+                p = _pick(params[KINDS[kind]], base[kind])
+                x, cache, _ = _layer(kind, p, c, x, segment, position, room=span.room)
+                caches.append(cache)
+        base = {kind: place + times * kinds.count(kind) for kind, place in base.items()}
+    return x, caches
+
+
+def _repeat(unit: _Span, times: int, params: Params, base: dict[str, Any], x, segment, position):
+    """`times` units of the same kinds as one scan, and scans within it, so that each kind of layer compiles once.
+
+    The scan reads every layer's parameters where they lie in the stack: a stretch of the stack, cut out for it, would be a
+    copy. Only under differentiation it is cut, since the gradient of reading in place is as large as the stack, per layer.
+    """
+    kinds = unit.config.pattern[unit.start : unit.stop]
+    per = {kind: kinds.count(kind) for kind in base}
+
+    def cut(kind: str) -> Params:
+        at, n = base[kind], per[kind]
+        take = lambda a: a[at : at + times * n].reshape(times, n, *a.shape[1:])  # noqa: E731
+        return jax.tree.map(take, params[KINDS[kind]])
+
+    def step(x, part):
+        i, copies = part
+        if unit.copied:
+            return _walk(unit, copies, dict.fromkeys(base, 0), x, segment, position)
+        return _walk(unit, params, {kind: base[kind] + i * per[kind] for kind in base}, x, segment, position)
+
+    copies = {KINDS[kind]: cut(kind) for kind in sorted(set(kinds))} if unit.copied else {}
+    x, stacked = jax.lax.scan(step, x, (jnp.arange(times, dtype=jnp.int32), copies))
     return x, [jax.tree.map(lambda a, i=i: a[i], cache) for i in range(times) for cache in stacked]
 
 
+def _pick(stack: dict[str, jax.Array], index: int | jax.Array) -> dict[str, jax.Array]:
+    """The parameters of one layer; `index` may be a traced int32."""
+    if isinstance(index, int):
+        return jax.tree.map(lambda a: a[index], stack)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
+
+
 class Decoder(nn.Module):
-    """Stacked parameters by kind, and the walk over them. `params["decoder"]` = {mamba, attention, mlp, norm_f}."""
+    """Stacked parameters by kind, and the walk over them. `params["decoder"]` = {mamba, attention, mlp, moe, norm_f}."""
 
     config: ModelConfig
 
@@ -148,6 +212,8 @@ class Decoder(nn.Module):
             self.attention = AttentionStack(c)
         if c.count("-"):
             self.mlp = MlpStack(c)
+        if c.count(MOE):
+            self.moe = MoeStack(c)
         self.norm_f = self.param("norm_f", nn.initializers.ones, (c.width,))
 
     def stacks(self) -> Params:
@@ -179,6 +245,7 @@ def prefill(
     collect: mixer layers whose scores are returned without dropping. room: empty cache slots for tokens to come.
     segments: samples packed in a row. query_capacity: most question rows of an example (default: the text length, L minus visual).
     counts [B,S]: visual tokens that each example came with, when some were dropped before the decoder (default: those here).
+    tokens.extra[plane_after(layer)] [B,L,D] is added to the residual stream behind that layer, and is not carried further.
     """
     c = config
     drops = set(plan.drops) if plan is not None else set()
@@ -188,6 +255,7 @@ def prefill(
     if (drops or collect) and score_fn is None:
         raise ValueError("score_fn is needed where the plan drops or scores are collected")
     scored = drops | set(collect)
+    planes = {layer for layer in range(len(c.pattern)) if plane_after(layer) in tokens.extra}
     if query_capacity is None:
         query_capacity = tokens.length
     if counts is None:
@@ -196,9 +264,9 @@ def prefill(
     survivors, kept, scores = [], [visual_counts(tokens, segments)], {}
     at = 0
     while at < len(c.pattern):
-        stop = next((layer for layer in range(at, len(c.pattern)) if layer in scored), len(c.pattern))
-        for first, unit, times in repeats(c.pattern, at, stop):
-            x, entries = _run(params, c, first, unit, times, tokens.x, tokens.segment, room)
+        stop = next((layer for layer in range(at, len(c.pattern)) if layer in scored | planes), len(c.pattern))
+        if at < stop:
+            x, entries = _span(_Span(c, at, stop, room), params, tokens.x, tokens.segment, tokens.position)
             tokens = tokens.replace(x=x)
             caches += entries
         if stop == len(c.pattern):
@@ -209,13 +277,18 @@ def prefill(
             c,
             tokens.x,
             tokens.segment,
-            query=tokens.query,
+            tokens.position,
+            query=tokens.query if stop in scored else None,
             query_capacity=min(query_capacity, tokens.length),
             room=room,
         )
         caches.append(cache)
+        if stop in planes:
+            extra = dict(tokens.extra)
+            x = x + extra.pop(plane_after(stop)).astype(x.dtype)
+            tokens = tokens.replace(extra=extra)
         tokens = tokens.replace(x=x)
-        score = score_fn(stop, aux, tokens)
+        score = score_fn(stop, aux, tokens) if stop in scored else None
         if stop in collect:
             scores[stop] = score
         if stop in drops:
@@ -233,42 +306,60 @@ def step(
     config: ModelConfig,
     x: jax.Array,
     caches: tuple[Cache, ...],
+    position: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """One new token per example: x [B,1,D] -> final hidden state [B,1,D] and the caches, each one token longer."""
+    """One new token per example: x [B,1,D] -> final hidden state [B,1,D] and the caches, each one token longer.
+
+    position [B,1]: the new token's, for a config with rotary embedding.
+    """
     out = []
     segment = jnp.ones(x.shape[:2], jnp.int32)
     for kind, p, cache in zip(config.pattern, layers, caches, strict=True):
         if kind == "M":
             x, cache = mamba_step(p, config, x, cache)
         elif kind == "*":
-            x, cache = attention_extend(p, config, x, segment, cache)
+            x, cache = attention_extend(p, config, x, segment, cache, position)
         else:
-            x = mlp_layer(p, config, x)
+            x = _per_token(kind, p, config, x)
         out.append(cache)
     return rms_norm(x, norm_f, config.norm_eps), tuple(out)
 
 
 def extend(
-    params: Params, config: ModelConfig, x: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    caches: tuple[Cache, ...],
+    position: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """A piece of text after what the caches hold: x [B,T,D], segment [B,T] -> final hidden states [B,T,D] and the longer caches."""
+    """A piece of text after what the caches hold: x [B,T,D], segment [B,T] -> final hidden states [B,T,D] and the longer caches.
+
+    position [B,T]: for a config with rotary embedding.
+    """
     out = []
     for layer, (kind, cache) in enumerate(zip(config.pattern, caches, strict=True)):
         p = layer_params(params, config, layer)
         if kind == "M":
             x, cache, _ = mamba_layer(p, config, x, segment, cache)
         elif kind == "*":
-            x, cache = attention_extend(p, config, x, segment, cache)
+            x, cache = attention_extend(p, config, x, segment, cache, position)
         else:
-            x = mlp_layer(p, config, x)
+            x = _per_token(kind, p, config, x)
         out.append(cache)
     return rms_norm(x, params["norm_f"], config.norm_eps), tuple(out)
 
 
 def extend_shared(
-    params: Params, config: ModelConfig, x: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    caches: tuple[Cache, ...],
+    position: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[int, Any]]:
     """Q questions on each of B videos, apart from one another: x [B*Q,T,D], caches of B rows that are read, not written.
+    position [B*Q,T]: for a config with rotary embedding.
 
     Returns the hidden states [B*Q,T,D] after each layer's residual stream ended (final norm applied), and per mixer layer
     what its scores need: for M the questions' c [B*Q,T,G,N], for * (q [B*Q,T,H,P], lse [B*Q,H,T]); and under key -1 - layer
@@ -283,9 +374,9 @@ def extend_shared(
         elif kind == "*":
             if not isinstance(cache, AttentionCache):
                 raise TypeError(f"layer {layer} is attention, its cache is {type(cache).__name__}")
-            x, q, lse = attention_shared(p, config, x, segment, cache)
+            x, q, lse = attention_shared(p, config, x, segment, cache, position)
             told[layer] = (q, lse)
         else:
-            x = mlp_layer(p, config, x)
+            x = _per_token(kind, p, config, x)
         told[-1 - layer] = x
     return rms_norm(x, params["norm_f"], config.norm_eps), told

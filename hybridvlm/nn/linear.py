@@ -7,6 +7,8 @@ import os
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.ops.platforms import platform
+
 Weight = jax.Array | tuple[jax.Array, ...]
 _CUT_BYTES = 1 << 20  # a smaller weight is read before a second thread has started
 _CUT_MULTIPLE = 16  # columns: whole vector registers
@@ -24,7 +26,7 @@ def cut_columns(weight: jax.Array) -> Weight:
     XLA gives a matrix-vector product on CPU to one thread, but runs independent ones side by side; such a product is bound
     by reading the weight, and one core alone cannot saturate memory (19 against 35 GB/s on 2 cores).
     """
-    if jax.default_backend() != "cpu" or weight.size * weight.dtype.itemsize < _CUT_BYTES:
+    if platform() != "cpu" or weight.size * weight.dtype.itemsize < _CUT_BYTES:
         return weight
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     step = _CUT_MULTIPLE * -(-weight.shape[1] // (_CUT_MULTIPLE * cores))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,9 +11,11 @@ from flax import linen as nn
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import MambaCache
 from hybridvlm.nn.linear import linear
+from hybridvlm.nn.parallel import group_mean, total
 from hybridvlm.ops.conv1d import causal_conv1d
 from hybridvlm.ops.layer_aux import MambaAux
 from hybridvlm.ops.norms import gated_rms_norm, rms_norm
+from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.ssd import ssd, ssd_step
 
 Params = dict[str, jax.Array]
@@ -67,7 +71,10 @@ def _project(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, real: jax.Array):
-    """Convolved channels -> x [...,H,P], B, C [...,G,N]; raw dt -> dt after softplus, 0 at padding; A [H]."""
+    """Convolved channels -> x [...,H*P], B, C [...,G,N]; raw dt -> dt after softplus, 0 at padding; A [H].
+
+    x stays flat: on a TPU heads of 80 as an axis of their own would be padded to 128.
+    """
     channels = nn.silu(convolved)
     groups = (c.ssm_groups, c.ssm_state)
     x, b, cc = jnp.split(channels, (c.mamba_width, c.mamba_width + c.ssm_groups * c.ssm_state), axis=-1)
@@ -77,14 +84,13 @@ def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, 
         dt = jnp.maximum(dt, c.dt_floor)
     dt = jnp.where(real[..., None], dt, 0.0)
     decay = -jnp.exp(p["A_log"].astype(jnp.float32))
-    x = x.reshape(*lead, c.mamba_heads, c.mamba_head_dim)
     return x, b.reshape(*lead, *groups), cc.reshape(*lead, *groups), dt, decay
 
 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
-    y = y.reshape(*z.shape[:-1], c.mamba_width)
-    y = gated_rms_norm(y, z, p["gate_norm"], c.ssm_groups, c.norm_eps)
-    return residual + linear(y, p["out_proj"]).astype(residual.dtype)
+    whole = functools.partial(group_mean, c)
+    y = gated_rms_norm(y, z, p["gate_norm"], c.ssm_groups, c.norm_eps, whole)
+    return residual + total(c, linear(y, p["out_proj"])).astype(residual.dtype)
 
 
 def mamba_layer(
@@ -136,7 +142,7 @@ def _blocks(c: ModelConfig, batch: int, length: int) -> tuple[int, int]:
     86 GFLOP/s on one core at 4,096 tokens. Elsewhere, and where it all fits, the row is one block.
     """
     widest = 4 * batch * c.in_proj_width  # bytes of one token of all examples, at its widest
-    if jax.default_backend() != "cpu" or length * widest <= 2 * _BLOCK_BYTES:
+    if platform() != "cpu" or length * widest <= 2 * _BLOCK_BYTES:
         return 1, length
     least = max(64, _BLOCK_BYTES // widest)
 
@@ -190,6 +196,6 @@ def mamba_step(p: Params, c: ModelConfig, x: jax.Array, cache: MambaCache) -> tu
         convolved = convolved + p["conv_bias"].astype(channels.dtype)
     real = jnp.ones(x.shape[:1], bool)
     xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt[:, 0], real)
-    y, state = ssd_step(xs, dt, decay, b, cc, cache.ssm, D=p["D"])
+    y, state = ssd_step(xs.reshape(*dt.shape, -1), dt, decay, b, cc, cache.ssm, D=p["D"])
     new = MambaCache(window[:, 1:].astype(cache.conv.dtype), state, cache.segment)
-    return _output(p, c, x, y[:, None], z), new
+    return _output(p, c, x, y.reshape(z.shape), z), new

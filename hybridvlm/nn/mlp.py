@@ -1,4 +1,4 @@
-"""The MLP layer: up, relu squared, down; no gate, no bias."""
+"""The MLP layer without bias: up, relu squared, down (Nemotron-H), or SwiGLU (Qwen)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.linear import linear
+from hybridvlm.nn.parallel import total
+from hybridvlm.nn.qwen import swiglu
 from hybridvlm.ops.norms import rms_norm
 
 Params = dict[str, jax.Array]
 
 
 class MlpStack(nn.Module):
-    """The parameters of all MLP layers, stacked: norm [n,D] · up_proj [n,D,mlp_width] · down_proj [n,mlp_width,D]."""
+    """The parameters of all MLP layers, stacked: norm [n,D] · up_proj [n,D,mlp_width] · down_proj [n,mlp_width,D] · with mlp_gated
+    also gate_proj [n,D,mlp_width]."""
 
     config: ModelConfig
 
@@ -22,15 +25,20 @@ class MlpStack(nn.Module):
     def __call__(self) -> Params:
         c, n = self.config, self.config.count("-")
         dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=(0,))
-        return {
+        p = {
             "norm": self.param("norm", nn.initializers.ones, (n, c.width)),
             "up_proj": self.param("up_proj", dense, (n, c.width, c.mlp_width)),
             "down_proj": self.param("down_proj", dense, (n, c.mlp_width, c.width)),
         }
+        if c.mlp_gated:
+            p["gate_proj"] = self.param("gate_proj", dense, (n, c.width, c.mlp_width))
+        return p
 
 
 def mlp_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
-    """x [B,L,D] -> x + down(relu(up(norm(x)))^2)."""
+    """x [B,L,D] -> x + down(relu(up(norm(x)))^2), or with mlp_gated x + down(silu(gate(norm(x))) * up(norm(x)))."""
     h = rms_norm(x, p["norm"], c.norm_eps)
+    if c.mlp_gated:
+        return x + total(c, swiglu(p, h)).astype(x.dtype)
     up = jnp.square(nn.relu(linear(h, p["up_proj"])))
-    return x + linear(up, p["down_proj"]).astype(x.dtype)
+    return x + total(c, linear(up, p["down_proj"])).astype(x.dtype)

@@ -5,19 +5,31 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.tokens import Tokens
+
+# Which survivors are found how: "sort" sorts the row, "threshold" counts. From `python -m hybridvlm.bench compact` (CPU) and
+# `--target` of it (the TPU compilers' cost model); the table is in that module.
+DEFAULTS = {"tpu": "threshold"}
 
 
 def compact_indices(
-    segment: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array, capacity: int
+    segment: jax.Array,
+    visual: jax.Array,
+    score: jax.Array,
+    keep: jax.Array,
+    capacity: int,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Places of the survivors, in order.
 
     segment [B,L] int32 (0 = padding, else 1..S); visual [B,L] bool; score [B,L]; keep [B,S] int32: visual tokens that
     stay in each segment; capacity: length of the compacted row. The rule is that of `compact`.
+    implementation: "sort" (one stable sort of the row) or "threshold" (the score of the last to stay, found digit by digit
+    by counting; O(L) a digit, nothing sorted or scattered); equal results; None takes the platform's.
 
     Returns indices [B,capacity] int32 into the row and valid [B,capacity] bool; a place that is not valid has index 0.
-    Raises ValueError for shapes that do not fit together or a capacity below 1.
+    Raises ValueError for shapes that do not fit together, a capacity below 1 or an unknown implementation.
     """
     b, length = segment.shape
     for name, array in (("visual", visual), ("score", score)):
@@ -27,26 +39,89 @@ def compact_indices(
         raise ValueError(f"keep: expected [B,S] with B = {b}, one count per segment, got {keep.shape}")
     if capacity < 1:
         raise ValueError(f"capacity: expected at least 1 token, got {capacity}")
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
-    rows = jnp.arange(b)[:, None]
+    implementation = implementation or DEFAULTS.get(platform(), "sort")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
+    chosen, places = IMPLEMENTATIONS[implementation]
+    score = jax.lax.stop_gradient(score).astype(jnp.float32)
+    survives = (segment > 0) & (~visual | chosen(segment, visual, score, keep.astype(jnp.int32)))
+    count = jnp.cumsum(survives, axis=1, dtype=jnp.int32)
+    valid = jnp.arange(capacity) < count[:, -1:]
+    return jnp.where(valid, places(survives, count, capacity), 0), valid
 
-    # One stable sort by (group, best score first): group 0 is what does not compete, group s the visual tokens of s.
-    # lax.sort takes both zeros for equal and puts every NaN behind infinity, which is where NaN scores belong.
+
+def _chosen_by_sort(segment: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array) -> jax.Array:
+    """Which visual tokens stay, [B,L] bool: one stable sort by (group, best score first)."""
+    b, length = segment.shape
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    # Group 0 is what does not compete, group s the visual tokens of s. lax.sort takes both zeros for equal and puts every
+    # NaN behind infinity, which is where NaN scores belong.
     group = jnp.where(visual, segment, 0)
-    cost = -jax.lax.stop_gradient(score).astype(jnp.float32)
-    group_sorted, _, order = jax.lax.sort((group, cost, place), dimension=1, num_keys=2, is_stable=True)
+    group_sorted, _, order = jax.lax.sort((group, -score, place), dimension=1, num_keys=2, is_stable=True)
 
     # A token's rank is its distance from the first of its group.
     group_start = jax.lax.cummax(jnp.where(jnp.diff(group_sorted, axis=1, prepend=-1) != 0, place, 0), axis=1)
-    counts = jnp.pad(keep.astype(jnp.int32), ((0, 0), (1, 0)))
-    quota = jnp.take_along_axis(counts, jnp.clip(group_sorted, 0, keep.shape[1]), axis=1)
+    quota = jnp.take_along_axis(jnp.pad(keep, ((0, 0), (1, 0))), jnp.clip(group_sorted, 0, keep.shape[1]), axis=1)
     quota = jnp.where(group_sorted <= keep.shape[1], quota, 0)
-    chosen = jnp.zeros((b, length), bool).at[rows, order].set(place - group_start < quota, unique_indices=True)
+    rows = jnp.arange(b)[:, None]
+    return jnp.zeros((b, length), bool).at[rows, order].set(place - group_start < quota, unique_indices=True)
 
-    survives = (segment > 0) & (chosen | ~visual)
-    slot = jnp.where(survives, jnp.cumsum(survives, axis=1, dtype=jnp.int32) - 1, capacity)
-    indices = jnp.zeros((b, capacity), jnp.int32).at[rows, slot].set(place, mode="drop")
-    return indices, jnp.arange(capacity) < jnp.sum(survives, axis=1, keepdims=True)
+
+def _places_by_scatter(survives: jax.Array, count: jax.Array, capacity: int) -> jax.Array:
+    """Places of the survivors: survives [B,L] and how many there are up to each place, count [B,L] -> [B,capacity]."""
+    b, length = survives.shape
+    slot = jnp.where(survives, count - 1, capacity)
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    return jnp.zeros((b, capacity), jnp.int32).at[jnp.arange(b)[:, None], slot].set(place, mode="drop")
+
+
+def _chosen_by_threshold(segment: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array) -> jax.Array:
+    """Which visual tokens stay, [B,L] bool: all above a segment's threshold, and the earliest of those that are on it."""
+    length = segment.shape[1]
+    rivals = visual[:, None] & (segment[:, None] == jnp.arange(1, keep.shape[1] + 1)[:, None])  # [B,S,L]
+    keep = jnp.maximum(keep, 0)
+    # Unsigned integers in the order of the scores: negative floats turned around, both zeros equal, NaN below everything.
+    bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.uint32)
+    key = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    key = jnp.where(jnp.isnan(score), 0, key)[:, None]
+    threshold = _threshold(key, rivals, keep, 32)[..., None]
+    above, level = rivals & (key > threshold), rivals & (key == threshold)
+    left = keep - jnp.sum(above, axis=-1, dtype=jnp.int32)
+    earliness = (length - 1 - jnp.arange(length)).astype(jnp.uint32)[None, None]
+    cut = _threshold(earliness, level, left, length.bit_length())[..., None]
+    return jnp.any(above | (level & (earliness >= cut) & (left[..., None] > 0)), axis=1)
+
+
+def _threshold(key: jax.Array, counted: jax.Array, least: jax.Array, bits: int) -> jax.Array:
+    """The largest t that at least `least` [B,S] of the counted keys reach, 0 if there are fewer; [B,S] uint32.
+
+    key [B,1,L] uint32 below 2^bits, counted [B,S,L] bool. Four bits a round: fifteen counts in one pass over the row.
+    """
+    t = jnp.zeros(least.shape, jnp.uint32)
+    for shift in range((bits + 3) // 4 * 4 - 4, -1, -4):
+        steps = t[..., None] + (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+        reached = counted[:, :, None] & (key[:, :, None] >= steps[..., None])
+        enough = jnp.sum(reached, axis=-1, dtype=jnp.int32) >= least[..., None]
+        t = t + (jnp.sum(enough, axis=-1, dtype=jnp.uint32) << shift)
+    return t
+
+
+def _places_by_rank(survives: jax.Array, count: jax.Array, capacity: int) -> jax.Array:
+    """As `_places_by_scatter`, by search: whole blocks before survivor c, then the places of its block before it."""
+    b, length = count.shape
+    blocks = -(-length // _BLOCK)
+    count = jnp.pad(count, ((0, 0), (0, blocks * _BLOCK - length)), mode="edge").reshape(b, blocks, _BLOCK)
+    rank = jnp.arange(capacity)[:, None]
+    block = jnp.sum(count[:, None, :, -1] <= rank, axis=-1, dtype=jnp.int32)
+    own = gather_rows(count, jnp.minimum(block, blocks - 1))
+    return block * _BLOCK + jnp.sum(own <= rank, axis=-1, dtype=jnp.int32)
+
+
+_BLOCK = 256
+IMPLEMENTATIONS = {
+    "sort": (_chosen_by_sort, _places_by_scatter),
+    "threshold": (_chosen_by_threshold, _places_by_rank),
+}
 
 
 def gather_rows(array: jax.Array, indices: jax.Array) -> jax.Array:
@@ -54,7 +129,9 @@ def gather_rows(array: jax.Array, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, places: row.at[places].get(mode="promise_in_bounds"))(array, indices)
 
 
-def compact(tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int) -> Tokens:
+def compact(
+    tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int, implementation: str | None = None
+) -> Tokens:
     """The tokens that survive, in their order, in rows of `capacity`.
 
     Text always survives and padding never. The visual tokens of segment s compete among themselves: the keep[b,s-1] with
@@ -66,9 +143,11 @@ def compact(tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int) ->
     plan's capacities are): survivors beyond it are lost from the end of the row, without a message.
     Gradients flow to x and extra through the gather, and none to score.
 
-    Raises ValueError for shapes that do not fit together or a capacity below 1.
+    implementation: as of `compact_indices`; it changes no result.
+
+    Raises ValueError for shapes that do not fit together, a capacity below 1 or an unknown implementation.
     """
-    indices, valid = compact_indices(tokens.segment, tokens.visual, score, keep, capacity)
+    indices, valid = compact_indices(tokens.segment, tokens.visual, score, keep, capacity, implementation)
 
     def take(array: jax.Array, empty: int) -> jax.Array:
         taken = gather_rows(array, indices)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -14,11 +16,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-5) -> jax.Array:
     return _times(u, weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def gated_rms_norm(y: jax.Array, z: jax.Array, weight: jax.Array, groups: int = 1, eps: float = 1e-5) -> jax.Array:
+def gated_rms_norm(
+    y: jax.Array,
+    z: jax.Array,
+    weight: jax.Array,
+    groups: int = 1,
+    eps: float = 1e-5,
+    whole: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """Gate, then normalise within each group: y [...,D], z [...,D], weight [D] -> [...,D] in y.dtype.
 
     u = y * silu(z) in float32; each of the `groups` equal parts of D is divided by its own root mean square; the
-    result is cast to y.dtype and multiplied by the weight there, as Mamba-2 checkpoints expect.
+    result is cast to y.dtype and multiplied by the weight there, as Mamba-2 checkpoints expect. whole: where y is only a
+    part of its groups' channels, the function from its mean squares [...,groups] to those of all channels.
     """
     _check_width("gated_rms_norm", y, weight=weight)
     if y.shape != z.shape:
@@ -30,7 +40,8 @@ def gated_rms_norm(y: jax.Array, z: jax.Array, weight: jax.Array, groups: int = 
         )
     u = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
     u = u.reshape(*y.shape[:-1], groups, width // groups)
-    u = u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)
+    square = jnp.mean(u * u, axis=-1)
+    u = u * jax.lax.rsqrt((square if whole is None else whole(square))[..., None] + eps)
     return _times(u.reshape(y.shape).astype(y.dtype), weight.astype(y.dtype))
 
 

@@ -2,7 +2,8 @@
 
 Counting rules: two operations per multiply-add; causal attention counted half; SSD at the chunk that runs; text
 included; the language-model head for the last token only. The vision tower and the scoring are listed apart.
-Elementwise work (norms, activations, softmax) is not counted.
+Elementwise work (norms, activations, softmax) is not counted. A decoder that is not a ModelConfig's brings its own counts,
+as methods of the same names (hybridvlm/reduction/vamba.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, VisionConfig
+from hybridvlm.config import ATTENTION, MAMBA, MOE, ModelConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +57,27 @@ def attention_flops(config: ModelConfig, length: int) -> int:
 
 def mlp_flops(config: ModelConfig, length: int) -> int:
     """Operations of one MLP layer over `length` tokens."""
-    return 4 * length * config.width * config.mlp_width
+    return (6 if config.mlp_gated else 4) * length * config.width * config.mlp_width
+
+
+def moe_flops(config: ModelConfig, length: int) -> int:
+    """Operations of one layer of experts over `length` tokens: router, latent projections, chosen experts, shared one."""
+    c = config
+    inside = c.expert_latent or c.width
+    latent = 4 * c.width * c.expert_latent
+    chosen = 4 * c.experts_per_token * inside * c.expert_width
+    return length * (2 * c.width * c.experts + latent + chosen + 4 * c.width * c.shared_width)
 
 
 def layer_flops(config: ModelConfig, layer: int, length: int, chunk_size: int | None = None) -> int:
     """Operations of decoder layer `layer` over `length` tokens."""
+    if not isinstance(config, ModelConfig):
+        return config.layer_flops(layer, length, chunk_size)
     kind = config.pattern[layer]
     if kind == MAMBA:
         return mamba_flops(config, length, chunk_size)
+    if kind == MOE:
+        return moe_flops(config, length)
     return attention_flops(config, length) if kind == ATTENTION else mlp_flops(config, length)
 
 
@@ -76,12 +90,16 @@ def decoder_flops(config: ModelConfig, lengths: Sequence[int], chunk_size: int |
 
 def head_flops(config: ModelConfig) -> int:
     """Operations of the language-model head for one token."""
+    if not isinstance(config, ModelConfig):
+        return config.head_flops()
     return 2 * config.width * config.vocab_size
 
 
 def scoring_flops(config: ModelConfig, layer: int, length: int, queries: int) -> int:
     """Operations of one layer's score over `length` tokens by `queries` rows; the linear Mamba score needs no rows."""
     c = config
+    if not isinstance(c, ModelConfig):
+        return c.scoring_flops(layer, length, queries)
     if c.pattern[layer] == MAMBA:
         return 4 * length * c.ssm_groups * c.ssm_state
     return 2 * length * queries * c.attention_heads * c.head_dim
@@ -103,12 +121,14 @@ def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
     embed = 2 * tokens * 3 * v.temporal_patch * v.patch_size**2 * v.width
     block = 2 * rows * v.width * (4 * v.width + 2 * v.mlp_width) + 4 * rows * rows * v.width
     shuffled = tokens // v.downsample**2
-    connect = 2 * shuffled * v.projector_width * (v.width * v.downsample**2 + width)
+    connect = 2 * shuffled * v.projector_width * (v.width * v.downsample**2 + width) * (1 + len(v.deepstack))
     return frames * (embed + v.layers * block + connect)
 
 
 def kv_bytes(config: ModelConfig, lengths: Sequence[int], itemsize: int = 2) -> int:
     """Bytes of one prompt's keys and values when layer l sees `lengths[l]` tokens, `itemsize` bytes a value."""
+    if not isinstance(config, ModelConfig):
+        return config.kv_bytes(lengths, itemsize)
     rows = sum(n for n, kind in zip(lengths, config.pattern, strict=True) if kind == ATTENTION)
     return 2 * rows * config.kv_heads * config.head_dim * itemsize
 
@@ -116,5 +136,7 @@ def kv_bytes(config: ModelConfig, lengths: Sequence[int], itemsize: int = 2) -> 
 def state_bytes(config: ModelConfig, itemsize: int = 2) -> int:
     """Bytes of one example's SSM states (fp32) and convolution states (`itemsize` bytes a value), of any length."""
     c = config
+    if not isinstance(c, ModelConfig):
+        return c.state_bytes(itemsize)
     per_layer = 4 * c.mamba_width * c.ssm_state + (c.conv_kernel - 1) * c.conv_width * itemsize
     return c.count(MAMBA) * per_layer

@@ -1,6 +1,18 @@
-"""Video files: decoding and frame sampling."""
+"""Video files and images: decoding, frame sampling, clips for a model."""
 
-from hybridvlm.video.decode import VideoError, VideoInfo, VideoWarning, decode_frames, probe
+from hybridvlm.video.clip import read_clip, read_image
+from hybridvlm.video.decode import VideoError, VideoInfo, VideoWarning, decode_frames, frame_seconds, probe
 from hybridvlm.video.sampling import RULES, sample_indices
 
-__all__ = ["RULES", "VideoError", "VideoInfo", "VideoWarning", "decode_frames", "probe", "sample_indices"]
+__all__ = [
+    "RULES",
+    "VideoError",
+    "VideoInfo",
+    "VideoWarning",
+    "decode_frames",
+    "frame_seconds",
+    "probe",
+    "read_clip",
+    "read_image",
+    "sample_indices",
+]

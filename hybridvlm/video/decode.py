@@ -16,7 +16,7 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class _Index:
     promised: int  # frames that the container says it holds, 0 where it does not say
     seconds: float  # how long the container says it runs, sound included, 0 where it does not say
     pts: np.ndarray | None  # time stamp of each frame in display order; None: count instead
+    tick: float  # seconds that a time stamp counts
     key_pts: np.ndarray  # of the key frames, ascending
 
 
@@ -73,13 +74,27 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     return info
 
 
+def frame_seconds(path: str | os.PathLike[str], indices: Sequence[int] | np.ndarray) -> tuple[float, ...]:
+    """Time stamps of frames number `indices`, in seconds from the first frame: the file's own, whatever its rate does."""
+    index = _index_of(path)
+    numbers = np.asarray(indices, np.int64).reshape(-1)
+    if index.pts is None:
+        return tuple((numbers / index.info.fps).tolist())
+    return tuple(((index.pts[numbers] - index.pts[0]) * index.tick).tolist())
+
+
 def decode_frames(
-    path: str | os.PathLike[str], indices: Sequence[int] | np.ndarray, *, size: tuple[int, int] | None = None
+    path: str | os.PathLike[str],
+    indices: Sequence[int] | np.ndarray,
+    *,
+    size: tuple[int, int] | None = None,
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Frames number `indices` (display order, any order, repeats allowed) -> uint8 RGB [n,height,width,3].
 
     size: (height, width) to scale every frame to while decoding, which keeps long high-resolution videos out of memory;
-    default the displayed size. A frame that does not decode is replaced by the nearest asked one that does, with a
+    default the displayed size. resize: scales frames [1,h,w,3] to a size in the place of the decoder's own scaling, which is
+    quick but no image processor's. A frame that does not decode is replaced by the nearest asked one that does, with a
     VideoWarning; VideoError if none does. IndexError for a number outside 0..frames-1.
     """
     index = _index_of(path)
@@ -92,9 +107,9 @@ def decode_frames(
     height, width = size if size is not None else (index.info.height, index.info.width)
     out = np.empty((len(order), height, width, 3), np.uint8)
     found = np.zeros(len(order), bool)
-    _fill(path, index, order, out, found)
+    _fill(path, index, order, out, found, resize)
     if not found.all():  # a damaged stretch, or a seek that went wrong
-        _fill(path, index, order, out, found, careful=True)
+        _fill(path, index, order, out, found, resize, careful=True)
     if not found.any():
         raise VideoError(f"{path}: none of the {len(order)} asked frames could be decoded; the file is damaged")
     if not found.all():
@@ -208,7 +223,7 @@ def _read_index(path: str, size: int, mtime: int) -> _Index:
     width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
     info = VideoInfo(frames, fps, duration, width, height)
     key_pts = np.array(sorted(t for t, key in stamps.items() if key), np.int64)
-    return _Index(info, turns, promised, seconds, pts, key_pts)
+    return _Index(info, turns, promised, seconds, pts, float(base or 0), key_pts)
 
 
 def _fill(
@@ -217,6 +232,7 @@ def _fill(
     order: np.ndarray,
     out: np.ndarray,
     found: np.ndarray,
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None,
     careful: bool = False,
 ) -> None:
     """Decode the frames `order` (ascending) that are not yet `found` into `out`, marking them.
@@ -235,7 +251,7 @@ def _fill(
                 for frame in frames:
                     last += 1
                     if last == order[place]:
-                        _store(frame, index.quarter_turns, out[place])
+                        _store(frame, index.quarter_turns, out[place], resize)
                         found[place] = True
                         break
             return
@@ -258,14 +274,23 @@ def _fill(
                 here = int(frame.pts)
                 asked = place_of.get(here)
                 if asked is not None and not found[asked] and here >= floor:
-                    _store(frame, index.quarter_turns, out[asked])
+                    _store(frame, index.quarter_turns, out[asked], resize)
                     found[asked] = True
                 if here >= target:
                     break
 
 
-def _store(frame: Any, quarter_turns: int, target: np.ndarray) -> None:
+def _store(
+    frame: Any,
+    quarter_turns: int,
+    target: np.ndarray,
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None,
+) -> None:
     """Frame -> RGB, scaled and turned to fit `target` [height,width,3]."""
+    if resize is not None:
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+        target[:] = resize(np.ascontiguousarray(pixels)[None], target.shape[:2])[0]
+        return
     height, width = target.shape[1::-1] if quarter_turns % 2 else target.shape[:2]
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
     target[:] = np.rot90(pixels, quarter_turns)

@@ -10,11 +10,14 @@ from flax import linen as nn
 
 from hybridvlm.config import VisionConfig
 from hybridvlm.vision.connector import Connector, connect
+from hybridvlm.vision.qwen_vit import QwenMerger, QwenTower, qwen_tokens
 from hybridvlm.vision.radio import RadioTower, radio_tower
 from hybridvlm.vision.stem import StemTower, stem_tower
 
 Params = dict[str, Any]
 CHUNK = 128  # frames that go through the tower at once
+TOWERS: dict[str, type[nn.Module]] = {"radio": RadioTower, "stem": StemTower, "qwen": QwenTower}
+CONNECTORS: dict[str, type[nn.Module]] = {"radio": Connector, "stem": Connector, "qwen": QwenMerger}
 
 
 class VisionModel(nn.Module):
@@ -30,9 +33,8 @@ class VisionModel(nn.Module):
     chunk: int = CHUNK
 
     def setup(self) -> None:
-        tower = RadioTower if self.config.kind == "radio" else StemTower
-        self.vision = tower(self.config, self.dtype)
-        self.projector = Connector(self.config, self.out_width)
+        self.vision = TOWERS[self.config.kind](self.config)
+        self.projector = CONNECTORS[self.config.kind](self.config, self.out_width)
 
     def __call__(self, pixels: jax.Array, frame: jax.Array) -> jax.Array:
         params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
@@ -52,12 +54,14 @@ def encode_frames(
 
     `params` holds "vision" and "projector". At most `chunk` frames are in the tower at once, one chunk after the other,
     so that memory does not grow with the video; frames do not see each other, so the numbers do not depend on it.
-    Activations run in `dtype`, whatever dtype the parameters are stored in.
+    Activations run in `dtype`, whatever dtype the parameters are stored in. For kind "qwen", D counts the planes too.
     """
     if pixels.shape[0] != frame.shape[0]:
         raise ValueError(f"frame must have one entry per frame of pixels, got {frame.shape} for pixels {pixels.shape}")
 
     def encode(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        if config.kind == "qwen":
+            return qwen_tokens(params["vision"], params["projector"], config, part[0], dtype)
         if config.kind == "radio":
             features, _ = radio_tower(params["vision"], config, part[0], dtype)
         else:

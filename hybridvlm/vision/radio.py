@@ -9,6 +9,7 @@ Parameters (n = layers, D here the tower's width, linear weights [in,out]):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -99,8 +100,20 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     return einops.rearrange(pixels, "f t (r p) (c q) ch -> f r c (t ch p q)", p=patch_size, q=patch_size)
 
 
-def radio_block(p: Params, config: VisionConfig, x: jax.Array) -> jax.Array:
-    """One pre-norm block, full attention inside each frame: x [F,S,D] -> [F,S,D]. `p` holds one layer's parameters."""
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def vit_block(
+    p: Params, config: VisionConfig, x: jax.Array, turn: Callable[[jax.Array], jax.Array] = lambda heads: heads
+) -> jax.Array:
+    """One pre-norm block, full attention inside each frame: x [F,S,D] -> [F,S,D]. `p` holds one layer's parameters.
+
+    turn: what is done to queries and keys [F,S,H,P], a rotary embedding for towers that have one.
+    """
     f, length, width = x.shape
 
     def linear(h: jax.Array, weight: str, bias: str) -> jax.Array:
@@ -110,10 +123,10 @@ def radio_block(p: Params, config: VisionConfig, x: jax.Array) -> jax.Array:
         return linear(h, f"{name}_proj", f"{name}_bias").reshape(f, length, config.heads, width // config.heads)
 
     h = layer_norm(x, p["norm1"], p["norm1_bias"], config.norm_eps)
-    mixed, _ = attention(heads(h, "q"), heads(h, "k"), heads(h, "v"), causal=False)
+    mixed, _ = attention(turn(heads(h, "q")), turn(heads(h, "k")), heads(h, "v"), causal=False)
     x = x + linear(mixed.reshape(f, length, width), "o_proj", "o_bias")
     h = layer_norm(x, p["norm2"], p["norm2_bias"], config.norm_eps)
-    h = jax.nn.gelu(linear(h, "fc1", "fc1_bias"), approximate=False)
+    h = ACTIVATIONS[config.activation](linear(h, "fc1", "fc1_bias"))
     return x + linear(h, "fc2", "fc2_bias")
 
 
@@ -138,5 +151,5 @@ def radio_tower(
     x = patches @ embed + position_table(p["position"], rows, cols).astype(dtype)
     prefix = jnp.broadcast_to(p["prefix"].astype(dtype), (f, config.prefix_tokens, config.width))
     x = jnp.concatenate([prefix, x.reshape(f, rows * cols, config.width)], axis=1)
-    x, _ = jax.lax.scan(lambda h, layer: (radio_block(layer, config, h), None), x, p["blocks"])
+    x, _ = jax.lax.scan(lambda h, layer: (vit_block(layer, config, h), None), x, p["blocks"])
     return x[:, config.prefix_tokens :].reshape(f, rows, cols, config.width), x[:, : config.prefix_tokens]

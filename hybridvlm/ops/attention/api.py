@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
+import jax.numpy as jnp
 
-from hybridvlm.ops.attention import reference, xla
+from hybridvlm.ops.attention.xla import FEW_ROWS
+from hybridvlm.ops.platforms import platform
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+# name -> module, imported when it is asked for. Its attention(q, k, v, *, q_segment, kv_segment, q_index, kv_index, causal,
+# scale) takes what `attention` below has checked, None for what was not given, and raises NotImplementedError, with
+# the reason, for what it cannot do.
+IMPLEMENTATIONS = {
+    "reference": "hybridvlm.ops.attention.reference",
+    "xla": "hybridvlm.ops.attention.xla",
+    "pallas_tpu": "hybridvlm.ops.attention.pallas_tpu",
+    "pallas_gpu": "hybridvlm.ops.attention.pallas_gpu",
+    "splash": "hybridvlm.ops.attention.splash",
+    "cudnn": "hybridvlm.ops.attention.cudnn",
+}
+
+# By `python -m hybridvlm.bench attention --aot v5e:2x2` (v5p:2x2x1, v6e:2x2): what the compilers for TPU count. On CPU a kernel
+# cannot run; on GPU none has been timed, so kernels there are asked for by name.
+DEFAULTS = {"tpu": "pallas_tpu"}
 
 
 def attention(
@@ -30,21 +48,50 @@ def attention(
     beside key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
     segments. `scale` multiplies q·k (None: P ** -0.5).
     `implementation`: "xla" (tiles with a softmax carried along; beyond inputs and outputs it holds a few tiles and
-    fp32 accumulators of their size, forward and backward; no forward-mode derivative for more than 8 rows), the
-    default, or "reference" (whole matrix).
+    fp32 accumulators of their size, forward and backward; no forward-mode derivative for more than 8 rows), runs everywhere;
+    "reference" (whole matrix); the kernels "pallas_tpu" and "pallas_gpu", everything above in O(T + L) memory, no
+    forward-mode derivative; "splash" (TPU; no indices, no gradient of lse) and "cudnn" (NVIDIA; neither segments nor indices, 16
+    bit, no gradient of lse). None takes the platform's (`DEFAULTS`), and where that cannot, "xla"; a named one is never
+    replaced.
 
     Returns out [B,T,H,P] in q.dtype and the log-sum-exp of the scaled scores, lse [B,H,T] fp32, both differentiable.
     A row that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by
     lse = logaddexp(lse1, lse2), out = out1 * exp(lse1 - lse) + out2 * exp(lse2 - lse).
 
-    Raises ValueError for shapes or segments that do not fit together, or an unknown implementation.
+    Raises ValueError for shapes or segments that do not fit together, or an unknown implementation; NotImplementedError,
+    with the reason, for a named implementation that cannot run on this platform or for these arguments.
     """
     check_shapes(q, k, v, q_segment, kv_segment, q_index, kv_index)
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {name!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[name](q, k, v, q_segment, kv_segment, q_index, kv_index, causal, scale)
+    return load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k, v)).attention(
+        q,
+        k,
+        v,
+        q_segment=q_segment,
+        kv_segment=kv_segment,
+        q_index=q_index,
+        kv_index=kv_index,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def default_implementation(defaults: dict[str, str], *operands: jax.Array) -> str:
+    """What is taken for operands, the queries first, on the platform of the program that is being traced.
+
+    The platform's kernel; but "xla" for operands of types that no kernel takes, and for a few rows, which are bound by
+    reading the keys where they lie.
+    """
+    name = defaults.get(platform(), "xla")
+    dtypes = {x.dtype for x in operands}
+    kernel = len(dtypes) == 1 and dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    return name if kernel and operands[0].shape[1] > FEW_ROWS else "xla"
+
+
+def load(implementations: dict[str, str], name: str):
+    """The module of an implementation; ValueError if there is none of the name."""
+    if name not in implementations:
+        raise ValueError(f"implementation: expected one of {sorted(implementations)}, got {name!r}")
+    return importlib.import_module(implementations[name])
 
 
 def check_shapes(

@@ -20,6 +20,7 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    *,
     q_segment: jax.Array | None,
     kv_segment: jax.Array | None,
     q_index: jax.Array | None,
@@ -48,3 +49,28 @@ def attention(
     lse = jnp.where(any_seen, highest[..., 0] + jnp.log(total), NOTHING)
     out = jnp.moveaxis(out, 3, 1).reshape(b, t, heads, v.shape[-1])
     return out.astype(q.dtype), lse.reshape(b, heads, t)
+
+
+def text_to_visual(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    lse: jax.Array,
+    row_weight: jax.Array,
+    q_segment: jax.Array,
+    kv_segment: jax.Array,
+    q_index: jax.Array,
+    kv_index: jax.Array,
+    heads: str,
+    queries: str,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    """q [B,R,H,P], k [B,L,K,P], lse [B,H,R], row_weight [B,R] -> score [B,L] fp32. Arguments as in `visual`."""
+    b, rows, head_count, width = q.shape
+    grouped = q.astype(jnp.float32).reshape(b, rows, k.shape[2], -1, width)
+    score = jnp.einsum("brkgp,blkp->bkgrl", grouped * scale, k.astype(jnp.float32)).reshape(b, head_count, rows, -1)
+    seen = visible_mask(q_segment, kv_segment, q_index, kv_index, causal)[:, None]
+    weight = jnp.exp(jnp.where(seen, score - lse[..., None], -jnp.inf))
+    weight = (jnp.mean(weight, axis=1) if heads == "mean" else jnp.max(weight, axis=1)) * row_weight[..., None]
+    return jnp.max(weight, axis=1) if queries == "max" else jnp.sum(weight, axis=1)

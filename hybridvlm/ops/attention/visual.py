@@ -5,9 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.ops.attention.api import attention, check_shapes
-from hybridvlm.ops.attention.reference import visible_mask
+from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
 
+# name -> module. Its text_to_visual(q, k, *, lse, row_weight, q_segment, kv_segment, q_index, kv_index, heads, queries, causal,
+# scale) -> [B,L] fp32 gets everything (nothing is None): row_weight [B,R] fp32, 0 for a row that does not count; queries "sum"
+# (of weight * row_weight over rows) or "max" (of the same product). It need not look at `visual`.
+IMPLEMENTATIONS = {
+    "reference": "hybridvlm.ops.attention.reference",
+    "xla": "hybridvlm.ops.attention.xla",
+    "pallas_tpu": "hybridvlm.ops.attention.pallas_tpu_scores",
+    "pallas_gpu": "hybridvlm.ops.attention.pallas_gpu_scores",
+}
+# By `python -m hybridvlm.bench score --aot v5e:2x2` (v5p:2x2x1, v6e:2x2); see `api.DEFAULTS`.
+DEFAULTS = {"tpu": "pallas_tpu"}
 REDUCTIONS = {"heads": ("mean", "max"), "queries": ("mean", "max", "last")}
 
 
@@ -26,7 +36,7 @@ def text_to_visual(
     queries: str = "mean",
     causal: bool = True,
     scale: float | None = None,
-    block: int = 2048,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Softmax weight of the question's rows on each visual token, reduced to one score per token.
 
@@ -38,17 +48,19 @@ def text_to_visual(
 
     heads: "mean" or "max" over the H heads; queries: "mean", "max" or "last" over the rows that are valid, apart for each
     segment: a key is scored only by rows of its own segment. Heads are reduced first, then rows.
-    At most [B,R,block] weights exist at a time; `block` is a number of keys.
+    implementation: "xla" (2,048 keys and one head at a time), "reference" (all weights at once), or the kernels "pallas_tpu"
+    and "pallas_gpu", which read k once and leave no weights in memory; None takes the platform's (`DEFAULTS`).
 
     Returns score [B,L] fp32, 0 where `visual` is False and where a segment has no valid row.
-    Raises ValueError for shapes that do not fit together or an unknown reduction.
+    Raises ValueError for shapes that do not fit together or an unknown reduction or implementation; NotImplementedError,
+    with the reason, for a named implementation that cannot run on this platform or for these arguments.
     """
     check_shapes(q, k, None, q_segment, kv_segment, q_index, kv_index)
     for name, value in (("heads", heads), ("queries", queries)):
         if value not in REDUCTIONS[name]:
             raise ValueError(f"{name}: expected one of {REDUCTIONS[name]}, got {value!r}")
     b, rows, head_count, width = q.shape
-    length, kv_heads = k.shape[1], k.shape[2]
+    length = k.shape[1]
     for name, array, shape in (("q_mask", q_mask, (b, rows)), ("visual", visual, (b, length))):
         if array.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
@@ -84,46 +96,18 @@ def text_to_visual(
     if queries == "mean":
         row_weight = row_weight / jnp.maximum(jnp.sum(same * row_weight[:, None, :], axis=2), 1.0)
 
-    # Head by head: weights of one head are all that exists at a time, and both reductions over heads run at matmul speed
-    # (a reduction over the leading axis of a whole [H,R,C] is several times slower on CPU).
-    head_queries = (
-        jnp.moveaxis(q, 2, 0),
-        jnp.moveaxis(lse, 1, 0).astype(jnp.float32),
-        jnp.arange(head_count) // (head_count // kv_heads),
+    score = load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k)).text_to_visual(
+        q,
+        k,
+        lse=lse.astype(jnp.float32),
+        row_weight=row_weight,
+        q_segment=q_segment,
+        kv_segment=kv_segment,
+        q_index=q_index,
+        kv_index=kv_index,
+        heads=heads,
+        queries="max" if queries == "max" else "sum",
+        causal=causal,
+        scale=scale,
     )
-
-    def score_block(keys: jax.Array, segment: jax.Array, index: jax.Array) -> jax.Array:
-        """keys [B,C,K,P], segment and index [B,C] -> [B,C]."""
-        keys = jnp.moveaxis(keys, 2, 0)
-
-        def add_head(total: jax.Array, head: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            queries_of_head, lse_of_head, kv_head = head
-            keys_of_head = jax.lax.dynamic_index_in_dim(keys, kv_head, keepdims=False)
-            raw = jnp.einsum("brp,bcp->brc", queries_of_head, keys_of_head, preferred_element_type=jnp.float32)
-            # The difference is at most 0 for a key that is seen; held there, so that an unseen key cannot overflow.
-            weight = jnp.exp(jnp.minimum(raw * scale - lse_of_head[..., None], 0.0))
-            return (total + weight / head_count if heads == "mean" else jnp.maximum(total, weight)), None
-
-        weight, _ = jax.lax.scan(add_head, jnp.zeros((b, rows, keys.shape[2]), jnp.float32), head_queries)
-        seen = visible_mask(q_segment, segment, q_index, index, causal)
-        weight = jnp.where(seen, weight, 0.0)
-        if queries == "max":
-            return jnp.max(weight * row_weight[:, :, None], axis=1)
-        return jnp.einsum("br,brc->bc", row_weight, weight)
-
-    block = min(block, length)
-    whole = length // block * block
-    blocks = whole // block
-
-    def split(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array[:, :whole].reshape(b, blocks, block, *array.shape[2:]), 1, 0)
-
-    if blocks <= 1:
-        score = score_block(k[:, :whole], kv_segment[:, :whole], kv_index[:, :whole])
-    else:
-        score = jax.lax.map(lambda part: score_block(*part), (split(k), split(kv_segment), split(kv_index)))
-        score = jnp.moveaxis(score, 0, 1).reshape(b, whole)
-    if whole < length:
-        rest = score_block(k[:, whole:], kv_segment[:, whole:], kv_index[:, whole:])
-        score = jnp.concatenate([score, rest], axis=1)
     return jnp.where(visual, score, 0.0)

@@ -39,6 +39,7 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    *,
     q_segment: jax.Array | None,
     kv_segment: jax.Array | None,
     q_index: jax.Array | None,
@@ -291,3 +292,70 @@ def _backward(tiling: Tiling, q, k, v, q_segment, kv_segment, q_index, kv_index,
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)
+
+
+SCORE_BLOCK = 2048  # keys whose scores are worked out at once
+
+
+def text_to_visual(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    lse: jax.Array,
+    row_weight: jax.Array,
+    q_segment: jax.Array,
+    kv_segment: jax.Array,
+    q_index: jax.Array,
+    kv_index: jax.Array,
+    heads: str,
+    queries: str,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    """q [B,R,H,P], k [B,L,K,P], lse [B,H,R], row_weight [B,R] -> score [B,L] fp32. Arguments as in `visual`."""
+    b, rows, head_count, _ = q.shape
+    length, kv_heads = k.shape[1], k.shape[2]
+
+    # Head by head: weights of one head are all that exists at a time, and both reductions over heads run at matmul speed
+    # (a reduction over the leading axis of a whole [H,R,C] is several times slower on CPU).
+    head_queries = (
+        jnp.moveaxis(q, 2, 0),
+        jnp.moveaxis(lse, 1, 0),
+        jnp.arange(head_count) // (head_count // kv_heads),
+    )
+
+    def score_block(keys: jax.Array, segment: jax.Array, index: jax.Array) -> jax.Array:
+        """keys [B,C,K,P], segment and index [B,C] -> [B,C]."""
+        keys = jnp.moveaxis(keys, 2, 0)
+
+        def add_head(total: jax.Array, head: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            queries_of_head, lse_of_head, kv_head = head
+            keys_of_head = jax.lax.dynamic_index_in_dim(keys, kv_head, keepdims=False)
+            raw = jnp.einsum("brp,bcp->brc", queries_of_head, keys_of_head, preferred_element_type=jnp.float32)
+            # The difference is at most 0 for a key that is seen; held there, so that an unseen key cannot overflow.
+            weight = jnp.exp(jnp.minimum(raw * scale - lse_of_head[..., None], 0.0))
+            return (total + weight / head_count if heads == "mean" else jnp.maximum(total, weight)), None
+
+        weight, _ = jax.lax.scan(add_head, jnp.zeros((b, rows, keys.shape[2]), jnp.float32), head_queries)
+        seen = _visible(q_segment, segment, q_index, index, causal)
+        weight = jnp.where(seen, weight, 0.0)
+        if queries == "max":
+            return jnp.max(weight * row_weight[:, :, None], axis=1)
+        return jnp.einsum("br,brc->bc", row_weight, weight)
+
+    block = min(SCORE_BLOCK, length)
+    whole = length // block * block
+    blocks = whole // block
+
+    def split(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array[:, :whole].reshape(b, blocks, block, *array.shape[2:]), 1, 0)
+
+    if blocks <= 1:
+        score = score_block(k[:, :whole], kv_segment[:, :whole], kv_index[:, :whole])
+    else:
+        score = jax.lax.map(lambda part: score_block(*part), (split(k), split(kv_segment), split(kv_index)))
+        score = jnp.moveaxis(score, 0, 1).reshape(b, whole)
+    if whole < length:
+        rest = score_block(k[:, whole:], kv_segment[:, whole:], kv_index[:, whole:])
+        score = jnp.concatenate([score, rest], axis=1)
+    return score

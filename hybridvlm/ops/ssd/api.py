@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.ssd.reference import ssd_reference
 from hybridvlm.ops.ssd.xla import ssd_chunked
@@ -24,18 +26,26 @@ class Choice(NamedTuple):
         return self.chunk_size if implementation == self.implementation else self.other_chunk_size
 
 
-IMPLEMENTATIONS = ("reference", "associative", "sequential")
+# Kernels, imported when they are asked for: name -> module. Its ssd(x, dt, A, B, C, *, D, run, real, state, chunk_size)
+# takes what `ssd` below has checked: x [B,L,H*P] flat, dt [B,L,H] float32 and 0 at padding, A [H] and D [H] (or None)
+# float32, B and C [B,L,G,N], run and real [B,L] (see `segment_runs`; both None without segments), state [B,H,P,N] float32,
+# chunk_size None for its own; it returns y like x and the final state. It raises NotImplementedError, with the reason,
+# for what it cannot do.
+KERNELS = {"pallas_tpu": "hybridvlm.ops.ssd.pallas_tpu", "pallas_gpu": "hybridvlm.ops.ssd.pallas_gpu"}
+IMPLEMENTATIONS = ("reference", "associative", "sequential", *KERNELS)
 
 # Measured with `python -m hybridvlm.bench ssd --chunk-sizes 32 64 128` on each platform named here. On 2 CPU cores
 # chunks taken one after the other keep the state in cache; the associative scan sends every chunk's state through
-# memory several times.
-DEFAULTS = {"cpu": Choice("sequential", 64, 1)}
+# memory several times. TPU by the compiler's accounting, at the 12B's shape in bfloat16: of the bytes that must move,
+# `python -m hybridvlm.bench ssd --aot v5p:2x2x1` has the kernel at 1.2 times, sequential at 7.8 and associative at 34;
+# `--aot v5e:2x2 --length 131072` at 1.2, 2.6 and no fit, and only the kernel's gradient fits there.
+DEFAULTS = {"cpu": Choice("sequential", 64, 1), "tpu": Choice("pallas_tpu", 128, 1)}
 OTHER_PLATFORM = Choice("associative", 128, 16)
 
 
 def default_choice() -> Choice:
-    """The choice for the platform that JAX computes on by default."""
-    return DEFAULTS.get(jax.default_backend(), OTHER_PLATFORM)
+    """The choice for the platform that is computed on, or compiled for."""
+    return DEFAULTS.get(platform(), OTHER_PLATFORM)
 
 
 def ssd(
@@ -54,29 +64,31 @@ def ssd(
 ) -> tuple[jax.Array, jax.Array]:
     """Mamba-2's recurrence: state <- exp(dt A) state + dt x B^T, y = state C + D x, head h reading group h // (H/G).
 
-    x [B,L,H,P]; dt [B,L,H], after softplus; A [H], negative; B and C [B,L,G,N]; D [H] or None (no skip).
+    x [B,L,H,P] or flat [B,L,H*P], which the kernels read as it is; dt [B,L,H], after softplus; A [H], negative; B and C
+    [B,L,G,N]; D [H] or None (no skip).
     segment [B,L] int32: 0 is padding (only at the end of a row; its dt counts as 0, its y is 0), the state is reset
     between two different nonzero segments; None: all one segment. initial_state [B,H,P,N] (zeros if None) belongs to
     initial_segment [B] int32 (None: to the row's first segment) and is dropped if the first segment is another one.
     chunk_size: tokens per chunk of the chunked implementations (None: the platform's); any L works with any chunk size.
     implementation: "reference" (token scan), "associative" (chunks combined by `jax.lax.associative_scan`),
-    "sequential" (chunks one after the other); None takes the measured choice for the platform.
+    "sequential" (chunks one after the other), "pallas_tpu" and "pallas_gpu" (kernels). A kernel that is asked for runs
+    or raises. None takes the platform's choice in `DEFAULTS`, and "sequential" for arguments which that cannot take.
 
-    Returns y [B,L,H,P] in x.dtype and the final state [B,H,P,N] float32, that after the last real token; a row of only
+    Returns y in the shape and dtype of x and the final state [B,H,P,N] float32, that after the last real token; a row of only
     padding hands its incoming state on. Decays and states are float32 whatever the dtype of x; products of x, B
     and C take operands in x.dtype and accumulate in float32. Differentiable in every array but the segments.
-    Raises ValueError for shapes that do not fit together and for an unknown implementation.
+    Raises ValueError for shapes that do not fit together and for an unknown implementation, NotImplementedError, with
+    the reason, for a kernel that cannot run on this platform or for these arguments.
     """
     _check(x, dt, A, B, C, D, segment, initial_state, initial_segment)
     default = default_choice()
-    implementation = default.implementation if implementation is None else implementation
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"ssd: implementation must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
 
-    b, _, h, p = x.shape
-    n = B.shape[3]
+    b, length, h = dt.shape
+    n, p = B.shape[3], x.shape[2] // h if x.ndim == 3 else x.shape[3]
     dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
     state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
     D = None if D is None else D.astype(jnp.float32)
@@ -86,16 +98,28 @@ def ssd(
         dt = jnp.where(real[..., None], dt, 0.0)
         run = segment_runs(segment, initial_segment)
 
-    if implementation == "reference":
-        y, state = ssd_reference(x, dt, A, B, C, D, run, real, state)
-    else:
-        y, state = ssd_chunked(
-            *(x, dt, A, B, C, D, run, real, state),
+    def compute(implementation: str) -> tuple[jax.Array, jax.Array]:
+        if implementation in KERNELS:
+            kernel = importlib.import_module(KERNELS[implementation]).ssd
+            flat = x.reshape(b, length, h * p)
+            return kernel(flat, dt, A, B, C, D=D, run=run, real=real, state=state, chunk_size=chunk_size)
+        arrays = (x.reshape(b, length, h, p), dt, A, B, C, D, run, real, state)
+        if implementation == "reference":
+            return ssd_reference(*arrays)
+        return ssd_chunked(
+            *arrays,
             chunk_size=chunk_size or default.chunk_for(implementation),
             block=default.block,
             associative=implementation == "associative",
         )
-    return y, state
+
+    try:
+        y, final = compute(implementation or default.implementation)
+    except NotImplementedError:
+        if implementation is not None:
+            raise
+        y, final = compute("sequential")
+    return y.reshape(x.shape), final
 
 
 def ssd_step(
@@ -125,11 +149,15 @@ def ssd_step(
 
 
 def _check(x, dt, A, B, C, D, segment, initial_state, initial_segment) -> None:
-    if x.ndim != 4 or x.shape[1] < 1:
-        raise ValueError(f"ssd: x must be [B,L,H,P] with at least one token, got {x.shape}")
+    if x.ndim not in (3, 4) or x.shape[1] < 1:
+        raise ValueError(f"ssd: x must be [B,L,H,P] or [B,L,H*P] with at least one token, got {x.shape}")
     if B.ndim != 4:
         raise ValueError(f"ssd: B must be [B,L,G,N], got {B.shape}")
-    b, length, h, p = x.shape
+    b, length = x.shape[:2]
+    h = A.size if x.ndim == 3 else x.shape[2]
+    if x.ndim == 3 and (h < 1 or x.shape[2] % h):
+        raise ValueError(f"ssd: A [H] must have a head for equal parts of x [B,L,H*P] = {x.shape}, got {A.shape}")
+    p = x.shape[2] // h if x.ndim == 3 else x.shape[3]
     g, n = B.shape[2:]
     if g < 1 or h % g:
         raise ValueError(f"ssd: the groups of B must divide the heads of x, expected a divisor of {h}, got {g}")

@@ -1,0 +1,151 @@
+"""Ask a question about a video or an image: `python -m hybridvlm.ask VIDEO QUESTION`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hybridvlm.config import BUDGET_KINDS, Reduction
+
+if TYPE_CHECKING:
+    from hybridvlm.conversation import Answer
+    from hybridvlm.generate import Model
+
+DEFAULT = "tiny-reduced"
+GRAMMAR = """The embedded model knows the embedded benchmark alone: 64 frames of 4 x 4 cells, and in each cell an item (a piece of
+clothing) with a border in one of 16 colours and two small tags that spell the number of a frame. It takes any video or image,
+but on others than its own it can only guess. A question is four words:
+
+  <colour>@t<frame> <t<frame>|none> <type> ?
+
+The first names an item: the one with that border in that frame (t00 to t63). The types, with none as second word:
+  what            the item's class             where           its cell, c0 to c15
+  tag1, tag2      the colour of a tag
+  class-pointed   the class in the same cell of the frame that its tags spell
+  class-same      the class of the item with the same border in that frame
+and with a frame as second word:
+  class-at        the class in the same cell of that frame
+
+An answer is one word. One example of each:"""
+
+
+def examples() -> list[str]:
+    """Questions of the embedded benchmark, one of each kind."""
+    from hybridvlm.tiny import needle
+
+    shown: dict[str, str] = {}
+    for _, questions in needle.split_questions("val", videos=4):
+        for kind, text in zip(questions.type_names(), questions.texts(), strict=True):
+            shown.setdefault(kind, text)
+    return [f"  {text:<36} ({kind})" for kind, text in sorted(shown.items())]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hybridvlm.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("video", help="a video file or an image")
+    add("question", help="in the model's language; the embedded model has a grammar of its own (--grammar)")
+    add("--model", default=DEFAULT, help="a checkpoint folder, owner/name on the hub, or a packaged name (%(default)s)")
+    add("--revision", default=None, help="commit, tag or branch on the hub")
+    add("--cache", default=None, help="folder for an Orbax copy of a published checkpoint")
+    add("--dtype", default=None, help="of weights and activations, such as bfloat16 (default: as stored)")
+    add("--frames", type=int, default=None, help="most frames to look at (default: 32, or what the model was made for)")
+    add("--rule", default="uniform", help="which frames: uniform, middle, fps:2, ... (see hybridvlm/video/sampling.py)")
+    add("--clock", default="exact", help="time stamps: exact, or milliseconds (as vLLM counts)")
+    add("--reduction", default="none", help="method to drop visual tokens by, such as str or evs:0.5+str:0.5")
+    add("--budget", type=float, default=0.25, help="share of visual tokens under --reduction (%(default)s)")
+    add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
+    add("--system", default="", help="a system message, such as /no_think")
+    add("--max-new", type=int, default=None, help="most tokens of an answer")
+    add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
+    add("--show-kept", metavar="FILE.png", default=None, help="write a contact sheet of the patches that survived")
+    add("--grammar", action="store_true", help="explain the embedded model's questions, and answer nothing")
+    return parser
+
+
+def report(answer: Answer, model: Model) -> str:
+    """What an answer took, in lines."""
+    plan, first = answer.plan, answer.stages[0][2]
+    lines = [f"{answer.frames} frames, {first} visual tokens, {len(answer.tokens)} tokens answered"]
+    if answer.continued:
+        lines[0] += "; went on from the caches"
+    if plan is not None:
+        before = plan.keep(0, first) if plan.drops_input else first
+        lines.append(f"{plan.method}: predicted decoder FLOPs {plan.flop_ratio:.3f} of dense ({before} enter layer 0)")
+        for begin, end, count in answer.stages:
+            lines.append(f"  layers {begin:>3} to {end:>3}: {count:>7} visual tokens ({count / max(1, first):.1%})")
+    lines.append(", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in answer.seconds.items()))
+    return "\n".join(lines)
+
+
+def questions(first: str, more: bool) -> Iterator[str]:
+    """The first question, then those on standard input."""
+    yield first
+    if more:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 2 with one line on standard error where the input cannot be used."""
+    if "--grammar" in (sys.argv[1:] if arguments is None else arguments):
+        print("\n".join([GRAMMAR, *examples()]))
+        return 0
+    args = parser().parse_args(arguments)
+    try:
+        return _answer(args)
+    except (ValueError, FileNotFoundError, IndexError) as error:
+        print(f"hybridvlm.ask: {error}", file=sys.stderr)
+        if args.model in ("tiny", "tiny-reduced") and "vocabulary" in str(error):
+            print("hybridvlm.ask: --grammar explains the embedded model's questions", file=sys.stderr)
+        return 2
+
+
+def _answer(args: argparse.Namespace) -> int:
+    from hybridvlm.checkpoints.folder import load
+    from hybridvlm.conversation import Conversation
+    from hybridvlm.video.sheet import contact_sheet
+
+    if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
+    model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
+    if model.tokenizer is None:
+        raise FileNotFoundError(f"{args.model} has no tokenizer.json: text can be neither read nor written")
+    reduction = None
+    if args.reduction != "none":
+        own = model.reduction or Reduction()
+        reduction = Reduction(args.reduction, args.budget, args.kind or own.kind, own.schedule, own.score, own.seed)
+    talks = hasattr(model.tokenizer, "chat")
+    room = 2 * model.buckets.text[0] + model.buckets.max_new if args.follow_up and talks else 0
+    conversation = Conversation(
+        model,
+        args.video,
+        frames=args.frames,
+        rule=args.rule,
+        clock=args.clock,
+        reduction=reduction,
+        system=args.system,
+        room=room,
+    )
+    for question in questions(args.question, args.follow_up):
+        answer = conversation.ask(question, max_new=args.max_new, show=lambda text: print(text, end="", flush=True))
+        print()
+        print(report(answer, model), file=sys.stderr)
+        if args.show_kept is not None:
+            (clip,) = conversation.clips
+            patch = model.config.vision.temporal_patch if clip.kind == "video" else 1
+            frames = conversation.shown()
+            contact_sheet(frames, answer.survivors, args.show_kept, clip.seconds, patch)
+            print(f"wrote {args.show_kept}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,310 @@
+"""Published checkpoints in and out: config.json and safetensors shards <-> a family's config and parameters.
+
+Weights stream: a tensor is read a few rows at a time and put straight where it lives on the devices, so that beside the
+finished model the host holds a few pieces and no tensor twice. Everything is checked by name and shape before the first
+byte of data is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridvlm.checkpoints.atomic import whole_folder
+from hybridvlm.checkpoints.tensors import INDEX, CheckpointError, TensorFolder, write_tensors
+from hybridvlm.models.names import FLOAT32, Job, Shape, Table, Turn, unflatten
+
+CONFIG = "config.json"
+PIECE_BYTES = 64 << 20  # that are read at once; a smaller array is put together on the host
+SHARD_BYTES = 4 << 30  # of a written file
+Place = Callable[[str, Shape], jax.sharding.Sharding]  # flat name and shape of an array -> where it lives
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds one table; CheckpointError if it does not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return data
+
+
+# -- which tensor goes where ------------------------------------------------------------------------------------------
+
+
+class _Sources:
+    """A checkpoint's tensors under the names of a table, checked for one: every fault is collected, by name."""
+
+    def __init__(self, table: Table, tensors: Mapping[str, np.ndarray]):
+        self.table, self.tensors = table, tensors
+        streamed = isinstance(tensors, TensorFolder)
+        self.shapes = tensors.shapes() if streamed else {name: np.shape(x) for name, x in tensors.items()}
+        self.dtypes = tensors.dtypes() if streamed else {name: np.asarray(x).dtype for name, x in tensors.items()}
+        # the table's name -> name in the checkpoint, part, parts
+        self.found: dict[str, tuple[str, int, int]] = {}
+        self.faults: dict[str, None] = {}  # in order, each once
+        for stored in self.shapes:
+            names = table.canonical(stored)
+            for part, name in enumerate(names):
+                if name in self.found:
+                    self.faults[f"twice: {name}, as {self.found[name][0]} and as {stored}"] = None
+                self.found[name] = (stored, part, len(names))
+
+    def check(self) -> None:
+        """ValueError with every tensor that is missing, has another shape than the config says, or no place to go."""
+        used: set[str] = set()
+        for job in self.table.jobs:
+            shape = job[1].shape(job[0])
+            if stacked := self._stacked(job):
+                for name, expected in stacked:
+                    used.add(self._check_one(name, expected))
+                continue
+            for _, name, scale in self.table.pieces(job):
+                used.add(self._check_one(name, shape))
+                if scale in self.found:
+                    used.add(self._check_one(scale, shape[:1]))
+        for name, (stored, _, _) in self.found.items():
+            if stored not in used and not self.table.idle(name):
+                self.faults[f"no place for: {stored}"] = None
+        if self.faults:
+            lines = "\n  ".join(self.faults)
+            raise CheckpointError(f"the checkpoint does not fit the config {self.table.who}:\n  {lines}")
+
+    def _stacked(self, job: Job) -> list[tuple[str, Shape]]:
+        """(name, shape) of the tensors that hold all experts of a layer, where the checkpoint has those."""
+        c, row, layers = job
+        if not row.stacked or layers is None:
+            return []
+        names = [row.stacked.format(i=layer) for layer in layers]
+        return [(name, (row.experts(c), *row.shape(c))) for name in names] if names[0] in self.found else []
+
+    def _check_one(self, name: str, shape: Shape) -> str:
+        if name not in self.found:
+            self.faults[f"missing: {name} {shape}"] = None
+            return ""
+        stored, _, parts = self.found[name]
+        whole = (shape[0] * parts, *shape[1:])
+        if self.shapes[stored] != whole:
+            self.faults[f"wrong shape: {stored} should be {whole}, is {self.shapes[stored]}"] = None
+        return stored
+
+    def pieces(self, job: Job) -> Iterator[tuple[Shape, Callable[[int, int], np.ndarray]]]:
+        """Of one job: (place in the stack, rows(start, stop) of the tensor that belongs there, its scale applied)."""
+        c, row, _ = job
+        height = row.shape(c)[0]
+        stacked = self._stacked(job)
+        for place, name, scale in self.table.pieces(job):
+            if stacked:
+                layer, expert = place
+                yield place, functools.partial(self._expert_rows, stacked[layer][0], expert)
+            else:
+                yield place, functools.partial(self._rows, name, scale if scale in self.found else "", height)
+
+    def _rows(self, name: str, scale: str, height: int, start: int, stop: int) -> np.ndarray:
+        stored, part, _ = self.found[name]
+        rows = self._read(stored, part * height + start, part * height + stop)
+        if scale:
+            factor = self._read(self.found[scale][0], start, stop)
+            rows = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1))
+        return rows
+
+    def _expert_rows(self, name: str, expert: int, start: int, stop: int) -> np.ndarray:
+        return self._read(self.found[name][0], expert, expert + 1)[0, start:stop]
+
+    def _read(self, stored: str, start: int, stop: int) -> np.ndarray:
+        if isinstance(self.tensors, TensorFolder):
+            return self.tensors.rows(stored, start, stop)
+        return np.asarray(self.tensors[stored])[start:stop]
+
+    def dtype(self, job: Job) -> np.dtype:
+        """As what the tensors of a job are stored."""
+        name = self._stacked(job)[0][0] if self._stacked(job) else next(self.table.pieces(job))[1]
+        return np.dtype(self.dtypes[self.found[name][0]])
+
+
+# -- in -----------------------------------------------------------------------------------------------------------------
+
+
+def params_from_tensors(table: Table, tensors: Mapping[str, np.ndarray], *, dtype: Any = None) -> dict[str, Any]:
+    """Our parameters as NumPy arrays from a checkpoint's tensors, under any of their known names.
+
+    dtype: cast to it (default: as stored). CheckpointError lists every tensor that is missing, misshapen or has no place.
+    """
+    sources = _Sources(table, tensors)
+    sources.check()
+    return unflatten(
+        {job[1].target: _on_host(sources, job, np.dtype(dtype or sources.dtype(job))) for job in table.jobs}
+    )
+
+
+def read_params(
+    table: Table,
+    tensors: TensorFolder,
+    *,
+    dtype: Any = None,
+    place: Place | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Our parameters on the devices, streamed. dtype: of all but the leaves in `names.FLOAT32` (default: as stored).
+
+    place: where each array lives (default: the default device). progress: called with each array's name before it is read.
+    """
+    sources = _Sources(table, tensors)
+    sources.check()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    flat = {}
+    for job in table.jobs:
+        target = job[1].target
+        keep = target.rsplit("/", 1)[-1] in FLOAT32
+        kind = jnp.dtype(jnp.float32 if keep else dtype or sources.dtype(job))
+        shape = table.target_shape(job)
+        sharding = here if place is None else place(target, shape)
+        progress(target)
+        if math.prod(shape) * kind.itemsize <= PIECE_BYTES:
+            array = _on_host(sources, job, kind)
+            flat[target] = jax.make_array_from_callback(shape, sharding, lambda index, array=array: array[index])
+        else:
+            flat[target] = _streamed(sources, job, shape, kind, sharding)
+    return unflatten(flat)
+
+
+def _on_host(sources: _Sources, job: Job, dtype: np.dtype) -> np.ndarray:
+    c, row, _ = job
+    out = np.empty(sources.table.target_shape(job), dtype)
+    for place, rows in sources.pieces(job):
+        out[place] = row.turn.into(rows(0, row.shape(c)[0]), c)
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("turn", "c", "sizes"), donate_argnums=0)
+def _put(buffer: jax.Array, rows: jax.Array, begin: jax.Array, to: jax.Array, *, turn: Turn, c: Any, sizes: Shape):
+    """The box of `sizes` at `begin` of the turned rows, written to `to` of the buffer, in its own memory."""
+    turned = turn.into(rows, c)
+    box = jax.lax.dynamic_slice(turned, begin, sizes).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, box.reshape((1,) * (buffer.ndim - box.ndim) + box.shape), to)
+
+
+def _streamed(sources: _Sources, job: Job, shape: Shape, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One array, put together on the devices that hold parts of it."""
+    c, row, layers = job
+    stored = row.shape(c)
+    parts = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        low = [s.start or 0 for s in index]
+        high = [n if s.stop is None else s.stop for s, n in zip(index, shape, strict=True)]
+        sizes = tuple(b - a for a, b in zip(low, high, strict=True))
+        buffer = jax.jit(lambda sizes=sizes: jnp.zeros(sizes, dtype), out_shardings=_only(device))()
+        parts[device] = [low, high, buffer]
+    row_bytes = max(1, math.prod(stored[1:]) * sources.dtype(job).itemsize)
+    step = stored[0] if row.turn.axis is None else max(1, PIECE_BYTES // row_bytes)
+    lead = (layers is not None) + (row.experts is not None)
+    for place, rows in sources.pieces(job):
+        for start in range(0, stored[0], step):
+            stop = min(start + step, stored[0])
+            begin, end = [*place, *(0 for _ in shape[lead:])], [*(p + 1 for p in place), *shape[lead:]]
+            if row.turn.axis is not None:
+                begin[lead + row.turn.axis], end[lead + row.turn.axis] = start, stop
+            boxes = {}
+            for device, (low, high, _) in parts.items():
+                box = [(max(a, b), min(x, y)) for a, b, x, y in zip(begin, low, end, high, strict=True)]
+                if all(a < b for a, b in box):
+                    boxes[device] = box
+            if not boxes:
+                continue  # no device of this host holds any of it
+            piece = rows(start, stop)
+            for device, box in boxes.items():
+                low, _, buffer = parts[device]
+                parts[device][2] = _put(
+                    buffer,
+                    jax.device_put(piece, _only(device)),
+                    np.asarray([a - b for (a, _), b in zip(box[lead:], begin[lead:], strict=True)], np.int32),
+                    np.asarray([a - b for (a, _), b in zip(box, low, strict=True)], np.int32),
+                    turn=row.turn,
+                    c=c,
+                    sizes=tuple(b - a for a, b in box[lead:]),
+                )
+            # a piece is let go before the next is read: what is asked of a device runs on behind the host's back
+            jax.block_until_ready([part[2] for part in parts.values()])
+    return jax.make_array_from_single_device_arrays(shape, sharding, [part[2] for part in parts.values()])
+
+
+def _only(device: jax.Device) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+# -- out ----------------------------------------------------------------------------------------------------------------
+
+
+def save_published(
+    path: str | pathlib.Path,
+    params: Mapping[str, Any],
+    table: Table,
+    raw: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    extra: Callable[[pathlib.Path], None] = lambda folder: None,
+) -> pathlib.Path:
+    """Write parameters in the published layout, whole or not at all: config.json (`raw`), shards and their index.
+
+    dtype: as what (default: each as it is). shard_bytes: most that one file holds. extra(folder) may add files (tokenizer).
+    A tensor that a LayerScale was folded into is written without one.
+    """
+    path, leaves = pathlib.Path(path), {}
+    for job in table.jobs:
+        leaf = params
+        for key in job[1].target.split("/"):
+            leaf = leaf[key]
+        if tuple(leaf.shape) != table.target_shape(job):
+            raise ValueError(f"{job[1].target} should be {table.target_shape(job)}, is {tuple(leaf.shape)}")
+        for place, source, _ in table.pieces(job):
+            leaves[source] = (leaf, place, job)
+    whole: dict[str, list[str]] = {}  # published name -> the table's names, in order
+    for source in leaves:
+        joined = next(((fused, fused.join(source)) for fused in table.fused if fused.join(source)), None)
+        name = table.published(source if joined is None else joined[1])
+        whole[name] = [source] if joined is None else list(joined[0].split(joined[1]))
+    shapes = table.shapes()
+    kinds = {name: np.dtype(dtype or leaves[parts[0]][0].dtype) for name, parts in whole.items()}
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for source in whole[name]:
+            leaf, place, (c, row, _) = leaves[source]
+            yield row.turn.back(np.asarray(jax.device_get(leaf[place] if place else leaf)), c)
+
+    shards: list[dict[str, tuple[np.dtype, Shape]]] = [{}]
+    held = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * kinds[name].itemsize
+        if shards[-1] and held + size > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = (kinds[name], shape)
+        held += size
+    with whole_folder(path, lambda old: (old / CONFIG).is_file()) as new:
+        (new / CONFIG).write_text(json.dumps(raw, indent=1) + "\n")
+        if len(shards) == 1:
+            write_tensors(new / "model.safetensors", shards[0], pieces)
+        else:
+            home = {}
+            for number, shard in enumerate(shards):
+                file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+                write_tensors(new / file, shard, pieces)
+                home |= dict.fromkeys(shard, file)
+            total = sum(math.prod(shape) * kinds[name].itemsize for name, shape in shapes.items())
+            index = {"metadata": {"total_size": total}, "weight_map": home}
+            (new / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        extra(new)
+    return path

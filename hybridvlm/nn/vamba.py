@@ -1,0 +1,480 @@
+"""VAMBA's two streams (arXiv 2503.11579): text layers that read the video by cross-attention, Mamba-2 layers on the video.
+
+    layer i:  h = RMSNorm(x);  x <- x + a self_attention(h) + (1 - a) cross_attention(h, v_i);  x <- x + MLP(RMSNorm(x))
+              v_(i+1) = v_i + Mamba2(RMSNorm(v_i))
+
+The video never reads the text, so the keys and values that layer i's cross-attention reads depend on the video alone: they
+are made once, in a `VideoMemory`, and serve every question. The last layer's Mamba block reaches no output; its
+parameters exist (checkpoints have them) and it is not run.
+
+The video is walked in segments of tokens, all layers of one segment before the next: what a segment needs is the state of
+every Mamba layer, so that nothing but keys, values and these states grows with the video or is kept of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hybridvlm.config import VambaConfig
+from hybridvlm.nn.attention import AttentionStack, extend_cache, gather_queries
+from hybridvlm.nn.caches import AttentionCache, MambaCache, attention_cache
+from hybridvlm.nn.decoder import DropPlan, ScoreFn, visual_counts
+from hybridvlm.nn.mamba2 import MambaStack, mamba_layer
+from hybridvlm.nn.mlp import MlpStack
+from hybridvlm.nn.qwen import join_heads, project_heads, swiglu
+from hybridvlm.ops.attention import attention
+from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.compact import compact
+from hybridvlm.ops.layer_aux import AttentionAux
+from hybridvlm.ops.norms import rms_norm
+from hybridvlm.ops.tokens import Tokens
+
+Params = dict[str, Any]
+Fetch = Callable[
+    [Params], Params
+]  # what is done to one layer's parameters before they are used, such as gathering shards
+SEGMENT_TOKENS = 4096  # most video tokens that all layers take at once: enough to keep the matrix products busy
+_EVERY_KEY = jnp.iinfo(jnp.int32).max  # the place of a query row that stands behind all keys
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CrossMemory:
+    """What n layers read of a video: k, v [n,B,M,K*P], segment [B,M] int32 (0 = nothing there).
+
+    Heads lie side by side, as the projection gives them and as decoding reads them: an axis of a few heads of its own would
+    have every compiler turn gigabytes around.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VideoMemory:
+    """A video as the text layers see it.
+
+    stages: one CrossMemory per run of layers that see the same tokens (one for a dense video). state: the Mamba states behind
+    the last token, stacked over layers (the last layer's stays at 0: it is not run), one MambaCache per stage: what the next piece of
+    the video starts from. survivors, kept: as in DecoderOutput. index, visual [B,M]: of the tokens that the last layer reads.
+    """
+
+    stages: tuple[CrossMemory, ...]
+    state: tuple[MambaCache, ...]
+    survivors: tuple[tuple[jax.Array, jax.Array], ...]
+    kept: jax.Array
+    index: jax.Array
+    visual: jax.Array
+
+
+class CrossStack(nn.Module):
+    """The cross-attention of all layers, stacked: q_proj [n,D,H*P] · k_proj, v_proj [n,D,K*P] · o_proj [n,H*P,D] · q_bias, k_bias,
+    v_bias · with alpha_balancing alpha [n], the weight of self-attention against cross-attention."""
+
+    config: VambaConfig
+
+    @nn.compact
+    def __call__(self) -> Params:
+        c = self.config
+        n, q_width, kv_width = c.layers, c.attention_heads * c.head_dim, c.kv_heads * c.head_dim
+        dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=(0,))
+        zeros = nn.initializers.zeros
+        p = {
+            "q_proj": self.param("q_proj", dense, (n, c.width, q_width)),
+            "k_proj": self.param("k_proj", dense, (n, c.width, kv_width)),
+            "v_proj": self.param("v_proj", dense, (n, c.width, kv_width)),
+            "o_proj": self.param("o_proj", dense, (n, q_width, c.width)),
+            "q_bias": self.param("q_bias", zeros, (n, q_width)),
+            "k_bias": self.param("k_bias", zeros, (n, kv_width)),
+            "v_bias": self.param("v_bias", zeros, (n, kv_width)),
+        }
+        if c.alpha_balancing:
+            p["alpha"] = self.param("alpha", nn.initializers.constant(0.5), (n,))
+        return p
+
+
+class VambaDecoder(nn.Module):
+    """Parameters of both streams, stacked over layers: attention, cross, mlp (text), mamba (video), norm_f (text)."""
+
+    config: VambaConfig
+
+    def setup(self):
+        c = self.config
+        self.attention = AttentionStack(c)
+        self.cross = CrossStack(c)
+        self.mlp = MlpStack(c)
+        self.mamba = MambaStack(c.mixer)
+        self.norm_f = self.param("norm_f", nn.initializers.ones, (c.width,))
+
+    def stacks(self) -> Params:
+        """The parameters as the plain nested dict that the functions of this file take."""
+        names = ("attention", "cross", "mlp", "mamba")
+        return {name: getattr(self, name)() for name in names} | {"norm_f": self.norm_f}
+
+
+def layers_of(params: Params, first: int, stop: int) -> Params:
+    """Layers first..stop-1 of a dict of stacks."""
+    return jax.tree.map(lambda a: a[first:stop], params)
+
+
+# -- the video stream ---------------------------------------------------------------------------------------------------
+
+
+def cross_keys(p: Params, c: VambaConfig, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a layer's cross-attention reads of its video states v [B,M,D], un-normed and without positions: k, v [B,M,K*P]."""
+    k, v = (a.reshape(*v.shape[:2], -1) for a in project_heads(p, c, v, names="kv", rope=False))
+    return k, v
+
+
+def start_state(c: VambaConfig, layers: int, batch: int, dtype: Any) -> MambaCache:
+    """The state of `layers` Mamba layers before the first token of `batch` videos."""
+    m = c.mixer
+    return MambaCache(
+        jnp.zeros((layers, batch, m.conv_kernel - 1, m.conv_width), dtype),
+        jnp.zeros((layers, batch, m.mamba_heads, m.mamba_head_dim, m.ssm_state), jnp.float32),
+        jnp.zeros((layers, batch), jnp.int32),
+    )
+
+
+def _here(params: Params) -> Params:
+    return params
+
+
+def _some(params: Params, names: tuple[str, ...]) -> Params:
+    return {name: a for name, a in params.items() if name in names}
+
+
+def _piece(
+    params: Params,
+    c: VambaConfig,
+    first: int,
+    stop: int,
+    x: jax.Array,
+    segment: jax.Array,
+    state: MambaCache,
+    fetch: Fetch = _here,
+):
+    """Layers first..stop-1 over one piece of the video: x [B,S,D] -> x, k and v [n,B,S,K*P], state."""
+
+    def layer(x, parts):
+        number, p, cache = parts
+        p = fetch(p)
+        k, v = cross_keys(p["cross"], c, x)
+
+        def mix(x, cache):
+            x, cache, _ = mamba_layer(p["mamba"], c.mixer, x, segment, cache)
+            return x, cache
+
+        # the stacks go into the scan whole: a slice without the last layer would be a copy of all the others
+        mixed = (
+            mix if stop < c.layers else lambda *now: jax.lax.cond(number < c.layers - 1, mix, lambda *now: now, *now)
+        )
+        x, cache = mixed(x, cache)
+        return x, (k, v, cache)
+
+    cross = _some(params["cross"], ("k_proj", "k_bias", "v_proj", "v_bias"))
+    stacks = layers_of({"cross": cross, "mamba": params["mamba"]}, first, stop)
+    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+    x, (k, v, state) = jax.lax.scan(body, x, (jnp.arange(first, stop), stacks, state))
+    return x, k, v, state
+
+
+def video_stage(
+    params: Params,
+    c: VambaConfig,
+    first: int,
+    stop: int,
+    x: jax.Array,
+    segment: jax.Array,
+    state: MambaCache | None = None,
+    segment_tokens: int = SEGMENT_TOKENS,
+    fetch: Fetch = _here,
+) -> tuple[jax.Array | None, CrossMemory, MambaCache]:
+    """Layers first..stop-1 over a whole row of video tokens, piece by piece.
+
+    x [B,M,D], segment [B,M]. Returns x [B,M,D] behind these layers (None behind the last layer of all, where nothing reads it), the
+    memory of n = stop - first layers (its rows are M filled up to whole pieces), and the states.
+    """
+    b, length, width = x.shape
+    if state is None:
+        state = start_state(c, stop - first, b, x.dtype)
+    pieces = -(-length // segment_tokens)
+    size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
+    if pieces == 1:
+        x, k, v, state = _piece(params, c, first, stop, x, segment, state, fetch)
+        return (None if stop == c.layers else x), CrossMemory(k, v, segment), state
+    fill = pieces * size - length
+    x, segment = jnp.pad(x, ((0, 0), (0, fill), (0, 0))), jnp.pad(segment, ((0, 0), (0, fill)))
+
+    def walk(carry, part):
+        k, v, state, at = carry
+        piece, piece_segment = part
+        piece, *new, state = _piece(params, c, first, stop, piece, piece_segment, state, fetch)
+        k, v = (jax.lax.dynamic_update_slice_in_dim(a, n, at, axis=2) for a, n in zip((k, v), new, strict=True))
+        return (k, v, state, at + size), (None if stop == c.layers else piece)
+
+    room = jnp.zeros((stop - first, b, pieces * size, c.kv_heads * c.head_dim), x.dtype)
+    parts = x.reshape(b, pieces, size, width).swapaxes(0, 1), segment.reshape(b, pieces, size).swapaxes(0, 1)
+    body = jax.checkpoint(walk, policy=jax.checkpoint_policies.nothing_saveable)
+    (k, v, state, _), out = jax.lax.scan(body, (room, room, state, jnp.int32(0)), parts)
+    if out is not None:
+        out = out.swapaxes(0, 1).reshape(b, pieces * size, width)[:, :length]
+    return out, CrossMemory(k, v, segment), state
+
+
+# -- the text stream ----------------------------------------------------------------------------------------------------
+
+
+def blend(c: VambaConfig, p: Params, x: jax.Array, own: jax.Array, seen: jax.Array, reads: jax.Array) -> jax.Array:
+    """x + a own + (1 - a) seen: x, own, seen [B,T,D]; reads [B,T] bool, whether a row has a video to read.
+
+    Without balancing x + own + seen. Rows without a video: seen is 0, and `text_only` says whether self-attention keeps its
+    share a ("balanced", as the weights were trained) or counts whole ("whole"); there is no reference for either.
+    """
+    if not c.alpha_balancing:
+        return x + own + seen
+    alpha = jnp.broadcast_to(p["alpha"].astype(jnp.float32), reads.shape)
+    share = alpha if c.text_only == "balanced" else jnp.where(reads, alpha, 1.0)
+    return x + (share[..., None].astype(x.dtype) * own + (1 - alpha)[..., None].astype(x.dtype) * seen)
+
+
+def cross_attention(
+    p: Params, c: VambaConfig, h: jax.Array, segment: jax.Array, k: jax.Array, v: jax.Array, video_segment: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Every text token over every video token of its segment, without positions or order: h [B*Q,T,D], k and v [B,M,K*P].
+
+    Q questions on each video read its keys where they lie. Returns what is to be added to the residual [B*Q,T,D], the rows' q
+    [B*Q,T,H,P] and their log-sum-exp [B*Q,H,T].
+    """
+    (q,) = project_heads(p, c, h, names="q", rope=False)
+    rows, t, heads, width = q.shape
+    b = k.shape[0]
+    if k.shape[1] == 0:
+        out, lse = jnp.zeros_like(q), jnp.full((rows, heads, t), NOTHING, jnp.float32)
+    else:
+        folded = q.reshape(b, rows // b * t, heads, width)
+        k, v = (a.reshape(b, -1, c.kv_heads, width) for a in (k, v))
+        out, lse = attention(folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False)
+        lse = lse.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t)
+    return join_heads(p, out.reshape(rows, t, heads, width)), q, lse
+
+
+def text_layer(
+    p: Params,
+    c: VambaConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    position: jax.Array,
+    memory: CrossMemory,
+    past: AttentionCache | None = None,
+    room: int = 0,
+) -> tuple[jax.Array, AttentionCache, tuple[jax.Array, jax.Array]]:
+    """One layer of the text stream: p of one layer, x [B,T,D], segment and position [B,T], memory of this layer (k, v [B,M,K*P]).
+
+    past: the self-attention's cache that x comes after, with room for it; None: x is the whole prompt, and `room` slots are left
+    behind it. Returns x, the cache, and q [B,T,H,P] with log-sum-exp [B,H,T] of the cross-attention.
+    """
+    h = rms_norm(x, p["attention"]["norm"], c.norm_eps)
+    q, k, v = project_heads(p["attention"], c, h, position)
+    if past is None:
+        own, _ = attention(q, k, v, q_segment=segment, kv_segment=segment)
+        cache = attention_cache(k, v, segment, room)
+    else:
+        own, cache = extend_cache(q, k, v, segment, past)
+    seen, q, lse = cross_attention(p["cross"], c, h, segment, memory.k, memory.v, memory.segment)
+    x = blend(c, p["cross"], x, join_heads(p["attention"], own), seen, lse[:, 0] > NOTHING / 2)
+    x = x + swiglu(p["mlp"], rms_norm(x, p["mlp"]["norm"], c.norm_eps)).astype(x.dtype)
+    return x, cache, (q, lse)
+
+
+def _text_stage(
+    params: Params,
+    c: VambaConfig,
+    first: int,
+    x: jax.Array,
+    segment: jax.Array,
+    position: jax.Array,
+    memory: CrossMemory,
+    past: AttentionCache | None = None,
+    room: int = 0,
+    question: tuple[jax.Array, jax.Array] | None = None,
+    fetch: Fetch = _here,
+):
+    """The layers that share `memory`, from `first` on: x, their caches (stacked), the last layer's AttentionAux.
+
+    question: (index [B,R], mask [B,R]) of the rows that come back in the aux; None: no aux.
+    """
+    stop = first + memory.k.shape[0]
+    cross = _some(params["cross"], ("q_proj", "q_bias", "o_proj", "alpha"))
+    stacks = layers_of({"attention": params["attention"], "cross": cross, "mlp": params["mlp"]}, first, stop)
+
+    def layer(x, parts):
+        p, k, v, past = parts
+        x, cache, (q, lse) = text_layer(
+            fetch(p), c, x, segment, position, CrossMemory(k, v, memory.segment), past, room
+        )
+        told = None
+        if question is not None:
+            index = question[0]
+            told = (
+                jnp.take_along_axis(q, index[:, :, None, None], axis=1),
+                jnp.take_along_axis(lse, index[:, None, :], axis=2),
+            )
+        return x, (cache, told)
+
+    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+    x, (caches, told) = jax.lax.scan(body, x, (stacks, memory.k, memory.v, past))
+    if question is None:
+        return x, caches, None
+    index, mask = question
+    aux = AttentionAux(
+        q=told[0][-1],
+        q_mask=mask,
+        q_segment=jnp.where(mask, jnp.take_along_axis(segment, index, axis=1), 0),
+        q_index=jnp.full_like(index, _EVERY_KEY),
+        k=memory.k[-1].reshape(*memory.segment.shape, c.kv_heads, c.head_dim),
+        lse=told[1][-1],
+    )
+    return x, caches, aux
+
+
+# -- both ---------------------------------------------------------------------------------------------------------------
+
+
+def _stages(c: VambaConfig, plan: DropPlan | None) -> list[tuple[int, int]]:
+    """(first layer, one past the last) of every run of layers that see the same video tokens."""
+    edges = [0, *(layer + 1 for layer in (plan.drops if plan is not None else ())), c.layers]
+    return list(itertools.pairwise(edges))
+
+
+def no_video(c: VambaConfig, batch: int, dtype: Any) -> VideoMemory:
+    """The memory of text alone: nothing to read, in every layer."""
+    nothing = jnp.zeros((c.layers, batch, 0, c.kv_heads * c.head_dim), dtype)
+    stage = CrossMemory(nothing, nothing, jnp.zeros((batch, 0), jnp.int32))
+    state = start_state(c, c.layers, batch, dtype)
+    none = jnp.zeros((batch, 0), jnp.int32)
+    return VideoMemory((stage,), (state,), (), jnp.zeros((1, batch, 1), jnp.int32), none, none > 0)
+
+
+def prefill(
+    params: Params,
+    c: VambaConfig,
+    video: Tokens,
+    text: Tokens | None = None,
+    *,
+    plan: DropPlan | None = None,
+    score_fn: ScoreFn | None = None,
+    state: tuple[MambaCache, ...] | None = None,
+    room: int = 0,
+    segments: int = 1,
+    query_capacity: int | None = None,
+    counts: jax.Array | None = None,
+    segment_tokens: int = SEGMENT_TOKENS,
+    fetch: Fetch = _here,
+) -> tuple[VideoMemory, Tokens | None, tuple[AttentionCache, ...]]:
+    """Walk the video, and the text beside it, through all layers: (memory, text after the final norm, its caches).
+
+    plan, score_fn: after which layers video tokens drop, by score_fn(layer, aux, video) -> [B,M]; without `text` aux is None, and
+    the memory serves any question. state: what a piece of the video before this one left (VideoMemory.state), for dense videos.
+    query_capacity: most question rows of an example (default: the text's length). counts [B,S]: visual tokens that each example
+    came with, when some were dropped before. fetch: see Fetch; for parameters that lie in shards.
+    ValueError for a plan without score_fn, or one that drops behind a carried state.
+    """
+    drops = plan.drops if plan is not None else ()
+    if drops and score_fn is None:
+        raise ValueError("score_fn: a plan that drops needs it, got None")
+    if drops and state is not None:
+        raise ValueError(
+            "state: a video under a plan that drops is encoded whole, since its tokens compete; got a state"
+        )
+    counts = visual_counts(video, segments) if counts is None else counts
+    question = None
+    if drops and text is not None:
+        question = gather_queries(text.query, min(query_capacity or text.length, text.length))
+    memories, states, caches, survivors = [], [], [], []
+    kept = [visual_counts(video, segments)]
+    for at, (first, stop) in enumerate(_stages(c, plan)):
+        before = None if state is None else state[at]
+        x, memory, after = video_stage(params, c, first, stop, video.x, video.segment, before, segment_tokens, fetch)
+        memories.append(memory)
+        states.append(after)
+        aux = None
+        if text is not None:
+            wanted = question if stop < c.layers else None
+            x_text, cache, aux = _text_stage(
+                params, c, first, text.x, text.segment, text.position, memory, room=room, question=wanted, fetch=fetch
+            )
+            text = text.replace(x=x_text)
+            caches.append(cache)
+        if stop < c.layers:
+            score = score_fn(stop - 1, _cut(aux, video.length), video.replace(x=x))
+            video = compact(video.replace(x=x), score, plan.keep(stop, counts), plan.row_length(stop))
+            survivors.append((video.index, video.visual))
+            kept.append(visual_counts(video, segments))
+    memory = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
+    if text is not None:
+        text = text.replace(x=rms_norm(text.x, params["norm_f"], c.norm_eps))
+    return memory, text, tuple(caches)
+
+
+def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
+    """The aux without the places that filled the memory's rows up to whole pieces."""
+    return None if aux is None else dataclasses.replace(aux, k=aux.k[:, :length])
+
+
+def read(
+    params: Params, c: VambaConfig, text: Tokens, memory: VideoMemory, *, room: int = 0
+) -> tuple[Tokens, tuple[AttentionCache, ...]]:
+    """Prompts over a memory that is there: text x [B*Q,T,D] with Q questions on each of B videos -> (text, caches)."""
+    caches, first, x = [], 0, text.x
+    for stage in memory.stages:
+        x, cache, _ = _text_stage(params, c, first, x, text.segment, text.position, stage, room=room)
+        caches.append(cache)
+        first += stage.k.shape[0]
+    return text.replace(x=rms_norm(x, params["norm_f"], c.norm_eps)), tuple(caches)
+
+
+def extend(
+    params: Params,
+    c: VambaConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    caches: tuple[AttentionCache, ...],
+    memory: VideoMemory,
+) -> tuple[jax.Array, tuple[AttentionCache, ...]]:
+    """Text after what the caches hold: x [B,T,D], segment [B,T] (0 = padding at the end) -> final states [B,T,D], longer caches."""
+    held = sum(jnp.sum(part[0] > 0, axis=1, keepdims=True) for part in (caches[0].segment, caches[0].new_segment))
+    position = held + jnp.arange(x.shape[1], dtype=jnp.int32)
+    out, first = [], 0
+    for stage, past in zip(memory.stages, caches, strict=True):
+        x, cache, _ = _text_stage(params, c, first, x, segment, position, stage, past=past)
+        out.append(cache)
+        first += stage.k.shape[0]
+    return rms_norm(x, params["norm_f"], c.norm_eps), tuple(out)
+
+
+def append(memory: VideoMemory, more: VideoMemory) -> VideoMemory:
+    """A dense video's memory followed by that of its next piece, encoded from memory.state: what the whole would have given."""
+    if len(memory.stages) != 1 or len(more.stages) != 1:
+        raise ValueError(
+            f"append: only dense videos grow; got memories of {len(memory.stages)} and {len(more.stages)} stages"
+        )
+    a, b = memory.stages[0], more.stages[0]
+    stage = CrossMemory(
+        jnp.concatenate([a.k, b.k], axis=2),
+        jnp.concatenate([a.v, b.v], axis=2),
+        jnp.concatenate([a.segment, b.segment], axis=1),
+    )
+    index, visual = (
+        jnp.concatenate([getattr(part, name) for part in (memory, more)], axis=1) for name in ("index", "visual")
+    )
+    return VideoMemory((stage,), more.state, (), memory.kept + more.kept, index, visual)

@@ -1,0 +1,55 @@
+"""Which platform a program is being traced for, and the refusal of an implementation that cannot run there."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+def platform() -> str:
+    """ "cpu", "tpu" or "gpu": what `compiling_for` says, else that of `jax.default_device`, else JAX's default backend's.
+
+    The default device is part of what JAX keys its traces by, so what is traced for a target that is not there
+    (`hybridvlm.aot.compile_for` sets its device) never meets what was traced for the CPU before.
+    """
+    device = jax.config.jax_default_device
+    here = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return _target.get() or ("gpu" if here in ("cuda", "rocm") else here)
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Ops traced inside choose as on this platform ("cpu", "tpu", "gpu"), whatever device is at hand.
+
+    For kernels in an interpreter. What `jax.jit` has traced before stays as it was: trace a function of its own inside.
+    """
+    if name not in ("cpu", "tpu", "gpu"):
+        raise ValueError(f"compiling_for: expected 'cpu', 'tpu' or 'gpu', got {name!r}")
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@contextlib.contextmanager
+def tpu_interpreter(**options) -> Iterator[None]:
+    """TPU kernels traced inside run on CPU, in Pallas's TPU interpreter; options as of `pltpu.InterpretParams`."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    with compiling_for("tpu"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**options)):
+        yield
+
+
+def require_platform(op: str, implementation: str, needed: str, others: str) -> None:
+    """NotImplementedError unless the program is for the platform `needed`; `others` names what runs here instead."""
+    if platform() != needed:
+        raise NotImplementedError(
+            f"{op}: implementation {implementation!r} runs on {needed}, and this program is for {platform()}; "
+            f"leave implementation=None or take {others}"
+        )

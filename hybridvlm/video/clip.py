@@ -1,0 +1,81 @@
+"""From a file, or from frames at hand, to the Clip that a model takes."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from hybridvlm.models.media import Clip, resize
+from hybridvlm.video.decode import VideoError, decode_frames, frame_seconds, probe
+from hybridvlm.video.sampling import sample_indices
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CLOCKS = ("exact", "milliseconds")
+# (height, width, frames, kind) of a source -> (height, width) of the frames that a model takes
+SizeOf = Callable[[int, int, int, str], tuple[int, int]]
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """An image file as uint8 RGB [1,h,w,3], turned the way its EXIF says. VideoError if it cannot be read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise VideoError(f"{path}: no such file")
+    try:
+        with Image.open(file) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.uint8)[None]
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def read_clip(
+    source: str | os.PathLike[str] | np.ndarray | Clip,
+    size_of: SizeOf,
+    *,
+    frames: int = 32,
+    rule: str = "uniform",
+    clock: str = "exact",
+) -> Clip:
+    """The clip of a video file, an image file, frames [F,h,w,3] uint8 (one a second), one image [h,w,3], or a Clip as it is.
+
+    frames, rule: which frames of a file are taken, see `sample_indices`. clock: "exact" time stamps, as the file has them, or
+    "milliseconds", frame number times a whole number of milliseconds, as vLLM and others count (and drift). Video frames
+    are scaled to size_of as they are decoded, an image is left to the model. VideoError for a file that gives nothing.
+    """
+    if clock not in CLOCKS:
+        raise ValueError(f"clock must be one of {CLOCKS}, got {clock!r}")
+    if isinstance(source, Clip):
+        if source.frames is None:
+            raise ValueError("the Clip has no frames")
+        if source.kind == "image":
+            return source
+        size = size_of(*(source.size if all(source.size) else source.frames.shape[1:3]), len(source.seconds), "video")
+        return Clip(source.seconds, resize(source.frames, size), "video", source.size, source.numbers, source.fps)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, size_of)
+    if pathlib.Path(source).suffix.lower() in IMAGES:
+        image = read_image(source)
+        return Clip((0.0,), image, "image", image.shape[1:3])
+    info = probe(source)
+    numbers = sample_indices(info, frames, rule, str(source))
+    size = size_of(info.height, info.width, len(numbers), "video")
+    pixels = decode_frames(source, numbers, size=size, resize=resize)
+    if clock == "exact":
+        seconds = frame_seconds(source, numbers)
+    else:
+        seconds = tuple(int(n) * int(1000 / info.fps) / 1000 for n in numbers)
+    return Clip(seconds, pixels, "video", (info.height, info.width), tuple(numbers.tolist()), info.fps)
+
+
+def _from_array(source: np.ndarray, size_of: SizeOf) -> Clip:
+    if source.dtype != np.uint8 or source.ndim not in (3, 4) or source.shape[-1] != 3 or not source.size:
+        raise ValueError(f"frames must be uint8 [F,h,w,3] (or one image [h,w,3]), got {source.dtype} {source.shape}")
+    if source.ndim == 3:
+        return Clip((0.0,), source[None], "image", source.shape[:2])
+    count, height, width = source.shape[:3]
+    pixels = resize(source, size_of(height, width, count, "video"))
+    return Clip(tuple(map(float, range(count))), pixels, "video", (height, width), tuple(range(count)), 1.0)

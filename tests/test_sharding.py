@@ -1,0 +1,131 @@
+"""Cutting a model over devices: the rules, the layout of packed parameters, and the sharded prefill beside the whole one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from hybridvlm import sharding
+from hybridvlm.config import ModelConfig, ScoreOptions, load_model_config
+from hybridvlm.models import nemotron_vl
+from hybridvlm.sharding import ShardingRules, lay_out, local_config, make_mesh
+
+WORKER = pathlib.Path(__file__).with_name("sharding_worker.py")
+SMALL = ModelConfig(
+    pattern="M*-",
+    width=8,
+    vocab_size=16,
+    mamba_heads=8,
+    mamba_head_dim=2,
+    ssm_groups=2,
+    ssm_state=3,
+    attention_heads=6,
+    kv_heads=2,
+    head_dim=4,
+    mlp_width=16,
+)
+
+
+@pytest.fixture(scope="module")
+def whole_12b():
+    config = load_model_config("nemotron_nano_12b_v2_vl")
+    return config, jax.eval_shape(lambda: nemotron_vl.init(config, jax.random.key(0)))
+
+
+def test_sharded_prefill_is_that_of_one_device():
+    """Dense and reduced; SSM groups and kv heads on a device each, and shared by two devices with cut query heads."""
+    root = str(WORKER.parent.parent)
+    flags = "--xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    ran = subprocess.run([sys.executable, str(WORKER)], env=env, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    cases = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [case["case"] for case in cases] == ["dense data=2 tensor=4", "str data=1 tensor=2", "str data=2 tensor=4"]
+    for case in cases:
+        assert case["error"] <= 1e-5, case
+        assert case["same kept"], case
+    # 240 columns of z|x|B|C|dt: an even share, and with 4 devices on 2 groups B and C of the shared group once more
+    assert [case["in_proj columns"] for case in cases] == ["68", "120", "68"]
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_device_gets_its_own_part_of_each_packed_piece(devices):
+    c, local = SMALL, local_config(SMALL, devices)
+    params = {"decoder": {kind: {} for kind in ("mamba", "attention", "mlp")}}
+    params["decoder"]["mamba"]["in_proj"] = np.arange(c.in_proj_width)[None, None]
+    params["decoder"]["mamba"]["conv_bias"] = np.arange(c.conv_width)[None]
+    params["decoder"]["attention"]["k_proj"] = np.arange(c.kv_heads * c.head_dim)[None, None]
+    laid = lay_out(params, c, devices)["decoder"]
+    assert laid["mamba"]["in_proj"].shape[-1] == devices * local.in_proj_width
+    groups = c.ssm_groups * c.ssm_state
+    start = np.cumsum([0, c.mamba_width, c.mamba_width, groups, groups])
+    for device, mine in enumerate(np.split(laid["mamba"]["in_proj"][0, 0], devices)):
+        heads = np.arange(local.mamba_heads) + device * local.mamba_heads
+        channels = (heads[:, None] * c.mamba_head_dim + np.arange(c.mamba_head_dim)).ravel()
+        group = heads[0] // (c.mamba_heads // c.ssm_groups)  # all of a device's heads read the same group here
+        state = np.arange(c.ssm_state) + group * c.ssm_state
+        pieces = (channels, channels, state, state, heads)
+        np.testing.assert_array_equal(mine, np.concatenate([s + piece for s, piece in zip(start, pieces, strict=True)]))
+        bias = np.split(laid["mamba"]["conv_bias"][0], devices)[device]
+        np.testing.assert_array_equal(
+            bias, mine[local.mamba_width : local.mamba_width + local.conv_width] - c.mamba_width
+        )
+        keys = np.split(laid["attention"]["k_proj"][0, 0], devices)[device]
+        np.testing.assert_array_equal(keys, np.arange(4) + 4 * (device * c.kv_heads // devices))
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8, 16])
+def test_the_12b_model_is_cut_without_a_remainder(whole_12b, devices):
+    """Every parameter has a rule, and a device holds its share of the decoder, within what groups shared by devices repeat."""
+    config, params = whole_12b
+    laid = jax.eval_shape(lambda p: lay_out(p, config, devices), params)
+    specs = ShardingRules().specs(laid)
+    held = {"decoder": 0, "vision": 0}
+
+    def count(path, leaf, spec):
+        cut = [
+            size // (devices if axis == "tensor" else 1)
+            for size, axis in zip(leaf.shape, [*spec, *[None] * 9], strict=False)
+        ]
+        assert all(
+            size % (devices if axis == "tensor" else 1) == 0 for size, axis in zip(leaf.shape, spec, strict=False)
+        )
+        held[path[0].key] = held.get(path[0].key, 0) + int(np.prod(cut))
+
+    jax.tree_util.tree_map_with_path(count, laid, specs)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params["decoder"]))
+    assert whole / devices <= held["decoder"] <= whole / devices * 1.06
+    assert held["embed"] == config.vocab_size * config.width / devices
+    assert held["vision"] == sum(leaf.size for leaf in jax.tree.leaves(params["vision"]))
+
+
+def test_rules_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="no rule for the parameter 'decoder/mamba/novel'"):
+        ShardingRules().spec("decoder/mamba/novel")
+    assert ShardingRules().spec("decoder/mamba/out_proj") == P(None, "tensor", None)
+    assert ShardingRules(width=("fsdp",)).spec("decoder/mamba/out_proj") == P(None, "tensor", "fsdp")
+    assert ShardingRules().spec("vision/blocks/qkv") == P()
+
+
+def test_sizes_that_cannot_be_cut_are_refused():
+    with pytest.raises(ValueError, match="tensor=3 must divide kv_heads 2"):
+        local_config(SMALL, 3)
+    with pytest.raises(ValueError, match="not the number of devices"):
+        make_mesh(data=3, devices=[1, 2])
+    with pytest.raises(ValueError, match="one of them may be -1"):
+        make_mesh(data=-1, tensor=-1)
+    assert make_mesh(data=-1).shape == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+
+
+def test_scores_that_need_whole_heads_are_refused():
+    score = lambda layer, aux, tokens: tokens  # noqa: E731
+    with pytest.raises(ValueError, match="cuts the 2 groups"):
+        sharding._joined(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True))
+    with pytest.raises(ValueError, match="queries may be one of"):
+        sharding._joined(score, SMALL, local_config(SMALL, 2), ScoreOptions(queries="max"))
