@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hybridvlm.ops.attention.pallas_tpu import (
+from hybridvlm.ops.attention.pallas_tpu_common import (
     BEGIN,
     END,
     LANES,

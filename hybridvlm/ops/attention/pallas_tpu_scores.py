@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hybridvlm.ops.attention import xla
-from hybridvlm.ops.attention.pallas_tpu import (
+from hybridvlm.ops.attention.pallas_tpu_common import (
     LANES,
     VMEM_BYTES,
     block_of,
