@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         return _answer(args)
-    except (ValueError, FileNotFoundError, IndexError) as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"hybridvlm.ask: {error}", file=sys.stderr)
         if args.model in ("tiny", "tiny-reduced") and "vocabulary" in str(error):
             print("hybridvlm.ask: --grammar explains the embedded model's questions", file=sys.stderr)

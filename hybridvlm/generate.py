@@ -182,9 +182,8 @@ class Model:
         """The compiled program of `function(*args)` for these shapes; `static` tells apart programs of one name.
 
         donate: arguments whose memory the results may take; they are gone after the call."""
-        shapes = jax.tree.map(lambda a: (jnp.shape(a), str(jnp.result_type(a))), args)
-        leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple) and isinstance(s[-1], str))
-        key = (name, static, tuple(leaves), tree)
+        leaves, tree = jax.tree.flatten(args)
+        key = (name, static, tuple((jnp.shape(a), str(jnp.result_type(a))) for a in leaves), tree)
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from vamba_oracle import forward
 
-from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig, from_dict
+from hybridvlm.bench import vamba as bench
+from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig, load_model_config
 from hybridvlm.models import family_of, qwen_vl, vamba
 from hybridvlm.models.media import Clip
 from hybridvlm.nn import vamba as blocks
@@ -21,7 +22,6 @@ from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import text_tokens
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "goldens" / "vamba"
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 needs_goldens = pytest.mark.skipif(not SHARED.is_dir(), reason="the VAMBA goldens lie beside the project, not in it")
 VISION = VisionConfig(
     kind="qwen",
@@ -479,13 +479,19 @@ def test_plans_count_both_streams():
     assert abs(plan.retention_mean - 0.25) < 1e-3
 
 
+def test_flops_are_those_of_the_papers_plots():
+    """Prefill at 640x360 (TFLOPs read off the plots, +-3 %), counted as a profiler does that sees no attention products."""
+    for model, plotted in bench.PAPER["prefill"].items():
+        config = vamba.at_size(load_model_config(bench.MODELS[model]), 364, 644)
+        for frames, (_, tflops) in plotted.items():
+            assert abs(bench.papers_flops(config, frames, 128) / (tflops * 1e12) - 1) < 0.03
+
+
 # -- on disk ------------------------------------------------------------------------------------------------------------
 
 
 def released():
-    data = json.loads((CONFIGS / "vamba_qwen2_vl_7b.json").read_text())
-    assert data.pop("family") == "vamba"
-    return from_dict(VambaConfig, data)
+    return load_model_config("vamba_qwen2_vl_7b")
 
 
 def test_every_published_tensor_of_the_released_model_has_its_place():

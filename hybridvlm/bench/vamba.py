@@ -9,16 +9,15 @@ what the compiler needs beyond them: activations, gradients in flight, buffers, 
 hybridvlm/reduction/flops.py, of all devices (a training step as three times its forward pass); tower_tflops is the vision
 tower, the same in both and in no other column but for --phases film, which goes from the film's pixels to logits in one program.
 cost_s are the compiler's seconds on a TPU, every loop counted as often as it runs (hybridvlm/bench/hlo.py). paper_ columns were
-read off the plots of arXiv 2503.11579 (A800, eager PyTorch with FlashAttention), which count no attention products.
+read off the plots of arXiv 2503.11579 (A800, eager PyTorch with FlashAttention); as_paper_tflops counts a prefill as those do: tower
+and decoder, no attention products, logits of every token of the decoder's row.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from hybridvlm.bench import timing
@@ -45,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, nargs=2, default=[364, 644], help="height and width of a frame (default: 364 644)")
     add("--text", type=int, default=128, help="text tokens of a prompt (default: 128)")
     add("--piece", type=int, default=4096, help="tokens that are walked at once (default: 4096)")
-    add("--attention", help="implementation of attention on the target (default: the library's choice for it)")
     add("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     add("--phases", nargs="+", choices=PHASES, default=["prefill", "train"])
 
@@ -66,25 +64,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-@contextlib.contextmanager
-def _attention(platform: str, implementation: str | None) -> Iterator[None]:
-    """Programs traced inside take this implementation of attention on `platform`; None: what they would take anyway."""
-    from hybridvlm.ops.attention import api
-
-    if implementation is None:
-        yield
-        return
-    if implementation not in api.IMPLEMENTATIONS:
-        raise ValueError(f"--attention must be one of {sorted(api.IMPLEMENTATIONS)}, got {implementation!r}")
-    before = dict(api.DEFAULTS)
-    api.DEFAULTS[platform] = implementation
-    try:
-        yield
-    finally:
-        api.DEFAULTS.clear()
-        api.DEFAULTS.update(before)
-
-
 def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[str, Any]:
     from hybridvlm import aot
     from hybridvlm.bench.hlo import program_cost
@@ -94,8 +73,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=tuple(args.size)))
     where = aot.target(args.train_target if phase == "train" else args.target)
     build = {"prefill": prefill_program, "film": film_program, "train": train_program}[phase]
-    with _attention(where.platform, args.attention):
-        compiled, parts = build(where, config, frames, args)
+    compiled, parts = build(where, config, frames, args)
     named = sum(parts.values())
     cost = None
     if where.platform == "tpu":
@@ -115,6 +93,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
         "paper_gb": paper[0],
         "decoder_tflops": decoder_flops(config, frames, args.text) * films * (3 if phase == "train" else 1) * 1e-12,
         "tower_tflops": flops.vision_flops(config.vision, _slices(config, frames), config.width) * films * 1e-12,
+        "as_paper_tflops": None if phase == "train" else papers_flops(config, frames, args.text) * 1e-12,
         "paper_tflops": paper[1],
         "cost_s": None if cost is None else cost.seconds,
         "moved_gb": None if cost is None else cost.bytes * 1e-9,
@@ -143,6 +122,20 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     row = visual_tokens(config, frames) + text
     counted = VambaReading(config, text) if isinstance(config, VambaConfig) else config
     return flops.decoder_flops(counted, [row] * len(counted.pattern))
+
+
+def papers_flops(config: ModelConfig, frames: int, text: int) -> int:
+    """Operations of one prompt's prefill as a profiler counts them that does not look into FlashAttention."""
+    from hybridvlm.reduction import flops
+
+    v, video, vamba = config.vision, visual_tokens(config, frames), isinstance(config, VambaConfig)
+    row = text if vamba else video + text
+    heads, layers = config.attention_heads * config.head_dim, config.count("*")
+    products = layers * (2 * heads * row * row + (4 * heads * text * video if vamba else 0))
+    patches = v.tokens_per_frame * v.downsample**2
+    tower = flops.vision_flops(v, _slices(config, frames), config.width)
+    tower -= _slices(config, frames) * v.layers * 4 * patches * patches * v.width
+    return decoder_flops(config, frames, text) - products + tower + (row - 1) * flops.head_flops(config)
 
 
 def shapes(config: ModelConfig, dtype: Any, tower: bool = False) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.wordlevel import WordLevel
 
 FORMAT, VERSION = "hybridvlm", 1
-WEIGHTS = "model.safetensors"
+WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
 STORAGE = ("float32", "float16")
 SECTIONS = {"reduction": Reduction, "style": PromptStyle, "buckets": Buckets}
 PUBLISHED_BUCKETS = Buckets(frames=(1, 2, 4, 8, 16, 32, 64, 128), text=(64, 256, 1024, 4096), max_new=256)
@@ -281,6 +281,8 @@ def _load_orbax(path, dtype, place, reduction, buckets) -> Model:
 
 def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
     raw = read_json(path / CONFIG)
+    if (path / PREPROCESSOR).is_file():
+        raw["preprocessor"] = read_json(path / PREPROCESSOR)
     try:
         kind = family_of(raw)
         tensors = TensorFolder(path)
@@ -320,6 +322,7 @@ def _stops(path: pathlib.Path, own: tuple[int, ...]) -> tuple[int, ...]:
 
 def _source(path: pathlib.Path, tensors: TensorFolder, dtype: Any) -> dict[str, Any]:
     """What a converted copy must share with a checkpoint to stand for it: its files and their times, and the dtype."""
-    files = [path / CONFIG, *(path / name for name in tensors.files())]
+    settings = (CONFIG, PREPROCESSOR, TOKENIZER, "generation_config.json")
+    files = [*(path / name for name in settings if (path / name).is_file()), *(path / name for name in tensors.files())]
     stamps = {file.name: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files}
     return {"path": str(path.resolve()), "files": stamps, "dtype": str(jnp.dtype(dtype)) if dtype is not None else None}

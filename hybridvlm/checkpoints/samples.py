@@ -207,6 +207,7 @@ RAW: dict[str, dict[str, Any]] = {
     "vamba": {
         **{k: v for k, v in _QWEN2.items() if k != "text_config"},
         **_QWEN_TEXT,
+        "num_hidden_layers": 6,
         "rope_theta": 10000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
         "vision_mamba_mixer_config": {
@@ -271,10 +272,12 @@ def byte_tokenizer(kind: str) -> Any:
 
 
 def write_text_files(name: str, folder: pathlib.Path) -> None:
-    """The tokenizer and chat template of a sample."""
+    """The tokenizer, the chat template and the preprocessor's limits of a sample."""
     kind = "nemotron" if name.startswith("nemotron") else "qwen"
     byte_tokenizer(kind).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
+    if kind == "qwen":
+        (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 64, "max_pixels": 2048}) + "\n")
     (folder / "chat_template.jinja").write_text(family_of(RAW[name]).CHAT)
 
 

@@ -204,6 +204,20 @@ PIXELS: dict[int, dict[str, Any]] = {
 }
 
 
+def pixel_limits(raw: Mapping[str, Any], generation: int) -> dict[str, Any]:
+    """The limits of a checkpoint's own preprocessor_config.json (in `raw` under "preprocessor"), else the published defaults.
+
+    A video's frame lies within the image's limits, too.
+    """
+    limits, own = dict(PIXELS[generation]), raw.get("preprocessor") or {}
+    size = own.get("size") or {}
+    least, most = limits["image_pixels"]
+    least = own.get("min_pixels") or size.get("shortest_edge") or least
+    most = own.get("max_pixels") or size.get("longest_edge") or most
+    low, high = limits["frame_pixels"]
+    return limits | {"image_pixels": (least, most), "frame_pixels": (min(low, most), min(high, most))}
+
+
 def _number(value: Any) -> float:
     return float(value["__float__"] if isinstance(value, Mapping) else value)
 
@@ -308,5 +322,5 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = 
         attention_bias=generation == 2,
         qk_norm=generation == 3,
         vision=vision_fields(raw, generation) if raw.get("vision_config") else None,
-        **PIXELS[generation],
+        **pixel_limits(raw, generation),
     )

@@ -12,7 +12,16 @@ import numpy as np
 
 from hybridvlm.config import VambaConfig
 from hybridvlm.models.names import CONV, LINEAR, Row, Shape, Table, Turn, jobs_of
-from hybridvlm.models.qwen_names import FUSED, PUBLISH, RENAMES, text_fields, text_jobs, vision_fields, vision_jobs
+from hybridvlm.models.qwen_names import (
+    FUSED,
+    PUBLISH,
+    RENAMES,
+    pixel_limits,
+    text_fields,
+    text_jobs,
+    vision_fields,
+    vision_jobs,
+)
 
 # alpha [1] <-> one number, brought into [0, 1]: the reference does so in every forward pass
 _SHARE = Turn(lambda x, c: np.clip(x[0], 0, 1), lambda x, c: x[None], None)
@@ -120,6 +129,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = 
         ssm_state=state,
         conv_kernel=mixer.get("d_conv", 4),
         conv_bias=mixer.get("conv_bias", True),
+        image_pixels=pixel_limits(raw, 2)["image_pixels"],
         alpha_balancing=raw.get("use_alpha_balancing", True),
         vision=vision_fields(raw, 2) if raw.get("vision_config") else None,
         name=raw.get("_name_or_path") or "",
