@@ -151,9 +151,9 @@ def test_bench_refuses_what_it_cannot_do(capsys):
 
 
 @needs["tpu"]
-def test_bench_on_the_tiny_model_sharded(tmp_path):
+def test_bench_on_a_model_over_two_axes(tmp_path):
     """A row per method, each device's memory beside its HBM, and the cost of reduction beside the plan's prediction."""
-    size = ("--model", "tiny", "--frames", "8", "--text", "16", "--batch", "2", "--prompt", "question")
+    size = ("--model", "bench_100m", "--frames", "8", "--text", "16", "--batch", "2", "--prompt", "question")
     where = ("--topology", V5E, "--mesh", "data=2,tensor=2")
     dense, reduced = rows_of(tmp_path, *size, *where, "--budget", "0.5", "--schedule", "stages=2")
     assert [dense["method"], reduced["method"]] == ["none", "str"] and reduced["stages"] == 2

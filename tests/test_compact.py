@@ -1,5 +1,8 @@
 """compact against a plain loop, and the laws of dropping."""
 
+import functools
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,14 +53,29 @@ def fields(tokens: Tokens) -> dict[str, np.ndarray]:
 
 
 EMPTY = {"index": -1, "frame": -1}
-jitted = jax.jit(compact, static_argnums=(3, 4))
-jitted_indices = jax.jit(compact_indices, static_argnums=(4, 5))
+_current = "sort"
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS), autouse=True)
-def implementation(request):
-    """Every test here holds for every implementation."""
-    return request.param
+def implementation(request, monkeypatch):
+    """Every test here runs on every implementation."""
+    monkeypatch.setattr(sys.modules[__name__], "_current", request.param)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _jitted(tokens, score, keep, capacity, implementation):
+    return compact(tokens, score, keep, capacity, implementation)
+
+
+def jitted(tokens, score, keep, capacity):
+    return _jitted(tokens, score, keep, capacity, _current)
+
+
+_jitted_indices = jax.jit(compact_indices, static_argnums=(4, 5))
+
+
+def jitted_indices(segment, visual, score, keep, capacity):
+    return _jitted_indices(segment, visual, score, keep, capacity, _current)
 
 
 ROW = st.tuples(
@@ -159,12 +177,27 @@ def test_compacting_twice_equals_compacting_once():
         np.testing.assert_array_equal(fields(second)[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("length", [256, 700])
+def test_implementations_agree_on_long_rows(length):
+    """Several blocks of places, packed rows, many ties, survivors beyond the capacity."""
+    rng = np.random.default_rng(length)
+    segment = np.sort(rng.integers(0, 4, (2, length)), axis=1)[:, ::-1].astype(np.int32)
+    visual = rng.random((2, length)) < 0.8
+    score = rng.choice(np.array([0, -0.0, 1, 2, -1, np.nan, np.inf, -np.inf, 0.3, 1e-30], np.float32), (2, length))
+    keep = rng.integers(0, length // 3, (2, 3)).astype(np.int32)
+    for capacity in (40, length):
+        got = jitted_indices(segment, visual, score, keep, capacity)
+        expected = _jitted_indices(segment, visual, score, keep, capacity, "sort")
+        for mine, theirs in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
 def test_under_vmap():
     rng = np.random.default_rng(4)
     tokens = make_tokens(np.ones((3, 12), int), rng.random((3, 12)) < 0.7)
     score, keep = jnp.asarray(rng.normal(size=(3, 12))), jnp.array([[1], [2], [3]])
     rows = jax.tree.map(lambda a: a[:, None], (tokens, score, keep))
-    got = jax.jit(jax.vmap(lambda t, s, n: compact(t, s, n, 10)))(*rows)
+    got = jax.jit(jax.vmap(lambda t, s, n: compact(t, s, n, 10, _current)))(*rows)
     wanted = jitted(tokens, score, keep, 10)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(a[:, 0], b)
@@ -176,7 +209,7 @@ def test_gradient_reaches_x_and_not_the_score():
     weight = jnp.asarray(np.random.default_rng(5).normal(size=(1, 5, WIDTH)), jnp.float32)
 
     def loss(x, score):
-        return jnp.sum(compact(tokens.replace(x=x), score, jnp.array([[2]]), 5).x * weight)
+        return jnp.sum(compact(tokens.replace(x=x), score, jnp.array([[2]]), 5, _current).x * weight)
 
     dx, dscore = jax.jit(jax.grad(loss, (0, 1)))(tokens.x, score)
     wanted = np.zeros((1, 8, WIDTH), np.float32)
@@ -192,10 +225,13 @@ def test_gradient_reaches_x_and_not_the_score():
         ({"keep": np.zeros((2, 1), int)}, "keep: expected"),
         ({"keep": np.zeros((1, 0), int)}, "keep: expected"),
         ({"capacity": 0}, "capacity: expected at least 1"),
+        ({"implementation": "guess"}, "implementation: expected one of"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
     tokens, _ = simple()
-    given = {"score": np.zeros((1, 8)), "keep": np.array([[2]]), "capacity": 4} | change
+    given = {"score": np.zeros((1, 8)), "keep": np.array([[2]]), "capacity": 4, "implementation": None} | change
     with pytest.raises(ValueError, match=message):
-        compact(tokens, jnp.asarray(given["score"]), jnp.asarray(given["keep"]), given["capacity"])
+        compact(
+            tokens, jnp.asarray(given["score"]), jnp.asarray(given["keep"]), given["capacity"], given["implementation"]
+        )

@@ -449,7 +449,7 @@ BAD = [
     (["--budgets", "0"], "budget must lie in (0, 1], got 0"),
     (["--budgets", "1.2"], "budget must lie in (0, 1], got 1.2"),
     (["--budgets", "half"], "--budgets takes numbers"),
-    (["--sampling", "fps:0"], "rule 'fps:R' needs a rate above 0"),
+    (["--sampling", "fps:0"], "rule 'fps:0' needs a rate above 0"),
     (["--model", "nowhere"], "'nowhere' is neither"),
     (["--tasks", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
     (["--frames", "9"], "--frames 9 is over the most"),

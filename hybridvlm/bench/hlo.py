@@ -141,7 +141,8 @@ class _Program:
             return sum((self.computation(name) for name in i.called("calls")), Cost())
         moved = self.moved(i, shapes)
         if i.opcode.removesuffix("-start") in _COLLECTIVES:
-            return Cost(bytes=moved, exchanged=sum(_bytes(shapes.get(name, "")) for name in i.operands))
+            sent = sum(_bytes(shapes.get(name, ""), anywhere=True) for name in i.operands)
+            return Cost(bytes=moved, exchanged=sent)
         return Cost(self.seconds(i), moved)
 
     def seconds(self, i: Instruction) -> float:
@@ -242,10 +243,10 @@ def _closing(text: str, start: int) -> int:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _bytes(shape: str) -> float:
-    """Bytes in HBM of a shape as HLO writes it; of a tuple, of its parts. What lies in another memory space counts 0."""
+def _bytes(shape: str, anywhere: bool = False) -> float:
+    """Bytes of a shape as HLO writes it; of a tuple, of its parts. Outside HBM only those that are asked for `anywhere` count."""
     total = 0.0
     for kind, dimensions, layout in _ARRAY.findall(shape):
-        if kind in _ITEM and not re.search(r"S\([1-9]", layout):
+        if kind in _ITEM and (anywhere or not re.search(r"S\([1-9]", layout)):
             total += _ITEM[kind] * math.prod(int(d) for d in dimensions.split(",") if d)
     return total

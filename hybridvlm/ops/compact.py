@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.tokens import Tokens
 
-# Which survivors are found how: "sort" sorts the row, "threshold" counts. From `python -m hybridvlm.bench compact` (CPU) and
-# `--target` of it (the TPU compilers' cost model); the table is in that module.
+# `python -m hybridvlm.bench compact`, on CPU and with --aot v5p:2x2x1: on CPU sorting is up to four times faster for short rows and
+# counting even with it for long ones. The TPU compilers estimate no time for a sort or a scatter, so their cost model
+# cannot compare; counting has neither of them and compiles in a fraction of the time, which a plan of many drops pays for each.
 DEFAULTS = {"tpu": "threshold"}
 
 
@@ -95,11 +96,12 @@ def _chosen_by_threshold(segment: jax.Array, visual: jax.Array, score: jax.Array
 def _threshold(key: jax.Array, counted: jax.Array, least: jax.Array, bits: int) -> jax.Array:
     """The largest t that at least `least` [B,S] of the counted keys reach, 0 if there are fewer; [B,S] uint32.
 
-    key [B,1,L] uint32 below 2^bits, counted [B,S,L] bool. Four bits a round: fifteen counts in one pass over the row.
+    key [B,1,L] uint32 below 2^bits, counted [B,S,L] bool. Two bits a round, three counts in one pass over the row: by the TPU
+    compiler's cycles less work in all than one bit or four.
     """
     t = jnp.zeros(least.shape, jnp.uint32)
-    for shift in range((bits + 3) // 4 * 4 - 4, -1, -4):
-        steps = t[..., None] + (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+    for shift in range((bits + 1) // 2 * 2 - 2, -1, -2):
+        steps = t[..., None] + (jnp.arange(1, 4, dtype=jnp.uint32) << shift)
         reached = counted[:, :, None] & (key[:, :, None] >= steps[..., None])
         enough = jnp.sum(reached, axis=-1, dtype=jnp.int32) >= least[..., None]
         t = t + (jnp.sum(enough, axis=-1, dtype=jnp.uint32) << shift)
