@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from eval_world import build_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -281,18 +282,8 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, compiled):
-    """A folder with a random model and six 4-frame videos with three questions each."""
-    root = tmp_path_factory.mktemp("world")
-    save_folder(root / "micro", micro_model())
-    rng = np.random.default_rng(0)
-    lines = []
-    for number in range(6):
-        write_video(root / f"v{number}.mp4", rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
-        for place, word in enumerate(("red", "green", "blue")):
-            row = {"video": f"v{number}.mp4", "question": word, "answer": word, "options": ["red", "green", "blue"]}
-            lines.append(json.dumps(row | {"type": f"type-{place}", "two_hop": place == 2}))
-    (root / "q.jsonl").write_text("\n".join(lines) + "\n")
-    return root
+    """A random model, six videos and a file of questions (eval_world.py)."""
+    return build_world(tmp_path_factory.mktemp("world"))
 
 
 def run_eval(world, output, *more, check=None):

@@ -29,6 +29,9 @@ examples:
 
 A run that was killed goes on where it stopped when it is started again with the same options.
 
+Several processes share a run, each with a part of the questions: on a TPU pod or under Slurm start this command on every host; by hand
+set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 writes the results.
+
 fields of a JSONL task, one question a line:
 {fields}
 
@@ -96,14 +99,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from jax.errors import JaxRuntimeError
 
+    from hybridvlm.distributed import OtherProcessFailed, agree, initialize
     from hybridvlm.eval.evaluate import prepare
     from hybridvlm.reduction import PlanMismatch
 
     evaluation = None
     try:
-        evaluation = prepare(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
+        initialize()
+        ready = failure = None
+        try:
+            ready = prepare(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
+        except (OSError, ValueError) as error:
+            failure = error
+        agree(failure)
+        evaluation = ready
         evaluation.run()
-    except (PlanMismatch, JaxRuntimeError, OSError, ValueError) as error:
+    except (PlanMismatch, JaxRuntimeError, OSError, ValueError, OtherProcessFailed) as error:
         if evaluation is None:
             return _fail(error, 2)
         return _fail(error, 1, f"what was answered before is kept in {evaluation.store.path}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from hybridvlm.checkpoints import folder
 from hybridvlm.config import Reduction, to_dict
+from hybridvlm.distributed import agree, gather, here
 from hybridvlm.eval import report, statistics
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Planner, Runner, Variant, expand, fingerprint, versions
@@ -172,7 +173,8 @@ class Evaluation:
         self.folder = options.output or default
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--output {self.folder} is a file; give a folder")
-        self.store = SampleStore(self.folder / "samples.jsonl")
+        self.process = here()
+        self.store = SampleStore(self.folder / "samples.jsonl", self.process)
         self.weights = fingerprint(model.params)
         for task in tasks:
             runner = Runner(
@@ -206,29 +208,51 @@ class Evaluation:
         for line in lines:
             if line not in self.notes:
                 self.notes.append(line)
-                print(f"note: {line}", file=sys.stderr)
+                if self.process.first:
+                    print(f"note: {line}", file=sys.stderr)
 
     def run(self) -> None:
-        """Answer what is missing, write results.json and the report, print the table."""
-        from tqdm import tqdm
+        """Answer what is missing, write results.json and the report, print the table.
 
+        Of several processes each answers its share of the batches, and process 0 writes and prints for all. Where one fails, all
+        raise; what was answered stays in their files.
+        """
         for task in self.tasks:
             self._note(*task.notes)
+        self.store.join()
+        names = json.loads(gather(json.dumps([runner.run_id for runner in self.runners]).encode())[0])
+        for runner, name in zip(self.runners, names, strict=True):
+            runner.run_id = name  # processes answer as one run
         total = sum(len(runner.variants) * len(runner.task.samples) for runner in self.runners)
         missing = sum(runner.pending() for runner in self.runners)
-        if missing < total:
+        if missing < total and self.process.first:
             print(f"{total - missing} of {total} answers are already in {self.store.path}", file=sys.stderr)
-        with tqdm(total=total, initial=total - missing, unit="answer", disable=None, mininterval=0.5) as bar:
+        failure = None
+        try:
+            self._answer(total, missing)
+        except Exception as error:  # the others wait below: they have to hear of it
+            failure = error
+        agree(failure)
+        self.store.join()
+        for task in self.tasks:
+            self._note(*task.notes)
+        if self.process.first:
+            self._write()
+        agree(None)  # no part goes before all of it is written
+        self.store.finish()
+
+    def _answer(self, total: int, missing: int) -> None:
+        from tqdm import tqdm
+
+        hidden = None if self.process.first else True
+        with tqdm(total=total, initial=total - missing, unit="answer", disable=hidden, mininterval=0.5) as bar:
             for runner in self.runners:
 
                 def progress(count: int, label: str, task: str = runner.task.name) -> None:
                     bar.set_postfix_str(f"{task} {label}", refresh=False)
-                    bar.update(count)
+                    bar.update(count * self.process.count)  # the others are about as far
 
                 runner.run(progress)
-        for task in self.tasks:
-            self._note(*task.notes)
-        self._write()
 
     def _write(self) -> None:
         results = self.results()
@@ -295,6 +319,7 @@ class Evaluation:
             "limit": self.options.limit,
             "versions": versions(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+            "processes": self.process.count,
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "device_peak_bytes": memory.get("peak_bytes_in_use"),
             "encode_ms": statistics.median([ms for runner in self.runners for ms in runner.encode_ms]),

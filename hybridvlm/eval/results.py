@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hybridvlm.distributed import Process, gather
 from hybridvlm.eval import statistics
 from hybridvlm.eval.tasks import Task
 from hybridvlm.reduction import ReductionPlan
@@ -59,31 +60,54 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
 
 
 class SampleStore:
-    """samples.jsonl: what has been answered, by key. A last line that a kill cut off is dropped; it is asked again."""
+    """samples.jsonl: what has been answered, by key. A last line that a kill cut off is dropped; it is asked again.
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) beside it, and reads all there are.
+    """
+
+    def __init__(self, path: pathlib.Path, process: Process = Process(0, 1)):  # noqa: B008, a tuple
+        self.path, self.process = path, process
+        self.own = path if process.first else path.with_stem(f"{path.stem}-{process.index}")
         self.records: list[Record] = []
         self._by_key: dict[str, Record] = {}
-        if path.is_file():
-            self._read()
+        self._seen: set[str] = set()
+        for part in [path, *self._parts()]:
+            if part.is_file():
+                self._read(part)
 
-    def _read(self) -> None:
-        data = self.path.read_bytes()
+    def _parts(self) -> list[pathlib.Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"))
+
+    def _read(self, path: pathlib.Path) -> None:
+        data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        self.merge(data[:whole], str(path))
+        if whole < len(data) and path == self.own:
+            with open(path, "r+b") as file:
+                file.truncate(whole)
+
+    def merge(self, lines: bytes, source: str) -> None:
+        """Take up records that another file or process holds; ValueError for lines that are none, with their `source`."""
+        for number, line in enumerate(lines.splitlines(), 1):
             try:
                 record = json.loads(line)
                 key = record["key"]
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
                 raise ValueError(
-                    f"{self.path}, line {number} is no sample of this library; move the file or choose another --output"
+                    f"{source}, line {number} is no sample of this library; move the file or choose another --output"
                 ) from None
+            self._add(record, key)
+
+    def _add(self, record: Record, key: str) -> None:
+        line = json.dumps(record)
+        if line not in self._seen:  # the same record may lie in the parts of several processes
+            self._seen.add(line)
             self.records.append(record)
             self._by_key[key] = record
-        if whole < len(data):
-            with open(self.path, "r+b") as file:
-                file.truncate(whole)
+
+    def lines(self) -> bytes:
+        """All records, a line each."""
+        return "".join(json.dumps(record) + "\n" for record in self.records).encode()
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -95,12 +119,26 @@ class SampleStore:
     def append(self, records: Iterable[Record]) -> None:
         """Add records and hand them to the operating system before returning."""
         records = list(records)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.own, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
             file.flush()
         for record in records:
-            self.records.append(record)
-            self._by_key[record["key"]] = record
+            self._add(record, record["key"])
+
+    def join(self) -> None:
+        """Bring together what all processes hold; every one of them has to call it."""
+        if self.process.count > 1:
+            for index, part in enumerate(gather(self.lines())):
+                self.merge(part, f"the samples of process {index}")
+
+    def finish(self) -> None:
+        """With everything joined, one file for all: process 0 writes it whole, the others' parts go."""
+        if self.process.first and (self.process.count > 1 or self._parts()):
+            write_atomic(self.path, self.lines())
+            for part in self._parts():
+                part.unlink(missing_ok=True)
+        elif not self.process.first:
+            self.own.unlink(missing_ok=True)
 
 
 def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None:

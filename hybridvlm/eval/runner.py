@@ -228,14 +228,13 @@ class Runner:
         return sum(self.key(v, s) not in self.store for v in self.variants for s in self.task.samples)
 
     def run(self, progress: Callable[[int, str], None] = lambda count, text: None) -> None:
-        """Answer what is missing. progress(count, label) is called after each batch of a variant with its new answers.
+        """Answer what is missing, of several processes each its share.
+
+        progress(count, label) is called after each batch of a variant with its new answers.
 
         Raises PlanMismatch if a run kept something else than its plan says; what was answered before is in the store.
         """
-        for number, (bucket, samples) in enumerate(self.batches()):
-            missing = {v: [s for s in samples if self.key(v, s) not in self.store] for v in self.variants}
-            if not any(missing.values()):
-                continue
+        for number, (bucket, samples), missing in self._missing():
             rows = samples + samples[-1:] * (self.batch_size - len(samples))  # one shape, so one program
             seconds = [self.task.seconds(sample.video) for sample in rows]
             tokens = [self._encoded(sample.video, bucket[0]) for sample in rows]
@@ -245,6 +244,15 @@ class Runner:
                     records = self._answer(variant, bucket, number, samples, rows, seconds, visual)
                     self.store.append(records)
                     progress(len(missing[variant]), variant.label)
+
+    def _missing(self) -> list[tuple[int, tuple[Bucket, list[Sample]], dict[Variant, list[Sample]]]]:
+        """This process's share of the batches with answers to be found: (number, batch, samples by variant)."""
+        todo = []
+        for number, (bucket, samples) in enumerate(self.batches()):
+            missing = {v: [s for s in samples if self.key(v, s) not in self.store] for v in self.variants}
+            if any(missing.values()):
+                todo.append((number, (bucket, samples), missing))
+        return todo[self.store.process.index :: self.store.process.count]
 
     def _answer(
         self,
