@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.checkpoints.folder import load
-from hybridvlm.config import MIXERS, Reduction
+from hybridvlm.config import MIXERS, Reduction, load_model_config
 from hybridvlm.nn.decoder import prefill
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
@@ -43,6 +43,33 @@ def test_directions_are_orthonormal_and_words_lie_behind_the_rotation():
     query = (c["colour"][3] + codes.time_code(width)[12]) @ c["R"].T @ word
     items = c["colour"][:, None] + codes.time_code(width)[None]
     assert np.unravel_index(np.argmax(items @ visual @ query), (16, 64)) == (3, 12)
+
+
+def test_transformer_twin_starts_as_the_hybrid_does():
+    hybrid, twin = codes.config(), load_model_config("tiny_transformer")
+    assert twin.pattern == hybrid.pattern.replace("M", "*")
+    assert codes.look_ups(twin) == codes.look_ups(hybrid) == (2, 10)
+    params = {c.name: initial_params(c, initial_tower(c)) for c in (hybrid, twin)}
+    sizes = [sum(a.size for a in jax.tree.leaves(p["decoder"])) for p in params.values()]
+    assert abs(sizes[1] / sizes[0] - 1) < 0.02
+    start, rng = params["tiny_transformer"], np.random.default_rng(0)
+    words, c = np.asarray(start["embed"])[rng.integers(start["embed"].shape[0], size=40)], codes.codes(twin.width)
+    pictures = sum(c[name][rng.integers(len(c[name]), size=40)] for name in codes.SIZES)
+
+    def cosines(layer, head, queries, keys):
+        part = slice(head * twin.head_dim, (head + 1) * twin.head_dim)
+        q, k = (
+            x @ np.asarray(start["decoder"]["attention"][name][layer, :, part])
+            for x, name in ((queries, "q_proj"), (keys, "k_proj"))
+        )
+        return q @ k.T / np.linalg.norm(q, axis=1)[:, None] / np.linalg.norm(k, axis=1)
+
+    first, look = 0, twin.kind_index(2)[1]
+    assert cosines(first, 0, words, words).min() > 0.9
+    assert cosines(first, 0, words, pictures).max() < 0.6
+    item = 3.0 * (c["colour"][[5]] + codes.time_code(twin.width)[[12]])
+    asked = item @ c["R"].T
+    assert cosines(look, 0, asked, item) > 0.9
 
 
 def test_shared_scores_are_the_scores_of_one_question_alone(small):

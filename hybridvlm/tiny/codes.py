@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from hybridvlm.config import ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, Reduction, Schedule, load_model_config
 from hybridvlm.tiny import tiles, vocabulary
 
 # attribute -> how many values; a time t is two digits, high = t // 8 and low = t % 8, as the two tags spell it
@@ -33,16 +33,27 @@ def reduction() -> Reduction:
     return Reduction("str", 0.25, schedule=Schedule(start=pattern.index("M", pattern.index("*")), floor=0.02))
 
 
+def look_ups(config: ModelConfig) -> tuple[int, int]:
+    """The attention layers where the first and the second look-up are taught: the first two of a hybrid. A model of attention alone
+    takes the places that they have in the embedded hybrid, whose twin it is."""
+    pattern = config.pattern if MAMBA in config.pattern else load_model_config("tiny").pattern
+    first = pattern.index(ATTENTION)
+    return first, pattern.index(ATTENTION, first + 1)
+
+
 @functools.cache
 def codes(width: int) -> dict[str, np.ndarray]:
-    """Orthonormal directions, [values,D] for each attribute of SIZES, and the rotation "R" [D,D]."""
+    """Orthonormal directions, [values,D] for each attribute of SIZES, "word" [D] (no picture has it), and the rotation "R" [D,D]."""
     total = sum(SIZES.values())
-    if width < total:
-        raise ValueError(f"width must be at least {total}, one direction per attribute value, got {width}")
+    if width <= total:
+        raise ValueError(
+            f"width must be at least {total + 1}, one direction per attribute value and one more, got {width}"
+        )
     rng = np.random.default_rng(SEED)
     basis = np.linalg.qr(rng.normal(size=(width, width)))[0].astype(np.float32)
     ends = np.cumsum(list(SIZES.values()))
     out = {name: basis[end - size : end] for (name, size), end in zip(SIZES.items(), ends, strict=True)}
+    out["word"] = basis[total]
     out["R"] = np.linalg.qr(rng.normal(size=(width, width)))[0].astype(np.float32)
     return out
 

@@ -40,7 +40,7 @@ TRAINING_FLOOR = 0.05
 def score_loss(config: ModelConfig, told: dict, out: Any) -> jax.Array:
     """Cross-entropy of each Mamba layer's score, z-scored and softmaxed over the video, towards the weights of the next attention
     layer (no gradient). A question counts as far as its teacher is sharp (1 - entropy / log M): one that looks everywhere
-    teaches nothing. Layers behind the last attention layer have no teacher and are left alone."""
+    teaches nothing. Layers behind the last attention layer have no teacher and are left alone; without Mamba layers it is 0."""
     mamba = layer_scores(config, told, out, attention=False)
     attention = layer_scores(config, told, out, attention=True)
     losses, weights = [], []
@@ -55,7 +55,7 @@ def score_loss(config: ModelConfig, told: dict, out: Any) -> jax.Array:
         z = (score - score.mean(-1, keepdims=True)) / (score.std(-1, keepdims=True) + 1e-6)
         losses.append(jnp.sum(-jnp.sum(target * jax.nn.log_softmax(z), -1) * sharp))
         weights.append(jnp.sum(sharp))
-    return sum(losses) / sum(weights)
+    return sum(losses) / sum(weights) if losses else jnp.float32(0)
 
 
 def dense_loss(params: dict, config: ModelConfig, tokens: jax.Array, sample: dict[str, jax.Array]):

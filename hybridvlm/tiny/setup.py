@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridvlm.config import ModelConfig
+from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, load_model_config
 from hybridvlm.models.nemotron_vl import Batch, HybridVLM
 from hybridvlm.tiny import codes
 
@@ -16,7 +16,26 @@ AMPLITUDE = (
 )
 # steps of Adam, which move every weight alike, do not drown it
 READ = 0.7  # scale of what attention brings: directions in a normed token are about 4.3 long and come out about as they went in
+WORDS = 10.0  # weight of being a word, beside a random projection of unit variance, in `words_see_words`
+MIX = 0.3  # scale of what a question's words bring one another there
 SHARP = 2.0  # weight of the q and k norms: their product times sqrt(P) multiplies the cosine
+
+
+def reading_layers(config: ModelConfig) -> set[int]:
+    """Which attention layers, counted among themselves, read at full strength from the start: all of a hybrid's; of the Transformer
+    twin those that stand where the hybrid has attention. The others start as quiet as Mamba layers do."""
+    if config.count(MAMBA):
+        return set(range(config.count(ATTENTION)))
+    places = [layer for layer, kind in enumerate(load_model_config("tiny").pattern) if kind == ATTENTION]
+    return {config.kind_index(layer)[1] for layer in places if layer < len(config.pattern)}
+
+
+def words_see_words(config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
+    """A projection [D,P], of queries and keys alike, under which the words of a question find one another among the video: what a Mamba
+    layer's convolution and decay bring along, attention without positions would have to discover among a thousand tokens."""
+    mixed = rng.normal(size=(config.width, config.head_dim)) / np.sqrt(config.width)
+    to = rng.normal(size=config.head_dim)
+    return mixed + WORDS * np.outer(codes.codes(config.width)["word"], to / np.linalg.norm(to))
 
 
 def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
@@ -29,8 +48,11 @@ def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
     params["projector"] = {name: AMPLITUDE * array for name, array in params["projector"].items()}
     words = codes.word_embeddings(config.width)
     params["embed"] = AMPLITUDE * words
+    if not config.count(MAMBA):
+        params["embed"] += AMPLITUDE * codes.codes(config.width)["word"]
     decoder, rng = params["decoder"], np.random.default_rng([codes.SEED, seed])
-    attention, mamba = decoder["attention"], decoder["mamba"]
+    attention, mamba = decoder["attention"], decoder.get("mamba", {})
+    reads = reading_layers(config)
     for layer in range(config.count("*")):
         for head in range(config.attention_heads):
             columns = slice(head * config.head_dim, (head + 1) * config.head_dim)
@@ -40,7 +62,13 @@ def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
         # what a word reads off a visual token arrives in the words' own space: o undoes v and turns by R
         value = np.linalg.qr(rng.normal(size=(config.width, config.attention_heads * config.head_dim)))[0]
         attention["v_proj"][layer] = value
-        attention["o_proj"][layer] = READ * value.T @ codes.codes(config.width)["R"].T
+        strength = READ if layer in reads else QUIET
+        attention["o_proj"][layer] = strength * value.T @ codes.codes(config.width)["R"].T
+        if layer not in reads:
+            first = slice(config.head_dim)
+            both = words_see_words(config, rng)
+            attention["q_proj"][layer, :, first] = attention["k_proj"][layer, :, first] = both
+            attention["o_proj"][layer, first] = MIX * value.T[first]
     attention["q_norm"][:] = SHARP
     attention["k_norm"][:] = SHARP
     first = 2 * config.mamba_width
@@ -49,9 +77,11 @@ def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
         word, visual = codes.projections(config.width, size, 200 + layer)
         mamba["in_proj"][layer, :, first : first + size] = visual
         mamba["in_proj"][layer, :, first + size : first + 2 * size] = word
-    mamba["conv_weight"][:, :, config.mamba_width :] = 0  # b and c start as this token's own, without its neighbours
-    mamba["conv_weight"][:, -1, config.mamba_width :] = 1
-    for name, stack in (("out_proj", mamba), ("down_proj", decoder["mlp"])):
-        stack[name] *= QUIET
+    if mamba:
+        # b and c start as this token's own, without its neighbours
+        mamba["conv_weight"][:, :, config.mamba_width :] = 0
+        mamba["conv_weight"][:, -1, config.mamba_width :] = 1
+        mamba["out_proj"] *= QUIET
+    decoder["mlp"]["down_proj"] *= QUIET
     params["lm_head"] = words.T.copy()
     return jax.tree.map(jnp.asarray, params)

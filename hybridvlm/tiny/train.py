@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybridvlm.config import ModelConfig
+from hybridvlm.config import MIXERS, ModelConfig, load_model_config
 from hybridvlm.nn.decoder import DecoderOutput
 from hybridvlm.tiny import codes, needle, tower
 from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
@@ -59,11 +59,10 @@ STAGES = (
 
 
 def hop_layers(config: ModelConfig) -> tuple[int, int]:
-    """Where the hop is supervised: behind the second Mamba layer after the first attention, and just before the second."""
-    first = config.pattern.index("*")
-    second = config.pattern.index("*", first + 1)
-    mamba = [layer for layer in range(first, second) if config.pattern[layer] == "M"]
-    return mamba[1], second - 1
+    """Where the hop is supervised: behind the second mixer layer after the first look-up, and just before the second look-up."""
+    first, second = codes.look_ups(config)
+    between = [layer for layer in range(first + 1, second) if config.pattern[layer] in MIXERS]
+    return between[1], second - 1
 
 
 def hop_loss(config: ModelConfig, x: jax.Array, sample: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -89,8 +88,8 @@ def hop_loss(config: ModelConfig, x: jax.Array, sample: dict[str, jax.Array]) ->
 
 
 def look_loss(config: ModelConfig, told: dict, out: DecoderOutput, hop2: jax.Array) -> jax.Array:
-    """Minus log of the second attention layer's weight, mean over heads, from the last word to the token of the second look-up."""
-    layer = config.pattern.index("*", config.pattern.index("*") + 1)
+    """Minus log of the second look-up's attention weight, mean over heads, from the last word to the token of the second look-up."""
+    layer = codes.look_ups(config)[1]
     q, lse = told[layer]
     keys = out.caches[layer].k
     n, _, heads, width = q.shape
@@ -209,10 +208,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True, help="checkpoint folder to write at the end")
     parser.add_argument("--work", type=pathlib.Path, help="folder of the run's own checkpoints (default: OUTPUT.run)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--transformer",
+        action="store_true",
+        help="train the Transformer twin instead: every Mamba layer is an attention layer of about as many parameters",
+    )
     args = parser.parse_args(argv)
     from hybridvlm.tiny.resume import Saved, write_checkpoint
 
-    config = codes.config()
+    config = load_model_config("tiny_transformer" if args.transformer else "tiny")
     saved = Saved(args.work or args.output.with_name(args.output.name + ".run"), repr((args.seed, STAGES, config)))
     begins = np.cumsum([0, *(stage.steps for stage in STAGES)]).tolist()
 
@@ -249,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     saved.wait()
     # never reduced in training, but evaluated with the schedule that its benchmark asks for
     dense = dataclasses.replace(codes.reduction(), method="none", budget=1.0)
-    write_checkpoint(args.output, config, params, "tiny", dense)
+    write_checkpoint(args.output, config, params, config.name, dense)
 
 
 if __name__ == "__main__":
