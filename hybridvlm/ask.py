@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,13 +59,18 @@ def parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=None, help="most frames to look at (default: 32, or what the model was made for)")
     add("--rule", default="uniform", help="which frames: uniform, middle, fps:2, ... (see hybridvlm/video/sampling.py)")
     add("--clock", default="exact", help="time stamps: exact, or milliseconds (as vLLM counts)")
-    add("--reduction", default="none", help="method to drop visual tokens by, such as str or evs:0.5+str:0.5")
-    add("--budget", type=float, default=0.25, help="share of visual tokens under --reduction (%(default)s)")
+    add("--reduction", default=None, help="method to drop visual tokens by, such as str or evs:0.5+str:0.5")
+    add("--budget", type=float, default=None, help="share of visual tokens under --reduction (default: 0.25)")
     add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")
     add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
-    add("--show-kept", metavar="FILE.png", default=None, help="write a contact sheet of the patches that survived")
+    add(
+        "--show-kept",
+        metavar="FILE.png",
+        default=None,
+        help="write a contact sheet of what survived, of the last question",
+    )
     add("--grammar", action="store_true", help="explain the embedded model's questions, and answer nothing")
     return parser
 
@@ -78,16 +84,24 @@ def report(answer: Answer, model: Model) -> str:
     if plan is not None:
         before = plan.keep(0, first) if plan.drops_input else first
         lines.append(f"{plan.method}: predicted decoder FLOPs {plan.flop_ratio:.3f} of dense ({before} enter layer 0)")
-        for begin, end, count in answer.stages:
+        for begin, end, count in merged(answer.stages):
             lines.append(f"  layers {begin:>3} to {end:>3}: {count:>7} visual tokens ({count / max(1, first):.1%})")
     lines.append(", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in answer.seconds.items()))
     return "\n".join(lines)
+
+
+def merged(stages: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Stages (first layer, last layer, tokens) with neighbours of the same number of tokens as one."""
+    runs = [list(group) for _, group in itertools.groupby(stages, key=lambda stage: stage[2])]
+    return [(run[0][0], run[-1][1], run[0][2]) for run in runs]
 
 
 def questions(first: str, more: bool) -> Iterator[str]:
     """The first question, then those on standard input."""
     yield first
     if more:
+        if sys.stdin.isatty():
+            print("further questions, one a line; an end of file (Ctrl-D) ends", file=sys.stderr)
         for line in sys.stdin:
             if line.strip():
                 yield line.strip()
@@ -101,11 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         return _answer(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"hybridvlm.ask: {error}", file=sys.stderr)
-        if args.model in ("tiny", "tiny-reduced") and "vocabulary" in str(error):
-            print("hybridvlm.ask: --grammar explains the embedded model's questions", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        _complain(error, args)
         return 2
+
+
+def _complain(error: Exception, args: argparse.Namespace) -> None:
+    print(f"hybridvlm.ask: {error}", file=sys.stderr)
+    if args.model in ("tiny", "tiny-reduced") and "vocabulary" in str(error):
+        print("hybridvlm.ask: --grammar explains the embedded model's questions", file=sys.stderr)
 
 
 def _answer(args: argparse.Namespace) -> int:
@@ -115,13 +133,16 @@ def _answer(args: argparse.Namespace) -> int:
 
     if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
+    if args.reduction is None and (args.budget is not None or args.kind is not None):
+        raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
+    budget = 0.25 if args.budget is None else args.budget
     model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
     if model.tokenizer is None:
         raise FileNotFoundError(f"{args.model} has no tokenizer.json: text can be neither read nor written")
     reduction = None
-    if args.reduction != "none":
+    if args.reduction not in (None, "none"):
         own = model.reduction or Reduction()
-        reduction = Reduction(args.reduction, args.budget, args.kind or own.kind, own.schedule, own.score, own.seed)
+        reduction = Reduction(args.reduction, budget, args.kind or own.kind, own.schedule, own.score, own.seed)
     talks = hasattr(model.tokenizer, "chat")
     room = 2 * model.buckets.text[0] + model.buckets.max_new if args.follow_up and talks else 0
     conversation = Conversation(
@@ -134,8 +155,16 @@ def _answer(args: argparse.Namespace) -> int:
         system=args.system,
         room=room,
     )
+    answered = False
     for question in questions(args.question, args.follow_up):
-        answer = conversation.ask(question, max_new=args.max_new, show=lambda text: print(text, end="", flush=True))
+        try:
+            answer = conversation.ask(question, max_new=args.max_new, show=lambda text: print(text, end="", flush=True))
+        except ValueError as error:
+            if not answered:
+                raise
+            _complain(error, args)  # a slip in a further question does not cost the film that was read
+            continue
+        answered = True
         print()
         print(report(answer, model), file=sys.stderr)
         if args.show_kept is not None:

@@ -124,6 +124,8 @@ class Conversation:
             return model.family.frame_size(self.config, height, width, count, kind)
 
         clip = read_clip(video, size_of, frames=frames, rule=rule, clock=clock)
+        if hasattr(model.family, "looked_at"):  # of a family that leaves frames out
+            clip = model.family.looked_at(self.config, clip)
         size = clip.frames.shape[1:3] if clip.kind == "video" else size_of(*clip.frames.shape[1:3], 1, "image")
         self.clips = [clip]
         self.config = dataclasses.replace(self.config, vision=dataclasses.replace(vision, image_size=tuple(size)))
@@ -134,7 +136,8 @@ class Conversation:
         if clip.kind == "video":
             return clip.frames
         (layout,) = self._layouts([user_message("", self.model.style, ["image"])], (1, 1, 1))
-        return self.model.family.pixels(self.config, self.clips, layout.frames)[0]
+        pixels = self.model.family.pixels(self.config, self.clips, layout.frames)[0]
+        return pixels if pixels.ndim == 4 else pixels[:, 0]  # an image that is shown twice, as a tubelet
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

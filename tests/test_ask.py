@@ -160,6 +160,19 @@ def test_video_prompts_of_the_engines(nano, style, text):
     assert nano.tokenizer.decode(ids, skip_special=False) == text
 
 
+def test_frames_that_vamba_leaves_out_are_not_counted(tmp_path):
+    """The last of an odd number of frames fills no tubelet; what is said and shown leaves it out, too."""
+    model = load(samples.write_sample("vamba", tmp_path / "vamba"), buckets=BUCKETS)
+    for given, taken in ((3, 2), (4, 4), (1, 1)):
+        conversation = Conversation(model, FRAMES[:given])
+        assert (len(conversation.clips[0].seconds), len(conversation.shown())) == (taken, taken)
+    assert Conversation(model, FRAMES[0]).shown().shape == (
+        1,
+        *model.family.frame_size(model.config, 40, 56, 1, "image"),
+        3,
+    )
+
+
 def test_what_cannot_be_asked(nano, tmp_path):
     with pytest.raises(ValueError, match="sound is not read"):
         render(nano.tokenizer, [{"role": "user", "content": [{"type": "audio"}]}], "x")
@@ -208,8 +221,27 @@ def test_command_line(nano, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "kept.png").is_file()
     assert ask.main([str(tmp_path / "missing.mp4"), "?", "--model", str(path)]) == 2
     assert "no such file" in capsys.readouterr().err
+    assert ask.main([str(tmp_path / "0.png"), "?", "--budget", "0.5"]) == 2
+    assert "--budget and --kind go with --reduction" in capsys.readouterr().err
     assert ask.main(["--grammar"]) == 0
     assert "<colour>@t<frame>" in capsys.readouterr().out
+
+
+def test_a_slip_does_not_end_the_conversation(nano, tmp_path, capsys, monkeypatch):
+    """A further question that cannot be asked is refused, and the next one is answered from what was read."""
+    import io
+
+    monkeypatch.setattr("hybridvlm.checkpoints.folder.load", lambda *a, **k: nano)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ue0007\ue001\nAnd?\n"))
+    Image.fromarray(FRAMES[0]).save(tmp_path / "0.png")
+    assert ask.main([str(tmp_path / "0.png"), "What is this?", "--max-new", "2", "--follow-up"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("tokens answered") == 2
+    assert "hybridvlm.ask: a message holds characters that mark the place of media" in said
+
+
+def test_stages_of_one_length_are_one_line():
+    assert ask.merged([(0, 1, 9), (2, 2, 4), (3, 5, 4), (6, 6, 3)]) == [(0, 1, 9), (2, 5, 4), (6, 6, 3)]
 
 
 def test_the_embedded_model_explains_its_grammar(tmp_path, capsys):
@@ -255,6 +287,7 @@ def test_grids_that_keep_the_aspect():
     ):
         assert image_grid(*size, 16, 2, 1024, 13312) == image
         assert video_grid(*size, 2, 1024) == video
+    assert image_grid(3, 500, 4, 2, 16, 64) == (2, 32)  # a strip is one cell high, and cut to the limit
 
 
 def test_jit_is_shared_between_turns(nano):

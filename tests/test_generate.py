@@ -110,6 +110,22 @@ def test_same_bucket_compiles_nothing(model, pixels):
     assert model.peak_bytes() > 0
 
 
+def test_programs_of_any_arguments(model):
+    """Empty containers and None are part of a program's key; values are not, their shapes and dtypes are."""
+    held = len(model._programs)
+    for arguments in (
+        (np.ones(2), ()),
+        (np.zeros(2), ()),
+        (np.ones(2), None),
+        (np.ones(3), ()),
+        (np.ones(2), ((), {})),
+    ):
+        out = model.program("add", lambda x, rest: (x + 1, rest), (), *arguments)(*arguments)
+        np.testing.assert_array_equal(out[0], arguments[0] + 1)
+        assert out[1] == arguments[1]
+    assert len(model._programs) == held + 4
+
+
 def test_after_a_warm_up_no_number_of_frames_compiles(model, pixels):
     reduction = Reduction("str", 0.5)
     model.warm_up(reduction, batch=1, frames=(4,))

@@ -214,7 +214,16 @@ def test_two_frame_patches():
     frames = np.moveaxis(io["pixel_values_videos"], 1, -1)
     tubelets = np.concatenate([frames, frames[-1:]]).reshape(3, 2, *frames.shape[1:])
     raw, _ = vlm_frames("nemotron_h_omni_image", config, load("nemotron_h_omni_image")[2])
-    close(encode_frames(params, raw, jnp.asarray(tubelets), jnp.arange(3)), io["projected"], 1e-5)
+    visual = encode_frames(params, raw, jnp.asarray(tubelets), jnp.arange(3))
+    close(visual, io["projected"], 1e-5)
+    batch = vlm_batch(io, 90, config.vision.tokens_per_frame)
+    close(whole_prompt(config, params, batch, visual[None])[1], io["logits"])
+    prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2
+    part = Batch(*(a[:, :prompt] for a in (batch.input_ids, batch.segment, batch.frame)), batch.frame_count)
+    out = prefill(params, config, part, visual[None], io["input_ids"].shape[1] - prompt)
+    close(out.logits, io["logits"][:, prompt - 1])
+    x = params["embed"][jnp.asarray(io["input_ids"])]
+    close(step_by_step(config, params, x, out.decoder.caches, prompt), io["logits"][:, prompt:])
 
 
 def test_greedy_decoding():

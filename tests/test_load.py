@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, hf, load, samples, save_published
+from hybridvlm.checkpoints.atomic import _host, whole_folder
 from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import load_model_config
-from hybridvlm.models import nemotron_vl
+from hybridvlm.models import nemotron_vl, qwen_vl
 from hybridvlm.models.names import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -211,6 +212,95 @@ def test_pickles_and_quantised_weights_are_refused(copy):
         load(copy)
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+            "the entry of a is not dtype, shape and two offsets",
+        ),
+        ({"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}, "the entry of a is not"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "cannot fill bytes -4 to 0"),
+        ({"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 4]}, "cannot fill"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [1 << 62, (1 << 62) + 4]}, "truncated"),
+        ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, r"stored as \['F32'\]"),
+        ([], "the entry of a is not"),
+    ],
+)
+def test_headers_that_lie(tmp_path, entry, words):
+    header = json.dumps({"a": entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=words):
+        TensorFolder(file)
+
+
+def test_headers_without_end(tmp_path):
+    file = tmp_path / "model.safetensors"
+    for length, text in ((1 << 63, b"{}"), (200_000, b"[" * 200_000), (4, b"\xff\xff{}")):
+        file.write_bytes(length.to_bytes(8, "little") + text)
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            TensorFolder(file)
+
+
+def test_an_index_that_is_none(copy):
+    index = copy / "model.safetensors.index.json"
+    for text in ("[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 200_000, '{"weight_map": {"a": ".."}}'):
+        index.write_text(text)
+        with pytest.raises((CheckpointError, FileNotFoundError), match=r"not an index of tensors|missing .*\.\."):
+            load(copy)
+
+
+def test_one_tensor_in_two_shards(copy):
+    first, second, *_ = sorted(copy.glob("*.safetensors"))
+    tensors, held = load_file(second), load_file(first)
+    name = min(held)
+    save_file(tensors | {name: held[name]}, second)
+    with pytest.raises(CheckpointError, match=f"{name} is in {first.name} and again in {second.name}"):
+        load(copy)
+
+
+def test_fields_of_another_kind_are_refused(copy):
+    raw = json.loads((copy / "config.json").read_text())
+    for section, change in (("text_config", {"hidden_size": None}), ("vision_config", {"patch_size": "4"})):
+        (copy / "config.json").write_text(json.dumps(raw | {section: raw[section] | change}))
+        with pytest.raises(CheckpointError, match="omni"):
+            load(copy)
+    for dtype in ("int8", "float31"):
+        with pytest.raises(ValueError, match="dtype must name floating-point numbers"):
+            load(copy, dtype=dtype)
+
+
+def test_shards_of_several_dtypes(copy):
+    """Layers that are stacked get a dtype that holds them all; numbers that do not float are no weights."""
+    want = flatten(load(copy).params)
+    half, one = "language_model.backbone.layers.0.mixer.in_proj.weight", "language_model.backbone.norm_f.weight"
+    edit(copy, lambda t: t.update({name: t[name].astype(np.float16) for name in (half, one) if name in t}))
+    found = flatten(load(copy).params)
+    assert (found["decoder/mamba/in_proj"].dtype, found["decoder/norm_f"].dtype) == (jnp.float32, jnp.float16)
+    np.testing.assert_allclose(found["decoder/mamba/in_proj"][0], want["decoder/mamba/in_proj"][0], atol=1e-3)
+    np.testing.assert_array_equal(found["decoder/mamba/in_proj"][1], want["decoder/mamba/in_proj"][1])
+    edit(copy, lambda t: one in t and t.update({one: t[one].astype(np.int8)}))
+    with pytest.raises(CheckpointError, match=f"no floating-point numbers: {one} is stored as int8"):
+        load(copy)
+
+
+def test_limits_of_the_processors_files(tmp_path):
+    """Where transformers looks for them: in processor_config.json, then in the files of their own."""
+    path = samples.write_sample("qwen3_vl", tmp_path / "qwen3")
+    assert load(path).config.image_pixels == (64, 2048)
+    (path / "video_preprocessor_config.json").write_text('{"size": {"shortest_edge": 128, "longest_edge": 8192}}')
+    config = load(path).config
+    assert (config.frame_pixels, config.video_pixels) == ((128, 8192), 8192)
+    assert np.prod(qwen_vl.frame_size(config, 400, 560, 8)) * 8 <= 8192
+    nested = {"image_processor": {"min_pixels": 256, "max_pixels": 4096}}
+    (path / "processor_config.json").write_text(json.dumps(nested))
+    assert load(path).config.image_pixels == (256, 4096)
+    (path / "video_preprocessor_config.json").write_text('{"size": {"shortest_edge": 9000, "longest_edge": 8192}}')
+    with pytest.raises(CheckpointError, match="at least 9000 pixels and at most 8192"):
+        load(path)
+
+
 def test_no_code_of_a_checkpoint_runs(copy, tmp_path):
     evidence = tmp_path / "ran"
     for name in ("modeling_x.py", "configuration_x.py", "tokenization_x.py", "__init__.py"):
@@ -249,6 +339,20 @@ def test_chat_templates(copy):
     (copy / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
     with pytest.raises(ValueError, match="no system here"):
         PublishedTokenizer.from_folder(copy).chat(messages)
+    for text in (
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{{ messages[9].content.x }}",
+        "{% for %}",
+        "{{ range(10 ** 9) }}",
+    ):
+        (copy / "chat_template.jinja").write_text(text)
+        with pytest.raises(ValueError, match="chat template failed"):
+            PublishedTokenizer.from_folder(copy).chat(messages)
+    (copy / "chat_template.jinja").unlink()
+    (copy / "tokenizer_config.json").write_text('{"chat_template": 7}')
+    with pytest.raises(CheckpointError, match="chat template is not text but int"):
+        PublishedTokenizer.from_folder(copy)
 
 
 def test_cached_copy(source, tmp_path, monkeypatch):
@@ -270,6 +374,9 @@ def test_cached_copy(source, tmp_path, monkeypatch):
     )
     with pytest.raises(TypeError):  # another dtype is another copy
         load(source, cache=cache)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine exists and is not an Orbax copy"):  # before anything is read
+        load(source, cache=tmp_path / "mine")
 
 
 def test_onto_a_mesh_and_onto_another(source, tmp_path):
@@ -324,6 +431,35 @@ samples.write_sample("nemotron_h", sys.argv[1], seed=5)
     samples.write_sample("nemotron_h", old, seed=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
     equal(load(new).params, load(old).params)
+
+
+def test_a_killed_copy_leaves_nothing_half_written(source, tmp_path):
+    """The Orbax copy, killed behind its weights: there is none, and the next load makes it."""
+    code = """
+import os, signal, sys
+from hybridvlm.checkpoints import load
+from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
+PublishedTokenizer.save = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+load(sys.argv[1], cache=sys.argv[2])
+"""
+    cache = tmp_path / "cache"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(cache)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    assert not cache.exists()
+    equal(load(source, cache=cache).params, load(cache).params)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_others_left_stays(tmp_path):
+    """Folders in the making are cleared away for dead processes of this host alone."""
+    ours, theirs = tmp_path / f".x.999999999-{_host()}.a", tmp_path / ".x.999999999-other.a"
+    for path in (ours, theirs):
+        path.mkdir()
+    with whole_folder(tmp_path / "x", lambda old: True) as new:
+        (new / "a").write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, "x"]
 
 
 def test_the_hub(source, monkeypatch):

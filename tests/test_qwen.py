@@ -14,9 +14,10 @@ from qwen_oracle import forward
 from safetensors.numpy import load_file
 
 from hybridvlm.checkpoints.hf import params_from_tensors
-from hybridvlm.config import Reduction, ScoreOptions, from_dict, load_model_config, to_dict
+from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, load_model_config, to_dict
 from hybridvlm.models import family_of, qwen_vl
 from hybridvlm.models.names import flatten
+from hybridvlm.models.qwen_names import pixel_limits
 from hybridvlm.models.qwen_vl import QwenBatch, rope_positions
 from hybridvlm.reduction.plan import make_plan
 from hybridvlm.reduction.scores import spread_score
@@ -436,6 +437,33 @@ def test_config_goes_through_json_and_published_fields():
     ):
         with pytest.raises(ValueError, match=message):
             qwen_vl.config_from_hf({**flat, **change})
+
+
+def test_pixel_limits_of_a_checkpoints_own_files():
+    """Old and new names; a video's file counts a frame in Qwen2-VL and the whole video in Qwen3-VL; absent, the published ones."""
+
+    def limits(generation, **raw):
+        raw["vision_config"] = {"patch_size": 14, "spatial_merge_size": 2}
+        found = pixel_limits(raw, generation)
+        return found["image_pixels"], found["frame_pixels"], found["video_pixels"]
+
+    image, frame, film = limits(2)
+    assert (image, frame, film) == (QwenConfig.image_pixels, QwenConfig.frame_pixels, QwenConfig.video_pixels)
+    assert limits(2, preprocessor={"min_pixels": 784, "max_pixels": 50176}) == ((784, 50176), (50176, 50176), film)
+    edges = {"size": {"shortest_edge": 784, "longest_edge": 501760}}
+    assert limits(2, preprocessor=edges)[0] == (784, 501760)
+    assert limits(2, preprocessor=edges | {"max_pixels": 1000})[0] == (784, 1000)
+    assert limits(2, preprocessor={"size": {"height": 9, "width": 9}, "min_pixels": None})[0] == image
+    assert limits(2, video_preprocessor=edges) == (image, (784, 501760), film)
+    assert limits(3, video_preprocessor=edges) == ((65536, 16777216), (784, 501760), 501760)
+    assert limits(3, video_preprocessor=edges | {"max_video_tokens": 10})[1:] == ((784, 7840), 501760)
+    for bad, words in (
+        ({"min_pixels": "4"}, "min_pixels"),
+        ({"max_pixels": 0}, "max_pixels"),
+        ({"max_pixels": 9}, "both"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            limits(2, preprocessor=bad)
 
 
 def test_tied_heads_need_no_tensor_and_ignore_one():

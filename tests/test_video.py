@@ -338,6 +338,11 @@ def test_images_are_turned_as_their_camera_says(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0], np.rot90(np.asarray(picture), -1))
 
 
+def test_images_of_16_bits_are_scaled(tmp_path):
+    Image.fromarray(np.asarray([[0, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png")[0, 0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
+
+
 @pytest.mark.skipif(not CLIP.is_file(), reason="the real clip is not part of the repository")
 def test_real_clip():
     info = probe(CLIP)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ def whole_folder(path: str | pathlib.Path, ours: Callable[[pathlib.Path], bool])
         raise ValueError(f"{path} exists and is not a checkpoint folder; choose another path or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-{_host()}.", dir=path.parent))
     try:
         new = work / "new"
         new.mkdir()
@@ -40,14 +42,18 @@ def whole_folder(path: str | pathlib.Path, ours: Callable[[pathlib.Path], bool])
 
 
 def _sweep(path: pathlib.Path) -> None:
-    """Remove what processes that no longer run left beside `path`."""
-    for left in path.parent.glob(f".{path.name}.*.*"):
-        owner = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if owner.isdigit() and not _runs(int(owner)):
+    """Remove what processes of this host that no longer run left beside `path`; of others nothing is known."""
+    for left in path.parent.iterdir():
+        owner = re.match(rf"{re.escape(f'.{path.name}.')}(\d+)-{re.escape(_host())}\.", left.name)
+        if owner and not _runs(int(owner[1])):
             old = left / "old"
             if old.exists() and not path.exists():  # killed between the two renames: the old one comes back
                 os.replace(old, path)
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
 
 
 def _runs(process: int) -> bool:

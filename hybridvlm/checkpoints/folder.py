@@ -34,7 +34,12 @@ from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.wordlevel import WordLevel
 
 FORMAT, VERSION = "hybridvlm", 1
-WEIGHTS, PREPROCESSOR = "model.safetensors", "preprocessor_config.json"
+WEIGHTS, PROCESSORS = "model.safetensors", "processor_config.json"
+# a processor's part of processor_config.json, and the file that holds it where that one does not
+PREPROCESSORS = {
+    "preprocessor": ("image_processor", "preprocessor_config.json"),
+    "video_preprocessor": ("video_processor", "video_preprocessor_config.json"),
+}
 STORAGE = ("float32", "float16")
 SECTIONS = {"reduction": Reduction, "style": PromptStyle, "buckets": Buckets}
 PUBLISHED_BUCKETS = Buckets(frames=(1, 2, 4, 8, 16, 32, 64, 128), text=(64, 256, 1024, 4096), max_new=256)
@@ -212,6 +217,8 @@ def load(
     the first time and read, onto any mesh, from then on. FileNotFoundError for a missing file, CheckpointError (a
     ValueError) where one does not fit.
     """
+    if dtype is not None:
+        dtype = _floating(dtype)
     path = resolve(name_or_path, revision)
     place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
@@ -228,6 +235,16 @@ def load(
         raise FileNotFoundError(f"no tokenizer at {path / TOKENIZER}")
     params = read_weights(path, config, dtype, kind, place)
     return _model(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
+
+
+def _floating(dtype: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype must name floating-point numbers, such as 'bfloat16' or 'float32', got {dtype!r}")
+    return found
 
 
 def _placing(mesh: jax.sharding.Mesh) -> Place:
@@ -280,9 +297,7 @@ def _load_orbax(path, dtype, place, reduction, buckets) -> Model:
 
 
 def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
-    raw = read_json(path / CONFIG)
-    if (path / PREPROCESSOR).is_file():
-        raw["preprocessor"] = read_json(path / PREPROCESSOR)
+    raw = read_json(path / CONFIG) | _preprocessors(path)
     try:
         kind = family_of(raw)
         tensors = TensorFolder(path)
@@ -291,8 +306,15 @@ def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
         raise CheckpointError(f"{path / CONFIG} has no {error}, which this family needs") from error
     except CheckpointError:
         raise
-    except ValueError as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # a field of another kind than it should be
         raise CheckpointError(f"{path}: {error}") from error
+    if cache is not None and pathlib.Path(cache).exists() and not is_orbax(pathlib.Path(cache)):
+        raise ValueError(f"cache {cache} exists and is not an Orbax copy of a checkpoint; choose another folder")
     name = path.name
     if path.parent.name == "snapshots":  # the hub's cache: .../models--owner--name/snapshots/commit
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -313,6 +335,18 @@ def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
     return _load_orbax(cache, None, place, reduction, buckets)
 
 
+def _preprocessors(path: pathlib.Path) -> dict[str, Any]:
+    """What a folder says of its image and video processors, in the order in which transformers looks for it."""
+    whole = read_json(path / PROCESSORS) if (path / PROCESSORS).is_file() else {}
+    found = {}
+    for name, (part, file) in PREPROCESSORS.items():
+        if isinstance(whole.get(part), dict):
+            found[name] = whole[part]
+        elif (path / file).is_file():
+            found[name] = read_json(path / file)
+    return found
+
+
 def _stops(path: pathlib.Path, own: tuple[int, ...]) -> tuple[int, ...]:
     """What ends an answer: config.json's tokens and those that generation_config.json adds."""
     file = path / "generation_config.json"
@@ -322,7 +356,8 @@ def _stops(path: pathlib.Path, own: tuple[int, ...]) -> tuple[int, ...]:
 
 def _source(path: pathlib.Path, tensors: TensorFolder, dtype: Any) -> dict[str, Any]:
     """What a converted copy must share with a checkpoint to stand for it: its files and their times, and the dtype."""
-    settings = (CONFIG, PREPROCESSOR, TOKENIZER, "generation_config.json")
+    processors = (PROCESSORS, *(file for _, file in PREPROCESSORS.values()))
+    settings = (CONFIG, *processors, TOKENIZER, "generation_config.json")
     files = [*(path / name for name in settings if (path / name).is_file()), *(path / name for name in tensors.files())]
     stamps = {file.name: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files}
     return {"path": str(path.resolve()), "files": stamps, "dtype": str(jnp.dtype(dtype)) if dtype is not None else None}

@@ -34,7 +34,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -98,6 +98,8 @@ class _Sources:
         whole = (shape[0] * parts, *shape[1:])
         if self.shapes[stored] != whole:
             self.faults[f"wrong shape: {stored} should be {whole}, is {self.shapes[stored]}"] = None
+        if not jnp.issubdtype(self.dtypes[stored], jnp.floating):
+            self.faults[f"no floating-point numbers: {stored} is stored as {self.dtypes[stored]}"] = None
         return stored
 
     def pieces(self, job: Job) -> Iterator[tuple[Shape, Callable[[int, int], np.ndarray]]]:
@@ -129,9 +131,10 @@ class _Sources:
         return np.asarray(self.tensors[stored])[start:stop]
 
     def dtype(self, job: Job) -> np.dtype:
-        """As what the tensors of a job are stored."""
-        name = self._stacked(job)[0][0] if self._stacked(job) else next(self.table.pieces(job))[1]
-        return np.dtype(self.dtypes[self.found[name][0]])
+        """As what the tensors of a job are stored; of several dtypes one that holds them all, float32 at most."""
+        names = [name for name, _ in self._stacked(job)] or [name for _, name, _ in self.table.pieces(job)]
+        kinds = {np.dtype(self.dtypes[self.found[name][0]]) for name in names}
+        return np.dtype(jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, kinds)))
 
 
 # -- in -----------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ _BLOCK = 1 << 24  # values that are drawn once and written over and over
 
 
 def synthetic_raw(gigabytes: float) -> dict[str, Any]:
-    """A config.json whose weights take at least that many gigabytes (1e9 bytes) in bfloat16."""
+    """A config.json whose weights take about that many gigabytes (1e9 bytes) in bfloat16, a few percent less."""
     scale = math.sqrt(max(gigabytes, 0.01) / 4.6)
     width = max(64, round(2560 * scale / 64) * 64)
     raw = samples.raw_config("nemotron_h") | {

@@ -49,7 +49,7 @@ class _File:
             raise self._unreadable("its header is cut off or longer than the file")
         try:
             header = json.loads(self.handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._unreadable(f"its header is not JSON: {error}") from error
         if not isinstance(header, dict):
             raise self._unreadable("its header is not a table of tensors")
@@ -59,10 +59,12 @@ class _File:
         cut = []
         for name, entry in header.items():
             try:
-                kind, shape, (first, last) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+                kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                if any(type(number) is not int for number in (*shape, first, last)):
+                    raise ValueError(f"{entry} holds what is no whole number")
             except (KeyError, TypeError, ValueError) as error:
                 raise self._unreadable(f"the entry of {name} is not dtype, shape and two offsets") from error
-            if kind not in DTYPES:
+            if not isinstance(kind, str) or kind not in DTYPES:
                 raise CheckpointError(
                     f"{path}: {name} is stored as {kind}; supported: {', '.join(DTYPES)}. Take an unquantised checkpoint"
                 )
@@ -172,8 +174,12 @@ class TensorFolder(Mapping[str, np.ndarray]):
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not an index of tensors: {type(error).__name__} {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(
+            f"{path} is not an index of tensors: its weight_map must give a file's name for every tensor"
+        )
     odd = [file for file in found.values() if pathlib.Path(file).name != file]
     if odd:
         raise CheckpointError(f"{path} names files outside its folder: {odd[0]}")

@@ -83,7 +83,7 @@ class PublishedTokenizer:
             return _compiled(text).render(
                 messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self.special
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -115,7 +115,10 @@ def _template(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{folder}: its chat template is not text but {type(found).__name__}")
     return found
 
 

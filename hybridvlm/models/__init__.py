@@ -12,7 +12,8 @@ from typing import Any
 #   METHODS (reductions it takes, None for all), CHAT (template where a checkpoint has none);
 #   config_from_hf(raw, shapes), init(config, key), table(config): its form on disk;
 #   frame_size, prompt, make_batch, pixels, make_plan: from frames and words to the arrays of a bucket (host);
-#   encode, prefill, stepper, extend: the computation (traced).
+#   encode, prefill, stepper, extend: the computation (traced);
+#   and may have looked_at(config, clip), if it leaves frames out, and remember, if questions can share what it makes of a video.
 # nemotron_vl.py is the one to read first.
 FAMILIES = ("nemotron_vl", "vamba", "qwen_vl")
 

@@ -85,7 +85,7 @@ def image_grid(height: int, width: int, patch: int, merge: int, least: int, most
     patches, both sides multiples of `merge` (Nemotron 3 Nano Omni)."""
     rows, cols = round(height / patch + 0.5), round(width / patch + 0.5)
     shrink = min(math.sqrt(most / (rows * cols)), 1.0)
-    rows, cols = math.floor(shrink * rows), math.floor(shrink * cols)
+    rows, cols = (min(max(1, math.floor(shrink * side)), most // merge) for side in (rows, cols))
     if most > least and rows * cols < least:
         grow = math.sqrt(least / (rows * cols))
         rows, cols = math.ceil(grow * rows), math.ceil(grow * cols)

@@ -205,17 +205,40 @@ PIXELS: dict[int, dict[str, Any]] = {
 
 
 def pixel_limits(raw: Mapping[str, Any], generation: int) -> dict[str, Any]:
-    """The limits of a checkpoint's own preprocessor_config.json (in `raw` under "preprocessor"), else the published defaults.
+    """The limits of a checkpoint's own processor files (in `raw` under "preprocessor" and "video_preprocessor"), else the
+    published defaults.
 
-    A video's frame lies within the image's limits, too.
+    A video's file speaks of one frame in Qwen2-VL and of all frames together in Qwen3-VL. Where there is none, a video's frame
+    lies within the image's limits, too. ValueError for a limit that is not a whole number, or limits the wrong way round.
     """
-    limits, own = dict(PIXELS[generation]), raw.get("preprocessor") or {}
-    size = own.get("size") or {}
-    least, most = limits["image_pixels"]
-    least = own.get("min_pixels") or size.get("shortest_edge") or least
-    most = own.get("max_pixels") or size.get("longest_edge") or most
+    limits, film = dict(PIXELS[generation]), raw.get("video_preprocessor")
+    limits["image_pixels"] = _, most = _edges("preprocessor_config.json", raw, "preprocessor", limits["image_pixels"])
     low, high = limits["frame_pixels"]
-    return limits | {"image_pixels": (least, most), "frame_pixels": (min(low, most), min(high, most))}
+    if not film:
+        return limits | {"frame_pixels": (min(low, most), min(high, most))}
+    where = "video_preprocessor_config.json", raw, "video_preprocessor"
+    if generation == 2:
+        return limits | {"frame_pixels": _edges(*where, (low, high))}
+    low, together = _edges(*where, (low, limits["video_pixels"]))
+    if tokens := film.get("max_video_tokens"):
+        vision = raw["vision_config"]
+        high = tokens * (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+    return limits | {"frame_pixels": (low, max(low, min(high, together))), "video_pixels": together}
+
+
+def _edges(file: str, raw: Mapping[str, Any], section: str, default: tuple[int, int]) -> tuple[int, int]:
+    """(least, most) pixels that a processor's file allows, under its old names or its new ones."""
+    own = raw.get(section) or {}
+    size = own.get("size") if isinstance(own.get("size"), Mapping) else {}
+    found = []
+    for old, new, usual in (("min_pixels", "shortest_edge", default[0]), ("max_pixels", "longest_edge", default[1])):
+        value = next((v for v in (own.get(old), size.get(new)) if v is not None), usual)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{file}: {old} (or size.{new}) must be a whole number of at least 1, got {value!r}")
+        found.append(value)
+    if found[0] > found[1]:
+        raise ValueError(f"{file}: at least {found[0]} pixels and at most {found[1]} cannot both be kept")
+    return found[0], found[1]
 
 
 def _number(value: Any) -> float:

@@ -116,8 +116,9 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
     return qwen_vl.smart_resize(height, width, v.patch_size * v.downsample, *config.image_pixels)
 
 
-def _even(clip: Clip, patch: int) -> Clip:
+def looked_at(config: VambaConfig, clip: Clip) -> Clip:
     """A film without the frames at its end that fill no tubelet, as the reference has it; one shorter than that stays."""
+    patch = config.vision.temporal_patch
     whole = len(clip.seconds) // patch * patch
     if clip.kind == "image" or not whole or whole == len(clip.seconds):
         return clip
@@ -139,7 +140,7 @@ def prompt(
     factors: tuple[int, int, int] = (1, 1, 1),
 ) -> QwenLayout:
     """Lay one conversation out as Qwen2-VL's, with at most one clip; `make_batch` takes the video out of the row."""
-    clips = [_even(clip, config.vision.temporal_patch) for clip in clips]
+    clips = [looked_at(config, clip) for clip in clips]
     return qwen_vl.prompt(config, tokenizer, messages, clips, style=style, factors=factors)
 
 
@@ -166,7 +167,7 @@ def make_batch(
 
 def pixels(config: VambaConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
     """Clips, one per example, all of one size -> [B,F,t,h,w,3] uint8 tubelets for `encode`, F = `frames`, the bucket."""
-    return qwen_vl.pixels(config, [_even(clip, config.vision.temporal_patch) for clip in clips], frames)
+    return qwen_vl.pixels(config, [looked_at(config, clip) for clip in clips], frames)
 
 
 def make_plan(

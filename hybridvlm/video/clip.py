@@ -27,6 +27,8 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise VideoError(f"{path}: no such file")
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.uint8)[None]
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path}: cannot be read as an image: {error}") from error
