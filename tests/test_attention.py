@@ -327,6 +327,9 @@ def test_tiles_above_the_diagonal_are_not_visited():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"q": np.zeros((0, 5, 4, 8))}, "at least one example"),
+        ({"k": np.zeros((2, 0, 2, 8)), "v": np.zeros((2, 0, 2, 8))}, "at least one example, head, key and lane, got"),
+        ({"k": np.zeros((2, 6, 0, 8))}, "at least one example, head"),
         ({"q": np.zeros((2, 5, 3, 8))}, "multiple of k's 2"),
         ({"k": np.zeros((2, 6, 2, 4))}, "k: expected"),
         ({"v": np.zeros((2, 5, 2, 8))}, "v: expected"),
@@ -485,3 +488,11 @@ def test_scores_do_not_hold_the_whole_matrix():
 def test_scores_refuse_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         text_to_visual(**(visual_case(4) | change))
+
+
+def test_no_query_rows_score_nothing():
+    given = visual_case(4)
+    none = {name: value[:, :0] for name, value in given.items() if name in ("q", "q_mask", "q_segment", "q_index")}
+    score = text_to_visual(**(given | none))
+    assert score.shape == given["k"].shape[:2] and not score.any()
+    assert attention(none["q"], given["k"], given["k"])[0].shape == none["q"].shape

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hybridvlm import aot
@@ -100,3 +101,20 @@ def test_refusals(argv, message, capsys):
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_agreement_about_what_to_keep():
+    """Two drops of one video of ten tokens: alike; then one of four taken otherwise, so that two tokens are treated otherwise."""
+    from hybridvlm.bench.dtype import _agreement
+
+    ours, theirs = [[{1, 2, 3, 4, 5}], [{1, 2, 3, 4}]], [[{1, 2, 3, 4, 5}], [{1, 2, 3, 9}]]
+    np.testing.assert_allclose(_agreement(ours, theirs, np.array([10]))[:, 0], [[1, 1, 0.5], [0.8, 0.75, 0.4]])
+
+
+@pytest.mark.slow
+def test_dtypes_on_the_embedded_model(tmp_path):
+    rows = rows_of(["dtype", "--limit", "4", "--batch-size", "4", "--frames", "16"], tmp_path)
+    *layers, dense, reduced = rows
+    assert layers and all(row["agree"] > 0.9 and 0 < row["kept"] < 1 for row in layers)
+    assert layers[-1]["kept"] < layers[0]["kept"]
+    assert dense["questions"] == reduced["questions"] == 4 and dense["float32"] == dense["bfloat16"] == 1.0

@@ -267,5 +267,10 @@ def test_errors_say_what_was_expected():
         ssd(**arrays, chunk_size=0)
     with pytest.raises(ValueError, match="initial_segment needs segment"):
         ssd(**arrays, initial_segment=jnp.ones(2, jnp.int32))
+    for shape in ((0, 21, 4, 3), (2, 0, 4, 3), (2, 21, 0, 3), (2, 21, 4, 0)):
+        with pytest.raises(ValueError, match=r"x must be \[B,L,H,P\].*at least one of each, got"):
+            ssd(**{**arrays, "x": jnp.zeros(shape)})
+    with pytest.raises(ValueError, match=r"B must be \[B,L,G,N\] with at least one of each, got"):
+        ssd(**{**arrays, "B": jnp.zeros((2, 21, 2, 0))})
     with pytest.raises(ValueError, match="divisor of 4, got 3"):
         ssd(**{**arrays, "B": jnp.zeros((2, 21, 3, 5)), "C": jnp.zeros((2, 21, 3, 5))})

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             f"--topology must be a TPU slice, since XLA's GPU compiler estimates no cost, got {where.name}"
         )
-    sizes = _mesh_sizes(args.mesh)
+    sizes = mesh_sizes(args.mesh)
     mesh = sharding.make_mesh(**sizes, devices=where.devices[: math.prod(sizes.values())])
     methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
     stamps = {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for method in methods:
             budget = 1.0 if method == "none" else args.budget
             reduction = Reduction(method, budget, args.kind, schedule=parse_schedule(args.schedule))
-            plan = _plan(reduction, config, args.frames, text, where)
+            plan = plan_there(reduction, config, args.frames, text, where)
             name = f"{method} {budget:g}, {plan.visual_tokens} visual and {text} text tokens, {args.topology}"
             timing.say(f"compiling {name}")
             compiled = compile_prefill(where, mesh, config, None if method == "none" else plan, args, stamp)
@@ -121,7 +121,7 @@ def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Names
     return aot.compile_for(where, prefill, params, batch, visual)
 
 
-def _plan(reduction: Reduction, config: ModelConfig, frames: int, text: int, where):
+def plan_there(reduction: Reduction, config: ModelConfig, frames: int, text: int, where):
     import jax
 
     with jax.default_device(where.devices[0]):  # the chunk that runs there is part of the plan
@@ -160,7 +160,7 @@ def _row(args: argparse.Namespace, mesh, plan, stamp: int, compiled) -> dict[str
     }
 
 
-def _mesh_sizes(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
     from hybridvlm.sharding import AXES
 
     sizes: dict[str, int] = {}

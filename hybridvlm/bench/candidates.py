@@ -86,7 +86,7 @@ def floor(work: Work, dtype: str) -> dict[str, float]:
 def compiled(
     name: str, function: Callable, shapes: tuple, target: Any, work: Work, dtype: str, library: Work | None = None
 ) -> dict[str, Any]:
-    """One function compiled for a target: {gb, cost_ms, floor_ms, temp_mb, compile_s}, gb and cost_ms None for a GPU.
+    """One function compiled for a target: {gb, cost_ms, floor_ms, temp_mb, compile_s}; for a GPU launches instead of cost_ms.
 
     library: bytes and FLOPs of a kernel in it that declares nothing; they are added, its time as the larger share.
     """
@@ -97,14 +97,16 @@ def compiled(
     timing.say(f"compiling {name} for {target.name}")
     program = aot.compile_for(target, function, *shapes)
     limit = of_chip(target.name.partition(":")[0])
-    row: dict[str, Any] = {"target": target.name, "gb": None, "cost_ms": None}
+    text = program.executable.as_text()
+    cost = program_cost(text, target.chip)
+    row: dict[str, Any] = {"target": target.name}
     if target.platform == "tpu":
-        text = program.executable.as_text()
-        cost = program_cost(text, target.chip)
         extra = limit.floor_seconds(library.flops, library.moved, dtype) if library else 0.0
         # What a kernel fetches again and again only its declaration knows, and the compiler's own count, which is right where
         # there is no loop, has that in it.
         moved = cost.bytes if " while(" in text else program.bytes_accessed
         row |= {"gb": (moved + (library.moved if library else 0)) / 1e9, "cost_ms": 1e3 * (cost.seconds + extra)}
+    else:
+        row |= {"gb": cost.bytes / 1e9, "launches": cost.launches}
     row["floor_ms"] = 1e3 * limit.floor_seconds(work.flops, work.moved, dtype)
     return row | {"temp_mb": program.temporaries / 1e6, "compile_s": program.compile_seconds}

@@ -6,7 +6,8 @@ of_floor        bytes_ms over ms; '-' on a device whose bandwidth is not known. 
 temp_mb         temporaries, from the compiled program's memory analysis
 
 With --aot nothing runs: every implementation is compiled for the target.
-gb, cost_ms     bytes to and from HBM, and time, by the compiler's estimates for the program's instructions (`bench.hlo`)
+gb, cost_ms     bytes to and from HBM, and time, by the compiler's estimates for the program's instructions (`bench.hlo`); for a
+                GPU, whose compiler estimates no time, launches in place of cost_ms: kernels that run one after the other
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The embedded model in bfloat16 beside float32, on questions of the embedded benchmark (validation split).
 
-One row per drop layer of the plan, over all questions:
+The checkpoint's own reduction with the method and budget asked for. One row per drop layer of the plan, over all questions:
 kept        share of the video's visual tokens that are left behind the layer
 agree       share of the video's visual tokens of which both say the same, stays or goes
 overlap     share of what float32 keeps that bfloat16 keeps too; by chance it would be `kept`
@@ -11,6 +11,7 @@ the same.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="tiny", help="packaged name or checkpoint folder (default: tiny)")
+    add("--model", default="tiny-reduced", help="packaged name or checkpoint folder (default: tiny-reduced)")
     add("--method", default="str", help="reduction method (default: str)")
     add("--budget", type=float, default=0.25, help="share of visual tokens to keep (default: 0.25)")
     add("--limit", type=positive, default=96, help="first N questions (default: 96)")
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     task = build_task(
         "needle", TaskOptions(models["float32"].config, frames=args.frames, split="val", limit=args.limit)
     )
-    reductions = {"dense": None, args.method: Reduction(args.method, args.budget)}
+    own = models["float32"].reduction or Reduction()
+    reductions = {"dense": None, args.method: dataclasses.replace(own, method=args.method, budget=args.budget)}
     correct = {(kind, dtype): 0 for kind in reductions for dtype in DTYPES}
     same = dict.fromkeys(reductions, 0)
     drops: list[np.ndarray] = []  # of every batch [drops, both, own], agreed and kept tokens

@@ -6,6 +6,8 @@ estimates for it (by which it chose its tiles), a loop multiplies its body by it
 dearest branch. Kernels of our own count by their declared `cost_estimate`, as the larger of FLOPs over peak and bytes
 over bandwidth. Bytes are those between instructions, to and from HBM: operands and results, a slice of a larger
 array as the slice alone, what lives in VMEM not at all. Transfers between chips are listed apart, and not in the seconds.
+
+XLA's compiler for GPUs writes no estimate of time into its programs: there bytes and the number of kernels are what can be read.
 """
 
 from __future__ import annotations
@@ -55,19 +57,22 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """seconds: estimated cycles over the clock, and kernels; bytes: to and from HBM; exchanged: bytes between chips;
-    unread_loops: loops whose trip count could not be read, counted once."""
+    unread_loops: loops whose trip count could not be read, counted once; launches: instructions that run, one after the
+    other, each of which is a kernel on a GPU."""
 
     seconds: float = 0.0
     bytes: float = 0.0
     exchanged: float = 0.0
     unread_loops: int = 0
+    launches: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         mine, its = dataclasses.astuple(self), dataclasses.astuple(other)
         return Cost(*(a + b for a, b in zip(mine, its, strict=True)))
 
     def times(self, count: int) -> Cost:
-        return Cost(self.seconds * count, self.bytes * count, self.exchanged * count, self.unread_loops)
+        seconds, moved, exchanged = (count * value for value in (self.seconds, self.bytes, self.exchanged))
+        return Cost(seconds, moved, exchanged, self.unread_loops, count * self.launches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Instruction:
 
 
 def program_cost(text: str, chip: Chip) -> Cost:
-    """The cost of one run of an optimised TPU program, `compiled.as_text()`, on one chip of `chip`'s kind."""
+    """The cost of one run of an optimised program, `compiled.as_text()`, on one chip of `chip`'s kind."""
     return _Program(text, chip).total
 
 
@@ -132,7 +137,7 @@ class _Program:
             return once.times(count) if count is not None else once + Cost(unread_loops=1)
         if i.opcode == "conditional":
             branches = i.called("branch_computations") or i.called("true_computation") + i.called("false_computation")
-            return max((self.computation(b) for b in branches), key=lambda cost: cost.seconds)
+            return max((self.computation(b) for b in branches), key=lambda cost: (cost.seconds, cost.bytes))
         if i.opcode == "call":
             return sum((self.computation(name) for name in i.called("to_apply")), Cost())
         if i.opcode.endswith("-done") or i.opcode.endswith("-update"):
@@ -142,8 +147,8 @@ class _Program:
         moved = self.moved(i, shapes)
         if i.opcode.removesuffix("-start") in _COLLECTIVES:
             sent = sum(_bytes(shapes.get(name, ""), anywhere=True) for name in i.operands)
-            return Cost(bytes=moved, exchanged=sent)
-        return Cost(self.seconds(i), moved)
+            return Cost(bytes=moved, exchanged=sent, launches=1)
+        return Cost(self.seconds(i), moved, launches=1)
 
     def seconds(self, i: Instruction) -> float:
         declared = re.search(r'"cost_estimate":(\{[^{}]*\})', i.attributes)

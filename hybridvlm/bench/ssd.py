@@ -14,7 +14,8 @@ With --aot nothing runs: every implementation is compiled for the target, forwar
 gb                 bytes to and from HBM by the compiled program (`bench.hlo`), a kernel with what it declares; x_least: over
                    the least
 cost_ms            time by the compiler's estimates of cycles, a kernel as the larger of its bytes and FLOPs over the peaks, which
-                   flatters it; '-' for both where the target is a GPU, whose compiler estimates neither
+                   flatters it. The compiler for GPUs estimates no time; for such a target there is in its place
+launches           how many kernels run one after the other; a kernel of ours counts its operands and results once
 """
 
 from __future__ import annotations
@@ -160,11 +161,14 @@ def _compile(spec, dtype: str, implementations, where, args: argparse.Namespace)
                     raise
                 say(f"{name} {'with its gradient ' if prefix else ''}does not fit: {str(error).splitlines()[0]}")
                 continue
+            cost = program_cost(compiled.executable.as_text(), where.chip)
+            row[f"{prefix}gb"] = cost.bytes / 1e9
             if where.platform == "tpu":
-                cost = program_cost(compiled.executable.as_text(), where.chip)
-                row |= {f"{prefix}gb": cost.bytes / 1e9, f"{prefix}cost_ms": 1e3 * cost.seconds}
-                if not prefix:
-                    row["x_least"] = cost.bytes / least
+                row[f"{prefix}cost_ms"] = 1e3 * cost.seconds
+            else:
+                row[f"{prefix}launches"] = cost.launches
+            if not prefix:
+                row["x_least"] = cost.bytes / least
             row[f"{prefix}temp_mb"] = compiled.temporaries / 1e6
             row[f"{prefix}compile_s"] = compiled.compile_seconds
     return list(rows.values())

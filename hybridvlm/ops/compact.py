@@ -33,6 +33,8 @@ def compact_indices(
     Raises ValueError for shapes that do not fit together, a capacity below 1 or an unknown implementation.
     """
     b, length = segment.shape
+    if not length:
+        raise ValueError(f"segment: expected rows of at least one token, got {segment.shape}")
     for name, array in (("visual", visual), ("score", score)):
         if array.shape != (b, length):
             raise ValueError(f"{name}: expected shape {(b, length)} as segment, got {array.shape}")

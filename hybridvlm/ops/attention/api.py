@@ -12,7 +12,8 @@ from hybridvlm.ops.platforms import platform
 
 # name -> module, imported when it is asked for. Its attention(q, k, v, *, q_segment, kv_segment, q_index, kv_index, causal,
 # scale) takes what `attention` below has checked, None for what was not given, and raises NotImplementedError, with
-# the reason, for what it cannot do.
+# the reason, for what it cannot do. tokamax (0.0.12) has no entry: its public dot_product_attention returns no log-sum-exp and takes
+# segments as a whole mask [T,L] alone, so that an adapter could do nothing but raise.
 IMPLEMENTATIONS = {
     "reference": "hybridvlm.ops.attention.reference",
     "xla": "hybridvlm.ops.attention.xla",
@@ -108,6 +109,11 @@ def check_shapes(
         raise ValueError(f"q, k: expected q [B,T,H,P] and k [B,L,K,P], got {q.shape} and {k.shape}")
     b, t, heads, width = q.shape
     length, kv_heads = k.shape[1], k.shape[2]
+    if not all((b, heads, width, *k.shape)):
+        raise ValueError(
+            f"q, k: expected at least one example, head, key and lane, got q [B,T,H,P] = {q.shape} and k [B,L,K,P] = {k.shape}; "
+            "leave the call out where there is nothing to attend to"
+        )
     if k.shape[0] != b or k.shape[3] != width:
         raise ValueError(f"k: expected [{b},L,K,{width}] to match q {q.shape}, got {k.shape}")
     if heads % kv_heads:

@@ -67,6 +67,9 @@ def text_to_visual(
     if lse is not None and lse.shape != (b, head_count, rows):
         raise ValueError(f"lse: expected [B,H,R] = {(b, head_count, rows)}, got {lse.shape}")
 
+    if not rows:
+        return jnp.zeros((b, length), jnp.float32)
+
     scale = width**-0.5 if scale is None else scale
     q_segment = jnp.ones((b, rows), jnp.int32) if q_segment is None else q_segment
     q_segment = jnp.where(q_mask, q_segment, 0)
