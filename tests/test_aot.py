@@ -175,12 +175,14 @@ WHOLE = ("--model", "nemotron_nano_12b_v2_vl", "--budget", "0.25", "--methods", 
     "topology, mesh", [("v5p:2x2x1", "tensor=1"), ("v6e:2x2", "tensor=4"), ("v5e:4x4", "tensor=16")]
 )
 def test_the_12b_prefill_compiles_and_fits(tmp_path, topology, mesh):
-    """128 frames and 512 text tokens; the cost model's speed-up at 25% is at least 3.8, and 0.95 of what the plan predicts."""
+    """128 frames and 512 text tokens. On v5p compile time is bounded, the cost model's speed-up at 25% is at least 3.8, and with time
+    stamps 0.95 of what the plan predicts."""
     prompt = "both" if topology.startswith("v5p") else "question"
     rows = rows_of(tmp_path, *WHOLE, "--frames", "128", "--topology", topology, "--mesh", mesh, "--prompt", prompt)
     for row in rows:
         assert row["fits"] and not row["unread_loops"], row
-        assert row["compile_cpu_s"] <= (120 if row["method"] == "none" else 240), row
+        if prompt == "both":
+            assert row["compile_cpu_s"] <= (120 if row["method"] == "none" else 240), row
     if prompt == "both":
         assert rows[1]["speedup"] >= 3.8
         assert rows[3]["share_of_predicted"] >= 0.95

@@ -27,7 +27,7 @@ from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
 
 # whole programs compile faster than their operations one by one
-STATIC = ("plan", "score_fn", "collect", "room", "segments", "query_capacity")
+STATIC = ("plan", "score_fn", "collect", "room", "segments", "query_capacity", "remat", "caches")
 prefill = jax.jit(decoder.prefill, static_argnums=1, static_argnames=STATIC)
 extend = jax.jit(decoder.extend, static_argnums=1)
 extend_shared = jax.jit(decoder.extend_shared, static_argnums=1)
@@ -249,3 +249,42 @@ def test_scores_are_asked_for_only_where_they_exist(params):
         prefill(params, CONFIG, tokens, collect=(1,), score_fn=lambda *a: None)
     with pytest.raises(ValueError, match="score_fn is needed"):
         prefill(params, CONFIG, tokens, collect=(0,))
+
+
+def test_rematerialisation_changes_memory_and_nothing_else(params):
+    """A scan of two, a drop after a Mamba layer and one after attention: the same survivors and gradients from less kept."""
+    config = dataclasses.replace(CONFIG, pattern="M-M-M*M")
+    tokens = join(prompt(6, 40, 3), prompt(7, 25, 2, segment=2), 3)
+    tree = Decoder(config).init(jax.random.key(3), tokens)["params"]
+    schedule = Schedule("list", values=(1, 1, 1, 1, 1, 0.5, 0.3))
+    plan = make_plan(Reduction("str", 1.0, schedule=schedule), config, visual_tokens=65, text_tokens=8, frames=1)
+    assert [config.pattern[layer] for layer in plan.drops] == ["M", "*"]
+    options = {
+        "plan": plan,
+        "score_fn": score_fn(plan, segments=2),
+        "segments": 2,
+        "query_capacity": 8,
+        "caches": False,
+    }
+
+    def loss(params, remat):
+        out = decoder.prefill(params, config, tokens, remat=remat, **options)
+        return jnp.sum(jnp.sin(out.tokens.x)), out
+
+    found, held = {}, {}
+    for remat in decoder.REMAT:
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1).lower(tree, remat).compile()
+        found[remat], held[remat] = compiled(tree), compiled.memory_analysis().temp_size_in_bytes
+    (value, out), gradient = found["none"]
+    assert out.caches == ()
+    for remat in ("dots", "layer"):
+        (again, same), other = found[remat]
+        np.testing.assert_allclose(again, value, rtol=1e-5)
+        jax.tree.map(close, other, gradient)
+        jax.tree.map(np.testing.assert_array_equal, (same.survivors, same.kept), (out.survivors, out.kept))
+        assert held[remat] < held["none"], held
+
+
+def test_what_training_asks_wrongly_is_refused(params):
+    with pytest.raises(ValueError, match=r"remat: expected one of \['dots', 'layer', 'none'\], got 'all'"):
+        prefill(params, CONFIG, prompt(5, 4, 2), remat="all")

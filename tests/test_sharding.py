@@ -8,13 +8,16 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from sharding_worker import IN_SUITE, TRAIN
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions, load_model_config
 from hybridvlm.models import nemotron_vl
-from hybridvlm.sharding import ShardingRules, lay_out, local_config, make_mesh
+from hybridvlm.sharding import ShardingRules, in_one_piece, lay_out, local_config, make_mesh
 
 WORKER = pathlib.Path(__file__).with_name("sharding_worker.py")
 SMALL = ModelConfig(
@@ -38,20 +41,63 @@ def whole_12b():
     return config, jax.eval_shape(lambda: nemotron_vl.init(config, jax.random.key(0)))
 
 
+def on_eight_devices(*arguments):
+    """The cases that the worker prints."""
+    root = str(WORKER.parent.parent)
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # what compiles, runs once
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    command = [sys.executable, str(WORKER), *arguments]
+    ran = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
 def test_sharded_prefill_is_that_of_one_device():
     """Dense and reduced; SSM groups and kv heads on a device each, and shared by two devices with cut query heads."""
-    root = str(WORKER.parent.parent)
-    flags = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
-    ran = subprocess.run([sys.executable, str(WORKER)], env=env, cwd=root, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    cases = [json.loads(line) for line in ran.stdout.splitlines()]
+    cases = on_eight_devices("prefill")
     assert [case["case"] for case in cases] == ["dense data=2 tensor=4", "str data=1 tensor=2", "str data=2 tensor=4"]
     for case in cases:
         assert case["error"] <= 1e-5, case
         assert case["same kept"], case
     # 240 columns of z|x|B|C|dt: an even share, and with 4 devices on 2 groups B and C of the shared group once more
     assert [case["in_proj columns"] for case in cases] == ["68", "120", "68"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [list(TRAIN)[:IN_SUITE], pytest.param(list(TRAIN)[IN_SUITE:], marks=pytest.mark.slow)],
+    ids=["some", "more"],
+)
+def test_sharded_training_is_that_of_one_device(names):
+    """Loss, hidden states, every parameter's gradient and who stays: rows packed, of odd length, some shards nothing but padding."""
+    cases = on_eight_devices("train", *names)
+    assert [case["case"] for case in cases] == names
+    for case in cases:
+        assert case["loss"] <= 1e-5, case
+        assert case["error"] <= 1e-5, case
+        assert case["gradient"] <= 1e-4, case
+        assert case["same kept"], case
+
+
+def test_copies_of_columns_share_a_gradient():
+    rng = np.random.default_rng(0)
+    decoder = {
+        "mamba": {"in_proj": rng.normal(size=(1, 2, SMALL.in_proj_width))},
+        "attention": {"k_proj": rng.normal(size=(1, 2, SMALL.kv_heads * SMALL.head_dim))},
+        "norm_f": rng.normal(size=3),
+    }
+    params = {"decoder": decoder}
+    laid = lay_out(params, SMALL, 4)
+    assert laid["decoder"]["mamba"]["in_proj"].shape[-1] > SMALL.in_proj_width
+    jax.tree.map(np.testing.assert_array_equal, in_one_piece(laid, SMALL, 4), params)
+    whole, back = jax.vjp(lambda p: lay_out(p, SMALL, 4), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        in_one_piece(whole, SMALL, 4, join="sum"),
+        *back(whole),
+    )
+    with pytest.raises(ValueError, match="join must be 'first' or 'sum'"):
+        in_one_piece(laid, SMALL, 4, join="mean")
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -90,11 +136,12 @@ def test_the_12b_model_is_cut_without_a_remainder(whole_12b, devices):
 
     def count(path, leaf, spec):
         cut = [
-            size // (devices if axis == "tensor" else 1)
+            size // (devices if "tensor" in (axis or ()) else 1)
             for size, axis in zip(leaf.shape, [*spec, *[None] * 9], strict=False)
         ]
         assert all(
-            size % (devices if axis == "tensor" else 1) == 0 for size, axis in zip(leaf.shape, spec, strict=False)
+            size % (devices if "tensor" in (axis or ()) else 1) == 0
+            for size, axis in zip(leaf.shape, spec, strict=False)
         )
         held[path[0].key] = held.get(path[0].key, 0) + int(np.prod(cut))
 
@@ -108,8 +155,14 @@ def test_the_12b_model_is_cut_without_a_remainder(whole_12b, devices):
 def test_rules_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="no rule for the parameter 'decoder/mamba/novel'"):
         ShardingRules().spec("decoder/mamba/novel")
-    assert ShardingRules().spec("decoder/mamba/out_proj") == P(None, "tensor", None)
-    assert ShardingRules(width=("fsdp",)).spec("decoder/mamba/out_proj") == P(None, "tensor", "fsdp")
+    assert ShardingRules().spec("decoder/mamba/out_proj") == P(None, ("tensor", "fsdp", "sequence"), None)
+    assert ShardingRules(share=()).spec("decoder/mamba/out_proj") == P(None, "tensor", None)
+    mesh = AbstractMesh((4, 6, 2), ("fsdp", "sequence", "tensor"))
+    assert ShardingRules().spec("decoder/mamba/in_proj", (3, 8, 10), mesh) == P(None, "fsdp", "tensor")
+    assert ShardingRules().spec("decoder/mamba/in_proj", (3, 6, 10), mesh) == P(None, None, "tensor")
+    state = optax.adamw(1e-3).init({"decoder": {"mamba": {"in_proj": np.zeros((3, 24, 10))}}})
+    specs = jax.tree.leaves(ShardingRules().specs(state, mesh), is_leaf=lambda leaf: isinstance(leaf, P))
+    assert specs == [P(), *[P(None, ("fsdp", "sequence"), "tensor")] * 2]
     assert ShardingRules().spec("vision/blocks/qkv") == P()
 
 
@@ -120,7 +173,7 @@ def test_sizes_that_cannot_be_cut_are_refused():
         make_mesh(data=3, devices=[1, 2])
     with pytest.raises(ValueError, match="one of them may be -1"):
         make_mesh(data=-1, tensor=-1)
-    assert make_mesh(data=-1).shape == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+    assert make_mesh(data=-1).shape == {"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 def test_scores_that_need_whole_heads_are_refused():

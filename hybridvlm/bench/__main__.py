@@ -22,6 +22,8 @@ BENCHES = {
     "compact": ("hybridvlm.bench.compact", "dropping tokens from a row, by sorting and by counting"),
     "dtype": ("hybridvlm.bench.dtype", "the embedded model in bfloat16 beside float32: kept tokens and accuracy"),
     "aot": ("hybridvlm.bench.aot", "a whole prefill compiled for TPUs that are not there: memory, cost, compile time"),
+    "train": ("hybridvlm.bench.train", "a whole step of training compiled for TPUs that are not there, as aot"),
+    "step": ("hybridvlm.bench.step", "a training step, dense beside reduction"),
     "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense beside reduction methods"),
     "peers": ("hybridvlm.bench.peers", "prefill and decode beside transformers' NemotronH"),
 }

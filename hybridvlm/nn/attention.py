@@ -12,6 +12,7 @@ from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import AttentionCache, attention_cache
 from hybridvlm.nn.parallel import own_channels, total
 from hybridvlm.nn.qwen import join_heads, project_heads
+from hybridvlm.nn.sequence import pick_rows, row_shards, row_start, whole_row
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
@@ -85,20 +86,27 @@ def attention_layer(
 
     x [B,L,D], segment [B,L]; position [B,L] or [B,L,3] where the config has a rotary embedding (keys are cached turned).
     `room`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of the question (at most
-    `query_capacity` of them) come back in the aux, for the text-to-visual score.
+    `query_capacity` of them) come back in the aux, for the text-to-visual score. Where rows are cut over devices, the aux has
+    the whole row's question, its places counted from the first token here, and the keys of this stretch alone.
     """
     q, k, v = _qkv(p, c, x, position)
-    out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment)
+    length, start = segment.shape[1], row_start(c, segment.shape[1])
+    if row_shards(c) == 1:
+        out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment)
+    else:
+        keys, values, slots = (whole_row(c, a) for a in (k, v, segment))
+        place = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), segment.shape)
+        out, lse = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place)
     aux = None
     if query is not None:
-        index, mask = gather_queries(query, query_capacity)
+        index, mask = gather_queries(whole_row(c, query), query_capacity)
         aux = AttentionAux(
-            q=jnp.take_along_axis(q, index[:, :, None, None], axis=1),
+            q=pick_rows(c, q, index, mask),
             q_mask=mask,
-            q_segment=jnp.where(mask, jnp.take_along_axis(segment, index, axis=1), 0),
-            q_index=index,
+            q_segment=pick_rows(c, segment, index, mask),
+            q_index=index - start,
             k=k,
-            lse=jnp.take_along_axis(lse, index[:, None, :], axis=2),
+            lse=pick_rows(c, lse.swapaxes(1, 2), index, mask).swapaxes(1, 2),
         )
     return _output(p, c, x, out), attention_cache(k, v, segment, room), aux
 

@@ -18,12 +18,22 @@ from hybridvlm.nn.linear import cut_columns
 from hybridvlm.nn.mamba2 import MambaStack, mamba_layer, mamba_step
 from hybridvlm.nn.mlp import MlpStack, mlp_layer
 from hybridvlm.nn.moe import MoeStack, moe_layer
-from hybridvlm.ops.compact import compact
+from hybridvlm.nn.parallel import fetch
+from hybridvlm.nn.sequence import compact_row, row_shards, row_total
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import Tokens
 
 Params = dict[str, Any]
 ScoreFn = Callable[[int, Any, Tokens], jax.Array]
+Gate = Callable[[Tokens, jax.Array, jax.Array], Tokens]
+
+# What the backward pass finds of a layer's inside (the residual stream before each layer is kept in any case); the rest is computed
+# again. None: all of it is kept.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class DropPlan(Protocol):
@@ -43,7 +53,7 @@ class DropPlan(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderOutput:
-    """tokens: after the last layer and the final norm. caches: one entry per layer.
+    """tokens: after the last layer and the final norm. caches: one entry per layer; () from a prefill that was asked for none.
 
     survivors: for every drop, (index [B,L], visual [B,L]) of the row behind it. kept [1+drops,B,S]: visual tokens that entered
     layer 0, then what was left after each drop.
@@ -119,13 +129,35 @@ def _per_token(kind: str, p, c: ModelConfig, x):
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """Layers start..stop-1, which neither drop nor score; `copied`: repeated units scan over copies of their parameters."""
+    """Layers start..stop-1, which neither drop nor score; `copied`: repeated units scan over copies of their parameters,
+    `inside`: of such a scan."""
 
     config: ModelConfig
     start: int
     stop: int
     room: int
+    remat: str = "none"
+    caches: bool = True
     copied: bool = False
+    inside: bool = False
+
+
+def _run_layer(span: _Span, layer: int, stack: Params, index, x, segment, position, query=None, **options):
+    """One layer, the `index`-th of its kind's `stack`: (x, its cache or None, aux), rematerialised as the span says."""
+    kind = span.config.pattern[layer]
+
+    def run(stack, index, x, segment, position, query):
+        p = fetch(span.config, KINDS[kind], _pick(stack, index), x.dtype)
+        x, cache, aux = _layer(kind, p, span.config, x, segment, position, query=query, room=span.room, **options)
+        return x, cache if span.caches else None, aux
+
+    if REMAT[span.remat] is None:
+        return run(stack, index, x, segment, position, query)
+    # What enters is kept, so a layer's parameters are picked and fetched inside. The body of a scan is compiled apart from its
+    # backward pass: XLA finds nothing there that it could merge with the second computation.
+    static = (1,) if isinstance(index, int) else ()
+    again = jax.checkpoint(run, policy=REMAT[span.remat], prevent_cse=not span.inside, static_argnums=static)
+    return again(stack, index, x, segment, position, query)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -155,14 +187,12 @@ def _walk(span: _Span, params: Params, base: dict[str, Any], x, segment, positio
     for first, unit, times in repeats(c.pattern, span.start, span.stop):
         kinds = c.pattern[first : first + unit]
         if times > 1:
-            inner = dataclasses.replace(span, start=first, stop=first + unit)
+            inner = dataclasses.replace(span, start=first, stop=first + unit, inside=True)
             x, entries = _repeat(inner, times, params, base, x, segment, position)
             caches += entries
         else:
-            for kind in kinds:
-                p = _pick(params[KINDS[kind]], base[kind])
-                x, cache, _ = _layer(kind, p, c, x, segment, position, room=span.room)
-                caches.append(cache)
+            x, cache, _ = _run_layer(span, first, params[KINDS[kinds]], base[kinds], x, segment, position)
+            caches.append(cache)
         base = {kind: place + times * kinds.count(kind) for kind, place in base.items()}
     return x, caches
 
@@ -238,6 +268,9 @@ def prefill(
     segments: int = 1,
     query_capacity: int | None = None,
     counts: jax.Array | None = None,
+    remat: str = "none",
+    caches: bool = True,
+    gate: Gate | None = None,
 ) -> DecoderOutput:
     """Run whole prompts through the decoder.
 
@@ -246,8 +279,23 @@ def prefill(
     segments: samples packed in a row. query_capacity: most question rows of an example (default: the text length, L minus visual).
     counts [B,S]: visual tokens that each example came with, when some were dropped before the decoder (default: those here).
     tokens.extra[plane_after(layer)] [B,L,D] is added to the residual stream behind that layer, and is not carried further.
+    remat: what a backward pass finds kept of a layer, a name of `REMAT`: "none" (everything), "dots" (what is multiplied by a weight
+    gives), "layer" (the residual stream before it); which tokens stay is never decided again. caches=False for training: none
+    are returned, and so none are kept.
+
+    gate(tokens, score [B,L], keep [B,S]) -> tokens, right before each drop: a way for gradients to reach the scores.
+
+    Scores that only choose carry no gradient; those of `collect` do, and all do with a gate.
     """
     c = config
+    if remat not in REMAT:
+        raise ValueError(f"remat: expected one of {sorted(REMAT)}, got {remat!r}")
+    if row_shards(c) > 1 and gate is not None:
+        raise ValueError("a gate sees whole rows, and these are cut over the sequence axis; use a mesh of sequence=1")
+    if row_shards(c) > 1 and caches:
+        raise ValueError(
+            "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
+        )
     drops = set(plan.drops) if plan is not None else set()
     for layer in sorted(drops | set(collect)):
         if c.pattern[layer] not in MIXERS:
@@ -257,47 +305,54 @@ def prefill(
     scored = drops | set(collect)
     planes = {layer for layer in range(len(c.pattern)) if plane_after(layer) in tokens.extra}
     if query_capacity is None:
-        query_capacity = tokens.length
+        query_capacity = tokens.length * row_shards(c)
+    here = row_total(c, visual_counts(tokens, segments))
     if counts is None:
-        counts = visual_counts(tokens, segments)
-    caches: list[Cache] = []
-    survivors, kept, scores = [], [visual_counts(tokens, segments)], {}
+        counts = here
+    entries: list[Cache] = []
+    survivors, kept, scores = [], [here], {}
     at = 0
     while at < len(c.pattern):
         stop = next((layer for layer in range(at, len(c.pattern)) if layer in scored | planes), len(c.pattern))
         if at < stop:
-            x, entries = _span(_Span(c, at, stop, room), params, tokens.x, tokens.segment, tokens.position)
+            span = _Span(c, at, stop, room, remat, caches)
+            x, found = _span(span, params, tokens.x, tokens.segment, tokens.position)
             tokens = tokens.replace(x=x)
-            caches += entries
+            entries += found
         if stop == len(c.pattern):
             break
-        x, cache, aux = _layer(
-            c.pattern[stop],
-            layer_params(params, c, stop),
-            c,
+        kind, index = c.kind_index(stop)
+        x, cache, aux = _run_layer(
+            _Span(c, stop, stop + 1, room, remat, caches),
+            stop,
+            params[kind],
+            index,
             tokens.x,
             tokens.segment,
             tokens.position,
             query=tokens.query if stop in scored else None,
-            query_capacity=min(query_capacity, tokens.length),
-            room=room,
+            query_capacity=min(query_capacity, tokens.length * row_shards(c)),
         )
-        caches.append(cache)
+        entries.append(cache)
         if stop in planes:
             extra = dict(tokens.extra)
             x = x + extra.pop(plane_after(stop)).astype(x.dtype)
             tokens = tokens.replace(extra=extra)
         tokens = tokens.replace(x=x)
-        score = score_fn(stop, aux, tokens) if stop in scored else None
+        if stop in scored:
+            told = (aux, tokens) if stop in collect or gate is not None else jax.lax.stop_gradient((aux, tokens))
+            score = score_fn(stop, *told)
         if stop in collect:
             scores[stop] = score
         if stop in drops:
-            tokens = compact(tokens, score, plan.keep(stop + 1, counts), plan.row_length(stop + 1))
+            keep = plan.keep(stop + 1, counts)
+            tokens = tokens if gate is None else gate(tokens, score, keep)
+            tokens = compact_row(c, tokens, score, keep, plan.row_length(stop + 1))
             survivors.append((tokens.index, tokens.visual))
-            kept.append(visual_counts(tokens, segments))
+            kept.append(row_total(c, visual_counts(tokens, segments)))
         at = stop + 1
     tokens = tokens.replace(x=rms_norm(tokens.x, params["norm_f"], c.norm_eps))
-    return DecoderOutput(tokens, tuple(caches), tuple(survivors), jnp.stack(kept), scores)
+    return DecoderOutput(tokens, tuple(entries) if caches else (), tuple(survivors), jnp.stack(kept), scores)
 
 
 def step(
