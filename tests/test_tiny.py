@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybridvlm.analysis.deletion import separate
 from hybridvlm.checkpoints.folder import load
 from hybridvlm.config import MIXERS, Reduction, load_model_config
 from hybridvlm.nn.decoder import prefill
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
-from hybridvlm.tiny import codes, control, finetune, needle, train
+from hybridvlm.tiny import codes, finetune, needle, train
 from hybridvlm.tiny.bank import draw, draw_videos, make_bank
 from hybridvlm.tiny.resume import Saved
 from hybridvlm.tiny.setup import initial_params
@@ -144,7 +145,7 @@ def test_separate_questions_need_no_token_twice(small):
     _, _, bank = small
     _, asked = draw_videos(bank, 4, 3, 40, needle.TYPES, np.random.default_rng(0))
     for q in asked:
-        chosen = control.separate(q.hop1, q.hop2)
+        chosen = separate(q.hop1, q.hop2)
         needed = [t for pair in zip(q.hop1[chosen], q.hop2[chosen], strict=True) for t in pair if t >= 0]
         assert len(needed) == len(set(needed)) and chosen.any()
 

@@ -25,7 +25,7 @@ from hybridvlm.models.nemotron_names import table
 from hybridvlm.models.prompt import Batch, Layout, Message, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, step, unstack
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, step, unstack, visual_counts
 from hybridvlm.nn.decoder import extend as extend_decoder
 from hybridvlm.nn.decoder import prefill as prefill_decoder
 from hybridvlm.ops.compact import compact
@@ -270,6 +270,55 @@ def encode(params: dict, config: ModelConfig, pixels: jax.Array) -> jax.Array:
     return HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
 
 
+def decoder_output(
+    params: dict,
+    config: ModelConfig,
+    batch: Batch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    *,
+    room: int = 0,
+    assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
+    mesh: Mesh | None = None,
+    question: jax.Array | None = None,
+    segments: int = 1,
+    score_fn: methods.ScoreFn | None = None,
+    **options: Any,
+) -> tuple[DecoderOutput, jax.Array]:
+    """Embeddings through the decoder under a plan (None: dense): its output, and the visual tokens given, counts [B,S].
+
+    The batch must be laid out for this plan: with average pooling it has the pooled number of places. visual [B,F,m,D]; `room`:
+    cache slots for new tokens. assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens
+    carry more behind the first D values has its own. mesh: the devices that `params` were laid out for by `sharding.shard_params`.
+    question [B,L] bool: the text that says what matters, where that is not simply all behind the last visual token, as in rows
+    that hold answers or S = `segments` packed samples. score_fn: instead of the plan's own. options: as of `nn.decoder.prefill`.
+    """
+    counts = None
+    frame_count = batch.frame_count
+    if segments > 1 and plan is not None and plan.input_method != "none":
+        raise ValueError(
+            f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
+        )
+    if plan is not None and plan.pool_factors != (1, 1, 1):
+        visual, frame_count = methods.merge_fn(plan)(visual, frame_count)
+    tokens = assemble(params["embed"], batch, visual)
+    if question is not None:
+        tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
+    text = tokens.length
+    given = visual_counts(tokens, segments)
+    if plan is not None:
+        score_fn = methods.score_fn(plan, segments=segments) if score_fn is None else score_fn
+        counts, text = given, plan.text_tokens
+        if plan.drops_input:
+            ranks = methods.input_score(plan)(visual[..., : config.width], frame_count)
+            order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
+            score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
+            tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
+    run = prefill_decoder if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
+    options = {"room": room, "query_capacity": text, "counts": counts, "segments": segments} | options
+    return run(params["decoder"], config, tokens, plan=plan, score_fn=score_fn, **options), given
+
+
 def prefill(
     params: dict,
     config: ModelConfig,
@@ -280,39 +329,17 @@ def prefill(
     assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
     mesh: Mesh | None = None,
 ) -> Prefilled:
-    """Embeddings to last-token logits under a plan (None: dense). visual [B,F,m,D]; `room`: cache slots for new tokens.
-
-    The batch must be laid out for this plan: with average pooling it has the pooled number of places. assemble: how embeddings,
-    batch and visual tokens become one row; a family whose visual tokens carry more behind the first D values has its own. mesh: the
-    devices that `params` were laid out for by `sharding.shard_params`.
-    """
-    score_fn, counts = None, None
-    frame_count = batch.frame_count
-    if plan is not None and plan.pool_factors != (1, 1, 1):
-        visual, frame_count = methods.merge_fn(plan)(visual, frame_count)
-    tokens = assemble(params["embed"], batch, visual)
-    text = tokens.length
-    given = jnp.sum(tokens.visual, axis=1, dtype=jnp.int32)[:, None]
-    if plan is not None:
-        score_fn, counts, text = methods.score_fn(plan), given, plan.text_tokens
-        if plan.drops_input:
-            ranks = methods.input_score(plan)(visual[..., : config.width], frame_count)
-            order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
-            score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
-            tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
-    run = prefill_decoder if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
-    out = run(
-        params["decoder"], config, tokens, plan=plan, score_fn=score_fn, room=room, query_capacity=text, counts=counts
-    )
+    """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`."""
+    out, given = decoder_output(params, config, batch, visual, plan, room=room, assemble=assemble, mesh=mesh)
     last = jnp.maximum(jnp.sum(out.tokens.segment > 0, axis=1) - 1, 0)
     x = jnp.take_along_axis(out.tokens.x, last[:, None, None], axis=1)[:, 0]
-    return Prefilled(_head(params, config, x), out, given)
+    return Prefilled(head(params, config, x), out, given)
 
 
-def _head(params: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
-    """Final hidden states [B,D] -> logits [B,V] fp32."""
-    head = params["embed"].T if config.tie_embeddings else params["lm_head"]
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+def head(params: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """Final hidden states [...,D] -> logits [...,V] fp32."""
+    weight = params["embed"].T if config.tie_embeddings else params["lm_head"]
+    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def stepper(
@@ -324,7 +351,7 @@ def stepper(
     def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
         x = jnp.take(params["embed"], token, axis=0)[:, None]
         x, caches = step(layers, params["decoder"]["norm_f"], config, x, caches)
-        return _head(params, config, x[:, 0]), caches
+        return head(params, config, x[:, 0]), caches
 
     return one
 
@@ -336,4 +363,4 @@ def extend(
     x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)
     x, caches = extend_decoder(params["decoder"], config, x, segment, caches)
     last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
-    return _head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches
+    return head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches

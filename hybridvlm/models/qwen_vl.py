@@ -29,7 +29,7 @@ from hybridvlm.models.prompt import Batch, Layout, Message, Pieces
 from hybridvlm.models.qwen_names import config_from_hf, table
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, plane_after, unstack
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, plane_after, unstack
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.reduction.plan import make_plan as plan_for
@@ -381,6 +381,18 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
     return assemble
 
 
+def decoder_output(
+    params: Mapping[str, Any],
+    config: QwenConfig,
+    batch: QwenBatch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    **options: Any,
+) -> tuple[DecoderOutput, jax.Array]:
+    """As `nemotron_vl.decoder_output`, with M-RoPE positions and DeepStack planes."""
+    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble=_assemble(config), **options)
+
+
 def prefill(
     params: Mapping[str, Any],
     config: QwenConfig,
@@ -397,11 +409,6 @@ def prefill(
     return dataclasses.replace(done, decoder=dataclasses.replace(done.decoder, caches=caches))
 
 
-def _logits(params: Mapping[str, Any], config: QwenConfig, x: jax.Array) -> jax.Array:
-    head = params["embed"].T if config.tie_embeddings else params["lm_head"]
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
 def stepper(
     params: Mapping[str, Any], config: QwenConfig
 ) -> Callable[[jax.Array, QwenCaches], tuple[jax.Array, QwenCaches]]:
@@ -411,7 +418,7 @@ def stepper(
     def one(token: jax.Array, caches: QwenCaches) -> tuple[jax.Array, QwenCaches]:
         x = jnp.take(params["embed"], token, axis=0)[:, None]
         x, longer = decoder.step(layers, norm_f, config, x, caches.layers, caches.position[:, None])
-        return _logits(params, config, x[:, 0]), QwenCaches(longer, caches.position + 1)
+        return nemotron_vl.head(params, config, x[:, 0]), QwenCaches(longer, caches.position + 1)
 
     return one
 
@@ -426,4 +433,4 @@ def extend(
     x = jnp.where(real[..., None], jnp.take(params["embed"], ids, axis=0), 0)
     x, longer = decoder.extend(params["decoder"], config, x, segment, caches.layers, position)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return _logits(params, config, last), QwenCaches(longer, caches.position + count)
+    return nemotron_vl.head(params, config, last), QwenCaches(longer, caches.position + count)

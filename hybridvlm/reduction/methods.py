@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
 from hybridvlm.ops.layer_aux import AttentionAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction import calibrated, schedules, scores
 from hybridvlm.reduction import evs as before
-from hybridvlm.reduction import schedules, scores
 
 if TYPE_CHECKING:
     from hybridvlm.reduction.plan import ReductionPlan
@@ -51,7 +51,7 @@ class Method:
     @property
     def scheduled(self) -> bool:
         """Whether the reduction's Schedule shapes it; other methods bring their own curve."""
-        return self.curve is _scheduled
+        return self.curve in (_scheduled, calibrated.trusted_curve)
 
     @property
     def summary(self) -> str:
@@ -208,6 +208,19 @@ def str_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, seg
 @_register("str-mamba", "decoder", reads=QUERIES, sites=_after((MAMBA,)), curve=_scheduled, where="M")
 def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """as str, but scores and drops only after Mamba layers"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+@_register(
+    "str-calibrated",
+    "decoder",
+    reads=QUERIES,
+    sites=calibrated.trusted_sites,
+    curve=calibrated.trusted_curve,
+    where="trusted M or *",
+)
+def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+    """as str, but layers drop as far as Schedule.trust says that their scores can be believed; trust 0 skips a layer"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 

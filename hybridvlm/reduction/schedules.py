@@ -15,8 +15,9 @@ from hybridvlm.config import Schedule
 SHARE_ONE = 4096  # the integer share that means "all"
 _LEAST = 1.0 / SHARE_ONE  # floor of the methods that have no schedule of their own
 
-# curve(layer, ordinal, p): the wanted share that enters `layer`, behind the `ordinal`-th place (from 1) of a drop
-Curve = Callable[[int, int, float], float]
+# curve(layer, ordinal, p): the wanted share that enters `layer` (a place in depth, whole or not), behind the `ordinal`-th place
+# (from 1) of a drop
+Curve = Callable[[float, int, float], float]
 
 
 class BudgetError(ValueError):

@@ -1,0 +1,204 @@
+"""Which layers' scores follow the question? A plan that trusts those: the method `str-calibrated`.
+
+    python -m hybridvlm.analyze calibrate --model tiny
+    python -m hybridvlm.analyze calibrate --model tiny --compare 280      # and str beside str-calibrated on validation questions
+
+Dense passes over a few videos with several questions each; no answer or needed token is read. Per layer l:
+
+  overlap    Jaccard overlap of the top share of tokens between two questions on one video, chance taken away and rescaled: 1 for a
+             score that ignores the question, 0 for choices as different as random ones
+  own, other of each later attention layer's weight, the part that lies on l's top share: of the weight that the same question puts
+             there, and of the weight that another question on the video does. A score that ignores the question holds as much of
+             both, and so does noise
+  needed     how far the later attention layers themselves follow the question (own - other of their own top share): the most of
+             them. Behind the last look-up nothing is needed any more
+  trust      own of the later attention, above chance and weighted by how far that attention follows the question; 1 where no later
+             attention does, since nothing is lost there. Below --skip it is 0: the layer neither scores nor drops
+
+`str-calibrated` lets its schedule run over accumulated trust in place of depth, so that tokens go where scores are believed. The
+trust is a field of the Schedule, goes into plans, results and checkpoints with it, and is one option of the evaluation:
+--methods str-calibrated --schedule trust=…, as printed. Written: calibration.json, calibration.md, calibration.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybridvlm.analysis import ablate, measures
+from hybridvlm.analysis.cells import REFERENCE, cell
+from hybridvlm.analysis.common import (
+    COLOURS,
+    Row,
+    add_source,
+    base_reduction,
+    figure,
+    load_model,
+    markdown,
+    output_folder,
+    questions,
+    short,
+    source_name,
+    write_figure,
+    write_json,
+)
+from hybridvlm.analysis.scores import Scored, score_questions
+from hybridvlm.config import ATTENTION, Reduction, to_dict
+from hybridvlm.eval.results import write_atomic
+
+FOLLOWS = 0.05  # an attention layer whose own - other is less than this is not counted as looking anything up
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    add_source(parser, 8, 8, seed=1)
+    add = parser.add_argument
+    add(
+        "--top",
+        type=float,
+        default=0.25,
+        help="share of tokens that a layer's choice is judged by (default: %(default)s)",
+    )
+    add("--skip", type=float, default=0.5, help="trust below which a layer is skipped (default: %(default)s)")
+    add(
+        "--compare",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compare with str on N validation questions (default: not at all)",
+    )
+    add("--budget", type=float, default=0.25, help="of that comparison (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="of that comparison (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score, judge, write; then compare if asked to."""
+    if not 0 < options.top < 1 or not 0 <= options.skip < 1:
+        raise ValueError(f"--top must lie in (0, 1) and --skip in [0, 1), got {options.top} and {options.skip}")
+    model = load_model(options.model)
+    asked = questions(model, options)
+    folder = output_folder(options, f"calibration-{short(options.model)}-{source_name(options)}")
+    layers = judge(score_questions(model, asked), model.config.pattern, options.top)
+    trust = trusted(layers, len(model.config.pattern), options.skip)
+    base = dataclasses.replace(base_reduction([model.reduction]), method="str", budget=options.budget, kind="mean")
+    reduction = calibrated(base, trust)
+    data = {
+        "command": options.command,
+        "model": options.model,
+        "layers": layers,
+        "trust": trust,
+        "reduction": to_dict(reduction),
+    }
+    write_json(folder / "calibration.json", data)
+    title = f"# {options.model}: which scores follow the question ({len(asked)} videos of {source_name(options)})"
+    table = markdown([row | {"weight": trust[row["layer"]]} for row in layers])
+    option = f"--methods str-calibrated --schedule trust={','.join(f'{t:g}' for t in trust)}"
+    text = f"{title}\n\n`{options.command}`\n\n{table}\n\n`{option}`\n"
+    write_figure(folder / "calibration.png", picture(layers))
+    print(text)
+    if options.compare:
+        results = compare(options, base, reduction, folder)
+        write_json(folder / "calibration.json", data | {"comparison": results})
+        text += f"\n{ablate.report(results)}"
+        print(ablate.report(results))
+    write_atomic(folder / "calibration.md", text)
+    print(folder / "calibration.md")
+    return 0
+
+
+def calibrated(base: Reduction, trust: Sequence[float]) -> Reduction:
+    """`str-calibrated` with `base`'s budget, schedule and score options, and this trust in the layers."""
+    return dataclasses.replace(
+        base, method="str-calibrated", schedule=dataclasses.replace(base.schedule, trust=tuple(trust))
+    )
+
+
+def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> list[Row]:
+    """One row per mixer layer: overlap, own, other, needed, trust. ValueError where no video has two questions."""
+    if all(len(own) < 2 for own in scored):
+        raise ValueError("calibration compares different questions on one video; ask at least two on a video")
+    depth = sorted(scored[0][0].score["plain"])
+    attention = [layer for layer in depth if pattern[layer] == ATTENTION]
+    held: dict[tuple[int, int], dict[str, list[float]]] = {
+        pair: {"own": [], "other": []} for pair in itertools.product(depth, attention)
+    }
+    overlaps: dict[int, list[float]] = {layer: [] for layer in depth}
+    for own in scored:
+        weights = [{a: measures.mass(one.score["plain"][a], "relu") for a in attention} for one in own]
+        chosen = [
+            {
+                layer: measures.top(one.score["plain"][layer], round(share * len(one.score["plain"][layer])))
+                for layer in depth
+            }
+            for one in own
+        ]
+        for i, j in itertools.permutations(range(len(own)), 2):
+            for layer in depth:
+                if i < j:
+                    m = len(chosen[i][layer])
+                    overlap = measures.jaccard(chosen[i][layer], chosen[j][layer])
+                    overlaps[layer].append(measures.above_chance(overlap, round(share * m), m))
+                for a in attention:
+                    held[layer, a]["own"].append(weights[i][a][chosen[i][layer]].sum())
+                    held[layer, a]["other"].append(weights[j][a][chosen[i][layer]].sum())
+    mean = {pair: {k: float(np.mean(v)) for k, v in values.items()} for pair, values in held.items()}
+    follows = {a: max(0.0, mean[a, a]["own"] - mean[a, a]["other"]) for a in attention}
+    rows = []
+    for layer in depth:
+        later = [a for a in attention if a > layer and follows[a] >= FOLLOWS]
+        row: Row = {"layer": layer, "kind": pattern[layer], "overlap": float(np.mean(overlaps[layer]))}
+        total = sum(follows[a] for a in later)
+
+        def part(which: str, layer: int = layer, later: list[int] = later, total: float = total) -> float | None:
+            return sum(follows[a] * mean[layer, a][which] for a in later) / total if later else None
+
+        row |= {"own": part("own"), "other": part("other")}
+        row["needed"] = max((follows[a] for a in later), default=0.0)
+        row["trust"] = 1.0 if not later else max(0.0, (row["own"] - share) / (1 - share))
+        rows.append(row)
+    return rows
+
+
+def trusted(layers: Sequence[Row], count: int, skip: float) -> list[float]:
+    """Schedule.trust: a number per layer of the pattern, 0 below `skip` and for layers without a score."""
+    trust = [0.0] * count
+    for row in layers:
+        trust[row["layer"]] = round(row["trust"], 3) if row["trust"] >= skip else 0.0
+    if not any(trust):
+        raise ValueError(f"no layer's trust reaches --skip {skip:g}; the most is {max(r['trust'] for r in layers):.3f}")
+    return trust
+
+
+def compare(options: argparse.Namespace, base: Reduction, reduction: Reduction, folder: Any) -> Row:
+    """str and str-calibrated at the predicted FLOPs of str, on the same validation questions."""
+    own = argparse.Namespace(**vars(options))
+    own.split, own.limit, own.dry_run = "val", options.compare, False
+    checkpoints = ablate.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
+    cells = [
+        cell("reference", REFERENCE, base),
+        cell("calibration", "str-calibrated", reduction, base, lower=True),
+        cell("calibration", "str-attention", dataclasses.replace(base, method="str-attention"), base, lower=True),
+    ]
+    results = ablate.answer_cells(own, checkpoints, cells)
+    assert results is not None
+    return results
+
+
+def picture(layers: Sequence[Row]) -> Any:
+    """Overlap and trust over depth, Mamba and attention layers apart."""
+    fig, panels = figure(2)
+    for panel, name in zip(panels[0], ("overlap", "trust"), strict=True):
+        for i, (kind, label) in enumerate((("M", "Mamba"), ("*", "attention"))):
+            own = [row for row in layers if row["kind"] == kind]
+            if own:
+                panel.plot([r["layer"] for r in own], [r[name] for r in own], ".-", color=COLOURS[i], label=label)
+        panel.set(
+            xlabel="layer", title={"overlap": "choice shared by two questions (0: chance)", "trust": "trust"}[name]
+        )
+        panel.legend(fontsize=8, frameon=False)
+    return fig

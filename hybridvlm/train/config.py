@@ -1,0 +1,361 @@
+"""What a training run is told: frozen dataclasses, checked on construction, read from JSON, YAML or Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import runpy
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from hybridvlm.config import Reduction, from_dict
+
+QUARTER = Reduction("str", 0.25)
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+# Fields that change no number of a run: a run folder may be gone on with under other values of these.
+FREE = ("output", "mesh", "checkpoints", "logging", "export")
+
+
+def _check(config: Any, **least: float) -> None:
+    """Types of the plain fields as annotated, and the least value of the named ones."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
+        if hints[field.name] is float and type(value) is int:
+            object.__setattr__(config, field.name, float(value))
+        elif hints[field.name] is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+            object.__setattr__(config, field.name, float(value))  # YAML 1.1 takes 1e-4, which has no point, for a text
+        elif hints[field.name] in (int, float, bool, str) and type(value) is not hints[field.name]:
+            raise ValueError(f"{name} must be of type {hints[field.name].__name__}, got {value!r}")
+        elif typing.get_origin(hints[field.name]) is tuple and not isinstance(value, tuple):
+            raise ValueError(f"{name} must be a list, got {value!r}")
+        if field.name in least and not value >= least[field.name]:
+            raise ValueError(f"{name} must be at least {least[field.name]:g}, got {value!r}")
+
+
+def _one_of(config: Any, name: str, choices: Sequence[Any]) -> None:
+    if getattr(config, name) not in choices:
+        raise ValueError(
+            f"{type(config).__name__}.{name} must be one of {list(choices)}, got {getattr(config, name)!r}"
+        )
+
+
+def _patterns(config: Any, name: str) -> None:
+    for pattern in getattr(config, name):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{type(config).__name__}.{name}: {pattern!r} is no regular expression: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where samples come from, and the one static shape of a row.
+
+    source: "needle" (the embedded benchmark's generator), "jsonl" (path: the file), "tfds" (path: name of a
+    tensorflow-datasets data source, folder: its data_dir). split: of needle and tfds. batch: rows of a step, of all processes
+    together. segments: most samples packed in a row; frames, text: places of one row for frames and for text tokens, answer included
+    (with packing `segments` of the latter stay free); sample_frames: most frames of a sample (0: `frames`). answer: most answer
+    tokens in a row (0: `text`). features: "pixels" (through the vision tower in every step) or "cached" (made once by the
+    frozen tower: kept in `cache` for files, a bank of `bank` cells per border colour for needle). types: question types of
+    needle. rule: which frames of a file (`video.sampling`). bad_share: of corrupt samples among those seen, above which the run stops.
+    """
+
+    source: str = "needle"
+    path: str = ""
+    folder: str = ""
+    split: str = "train"
+    batch: int = 16
+    segments: int = 1
+    frames: int = 64
+    sample_frames: int = 0
+    text: int = 8
+    answer: int = 0
+    features: str = "pixels"
+    cache: str = ""
+    bank: int = 4000
+    types: tuple[str, ...] = ()
+    rule: str = "uniform"
+    shuffle: bool = True
+    threads: int = 2
+    prefetch: int = 2
+    bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check(self, batch=1, segments=1, frames=0, sample_frames=0, text=1, answer=0, bank=1, threads=0, prefetch=0)
+        _one_of(self, "source", ("needle", "jsonl", "tfds"))
+        _one_of(self, "features", ("pixels", "cached"))
+        if self.source != "needle" and not self.path:
+            raise ValueError(f"Data.path is needed for source {self.source!r}")
+        if self.source != "needle" and self.features == "cached" and not self.cache:
+            raise ValueError("Data.cache, a folder, is needed for features 'cached' of files")
+        if self.sample_frames > self.frames:
+            raise ValueError(f"Data.sample_frames {self.sample_frames} is more than a row has, frames = {self.frames}")
+        if self.segments >= self.text:
+            raise ValueError(f"Data.text {self.text} leaves no room for {self.segments} packed samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReductionMode:
+    """The reduction in the forward pass: the plan of a step.
+
+    mode: "none" (dense), "fixed" (`reduction`), "curriculum" (its budget goes through `budgets` in equal parts of the run) or
+    "random" (drawn from `budgets` for every step); 1.0 among the budgets is the dense model. straight_through: 0, or the
+    temperature of the estimator that gives the scores a gradient (train/gate.py).
+    """
+
+    mode: str = "fixed"
+    reduction: Reduction = QUARTER
+    budgets: tuple[float, ...] = ()
+    straight_through: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, straight_through=0)
+        _one_of(self, "mode", ("none", "fixed", "curriculum", "random"))
+        if (self.mode in ("curriculum", "random")) != bool(self.budgets):
+            raise ValueError(
+                f"ReductionMode.budgets goes with 'curriculum' and 'random'; mode {self.mode!r} has {self.budgets}"
+            )
+        if any(not 0 < budget <= 1 for budget in self.budgets):
+            raise ValueError(f"ReductionMode.budgets must lie in (0, 1], got {self.budgets}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """What the dense model teaches.
+
+    teacher: whose dense pass the answers are compared with: "start" (the frozen start weights) or "self" (the same weights,
+    no gradient); kl: weight of KL(teacher || student) on answer tokens at `temperature`.
+    scores: weight, in dense steps, of the loss by which Mamba layers' c.b learn to rank as the next attention layer does
+    (train/teach.py). The first `teach` steps are dense, and then every `every`-th (0: none). videos, questions: of a dense step,
+    where many questions share one pass over a video (needle only); questions 1: the rows of an ordinary step.
+    """
+
+    teacher: str = "start"
+    kl: float = 0.0
+    temperature: float = 1.0
+    scores: float = 0.0
+    teach: int = 0
+    every: int = 0
+    videos: int = 4
+    questions: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self, kl=0, scores=0, teach=0, every=0, videos=1, questions=1)
+        _one_of(self, "teacher", ("start", "self"))
+        if not self.temperature > 0:
+            raise ValueError(f"Distill.temperature must be positive, got {self.temperature}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with warm-up and cosine from `rate` to `rate * end`; clip: by global norm (0: none).
+
+    accumulate: microbatches that a step's batch is cut into. frozen, decay_free: regular expressions of parameter paths
+    (re.search), the latter in addition to those that never decay (train/optimizer.py). ema: decay of the average, 0 for none.
+    """
+
+    rate: float = 1e-4
+    warmup: int = 20
+    start: float = 0.1
+    end: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    decay: float = 0.02
+    clip: float = 1.0
+    accumulate: int = 1
+    frozen: tuple[str, ...] = ("^vision/", "^projector/")
+    decay_free: tuple[str, ...] = ()
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, rate=0, warmup=0, start=0, end=0, decay=0, clip=0, accumulate=1, ema=0)
+        _patterns(self, "frozen")
+        _patterns(self, "decay_free")
+        if self.ema >= 1:
+            raise ValueError(f"Optimizer.ema must lie in [0, 1), got {self.ema}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """rank 0: none; else low-rank updates, scaled by alpha / rank, of the parameters whose path `targets` find, and nothing else
+    is trained."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (r"^decoder/.*_proj$",)
+
+    def __post_init__(self) -> None:
+        _check(self, rank=0)
+        _patterns(self, "targets")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Devices along each axis; all 1: one device and no mesh. One may be -1: the rest."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def one(self) -> bool:
+        return (self.data, self.fsdp, self.tensor, self.sequence) == (1, 1, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """every: steps from one checkpoint to the next (0: only at the end). keep: the latest so many; keep_every: and for good, every
+    so many steps (0: none)."""
+
+    every: int = 100
+    keep: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, every=0, keep=1, keep_every=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """every: steps from one printed line to the next. tensorboard, wandb: write there too (wandb: the project's name).
+    peak_flops: of one device, for the utilisation; 0: by a table of devices, or measured on this one."""
+
+    every: int = 20
+    tensorboard: bool = False
+    wandb: str = ""
+    peak_flops: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, every=1, peak_flops=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """The checkpoint written at the end. reduction: what it says it is to be run under (default: what it was trained under)."""
+
+    name: str = ""
+    storage: str = "float32"
+    reduction: Reduction | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _one_of(self, "storage", ("float32", "float16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run. model: what `hybridvlm.load` takes; output: the run's folder; dtype: of the computation, master weights being float32;
+    remat: what the backward pass computes again, a name of `nn.decoder`."""
+
+    model: str = "tiny"
+    output: str = "runs/train"
+    steps: int = 100
+    seed: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    data: Data = Data()
+    reduction: ReductionMode = ReductionMode()
+    distill: Distill = Distill()
+    optimizer: Optimizer = Optimizer()
+    lora: Lora = Lora()
+    mesh: MeshSizes = MeshSizes()
+    checkpoints: Checkpointing = Checkpointing()
+    logging: Logging = Logging()
+    export: Export = Export()
+
+    def __post_init__(self) -> None:
+        _check(self, steps=1, seed=0)
+        _one_of(self, "dtype", ("float32", "bfloat16"))
+        _one_of(self, "remat", ("none", "layer", "dots"))
+        d, t, r = self.data, self.distill, self.reduction
+        if d.batch % self.optimizer.accumulate:
+            raise ValueError(
+                f"Data.batch {d.batch} is not a multiple of Optimizer.accumulate {self.optimizer.accumulate}"
+            )
+        if t.questions > 1 and d.source != "needle":
+            raise ValueError(
+                f"Distill.questions > 1 needs the source 'needle', which asks many of a video; got {d.source!r}"
+            )
+        if t.questions > 1 and (t.videos % self.optimizer.accumulate):
+            raise ValueError(f"Distill.videos {t.videos} is not a multiple of Optimizer.accumulate")
+        if t.questions > 1 and not self.mesh.one:
+            raise ValueError(
+                "Distill.questions > 1 shares a pass over a video on one device; with a mesh use questions = 1"
+            )
+        if t.scores and not (t.teach or t.every):
+            raise ValueError("Distill.scores acts in dense steps; set Distill.teach or Distill.every")
+        if d.features == "cached" and not self.lora.rank:
+            for tower in ("vision/x", "projector/x"):
+                if not any(re.search(pattern, tower) for pattern in self.optimizer.frozen):
+                    raise ValueError(
+                        f"Data.features 'cached' needs a frozen tower; Optimizer.frozen does not cover {tower[:-1]}"
+                    )
+        if r.straight_through and r.mode == "none":
+            raise ValueError("ReductionMode.straight_through needs a reduction")
+
+
+def build(cls: type, data: dict[str, Any]) -> Any:
+    """The dataclass `cls` of a plain dict, nested ones too; ValueError for a key that it does not have, with the nearest."""
+    hints = typing.get_type_hints(cls)
+
+    def value(key: str, given: Any) -> Any:
+        kinds = typing.get_args(hints[key]) if isinstance(hints.get(key), types.UnionType) else (hints.get(key),)
+        nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        return build(nested[0], given) if nested and isinstance(given, dict) else given
+
+    return from_dict(cls, {key: value(key, given) for key, given in data.items()})
+
+
+def read(path: str | pathlib.Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """The config of a file (.json, .yaml, or .py that defines `config`), with "key.key=value" changes; values are JSON or text."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no training config at {path}")
+    if path.suffix == ".py":
+        found = runpy.run_path(str(path)).get("config")
+        if not isinstance(found, TrainConfig):
+            raise ValueError(f"{path} must define config = TrainConfig(...), got {type(found).__name__}")
+        data = dataclasses.asdict(found)
+    elif path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        data = yaml.safe_load(path.read_text())
+    elif path.suffix == ".json":
+        data = json.loads(path.read_text())
+    else:
+        raise ValueError(f"{path}: a training config is a .json, .yaml or .py file")
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold the fields of TrainConfig, got {type(data).__name__}")
+    for change in changes:
+        keys, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes key=value, such as optimizer.rate=1e-4, got {change!r}")
+        *owners, last = keys.split(".")
+        place: dict[str, Any] = data
+        default: Any = dataclasses.asdict(TrainConfig())
+        for owner in owners:
+            default = default.get(owner) if isinstance(default, dict) else None
+            if place.get(owner) is None:
+                place[owner] = dict(default or {})
+            place = place[owner]
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {change}: {owner} has no fields")
+        try:
+            place[last] = json.loads(text)
+        except json.JSONDecodeError:
+            place[last] = text
+    try:
+        return build(TrainConfig, data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,399 @@
+"""The training loop: plans, data, steps, checkpoints, log; stops in good order and goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridvlm import distributed, sharding
+from hybridvlm.checkpoints.folder import load, save_folder
+from hybridvlm.config import Buckets, Reduction
+from hybridvlm.generate import Model
+from hybridvlm.models.names import flatten, unflatten
+from hybridvlm.reduction import PlanMismatch
+from hybridvlm.reduction.flops import decoder_flops
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.train import lora as adapters
+from hybridvlm.train.checkpoint import Checkpoints, checksum, claim
+from hybridvlm.train.config import ReductionMode, TrainConfig
+from hybridvlm.train.log import Log, check_installed, memory_bytes, peak_flops
+from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
+from hybridvlm.train.rows import Shape, train_batch
+from hybridvlm.train.sources import Source, make_source
+from hybridvlm.train.step import Fixed, State, Trainer
+
+TEACH = "teach"
+STOPPED = 75  # exit code of a run that saved and left because it was told to (EX_TEMPFAIL: start it again)
+
+
+class Stopped(Exception):
+    """The run was told to stop, and saved."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint or the log could not be written."""
+
+
+def reductions(mode: ReductionMode) -> list[Reduction | None]:
+    """The reductions of a run, in order; None is the dense model."""
+    if mode.mode == "none":
+        return [None]
+    budgets = mode.budgets or (mode.reduction.budget,)
+    # a method that says its own rates has budget 1 and reduces none the less
+    dense = lambda budget: mode.reduction.method == "none" or (bool(mode.budgets) and budget == 1.0)  # noqa: E731
+    return [None if dense(b) else dataclasses.replace(mode.reduction, budget=b) for b in budgets]
+
+
+def reduction_at(config: TrainConfig, step: int) -> int:
+    """Which of `reductions` step number `step` runs under."""
+    mode = config.reduction
+    if mode.mode == "curriculum":
+        return min(step * len(mode.budgets) // config.steps, len(mode.budgets) - 1)
+    if mode.mode == "random":
+        return int(np.random.default_rng([config.seed, 77, step]).integers(len(mode.budgets)))
+    return 0
+
+
+def teaches(config: TrainConfig, step: int) -> bool:
+    """Whether a step is a dense one that teaches."""
+    d = config.distill
+    return step < d.teach or (d.every > 0 and (step - d.teach) % d.every == d.every - 1)
+
+
+class Run:
+    """Everything of one run; `train` below is the way to use it. model: instead of loading config.model."""
+
+    def __init__(self, config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print):
+        self.config, self.folder, self.say = config, pathlib.Path(config.output), say
+        check_installed(config.logging)
+        self.mesh = self._mesh()
+        self.model = model = load(config.model, mesh=self.mesh) if model is None else model
+        for reduction in reductions(config.reduction):
+            _taken(model, reduction)
+        d = config.data
+        vision = model.config.vision
+        self.shape = Shape(d.frames, d.text, d.segments, vision.tokens_per_frame if vision else 0)
+        itemsize = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+        self.plans = [
+            None if r is None else model.family.make_plan(model.config, r, d.frames, d.text, itemsize)
+            for r in reductions(config.reduction)
+        ]
+        if any(plan is not None and plan.pool_factors != (1, 1, 1) for plan in self.plans):
+            raise ValueError("training under avgpool is not supported; train dense, or under a method that drops")
+        self.trainer = Trainer(config, self.model, self.mesh)
+        if d.batch % jax.process_count():
+            raise ValueError(f"Data.batch {d.batch} is not a multiple of the {jax.process_count()} processes")
+        if d.source != "needle":
+            _ = self.source  # a file that is not there is refused now
+        self.log: Log
+        self.told_to_stop = threading.Event()
+        weights, refused = checksum(model.params), None
+        if jax.process_index() == 0:
+            try:
+                claim(self.folder, config, weights)
+            except (OSError, ValueError) as error:
+                refused = error
+        distributed.agree(refused)
+
+    def _mesh(self) -> jax.sharding.Mesh | None:
+        sizes, parts = self.config.mesh, jax.process_count()
+        if sizes.one:
+            if parts > 1:
+                raise ValueError(f"{parts} processes need a mesh of all their devices: set mesh.data or mesh.fsdp")
+            return None
+        if self.config.reduction.straight_through and sizes.sequence > 1:
+            raise ValueError("ReductionMode.straight_through needs whole rows: use a mesh of sequence=1")
+        mesh = sharding.make_mesh(**dataclasses.asdict(sizes))
+        batch = mesh.shape["data"] * mesh.shape["fsdp"]
+        if batch % parts or self.config.data.batch // self.config.optimizer.accumulate % batch:
+            raise ValueError(
+                f"a microbatch of {self.config.data.batch // self.config.optimizer.accumulate} rows and {parts} processes must "
+                f"come out even on data x fsdp = {batch}"
+            )
+        return mesh
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """Where samples come from; made when it is needed, since it may have a tower at work."""
+        return make_source(self.config, self.model)
+
+    def streams(self) -> dict[str, Stream]:
+        """The batches of this process: "rows", and "shared" where many questions share a video."""
+        d, t, parts = self.config.data, self.config.distill, jax.process_count()
+        reader = self.reader = Reader(self.source, row_check(self.shape, self.trainer.answer), d.bad_share, self.say)
+        options = {"threads": d.threads, "prefetch": d.prefetch}
+        rows = row_dataset(
+            self.source, reader, self.shape, d.batch // parts, shuffle=d.shuffle, seed=self.config.seed, **options
+        )
+        streams = {"rows": Stream(rows, reader)}
+        if t.questions > 1 and (t.teach or t.every):
+            streams["shared"] = Stream(shared_dataset(self.source, t.videos, t.questions, **options))
+        return streams
+
+    def batch(self, arrays: dict[str, np.ndarray], shared: bool) -> Any:
+        """One step's arrays, on the devices."""
+        batch = arrays if shared else train_batch(arrays, self.model.family)
+        if self.mesh is None:
+            return batch
+        rows = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(rows, a), batch)
+
+    def step_work(self, plan: ReductionPlan | str | None) -> tuple[int, float]:
+        """(tokens that a step is given, predicted operations: three times the forward pass, and a dense teacher's once)."""
+        c, t, shape = self.model.config, self.config.distill, self.shape
+        rows, layers = self.config.data.batch, len(c.pattern)
+        if plan == TEACH and t.questions > 1:
+            video, text = shape.frames * shape.per_frame, shape.text
+            one = decoder_flops(c, [video] * layers) + t.questions * decoder_flops(c, [text] * layers)
+            return t.videos * (video + t.questions * text), 3.0 * t.videos * one
+        dense = decoder_flops(c, [shape.length] * layers)
+        forward = plan.cost.decoder if isinstance(plan, ReductionPlan) else dense
+        return rows * shape.length, rows * (3.0 * forward + (dense if t.kl and plan != TEACH else 0))
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> pathlib.Path:
+        """All steps that are left, and the export; the path of the exported checkpoint."""
+        config = self.config
+        state, fixed = self.trainer.start(self.model.params, getattr(self.source, "table", None))
+        kept = Checkpoints(self.folder, config.checkpoints)
+        try:
+            done, streams = kept.latest() or 0, self.streams()
+            if done:
+                state, about = kept.restore(done, state)
+                for name, stream in streams.items():
+                    stream.restore(about[name])
+            self.log = Log(self.folder, config, done, self.say)
+            self._announce(done, sum(a.size for a in state.train.values()))
+            try:
+                state = self._steps(state, fixed, streams, kept, done)
+                self._saved(kept, kept.wait)
+            finally:
+                self.log.close()
+        finally:
+            kept.close()
+        return self.export(state)
+
+    def _announce(self, done: int, trained: int) -> None:
+        self.log.say(
+            f"{self.config.model}: {trained:,} parameters trained, rows of {self.shape.length} tokens ({self.shape.frames} frames), "
+            f"{self.config.data.batch} a step"
+            + (f"; going on after step {done} of {self.config.steps}" if done else "")
+        )
+        for plan in self.plans:
+            if plan is not None and not done:
+                self.log.say(
+                    f"plan {plan.method} {plan.budget:.1%} ({plan.kind}): retention mean {plan.retention_mean:.1%}, "
+                    f"last layer {plan.retention_final:.1%}, {plan.flop_speedup:.2f}x less work than dense"
+                )
+
+    def _steps(self, state: State, fixed: Fixed, streams: dict[str, Stream], kept: Checkpoints, done: int) -> State:
+        config, peak = self.config, peak_flops(self.config.logging.peak_flops)
+        meter = Meter(self, peak)
+        waiting: tuple | None = None
+        for step in range(done, config.steps):
+            plan = TEACH if teaches(config, step) else self.plans[reduction_at(config, step)]
+            shared = plan == TEACH and "shared" in streams
+            stream = streams["shared" if shared else "rows"]
+            before = stream.waited
+            arrays = next(stream)
+            waited = stream.waited - before
+            compiled = plan not in self.trainer.programs
+            state, metrics = self.trainer.program(plan)(state, fixed, self.batch(arrays, shared))
+            now = (step, plan, metrics, waited, compiled)
+            # the step before is looked at while this one runs
+            if waiting is not None:
+                self._saved(kept, lambda w=waiting: meter(*w))
+            waiting = now
+            stop = self.told_to_stop.is_set() or kept.preempted(step)
+            last = step + 1 == config.steps
+            if stop or last or (config.checkpoints.every and (step + 1) % config.checkpoints.every == 0):
+                self._saved(kept, lambda w=waiting: meter(*w))  # nothing is kept of a step that went wrong
+                waiting = None
+                about = {name: stream.state() for name, stream in streams.items()}
+                self._saved(kept, lambda s=step, a=about, now=state: kept.save(s + 1, now, a))
+            else:
+                self._saved(kept, kept.check)
+            if stop and not last:
+                self._saved(kept, kept.wait)
+                raise Stopped(f"told to stop: saved after step {step + 1} of {config.steps}; start it again to go on")
+        return state
+
+    def _saved(self, kept: Checkpoints, action: Callable[[], None]) -> None:
+        """Run something that writes; SaveFailed says what is left."""
+        try:
+            action()
+        except (FloatingPointError, PlanMismatch):
+            raise
+        except Exception as error:
+            latest = kept.latest()
+            left = f"the checkpoint of step {latest} is whole" if latest is not None else "there is no checkpoint yet"
+            raise SaveFailed(f"{self.folder} could not be written: {_first_line(error)}; {left}") from error
+
+    def export(self, state: State) -> pathlib.Path:
+        """Write the trained model (its average, if there is one) as a checkpoint folder, and LoRA factors apart."""
+        config, e = self.config, self.config.export
+        train = state.ema or state.train
+        start = dict(flatten(self.model.params))  # what is frozen goes out as it came, not as the computation had it
+        flat = adapters.merge(config.lora, start, train) if config.lora.rank else start | train
+        flat, train = self._local(flat), self._local(train) if config.lora.rank else {}
+        path = self.folder / "export"
+        if jax.process_index() == 0:
+            d = config.data
+            model = self.model
+            trained = next((r for r in reductions(config.reduction) if r is not None), model.reduction)
+            buckets = Buckets(
+                _with(model.buckets.frames, d.frames), _with(model.buckets.text, d.text), model.buckets.max_new
+            )
+            out = Model(
+                model.config,
+                unflatten(flat),
+                model.tokenizer,
+                buckets=buckets,
+                reduction=e.reduction or trained,
+                style=model.style,
+                name=e.name or model.name,
+                family=model.family,
+            )
+            try:
+                save_folder(path, out, storage=e.storage)
+                if config.lora.rank:
+                    adapters.save(self.folder / "lora", config.lora, train, config.model)
+            except OSError as error:
+                raise SaveFailed(
+                    f"{path} could not be written: {_first_line(error)}; the checkpoint of step {config.steps} is whole"
+                ) from error
+            self.say(f"wrote {path}")
+        return path
+
+    def _local(self, flat: dict[str, jax.Array]) -> dict[str, Any]:
+        """Whole arrays, one after the other, on this host."""
+        if self.mesh is None:
+            return flat
+        whole = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        gather = jax.jit(lambda a: a, out_shardings=whole)
+        return {path: np.asarray(gather(a).addressable_data(0)) for path, a in flat.items()}
+
+
+class Meter:
+    """Turns a step's results into its record, and checks them."""
+
+    def __init__(self, run: Run, peak: tuple[float, str]):
+        self.run, self.peak = run, peak
+        self.last, self.recent = time.perf_counter(), []  # type: tuple[float, list[dict[str, Any]]]
+
+    def __call__(self, step: int, plan: Any, metrics: Any, waited: float, compiled: bool) -> None:
+        run, m = self.run, {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        answers, number = float(m["answers"]), step + 1
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(m[name]):
+                raise FloatingPointError(
+                    f"the {name.replace('_', ' of the ')} is {float(m[name])} at step {number}; nothing of that step is kept"
+                )
+        if m.get("wrong", 0):
+            raise PlanMismatch(
+                f"step {number}: {int(m['wrong'])} counts of kept tokens are not the plan's ({plan.method})"
+            )
+        tokens, flops = run.step_work(plan)
+        record = {
+            "step": number,
+            "kind": TEACH if plan == TEACH else "dense" if plan is None else f"{plan.method}:{plan.budget:g}",
+            "loss": float(m["loss"]),
+            "answer_loss": float(m["entropy"]) / answers,
+            "right": float(m["right"]) / answers,
+            "grad_norm": float(m["grad_norm"]),
+            "rate": float(run.trainer.rate(step)),
+            "answers": int(answers),
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "mfu": flops / seconds / (self.peak[0] * jax.device_count()),
+            "waited": min(waited / seconds, 1.0),
+            "memory_gib": memory_bytes() / 2**30,
+        }
+        record |= {name: float(m[name]) / (answers if name == "kl" else 1) for name in ("kl", "scores") if name in m}
+        if isinstance(plan, type(None)) or plan == TEACH:
+            record["retention"] = [1.0] * len(run.model.config.pattern)
+        else:
+            share = m["kept"] / max(float(m["given"]), 1.0)
+            entering = np.searchsorted(np.asarray(plan.drops), np.arange(plan.layers), side="left")
+            record["retention"] = np.round(share[entering], 5).tolist()
+        if compiled:
+            record["compiled"] = True
+        record["skipped"] = len(run.reader.bad)
+        run.log.step(record)
+        self.recent.append(record)
+        if number % run.config.logging.every == 0 or number == run.config.steps:
+            run.log.say(self.line())
+            self.recent = []
+
+    def line(self) -> str:
+        """What the steps since the last line were like."""
+        steady = [r for r in self.recent if "compiled" not in r] or self.recent
+        mean = lambda name, over: float(np.mean([r[name] for r in over]))  # noqa: E731
+        seconds = sum(r["seconds"] for r in steady)
+        waited = sum(r["waited"] * r["seconds"] for r in steady) / seconds
+        last = self.recent[-1]
+        parts = []
+        for kind in dict.fromkeys(r["kind"] for r in self.recent):
+            own = [r for r in self.recent if r["kind"] == kind]
+            extra = "".join(f", {name} {mean(name, own):.3f}" for name in ("kl", "scores") if name in own[0])
+            kept = own[-1]["retention"]
+            keeps = f", keeps {np.mean(kept):.1%} (last layer {kept[-1]:.1%})" if kept[-1] < 1 else ""
+            parts.append(f"{kind}: loss {mean('answer_loss', own):.4f}, right {mean('right', own):.1%}{extra}{keeps}")
+        return (
+            f"{last['step']}/{self.run.config.steps} {' | '.join(parts)} | grad {last['grad_norm']:.2f}, rate {last['rate']:.2e}, "
+            f"{seconds / len(steady):.2f} s/step, {mean('tokens_per_s', steady):,.0f} tok/s, "
+            f"mfu {mean('mfu', steady):.1%} ({self.peak[1]} peak), waited {waited:.1%}, {last['memory_gib']:.1f} GiB"
+        )
+
+
+def _taken(model: Model, reduction: Reduction | None) -> None:
+    from hybridvlm.reduction import parse_method
+
+    if reduction is not None and model.family.METHODS is not None:
+        for name, _ in parse_method(reduction.method):
+            if name not in model.family.METHODS:
+                raise ValueError(f"{model.name}: reduction {name!r} is not for this model")
+
+
+def _with(sizes: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return tuple(sorted({*sizes, size})) if size else sizes
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def train(config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print) -> pathlib.Path:
+    """Run a config, or what is left of it, in its output folder; returns the exported checkpoint.
+
+    Stopped after SIGTERM (only where this is the main thread); FloatingPointError for a loss that is not finite; SaveFailed for a
+    disk that is full; ValueError before any work for a config that cannot be run or a folder of another run.
+    """
+    return guarded(Run(config, model, say))
+
+
+def guarded(run: Run) -> pathlib.Path:
+    """`run.run()`, which SIGTERM brings to a good end."""
+    # of several processes JAX itself takes the signal, so that all of them learn of it (`Checkpoints.preempted`)
+    main = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    before = signal.signal(signal.SIGTERM, lambda *_: run.told_to_stop.set()) if main else None
+    try:
+        return run.run()
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)

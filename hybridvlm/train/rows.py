@@ -1,0 +1,149 @@
+"""From a question and its answer to a row: ids, labels, and what of the text is the question."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridvlm.generate import Model
+from hybridvlm.models.media import Clip
+from hybridvlm.models.prompt import Batch, Message, user_message
+
+Example = dict[str, np.ndarray]
+
+
+class TooLong(ValueError):
+    """A sample does not fit a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of a row: frames of the tower, text tokens, packed samples at most, visual tokens of a frame."""
+
+    frames: int
+    text: int
+    segments: int
+    per_frame: int
+
+    @property
+    def length(self) -> int:
+        return self.frames * self.per_frame + self.text
+
+    @property
+    def own_text(self) -> int:
+        """Text tokens of a sample at most. In packed rows each segment's share is rounded for itself, which can keep one token
+        more than the row's capacity counts: as many text places as segments stay free for it."""
+        return self.text - (self.segments if self.segments > 1 else 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Rows as arrays: the prompt's Batch; label [B,L] int32, 1 + the token that comes next where that is an answer's, else 0;
+    question [B,L] bool; visual: what visual tokens are made of (`features.visual`)."""
+
+    batch: Batch
+    label: jax.Array
+    question: jax.Array
+    visual: dict[str, jax.Array]
+
+
+def example(
+    model: Model,
+    clip: Clip | None,
+    question: str,
+    answer: str,
+    history: Sequence[tuple[str, str]] = (),
+) -> Example:
+    """One sample's arrays [n]: ids, frame (-1 for text), label and question, as of TrainBatch, and `position` [n,3] in some families.
+
+    history: earlier turns, part of the prompt. The answer ends with the model's end token. Marked as question
+    is the text behind the video, but never the answer that is to be learnt: no selection may see it.
+    """
+    clips = [] if clip is None else [clip]
+    turns: list[Message] = []
+    for place, (asked, told) in enumerate([*history, (question, answer)]):
+        turns.append(user_message(asked, model.style, [c.kind for c in clips] if not place else []))
+        turns.append({"role": "assistant", "content": told})
+    layout = model.family.prompt(model.config, model.tokenizer, turns[:-1], clips, style=model.style)
+    said = np.asarray([*model.tokenizer.encode(answer), *model.config.eos_ids[:1]], np.int32)
+    return arrange(layout.ids, layout.frame, said, getattr(layout, "position", None))
+
+
+def arrange(ids: np.ndarray, frame: np.ndarray, said: np.ndarray, position: np.ndarray | None = None) -> Example:
+    """Arrays of a prompt (ids [n], frame [n]) and the answer's ids behind it."""
+    n, m = len(ids), len(said)
+    last = np.flatnonzero(frame >= 0)[-1] if (frame >= 0).any() else -1
+    place = np.arange(n + m)
+    label = np.zeros(n + m, np.int32)
+    label[n - 1 : n + m - 1] = said + 1
+    out = {
+        "ids": np.concatenate([ids, said]).astype(np.int32),
+        "frame": np.concatenate([frame, np.full(m, -1)]).astype(np.int32),
+        "label": label,
+        "question": (place > last) & (place < n),
+    }
+    if position is not None:
+        more = position.max() + 1 + np.arange(m, dtype=np.int32)
+        out["position"] = np.concatenate([position, np.repeat(more[:, None], 3, axis=1)]).astype(np.int32)
+    return out
+
+
+def check(row: Example, shape: Shape, answer: int, frames: int, name: str) -> None:
+    """TooLong, with the sample's name and sizes, where it does not fit."""
+    text, said = int((row["frame"] < 0).sum()), int((row["label"] > 0).sum())
+    for what, got, most in (
+        ("text tokens (Data.text)", text, shape.own_text),
+        ("frames (Data.frames)", frames, shape.frames),
+        ("answer tokens (Data.answer)", said, answer),
+    ):
+        if got > most:
+            raise TooLong(f"{name} has {got} {what}, and a row has room for {most}")
+
+
+def pad(array: np.ndarray, length: int, empty: Any = 0) -> np.ndarray:
+    """`array` with `empty` behind it up to `length` along the first axis."""
+    out = np.full((length, *array.shape[1:]), empty, array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+def single(row: Example, shape: Shape) -> Example:
+    """A sample as a whole row: what packing gives, for one."""
+    visual = {name: a for name, a in row.items() if name.startswith("visual")}
+    out = {name: pad(a, shape.frames) for name, a in visual.items()}
+    n = len(row["ids"])
+    for name in ("ids", "label", "question", "position"):
+        if name in row:
+            out[name] = pad(row[name], shape.length)
+    out["frame"] = pad(row["frame"], shape.length, -1)
+    out["segment"] = pad(np.ones(n, np.int32), shape.length)
+    out["frame_count"] = np.asarray(next(iter(visual.values())).shape[0] if visual else 0, np.int32)
+    return out
+
+
+def packed(row: Example, shape: Shape) -> Example:
+    """What Grain packed, in the form of `single`: segments apart, frames counted on from one sample to the next."""
+    out: Example = {name: row[name] for name in ("ids", "label", "question", "position") if name in row}
+    segment = row["ids_segment_ids"].astype(np.int32)
+    visual = [name for name in row if name.startswith("visual") and not name.endswith(("_segment_ids", "_positions"))]
+    out |= {name: row[name] for name in visual}
+    owner = row[f"{visual[0]}_segment_ids"] if visual else np.zeros(0, np.int32)
+    before = np.asarray([(owner[owner > 0] < s).sum() for s in range(shape.segments + 1)], np.int32)
+    frame = np.where(segment > 0, row["frame"], -1)
+    out["frame"] = np.where(frame >= 0, frame + before[segment], -1).astype(np.int32)
+    out["segment"] = segment
+    out["frame_count"] = np.asarray((owner > 0).sum(), np.int32)
+    return out
+
+
+def train_batch(rows: Example, family: Any) -> TrainBatch:
+    """Batched arrays of `single` or `packed` rows as what a step takes."""
+    fields = (rows["ids"], rows["segment"], rows["frame"], rows["frame_count"])
+    batch = family.QwenBatch(*fields, position=rows["position"]) if "position" in rows else Batch(*fields)
+    visual = {name.removeprefix("visual_"): a for name, a in rows.items() if name.startswith("visual_")}
+    return TrainBatch(batch, rows["label"], rows["question"], visual)

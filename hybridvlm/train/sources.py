@@ -1,0 +1,257 @@
+"""Sources of samples, each with random access: number -> the arrays of one sample (`rows.example` and its visual part).
+
+A source is deterministic: sample number i is the same at every call, in every process and after every restart.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybridvlm.generate import Model
+from hybridvlm.models.media import Clip, resize
+from hybridvlm.train.config import TrainConfig
+from hybridvlm.train.features import FeatureCache
+from hybridvlm.train.rows import Example, example, pad
+from hybridvlm.video import decode_frames, frame_seconds, probe, sample_indices
+
+Turns = tuple[tuple[str, str], ...]  # question and answer, the earlier ones first
+
+
+class Source(Protocol):
+    """len(source) samples; name(i) for people; sample(i) raises VideoError or OSError for one that cannot be read."""
+
+    shuffled: bool  # whether the order of the numbers means nothing already
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str: ...
+
+    def sample(self, number: int) -> Example: ...
+
+
+def make_source(config: TrainConfig, model: Model) -> Source:
+    """The source that a config names."""
+    if config.data.source == "needle":
+        return NeedleSource(config, model)
+    if config.data.source == "jsonl":
+        return JsonlSource(config, model)
+    return TfdsSource(config, model)
+
+
+class NeedleSource:
+    """The generator of the embedded benchmark; features "cached": out of a bank of cells that the frozen tower has seen.
+
+    `table` [16,n,D]: the bank's tokens, None with pixels. `asked` questions per sample share its video in `shared`.
+    """
+
+    shuffled = True
+
+    def __init__(self, config: TrainConfig, model: Model):
+        from hybridvlm.tiny import assets, needle, tiles
+        from hybridvlm.tiny.bank import make_bank
+
+        d, vision = config.data, model.config.vision
+        if vision is None or tuple(vision.image_size) != (tiles.FRAME, tiles.FRAME):
+            raise ValueError(
+                f"source needle has frames of {tiles.FRAME}x{tiles.FRAME} pixels; model {model.name!r} takes others"
+            )
+        if d.split not in ("train", "val"):
+            raise ValueError(f"Data.split of needle must be 'train' (or 'val'), got {d.split!r}: nobody trains on test")
+        assets.check_split(d.split)
+        self.config, self.model = config, model
+        self.frames = d.sample_frames or d.frames
+        self.types = d.types or needle.TYPES + needle.TWO_HOP
+        self.bank = (
+            make_bank(model.params, model.config, self.frames, d.bank, config.seed, d.split)
+            if d.features == "cached"
+            else None
+        )
+        self.table = None if self.bank is None else self.bank.tokens
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def name(self, number: int) -> str:
+        return f"needle-{self.config.data.split}-{number}"
+
+    def sample(self, number: int) -> Example:
+        visual, asked = self._draw(1, number, 1)
+        return self._row(asked, 0) | visual
+
+    def shared(self, number: int, questions: int) -> Example:
+        """One video and many questions about it: the visual part, `prefix` [P] and `prefix_frame` [P] up to the last visual token,
+        and what comes behind it of every question: ids, label, question and segment (0: padding) [Q,T].
+
+        T is what the longest takes; a question has four words. The end token, behind which nothing is said, is left out.
+        """
+        visual, asked = self._draw(2, number, questions)
+        rows = [self._row(asked, place) for place in range(questions)]
+        cut = int(np.flatnonzero(rows[0]["frame"] >= 0)[-1]) + 1
+        out = visual | {"prefix": rows[0]["ids"][:cut], "prefix_frame": rows[0]["frame"][:cut]}
+        text = max(len(row["ids"]) for row in rows) - 1 - cut
+        for row in rows:
+            row["segment"] = np.ones(len(row["ids"]), np.int32)
+        for name in ("ids", "label", "question", "segment"):
+            out[name] = np.stack([pad(row[name][cut:-1], text) for row in rows])
+        return out
+
+    def _draw(self, purpose: int, number: int, questions: int) -> tuple[Example, Any]:
+        from hybridvlm.tiny import needle
+        from hybridvlm.tiny.bank import draw_videos
+
+        rng = np.random.default_rng([self.config.seed, 1000, purpose, number])
+        if self.bank is not None:
+            drawn, asked = draw_videos(self.bank, self.frames, 1, questions, self.types, rng)
+            return {"visual_cells": drawn.cells[0], "visual_time": np.arange(self.frames, dtype=np.int32)}, asked[0]
+        # videos of the benchmark's own stream, each purpose with numbers of its own
+        video = needle.make_video(self.config.data.split, 2 * number + purpose - 1, self.frames, self.config.seed + 1)
+        order = list(self.types)
+        rng.shuffle(order)
+        return {"visual_pixels": needle.render_video(video)}, needle.make_questions(video, questions, rng, order)
+
+    def _row(self, asked: Any, place: int) -> Example:
+        clip = Clip(tuple(float(t) for t in range(self.frames)))
+        texts = asked.texts()[place], asked.answers()[place]
+        return example(self.model, clip, *texts)
+
+
+class Files:
+    """What the sources of files share: a clip's frames become pixels or cached features of the one size that rows have."""
+
+    shuffled = False
+
+    def __init__(self, config: TrainConfig, model: Model):
+        vision = model.config.vision
+        if vision is None:
+            raise ValueError(f"model {model.name!r} has no vision tower; it cannot be trained on videos")
+        if config.data.segments > 1 and config.data.features == "pixels" and vision.kind == "stem":
+            raise ValueError(
+                "a stem tower writes each frame's time into its tokens: packed rows need Data.features 'cached'"
+            )
+        self.config, self.model = config, model
+        self.patch, self.size = vision.temporal_patch, tuple(vision.image_size)
+        self.frames = (config.data.sample_frames or config.data.frames) * self.patch
+        self.cache = FeatureCache(config.data.cache, model) if config.data.features == "cached" else None
+
+    def arrays(
+        self, seconds: tuple[float, ...], identity: str, turns: Turns, frames: Callable[[], np.ndarray]
+    ) -> Example:
+        """A sample of the frames at `seconds`: frames() gives them [F,h,w,3], where no cached features of `identity` stand in."""
+        *history, (question, answer) = turns
+        row = example(self.model, Clip(seconds), question, answer, history)
+        patches = -(-len(seconds) // self.patch)
+
+        def pixels() -> np.ndarray:
+            return self.model.family.pixels(self.model.config, [Clip(seconds, frames())], patches)[0]
+
+        if self.cache is None:
+            return row | {"visual_pixels": pixels()}
+        return row | {"visual_features": self.cache(identity, pixels)}
+
+
+class JsonlSource(Files):
+    """Lines {"video": path, "question", "answer"} or {"video": path, "conversations": [{"from": "human" | "gpt", "value"}, ...]}.
+
+    Paths are relative to the file. Every turn of a conversation is a sample of its own, with the earlier turns before it, as it is
+    when the model is asked. ValueError with the line for one that is not of this form; videos are only opened when read.
+    """
+
+    def __init__(self, config: TrainConfig, model: Model):
+        super().__init__(config, model)
+        path = pathlib.Path(config.data.path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no training samples at {path}; give a JSONL file")
+        self.folder = path.parent
+        self.samples: list[tuple[str, Turns]] = []
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if line.strip():
+                try:
+                    video, turns = read_line(json.loads(line))
+                except ValueError as error:  # what json raises is one too
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+                self.samples += [(video, turns[: stop + 1]) for stop in range(len(turns))]
+        if not self.samples:
+            raise ValueError(f"{path} holds no samples")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, number: int) -> str:
+        return self.samples[number][0]
+
+    def sample(self, number: int) -> Example:
+        video, turns = self.samples[number]
+        path = self.folder / video
+        chosen = sample_indices(probe(path), self.frames, self.config.data.rule, name=str(path))
+        status = path.stat()
+        identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{chosen.tolist()}"
+        read = functools.partial(decode_frames, path, chosen, size=self.size, resize=resize)
+        return self.arrays(frame_seconds(path, chosen), identity, turns, read)
+
+
+def read_line(line: Any) -> tuple[str, Turns]:
+    """(video, turns of question and answer) of one parsed line; ValueError for one of another form."""
+    if not isinstance(line, dict) or not isinstance(line.get("video"), str) or not line["video"]:
+        raise ValueError('needs "video", the path of a file')
+    if "conversations" not in line:
+        asked, told = line.get("question"), line.get("answer")
+        if not all(isinstance(text, str) and text.strip() for text in (asked, told)):
+            raise ValueError('needs "question" and "answer", texts that are not empty, or "conversations"')
+        return line["video"], ((asked, told),)
+    spoken = line["conversations"]
+    if not isinstance(spoken, list) or not spoken or len(spoken) % 2:
+        raise ValueError('"conversations" must be turns of "human" and "gpt", one after the other')
+    turns = []
+    for human, model in zip(spoken[::2], spoken[1::2], strict=True):
+        if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in (human, model)):
+            raise ValueError('a turn of "conversations" must be {"from": ..., "value": text}')
+        if human.get("from") not in ("human", "user") or model.get("from") not in ("gpt", "assistant"):
+            raise ValueError('"conversations" must be turns of "human" and "gpt", one after the other')
+        question = human["value"].replace("<video>", "").replace("<image>", "").strip()
+        if not question or not model["value"].strip():
+            raise ValueError('a turn of "conversations" is empty')
+        turns.append((question, model["value"].strip()))
+    return line["video"], tuple(turns)
+
+
+class TfdsSource(Files):
+    """A tensorflow-datasets `data_source`: records with "video" (frames [F,h,w,3] uint8) or "image", "question" and "answer".
+
+    source: instead of the one that Data.path names, any object with len() and [number].
+    """
+
+    def __init__(self, config: TrainConfig, model: Model, source: Any = None):
+        super().__init__(config, model)
+        if source is None:
+            import tensorflow_datasets as tfds
+
+            d = config.data
+            source = tfds.data_source(d.path, split=d.split, data_dir=d.folder or None)
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, number: int) -> str:
+        return f"{self.config.data.path}:{self.config.data.split}:{number}"
+
+    def sample(self, number: int) -> Example:
+        record = self.source[number]
+        missing = {"question", "answer"} - set(record)
+        if missing or not {"video", "image"} & set(record):
+            raise ValueError(f"{self.name(number)} must have video or image, question, answer; it has {sorted(record)}")
+        shown = np.asarray(record["video"]) if "video" in record else np.asarray(record["image"])[None]
+        if len(shown) > self.frames:
+            shown = shown[np.linspace(0, len(shown) - 1, self.frames).round().astype(int)]
+        seconds = tuple(float(t) for t in range(len(shown)))
+        question, answer = (
+            t.decode() if isinstance(t, bytes) else str(t) for t in (record["question"], record["answer"])
+        )
+        name = f"{self.name(number)}:{self.frames}"
+        return self.arrays(seconds, name, ((question, answer),), lambda: resize(shown, self.size))

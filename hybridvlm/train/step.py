@@ -1,0 +1,241 @@
+"""One training step: a program per plan, and one for dense steps that teach.
+
+Master weights are float32; the forward pass takes them in the run's dtype. Gradients of microbatches add up to that of the whole
+batch: every loss on answer tokens is a sum over the batch's answer tokens by their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybridvlm import sharding
+from hybridvlm.generate import Model
+from hybridvlm.models.names import flatten, unflatten
+from hybridvlm.models.nemotron_vl import head
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.train import lora as adapters
+from hybridvlm.train import optimizer as optimizers
+from hybridvlm.train.config import TrainConfig
+from hybridvlm.train.features import visual
+from hybridvlm.train.gate import straight_through
+from hybridvlm.train.loss import answers, cross_entropy, divergence, first_answers, rank_loss
+from hybridvlm.train.rows import TrainBatch
+from hybridvlm.train.teach import layer_score, mixers, row_mask, shared_pass
+
+Flat = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes: trained parameters (flat, float32; LoRA factors, if there are any), optimizer state, average ({}: none)."""
+
+    train: Flat
+    optimizer: Any
+    ema: Flat
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What no step changes: frozen parameters (flat), the teacher's (flat; {}: none of its own), the bank of cells or None."""
+
+    frozen: Flat
+    teacher: Flat
+    table: jax.Array | None
+
+
+def sharding_of(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+    """Where the parameter at `path` lies on the mesh, its columns in the whole model's order; a dimension that does not come out even,
+    and anything that no rule is for, is whole on every device."""
+    try:
+        spec = sharding.DEFAULT_RULES.spec(path, shape, mesh)
+    except ValueError:
+        spec = jax.sharding.PartitionSpec()
+    cut = []
+    for size, axes in zip(shape, spec, strict=False):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        cut.append(axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
+
+
+class Trainer:
+    """The programs of a run. plans: by step; `programs` holds those that were made: one per plan and one for teaching.
+
+    mesh: the devices, None for one.
+    """
+
+    def __init__(self, config: TrainConfig, model: Model, mesh: jax.sharding.Mesh | None = None):
+        self.config, self.model, self.mesh = config, model, mesh
+        self.family, self.dtype = model.family, jnp.dtype(config.dtype)
+        if not hasattr(self.family, "decoder_output"):
+            raise ValueError(
+                f"family {self.family.NAME!r} cannot be trained: it has no decoder_output (one row per sample)"
+            )
+        self.optimizer = optimizers.make(config.optimizer, config.steps, adapters.target)
+        self.rate = optimizers.schedule(config.optimizer, config.steps)
+        self.answer = config.data.answer or config.data.text
+        self.programs: dict[Any, Callable[..., tuple[State, Sums]]] = {}
+
+    # -- the start --------------------------------------------------------------------------------------------------
+
+    def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, Fixed]:
+        """State and constants before the first step, of the model's parameters (on a mesh, if there is one, wherever they lie)."""
+        c, flat = self.config, dict(flatten(params))
+        held = optimizers.cast(flat, self.dtype)
+        if c.lora.rank:
+            train, frozen = adapters.init(c.lora, flat, jax.random.key(c.seed)), held
+        else:
+            train, still = optimizers.split(flat, c.optimizer.frozen)
+            frozen = {path: held[path] for path in still}
+            # copies: a step gives the memory of its arguments to its results, and these are the model's own
+            train = {path: jnp.array(a, jnp.float32, copy=True) for path, a in train.items()}
+        own = c.distill.kl and c.distill.teacher == "start" and not c.lora.rank
+        teacher = {path: jnp.array(held[path], copy=True) for path in train} if own else {}
+        ema = jax.tree.map(lambda a: jnp.array(a, copy=True), train) if c.optimizer.ema else {}
+        state = State(train, jax.jit(self.optimizer.init)(train), ema)
+        if self.mesh is not None and table is not None:
+            table = jax.device_put(np.asarray(table), sharding_of(self.mesh, "", table.shape))
+        return self._placed(state), Fixed(self._placed(frozen), self._placed(teacher), table)
+
+    def _placed(self, tree: Any) -> Any:
+        """A tree over parameters by path (the optimizer's state too), each array where the rules put the parameter."""
+        if self.mesh is None:
+            return tree
+
+        def place(path: tuple, leaf: jax.Array) -> jax.Array:
+            keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+            return jax.device_put(leaf, sharding_of(self.mesh, keys[-1] if keys else "", leaf.shape))
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def whole(self, train: Flat, frozen: Flat) -> dict[str, Any]:
+        """The model's parameters of a state, as the forward pass takes them."""
+        if self.config.lora.rank:
+            return unflatten(adapters.merge(self.config.lora, frozen, train))
+        return unflatten(optimizers.cast(train, self.dtype) | frozen)
+
+    # -- losses -----------------------------------------------------------------------------------------------------
+
+    def _run(self, params: Any, batch: TrainBatch, seen: jax.Array | None, plan: ReductionPlan | None, **options: Any):
+        if self.mesh is not None:
+            # columns that several devices need are written down for each here, so that their gradients come together in one weight
+            params = sharding.lay_out(params, self.model.config, sharding.tensor_size(self.mesh))
+            options["mesh"] = self.mesh
+        if self.config.remat != "none":
+            options["remat"] = self.config.remat
+        options["caches"] = False
+        question, segments = batch.question, self.config.data.segments
+        return self.family.decoder_output(
+            params, self.model.config, batch.batch, seen, plan, question=question, segments=segments, **options
+        )
+
+    def _said(self, params: Any, out: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+        """Logits [B,A,V] and the tokens [B,A] to be said."""
+        x, target = answers(out.tokens, batch.label, self.answer)
+        return head(params, self.model.config, x), target
+
+    def plan_loss(self, train: Flat, fixed: Fixed, batch: TrainBatch, total: jax.Array, plan: ReductionPlan | None):
+        """Cross-entropy under a plan and the divergence from the dense teacher: (loss, sums); total: answer tokens of the step."""
+        c, d = self.config, self.config.distill
+        params = self.whole(train, fixed.frozen)
+        seen = visual(params, self.model, batch.visual, fixed.table)
+        options = (
+            {"gate": straight_through(c.reduction.straight_through)} if plan and c.reduction.straight_through else {}
+        )
+        out, given = self._run(params, batch, seen, plan, **options)
+        logits, target = self._said(params, out, batch)
+        entropy, right = cross_entropy(logits, target)
+        loss, sums = entropy / total, {"entropy": entropy, "right": right}
+        if d.kl:
+            if d.teacher == "self":
+                teacher = jax.lax.stop_gradient(params)
+            else:
+                held = fixed.frozen | fixed.teacher
+                teacher = unflatten(held)
+            dense, _ = self._run(teacher, batch, jax.lax.stop_gradient(seen), None)
+            sums["kl"] = divergence(logits, self._said(teacher, dense, batch)[0], target, d.temperature)
+            loss += d.kl * sums["kl"] / total
+        if plan is not None:
+            planned = [plan.keep(0, given), *(plan.keep(site + 1, given) for site in plan.drops)]
+            sums["wrong"] = jnp.sum(jnp.stack(planned) != out.kept)
+        return loss, sums | {"kept": jnp.sum(out.kept, axis=(1, 2)), "given": jnp.sum(given)}
+
+    def teach_loss(self, train: Flat, fixed: Fixed, batch: Any, total: jax.Array):
+        """A dense step: cross-entropy, and what attention teaches the Mamba scores."""
+        c, config = self.config, self.model.config
+        params = self.whole(train, fixed.frozen)
+        if isinstance(batch, TrainBatch):
+            seen = visual(params, self.model, batch.visual, fixed.table)
+            options: dict[str, Any] = {}
+            if c.distill.scores:
+                score = layer_score(c.reduction.reduction.score, c.data.segments, c.data.text)
+                options = {"collect": mixers(config), "score_fn": score, "query_capacity": c.data.text}
+            out, _ = self._run(params, batch, seen, None, **options)
+            logits, target = self._said(params, out, batch)
+            mask = row_mask(batch.batch, c.data.segments)
+            scores = {layer: score[:, None] for layer, score in out.scores.items()}
+        else:
+            seen = visual(params, self.model, {k.removeprefix("visual_"): a for k, a in batch.items()}, fixed.table)
+            options = {} if c.remat == "none" else {"remat": c.remat}
+            hidden, scores, mask = shared_pass(self.family, params, config, batch, seen, **options)
+            x, target = first_answers(hidden, batch["label"].reshape(hidden.shape[:2]), self.answer)
+            logits = head(params, config, x)
+        entropy, right = cross_entropy(logits, target)
+        loss, sums = entropy / total, {"entropy": entropy, "right": right}
+        if c.distill.scores:
+            ranked, weight = rank_loss(config.pattern, scores, mask)
+            # its weights hang on the teacher: microbatches average, by their answer tokens
+            taught = ranked / jnp.maximum(weight, 1e-6) * (jnp.sum(target >= 0) / total)
+            sums["scores"] = taught
+            loss += c.distill.scores * taught
+        return loss, sums
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def program(self, plan: ReductionPlan | str | None) -> Callable[..., tuple[State, Sums]]:
+        """The compiled update (state, fixed, batch) -> (state, metrics) under a plan, None (dense) or "teach"; uses the state up."""
+        if plan not in self.programs:
+            self.programs[plan] = jax.jit(
+                lambda state, fixed, batch: self.update(state, fixed, batch, plan), donate_argnums=0
+            )
+        return self.programs[plan]
+
+    def update(self, state: State, fixed: Fixed, batch: Any, plan: ReductionPlan | str | None) -> tuple[State, Sums]:
+        """One step: see `program`."""
+        label = batch.label if isinstance(batch, TrainBatch) else batch["label"]
+        total = jnp.maximum(jnp.sum(label > 0), 1).astype(jnp.float32)
+
+        def loss(train: Flat, part: Any) -> tuple[jax.Array, Sums]:
+            if plan == "teach":
+                return self.teach_loss(train, fixed, part, total)
+            return self.plan_loss(train, fixed, part, total, plan)
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        n = self.config.optimizer.accumulate
+        if n == 1:
+            (value, sums), grads = gradient(state.train, batch)
+        else:
+            # row i goes to microbatch i mod n: rows of a device stay on it
+            parts = jax.tree.map(lambda a: a.reshape(a.shape[0] // n, n, *a.shape[1:]).swapaxes(0, 1), batch)
+
+            def add(carry: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, gradient(state.train, part)), None
+
+            shapes = jax.eval_shape(gradient, state.train, jax.tree.map(lambda a: a[0], parts))
+            empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            ((value, sums), grads), _ = jax.lax.scan(add, empty, parts)
+        updates, inner = self.optimizer.update(grads, state.optimizer, state.train)
+        train = optax.apply_updates(state.train, updates)
+        ema = optimizers.average(state.ema, train, self.config.optimizer.ema) if state.ema else {}
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "answers": total} | sums
+        return State(train, inner, ema), metrics

@@ -1,0 +1,262 @@
+"""Measures, probes, statistics over seeds, and the schedule over trust: against references that are plain to see."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hybridvlm.analysis import calibrate, measures, over_seeds, ridge
+from hybridvlm.analysis.ablate import parse_models, verdict
+from hybridvlm.analysis.cells import CLAIMS, REFERENCE, SETS, cells_of
+from hybridvlm.analysis.common import Asked, markdown
+from hybridvlm.analysis.scores import Scored
+from hybridvlm.analysis.sparsity import measure as sparsity
+from hybridvlm.analysis.stability import measure as stability
+from hybridvlm.config import Reduction, Schedule, load_model_config
+from hybridvlm.eval.evaluate import InputError
+from hybridvlm.reduction import ReductionPlan, make_plan
+
+RNG = np.random.default_rng(0)
+FORMS = {"visual_tokens": 64, "text_tokens": 8, "frames": 4}
+
+
+def scored(video, scores, needed=()):
+    return Scored(Asked(video, "", None, None, needed), {"plain": scores, "decay": scores})
+
+
+# -- within a layer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 7, 100])
+def test_even_and_one_hot_mass(m):
+    even, one = np.full(m, 1 / m), np.eye(m)[m // 2]
+    assert measures.tokens_holding(even, (0.5, 0.8, 1.0)) == [np.ceil(0.5 * m) / m, np.ceil(0.8 * m) / m, 1.0]
+    assert measures.tokens_holding(one, (0.5, 0.95)) == [1 / m, 1 / m]
+    assert measures.gini(even) == pytest.approx(0) and measures.gini(one) == pytest.approx(1 - 1 / m)
+    assert measures.entropy(one) == pytest.approx(0) and measures.entropy(even) == pytest.approx(1 if m > 1 else 0)
+
+
+def test_gini_is_the_mean_difference_of_all_pairs():
+    w = RNG.random(31)
+    w /= w.sum()
+    assert measures.gini(w) == pytest.approx(np.abs(w[:, None] - w).mean() / (2 * w.mean()))
+
+
+def test_readings_of_a_signed_score():
+    s = np.array([-3.0, 1.0, 3.0])
+    np.testing.assert_allclose(measures.mass(s, "relu"), [0, 0.25, 0.75])
+    np.testing.assert_allclose(measures.mass(s, "abs"), [3 / 7, 1 / 7, 3 / 7])
+    np.testing.assert_allclose(measures.mass(s, "softmax"), measures.mass(10 * s + 5, "softmax"))
+    np.testing.assert_allclose(measures.mass(-np.ones(4), "relu"), np.full(4, 0.25))
+    attention = RNG.random(9)
+    np.testing.assert_allclose(measures.mass(attention, "relu"), measures.mass(attention, "abs"))
+    with pytest.raises(ValueError, match="how must be one of"):
+        measures.mass(s, "log")
+
+
+# -- between layers -------------------------------------------------------------------------------------------------------
+
+
+def test_agreement_of_rankings():
+    a, b = RNG.normal(size=40), RNG.normal(size=40)
+    signs = [np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in itertools.combinations(range(40), 2)]
+    assert measures.kendall(a, b) == pytest.approx(np.mean(signs))
+    assert measures.kendall(a, b) == pytest.approx(stats.kendalltau(a, b).statistic)
+    assert measures.kendall(a, np.ones(40)) == 0
+    assert measures.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert measures.spearman(a, np.zeros(40)) == 0
+    assert measures.rank_biased_overlap(a, 2 * a + 1, 0.9) == pytest.approx(1)
+    assert measures.rank_biased_overlap(a, -a, 0.5) < 0.01 < measures.rank_biased_overlap(a, -a, 0.99)
+
+
+def test_rank_biased_overlap_is_the_sum_over_depths():
+    a, b, p = RNG.normal(size=12), RNG.normal(size=12), 0.8
+    first, second = np.argsort(-a), np.argsort(-b)
+    total = sum(p ** (d - 1) * (1 - p) * len({*first[:d]} & {*second[:d]}) / d for d in range(1, 13)) + p**12
+    assert measures.rank_biased_overlap(a, b, p) == pytest.approx(total)
+
+
+def test_top_keeps_the_earlier_of_equals_and_overlap_is_measured_from_chance():
+    assert measures.top(np.array([1.0, 2, 1, 1]), 2).tolist() == [True, True, False, False]
+    draws = [measures.jaccard(*(measures.top(RNG.random(400), 100) for _ in range(2))) for _ in range(200)]
+    assert np.mean(draws) == pytest.approx(measures.chance_jaccard(100, 400), abs=0.01)
+    assert measures.above_chance(measures.chance_jaccard(5, 20), 5, 20) == 0 and measures.above_chance(1.0, 5, 20) == 1
+
+
+def test_sparsity_and_stability_of_planted_scores():
+    """Layer 0 scores by place, layer 1 holds all on the needed token, layer 2 is the negative of layer 0."""
+    m, place = 40, np.arange(40.0)
+    own = [[scored(f"v{v}", {0: place, 1: np.eye(m)[t], 2: -place}, (t,)) for t in (3 * v, 30)] for v in range(2)]
+    rows = {row["layer"]: row for row in sparsity(own, "M*M")}
+    assert rows[0]["position_plain"]["mean"] == pytest.approx(1) and rows[2]["position_plain"]["mean"] == pytest.approx(
+        -1
+    )
+    assert rows[1]["relu"]["holding"]["0.9"] == 1 / m and rows[1]["recall"] == {"first": 1.0}
+    assert rows[2]["positive"] == 0 and rows[0]["recall"]["first"] == 0.5
+    found = stability(own, "M*M", 0.25)
+    pair = {(p["first"], p["second"]): p for p in found["pairs"]}
+    assert pair[0, 2]["kendall"] == pytest.approx(-1) and pair[0, 2]["jaccard"] == 0 and pair[0, 2]["type"] == "M-M"
+    assert {(r["type"], r["which"]) for r in found["by_type"]} == {
+        ("M-M", "all"),
+        ("M-*", "neighbours"),
+        ("M-*", "all"),
+    }
+    other = {row["layer"]: row["other question"] for row in found["layers"]}
+    assert other[0] == 1 and other[1] < 1
+
+
+# -- probes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [6, 300])
+def test_a_probe_finds_what_was_planted_and_nothing_in_shuffled_content(width):
+    videos = [f"v{i // 8}" for i in range(400)]
+    label = RNG.integers(4, size=400)
+    content = np.eye(4)[label] + 0.1 * RNG.normal(size=(400, 4))
+    x = content @ RNG.normal(size=(4, width)) + 0.1 * RNG.normal(size=(400, width))
+    found = ridge.probe(x, content, {"class": label}, videos)
+    assert found.r2[0] > 0.8 and found.labels["class"][0] > 0.95
+    assert found.r2[1][0] < found.r2[0] < found.r2[1][1]
+    mixed = RNG.permutation(400)
+    control = ridge.probe(x, content[mixed], {"class": label[mixed]}, videos)
+    assert control.r2[0] < 0.02 and control.labels["class"][0] < 0.4
+
+
+def test_folds_never_split_a_video_and_a_probe_cannot_read_its_video():
+    videos = [f"v{i // 5}" for i in range(100)]
+    fold = ridge.folds_of(videos, 4)
+    assert all(len({fold[i] for i in range(100) if videos[i] == v}) == 1 for v in videos)
+    assert {int(f) for f in fold} == {0, 1, 2, 3}
+    names = np.repeat(RNG.normal(size=(20, 3)), 5, axis=0)  # the same for all of a video, so that no other one tells it
+    assert ridge.probe(np.repeat(RNG.normal(size=(20, 30)), 5, axis=0), names, {}, videos).r2[0] < 0.1
+
+
+def test_ridge_is_the_closed_form():
+    x, y = RNG.normal(size=(30, 5)), RNG.normal(size=(30, 2))
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    scale = np.trace(xc.T @ xc) / 5
+    (weights,), _, _ = ridge.solve(x, y, [0.3])
+    np.testing.assert_allclose(weights, np.linalg.solve(xc.T @ xc + 0.3 * scale * np.eye(5), xc.T @ yc), atol=1e-10)
+
+
+# -- seeds and cells ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_over_seeds_are_students_and_paired():
+    videos = [f"v{i // 2}" for i in range(60)]
+    base = RNG.random((3, 60)) < 0.7
+    better = base | (RNG.random((3, 60)) < 0.3)
+    found = over_seeds.difference(better, base, videos)
+    gains = (better.mean(1) - base.mean(1)).tolist()
+    wanted = stats.t.interval(0.95, 2, np.mean(gains), stats.sem(gains))
+    np.testing.assert_allclose(found.seeds, wanted)
+    assert found.mean == pytest.approx(np.mean(gains)) and found.each == pytest.approx(gains)
+    one = over_seeds.accuracy(base[:1], videos)
+    assert one.seeds is None and one.interval == one.videos
+    welch = over_seeds.between(better, base[:2], videos)
+    wanted = stats.ttest_ind(better.mean(1), base[:2].mean(1), equal_var=False).confidence_interval(0.95)
+    np.testing.assert_allclose(welch.seeds, [wanted.low, wanted.high])
+    assert verdict(found.to_dict()) in ("for", "undecided")
+    with pytest.raises(ValueError, match="same seeds"):
+        over_seeds.difference(better, base[:2], videos)
+
+
+def test_cells_differ_in_one_thing_and_claims_name_cells():
+    base = Reduction("str", 0.25, schedule=Schedule(start=4, floor=0.02))
+    cells = cells_of(list(SETS), base, ["late: start=6 decay=on match=on"])
+    names = {c.name: c for c in cells}
+    assert cells[0].name == REFERENCE and cells[0].reduction == base and len(names) == len(cells)
+    assert {name for pair in CLAIMS.values() for name in pair} <= set(names)
+    assert names["decay on"].reduction == dataclasses.replace(base, score=dataclasses.replace(base.score, decay=True))
+    assert names["late"].reduction.schedule.start == 6 and names["late"].match == base
+    assert {c.reduction.budget for c in cells if c.set == "budgets"} >= {0.1, 0.125, 0.25, 0.35, 0.5, 0.75}
+    for wrong in (["nothing"], None):
+        with pytest.raises(InputError, match=r"--sets|--cell"):
+            cells_of(wrong or [], base, [] if wrong else ["no colon"])
+    with pytest.raises(InputError, match="no key 'colour'"):
+        cells_of([], base, ["x: colour=red"])
+
+
+def test_groups_of_checkpoints():
+    assert parse_models(["hybrid=a/h0,a/h1", "tiny"]) == [("hybrid", "a/h0"), ("hybrid", "a/h1"), ("tiny", "tiny")]
+    for wrong in (["=a"], ["x="], ["g=a,a"]):
+        with pytest.raises(InputError, match="--models"):
+            parse_models(wrong)
+
+
+def test_a_table_lines_up():
+    lines = markdown([{"a": 1.0, "b": None}, {"a": "long text", "c": [0.5, 1.0]}]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and "0.500 1.000" in lines[-1]
+
+
+# -- trust ----------------------------------------------------------------------------------------------------------------
+
+
+def planted(noise_layer):
+    """Layers M*M*: attention 1 and 3 look up a token of the question's; the M layers rank it first, or not at all."""
+    rng, out = np.random.default_rng(1), []
+    for v in range(3):
+        noise = rng.normal(size=64)
+        out.append([])
+        for t in rng.choice(64, 3, replace=False):
+            look = 0.9 * np.eye(64)[t] + 0.1 / 64
+            follow = np.eye(64)[t] + 0.01 * rng.normal(size=64)
+            out[-1].append(scored(f"v{v}", {0: noise if noise_layer == 0 else follow, 1: look, 2: follow, 3: look}))
+    return out
+
+
+def test_calibration_trusts_layers_that_follow_the_question():
+    rows = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=0), "M*M*", 0.25)}
+    assert rows[0]["overlap"] == pytest.approx(1) and rows[0]["own"] == pytest.approx(rows[0]["other"])
+    assert rows[2]["own"] > 0.9 > 0.5 > rows[2]["other"] and abs(rows[2]["overlap"]) < 0.4
+    assert rows[3]["trust"] == 1 and rows[3]["needed"] == 0  # nothing behind it looks anything up
+    trust = calibrate.trusted(list(rows.values()), 5, skip=0.5)
+    assert trust[0] == 0 and trust[2] > 0.8 and trust[4] == 0
+    both = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=None), "M*M*", 0.25)}
+    assert both[0]["trust"] > 0.8
+    with pytest.raises(ValueError, match="two on a video"):
+        calibrate.judge([own[:1] for own in planted(0)], "M*M*", 0.25)
+    with pytest.raises(ValueError, match="reaches --skip"):
+        calibrate.trusted([row | {"trust": 0.1} for row in rows.values()], 5, skip=0.5)
+
+
+def test_trust_shapes_the_plan_and_is_serialised():
+    config = load_model_config("tiny")
+    plain = Reduction("str", 0.25, schedule=Schedule(start=4, floor=0.02))
+    mixers = [float(kind in "M*") for kind in config.pattern]
+    even = calibrate.calibrated(plain, mixers)
+    low = calibrate.calibrated(plain, [0.0 if i == 5 else 0.2 if i == 7 else t for i, t in enumerate(mixers)])
+    plans = {n: make_plan(r, config, **FORMS) for n, r in (("str", plain), ("even", even), ("low", low))}
+    assert set(plans["low"].sites) == set(plans["even"].sites) - {5}
+    assert 5 not in set(plans["low"].drops)
+
+    def dropped(name, layer):
+        return plans[name].relative[layer] - plans[name].relative[layer + 1]
+
+    # layer 7 lies where the sigmoid is steeper than at 8, and drops less than that once it is trusted little
+    assert dropped("even", 7) > dropped("even", 8) and dropped("low", 7) < dropped("low", 8)
+    assert all(abs(p.retention_mean - 0.25) < 1e-3 for p in plans.values())
+    again = ReductionPlan.from_dict(json.loads(plans["low"].to_json()))
+    assert (
+        again == plans["low"]
+        and again.schedule.trust == low.schedule.trust
+        and again.decoder_method == "str-calibrated"
+    )
+
+
+def test_even_trust_is_the_plain_schedule_and_wrong_trust_is_refused():
+    config = load_model_config("tiny")
+    plain = Reduction("str", 0.3, schedule=Schedule(start=4))
+    even = calibrate.calibrated(plain, [0.5] * len(config.pattern))
+    assert make_plan(even, config, **FORMS).relative == make_plan(plain, config, **FORMS).relative
+    missing = dataclasses.replace(plain, method="str-calibrated")
+    with pytest.raises(ValueError, match=r"one number for each of 26 layers, got none; .* calibrate"):
+        make_plan(missing, config, **FORMS)
+    with pytest.raises(ValueError, match="got 3 numbers"):
+        make_plan(calibrate.calibrated(plain, [1.0] * 3), config, **FORMS)
+    for wrong in ((1.0, -0.1), (float("inf"),), (0.0, 0.0)):
+        with pytest.raises(ValueError, match=r"Schedule\.trust"):
+            Schedule(trust=wrong)

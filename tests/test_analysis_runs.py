@@ -1,0 +1,162 @@
+"""The analyses as commands, on small random checkpoints: what they write, that they resume, and what they refuse."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hybridvlm import analyze
+from hybridvlm.analysis import ablate, probe
+from hybridvlm.analysis.common import load_model
+from hybridvlm.config import Reduction, Schedule, load_model_config
+from hybridvlm.models import nemotron_vl
+from hybridvlm.tiny.resume import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two seeds of a small hybrid, and one Transformer of as many layers."""
+    root, out = tmp_path_factory.mktemp("checkpoints"), {}
+    for name, pattern, seed in (("h0", "M*M*", 0), ("h1", "M*M*", 1), ("t0", "****", 0)):
+        config = dataclasses.replace(load_model_config("tiny"), pattern=pattern, name=name)
+        params = nemotron_vl.init(config, jax.random.key(seed))
+        write_checkpoint(root / name, config, params, name, Reduction("str", 0.5, schedule=Schedule(start=0)))
+        out[name] = str(root / name)
+    return out
+
+
+def run(capsys, *argv):
+    code = analyze.main([str(a) for a in argv])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_help_and_what_is_refused(capsys, folders, tmp_path):
+    assert run(capsys)[0] == 2 and run(capsys, "--help")[0] == 0
+    assert "there are: sparsity, stability" in run(capsys, "sparsety")[2]
+    for name in analyze.ANALYSES:
+        with pytest.raises(SystemExit) as done:
+            analyze.main([name, "--help"])
+        assert done.value.code == 0 and f"hybridvlm.analyze {name}" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    for argv, words in (
+        (["sparsity", "--model", "no/such"], "no/such"),
+        (["sparsity", "--model", folders["h0"], "--video", "x.mp4"], "--question"),
+        (["stability", "--model", folders["h0"], "--top", "2"], "--top"),
+        (["deletion", "--model", folders["h0"], "--layers", "9"], "layer 9"),
+        (["ablate", "--models", folders["h0"], "--sets", "none"], "--sets"),
+        (["ablate", "--models", folders["h0"], "--output", tmp_path / "file"], "is a file"),
+        (["probe", "--model", folders["h0"], "--videos", "2"], "--videos"),
+    ):
+        code, _, error = run(capsys, *argv)
+        assert code == 2 and words in error, argv
+
+
+def test_scores_of_a_hybrid_and_of_a_transformer(capsys, folders, tmp_path):
+    few = ("--videos", 2, "--per-video", 2, "--frames", 8)
+    for name in ("h0", "t0"):
+        code, _, error = run(capsys, "sparsity", "--model", folders[name], *few, "--output", tmp_path / name)
+        assert code == 0, error
+        layers = json.loads((tmp_path / name / "sparsity.json").read_text())["layers"]
+        assert [row["kind"] for row in layers] == list(load_model(folders[name]).config.pattern)
+        for row in layers:
+            held = list(row["abs"]["holding"].values())
+            assert held == sorted(held) and 0 < held[0] <= held[-1] <= 1
+        assert (tmp_path / name / "sparsity.png").stat().st_size > 1000
+    code, out, error = run(capsys, "stability", "--model", folders["h0"], *few, "--output", tmp_path / "s")
+    assert code == 0, error
+    matrix = np.array(json.loads((tmp_path / "s" / "stability.json").read_text())["matrices"]["kendall"])
+    np.testing.assert_allclose(np.diag(matrix), 1, atol=0.01)
+    assert "M-*" in out
+
+
+def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monkeypatch):
+    argv = ["ablate", "--models", f"hybrid={folders['h0']},{folders['h1']}", f"twin={folders['t0']}", "--sets", ""]
+    argv += ["--cell", "mamba: method=oneshot-mamba match=on", "--budget", 0.5, "--limit", 4, "--batch-size", 2]
+    argv += ["--output", tmp_path / "a"]
+    code, out, _ = run(capsys, *argv, "--dry-run")
+    assert code == 0 and "answers to find" in out and not (tmp_path / "a" / "ablation.json").exists()
+
+    answered, real = [], ablate.Checkpoint.run
+
+    def stops(self, cell, progress):
+        if len(answered) == 4:
+            raise KeyboardInterrupt
+        answered.append((self.name, getattr(cell, "name", "dense")))
+        real(self, cell, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate.Checkpoint, "run", stops)
+        assert run(capsys, *argv)[0] == 130
+    kept = {path.name: path.read_text() for path in (tmp_path / "a" / "answers").iterdir()}
+    assert sum(text.count("\n") for text in kept.values()) == 16
+
+    code, out, error = run(capsys, *argv)
+    assert code == 0, error
+    for name, text in kept.items():
+        assert (tmp_path / "a" / "answers" / name).read_text().startswith(text)
+    results = json.loads((tmp_path / "a" / "ablation.json").read_text())
+    rows = {(r["group"], r["cell"]): r for r in results["rows"]}
+    assert set(rows) == {(g, c) for g in ("hybrid", "twin") for c in ("dense", "str", "mamba")} - {("twin", "mamba")}
+    assert len(rows["hybrid", "str"]["accuracy"]["each"]) == 2 and rows["twin", "str"]["accuracy"]["ci95_seeds"] is None
+    assert any("mamba is left out" in line for line in results["notes"])
+    assert rows["hybrid", "mamba"]["flops"] == pytest.approx(rows["hybrid", "str"]["flops"], rel=0.02)
+    assert {c["cell"] for c in results["between_groups"]} == {"dense", "str"}
+
+    def nothing(self, cell, progress):
+        raise AssertionError("a cell that is done is run again")
+
+    monkeypatch.setattr(ablate.Checkpoint, "run", nothing)
+    code, out, error = run(capsys, *argv)
+    assert code == 0 and "nothing is left" in out, error
+
+
+@pytest.mark.parametrize("name", ["h0", "t0"])
+def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name):
+    """The walk layer by layer against the decoder's own prefill, with the tokens dropped after layer 1."""
+    from hybridvlm.analysis.deletion import Deletion
+    from hybridvlm.nn.decoder import extend_shared, prefill
+    from hybridvlm.tiny.bank import make_bank
+    from hybridvlm.tiny.shared import video_tokens
+
+    model = load_model(folders[name])
+    bank = make_bank(model.params, model.config, probe.FRAMES, 4, 0, split="val")
+    (sample, doomed, chosen), *_ = probe._targets(bank, probe.PART, 0)[0]
+    found = probe._read(model, bank, sample, doomed, chosen, [1])
+    tokens = video_tokens(model.params, bank.tokens, sample["cells"])
+    score = np.where(doomed, -1.0, 1.0)
+    for layer, plan in ((1, Deletion(1, probe.TARGETS, tokens.length)), (None, None)):
+
+        def both(params, tokens, rows, plan=plan):
+            out = prefill(params["decoder"], model.config, tokens, plan=plan, score_fn=lambda *_: score)
+            x = params["embed"][rows]
+            _, told = extend_shared(params["decoder"], model.config, x, np.ones(rows.shape, np.int32), out.caches)
+            return out.caches, told[-4]
+
+        caches, last = jax.jit(both)(model.params, tokens, sample["rows"])
+        width = last.shape[-1]
+        np.testing.assert_allclose(found[layer]["text"][:, :width], last[:, -1], atol=1e-4)
+        assert list(found[layer]["states"]) == [i for i, k in enumerate(model.config.pattern) if k == "M"]
+        for j, state in found[layer]["states"].items():
+            np.testing.assert_allclose(state, caches[j].ssm, atol=1e-4)
+    if name == "h0":
+        assert not np.allclose(found[-1]["states"][0], found[None]["states"][0], atol=1e-4)
+        np.testing.assert_array_equal(found[1]["states"][0], found[None]["states"][0])  # layer 0 saw the token
+
+
+def test_calibration_is_written_and_taken_by_a_plan(capsys, folders, tmp_path):
+    out = tmp_path / "c"
+    argv = ["calibrate", "--model", folders["h0"], "--videos", 2, "--per-video", 2, "--frames", 8, "--skip", 0]
+    code, told, error = run(capsys, *argv, "--output", out)
+    assert code == 0, error
+    data = json.loads((out / "calibration.json").read_text())
+    assert len(data["trust"]) == 4 and data["reduction"]["method"] == "str-calibrated"
+    from hybridvlm.config import from_dict
+    from hybridvlm.reduction import make_plan
+
+    reduction = from_dict(Reduction, data["reduction"])
+    plan = make_plan(reduction, load_model(folders["h0"]).config, visual_tokens=128, text_tokens=8, frames=8)
+    assert plan.decoder_method == "str-calibrated" and plan.schedule.trust == tuple(data["trust"])
+    assert f"trust={','.join(f'{t:g}' for t in data['trust'])}" in told

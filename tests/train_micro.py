@@ -1,0 +1,69 @@
+"""A model of four layers over the embedded benchmark's frames and words, and configs that train it in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from hybridvlm.config import Buckets, ModelConfig, Reduction, Schedule, VisionConfig
+from hybridvlm.generate import Model
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.tiny import vocabulary
+from hybridvlm.train.config import TrainConfig, build
+
+FRAMES, TEXT = 2, 8
+CONFIG = ModelConfig(
+    pattern="M*-M",
+    width=32,
+    vocab_size=vocabulary.SIZE,
+    mamba_heads=2,
+    mamba_head_dim=16,
+    ssm_groups=1,
+    ssm_state=8,
+    attention_heads=2,
+    kv_heads=1,
+    head_dim=16,
+    mlp_width=32,
+    eos_ids=(vocabulary.EOS_ID,),
+    name="micro",
+    vision=VisionConfig(
+        kind="stem", image_size=(128, 128), patch_size=32, width=32, downsample=1, max_frames=64, stem_channels=(4, 8)
+    ),
+)
+REDUCTION = Reduction("str", 0.5, schedule=Schedule(floor=0.05, stages=1))
+
+
+def micro(seed: int = 0) -> Model:
+    """The model, with random weights."""
+    params = jax.jit(lambda key: nemotron_vl.init(CONFIG, key))(jax.random.key(seed))
+    tokenizer = WordLevel.from_file(vocabulary.PATH)
+    return Model(CONFIG, params, tokenizer, buckets=Buckets((FRAMES,), (TEXT,), 4), reduction=REDUCTION, name="micro")
+
+
+def settings(output: pathlib.Path | str = "unused", **changes: Any) -> TrainConfig:
+    """A config of few steps; a change is a dict of fields for one of its parts, or a plain field."""
+    base = {
+        "model": "micro",
+        "output": str(output),
+        "steps": 6,
+        "data": {
+            "split": "val",
+            "features": "cached",
+            "bank": 8,
+            "batch": 4,
+            "frames": FRAMES,
+            "text": TEXT,
+            "answer": 2,
+        },
+        "reduction": {"reduction": dataclasses.asdict(REDUCTION)},
+        "optimizer": {"rate": 1e-3, "warmup": 2},
+        "checkpoints": {"every": 2},
+        "logging": {"every": 3, "peak_flops": 1e11},
+    }
+    for name, value in changes.items():
+        base[name] = {**base.get(name, {}), **value} if isinstance(value, dict) else value
+    return build(TrainConfig, base)
