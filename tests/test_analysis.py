@@ -134,12 +134,13 @@ def test_folds_never_split_a_video_and_a_probe_cannot_read_its_video():
     assert ridge.probe(np.repeat(RNG.normal(size=(20, 30)), 5, axis=0), names, {}, videos).r2[0] < 0.1
 
 
-def test_ridge_is_the_closed_form():
-    x, y = RNG.normal(size=(30, 5)), RNG.normal(size=(30, 2))
+@pytest.mark.parametrize("width", [5, 50])
+def test_ridge_is_the_closed_form(width):
+    x, y = RNG.normal(size=(30, width)), RNG.normal(size=(30, 2))
     xc, yc = x - x.mean(0), y - y.mean(0)
-    scale = np.trace(xc.T @ xc) / 5
+    scale = np.trace(xc.T @ xc) / width
     (weights,), _, _ = ridge.solve(x, y, [0.3])
-    np.testing.assert_allclose(weights, np.linalg.solve(xc.T @ xc + 0.3 * scale * np.eye(5), xc.T @ yc), atol=1e-10)
+    np.testing.assert_allclose(weights, np.linalg.solve(xc.T @ xc + 0.3 * scale * np.eye(width), xc.T @ yc), atol=1e-10)
 
 
 # -- seeds and cells ------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_calibration_trusts_layers_that_follow_the_question():
     rows = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=0), "M*M*", 0.25)}
     assert rows[0]["overlap"] == pytest.approx(1) and rows[0]["own"] == pytest.approx(rows[0]["other"])
     assert rows[2]["own"] > 0.9 > 0.5 > rows[2]["other"] and abs(rows[2]["overlap"]) < 0.4
-    assert rows[3]["trust"] == 1 and rows[3]["needed"] == 0  # nothing behind it looks anything up
+    assert rows[3]["trust"] == 1 and rows[3]["at stake"] == 0  # nothing behind it looks anything up
     trust = calibrate.trusted(list(rows.values()), 5, skip=0.5)
     assert trust[0] == 0 and trust[2] > 0.8 and trust[4] == 0
     both = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=None), "M*M*", 0.25)}
@@ -220,7 +221,7 @@ def test_calibration_trusts_layers_that_follow_the_question():
     with pytest.raises(ValueError, match="two on a video"):
         calibrate.judge([own[:1] for own in planted(0)], "M*M*", 0.25)
     with pytest.raises(ValueError, match="reaches --skip"):
-        calibrate.trusted([row | {"trust": 0.1} for row in rows.values()], 5, skip=0.5)
+        calibrate.trusted([row | {"trust": 0.5} for row in rows.values()], 5, skip=0.5)
 
 
 def test_trust_shapes_the_plan_and_is_serialised():

@@ -123,24 +123,25 @@ def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name)
 
     model = load_model(folders[name])
     bank = make_bank(model.params, model.config, probe.FRAMES, 4, 0, split="val")
-    (sample, doomed, chosen), *_ = probe._targets(bank, probe.PART, 0)[0]
-    found = probe._read(model, bank, sample, doomed, chosen, [1])
+    sample, chosen, _ = probe._targets(bank, probe.PART, 0)[0][0]
+    doomed = np.zeros((probe.PART, probe.FRAMES * 16), bool)
+    doomed[np.arange(probe.PART)[:, None], chosen] = True
+    found = probe._read(model, bank, sample, chosen, [1])
     tokens = video_tokens(model.params, bank.tokens, sample["cells"])
     score = np.where(doomed, -1.0, 1.0)
-    for layer, plan in ((1, Deletion(1, probe.TARGETS, tokens.length)), (None, None)):
+    plan = Deletion(1, probe.TARGETS, tokens.length)
 
-        def both(params, tokens, rows, plan=plan):
-            out = prefill(params["decoder"], model.config, tokens, plan=plan, score_fn=lambda *_: score)
-            x = params["embed"][rows]
-            _, told = extend_shared(params["decoder"], model.config, x, np.ones(rows.shape, np.int32), out.caches)
-            return out.caches, told[-4]
+    def both(params, tokens, rows):
+        out = prefill(params["decoder"], model.config, tokens, plan=plan, score_fn=lambda *_: score)
+        x = params["embed"][rows]
+        _, told = extend_shared(params["decoder"], model.config, x, np.ones(rows.shape, np.int32), out.caches)
+        return out.caches, told[-4]
 
-        caches, last = jax.jit(both)(model.params, tokens, sample["rows"])
-        width = last.shape[-1]
-        np.testing.assert_allclose(found[layer]["text"][:, :width], last[:, -1], atol=1e-4)
-        assert list(found[layer]["states"]) == [i for i, k in enumerate(model.config.pattern) if k == "M"]
-        for j, state in found[layer]["states"].items():
-            np.testing.assert_allclose(state, caches[j].ssm, atol=1e-4)
+    caches, last = jax.jit(both)(model.params, tokens, sample["rows"])
+    np.testing.assert_allclose(found[1]["text"][:, : last.shape[-1]], last[:, -1], atol=1e-4)
+    assert list(found[1]["states"]) == [i for i, kind in enumerate(model.config.pattern) if kind == "M"]
+    for j, state in found[1]["states"].items():
+        np.testing.assert_allclose(state, caches[j].ssm, atol=1e-4)
     if name == "h0":
         assert not np.allclose(found[-1]["states"][0], found[None]["states"][0], atol=1e-4)
         np.testing.assert_array_equal(found[1]["states"][0], found[None]["states"][0])  # layer 0 saw the token
@@ -148,7 +149,21 @@ def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name)
 
 def test_calibration_is_written_and_taken_by_a_plan(capsys, folders, tmp_path):
     out = tmp_path / "c"
-    argv = ["calibrate", "--model", folders["h0"], "--videos", 2, "--per-video", 2, "--frames", 8, "--skip", 0]
+    argv = [
+        "calibrate",
+        "--model",
+        folders["h0"],
+        "--videos",
+        2,
+        "--per-video",
+        2,
+        "--frames",
+        8,
+        "--skip",
+        0,
+        "--budget",
+        0.6,
+    ]
     code, told, error = run(capsys, *argv, "--output", out)
     assert code == 0, error
     data = json.loads((out / "calibration.json").read_text())

@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
         kind="stem", image_size=(128, 128), patch_size=32, width=32, downsample=1, max_frames=64, stem_channels=(4, 8)
     ),
 )
-REDUCTION = Reduction("str", 0.5, schedule=Schedule(floor=0.05, stages=1))
+REDUCTION = Reduction("str", 0.5, schedule=Schedule(floor=0.05))
 
 
 def micro(seed: int = 0) -> Model:

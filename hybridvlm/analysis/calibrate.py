@@ -7,13 +7,14 @@ Dense passes over a few videos with several questions each; no answer or needed 
 
   overlap    Jaccard overlap of the top share of tokens between two questions on one video, chance taken away and rescaled: 1 for a
              score that ignores the question, 0 for choices as different as random ones
-  own, other of each later attention layer's weight, the part that lies on l's top share: of the weight that the same question puts
+  own, other of the later attention layers' weight, the part that lies on l's top share: of the weight that the same question puts
              there, and of the weight that another question on the video does. A score that ignores the question holds as much of
-             both, and so does noise
-  needed     how far the later attention layers themselves follow the question (own - other of their own top share): the most of
-             them. Behind the last look-up nothing is needed any more
-  trust      own of the later attention, above chance and weighted by how far that attention follows the question; 1 where no later
-             attention does, since nothing is lost there. Below --skip it is 0: the layer neither scores nor drops
+             both, and so does noise; their difference is what follows the question
+  at stake   the part of all question-following attention that is still to come behind l, each attention layer counted by the
+             difference of its own top share
+  trust      1 - at stake * (1 - the part of that difference which l's top share keeps): 1 where the choice keeps all that later
+             attention tells questions apart by, or where nothing is read any more
+  weight     (trust - skip) / (1 - skip), 0 below --skip: such a layer neither scores nor drops
 
 `str-calibrated` lets its schedule run over accumulated trust in place of depth, so that tokens go where scores are believed. The
 trust is a field of the Schedule, goes into plans, results and checkpoints with it, and is one option of the evaluation:
@@ -50,8 +51,6 @@ from hybridvlm.analysis.common import (
 from hybridvlm.analysis.scores import Scored, score_questions
 from hybridvlm.config import ATTENTION, Reduction, to_dict
 from hybridvlm.eval.results import write_atomic
-
-FOLLOWS = 0.05  # an attention layer whose own - other is less than this is not counted as looking anything up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +118,7 @@ def calibrated(base: Reduction, trust: Sequence[float]) -> Reduction:
 
 
 def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> list[Row]:
-    """One row per mixer layer: overlap, own, other, needed, trust. ValueError where no video has two questions."""
+    """One row per mixer layer: overlap, own, other, at stake, trust. ValueError where no video has two questions."""
     if all(len(own) < 2 for own in scored):
         raise ValueError("calibration compares different questions on one video; ask at least two on a video")
     depth = sorted(scored[0][0].score["plain"])
@@ -147,20 +146,25 @@ def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> lis
                     held[layer, a]["own"].append(weights[i][a][chosen[i][layer]].sum())
                     held[layer, a]["other"].append(weights[j][a][chosen[i][layer]].sum())
     mean = {pair: {k: float(np.mean(v)) for k, v in values.items()} for pair, values in held.items()}
-    follows = {a: max(0.0, mean[a, a]["own"] - mean[a, a]["other"]) for a in attention}
+
+    def gap(layer: int, a: int) -> float:
+        return max(0.0, mean[layer, a]["own"] - mean[layer, a]["other"])
+
+    follows = {a: gap(a, a) for a in attention}
+    total = sum(follows.values())
+    if total <= 0:
+        raise ValueError(
+            "no attention layer of this model tells the questions apart; there is nothing to measure scores by"
+        )
     rows = []
     for layer in depth:
-        later = [a for a in attention if a > layer and follows[a] >= FOLLOWS]
+        later = [a for a in attention if a > layer and follows[a] > 0]
+        coming = sum(follows[a] for a in later)
         row: Row = {"layer": layer, "kind": pattern[layer], "overlap": float(np.mean(overlaps[layer]))}
-        total = sum(follows[a] for a in later)
-
-        def part(which: str, layer: int = layer, later: list[int] = later, total: float = total) -> float | None:
-            return sum(follows[a] * mean[layer, a][which] for a in later) / total if later else None
-
-        row |= {"own": part("own"), "other": part("other")}
-        row["needed"] = max((follows[a] for a in later), default=0.0)
-        row["trust"] = 1.0 if not later else max(0.0, (row["own"] - share) / (1 - share))
-        rows.append(row)
+        for which in ("own", "other"):
+            row[which] = sum(follows[a] * mean[layer, a][which] for a in later) / coming if later else None
+        lost = sum(max(0.0, follows[a] - gap(layer, a)) for a in later) / total
+        rows.append(row | {"at stake": coming / total, "trust": 1.0 - lost})
     return rows
 
 
@@ -168,7 +172,7 @@ def trusted(layers: Sequence[Row], count: int, skip: float) -> list[float]:
     """Schedule.trust: a number per layer of the pattern, 0 below `skip` and for layers without a score."""
     trust = [0.0] * count
     for row in layers:
-        trust[row["layer"]] = round(row["trust"], 3) if row["trust"] >= skip else 0.0
+        trust[row["layer"]] = round(max(0.0, row["trust"] - skip) / (1 - skip), 3)
     if not any(trust):
         raise ValueError(f"no layer's trust reaches --skip {skip:g}; the most is {max(r['trust'] for r in layers):.3f}")
     return trust

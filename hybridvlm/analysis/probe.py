@@ -3,27 +3,29 @@
     python -m hybridvlm.analyze probe --model tiny --twin runs/twin
 
 On validation videos of the embedded benchmark, exactly the tokens that 16 one-hop questions ask about are dropped after a layer;
-ridge probes then try to read each one's content back, its features (what the tower said, place and time left out: R2) and its class
-(of 8) and border colour (of 16). Folds are split by video, the strength is chosen inside the training folds, intervals are over
-videos. What is read:
+ridge probes then try to read each one's content back: its features (what the tower said, place and time left out: R2), its class
+and its border colour (accuracy). Folds are split by video, the strength is chosen inside the training folds, intervals are over
+videos. `shuffled` pairs each reading with another token's content: chance. What is read:
 
-  states           the final SSM states of all Mamba layers, each asked with the token's own key there: b^T H per head, which is what
-                   a query that equals the key would be given (retrieval); heads are scaled to unit length, and --width random
-                   directions of it all are kept, since there are more numbers in the states than samples
-  states behind    the same, of the layers behind the drop alone: they never saw the token
-  states, no key   random directions of the flattened states, without knowing which token is meant: the same numbers for all tokens
-                   of a video, so that a linear probe has nothing to tell them apart by
-  text rows        the question's rows behind the last layer (its last row, and the mean of its rows)
+  text rows          the question's rows behind the last layer (its last row, and the mean of its rows)
+  states             the final SSM states of all Mamba layers, each asked with the token's own key there: b^T H per head, which is
+                     what a query that equals the key would be given (retrieval); heads are scaled to unit length
+  states behind      the same, of the layers behind the drop alone: they never saw the token
+  states, last frame as `states`, where the 16 tokens of the last frame are dropped: tells a state that forgets with age from one
+                     that never held what is asked for
+  states, no key     --width random directions of the flattened states (more numbers than a probe can weigh), without knowing which
+                     token is meant: the same for all tokens of a video, so that a linear probe cannot tell them apart by it
 
 and by the layer after which the token was dropped: `never shown` (gone before layer 0) and `never dropped` are the ends of the
-scale, `shuffled` pairs each reading with another token's content. `retained` is (value - never shown) / (never dropped - never shown).
-The colour stands in the question, so that text rows give it away in every case: compare with `never shown`. A Transformer has no
-states, only text rows. Written: probe.json, probe.md, probe.png. 1 to 5 minutes a model.
+scale. `retained` is (value - never shown) / (never dropped - never shown), and empty where these ends are less than .05 apart: then
+nothing is there to be retained. The colour stands in the question, so that text rows give it away in every case: compare with
+`never shown`. A Transformer has no states, only text rows. Written: probe.json, probe.md, probe.png. 1 to 5 minutes a model.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -61,7 +63,7 @@ from hybridvlm.tiny.shared import QUESTION, arrays, video_tokens
 
 FRAMES, TARGETS, PART = 64, 16, 4
 NEVER_SHOWN, NEVER_DROPPED = -1, None
-READERS = ("states", "states behind", "states, no key", "text rows")
+READERS = ("text rows", "states", "states behind", "states, last frame", "states, no key")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--twin", help="a Transformer of the same size trained on the same data, probed in the same way")
     add("--videos", type=int, default=64, help="validation videos, 16 tokens each (default: %(default)s)")
     add("--layers", help="layers to drop after, such as 0,2,8 (default: every M and * but the last)")
-    add("--width", type=int, default=256, help="random directions that a probe reads at most (default: %(default)s)")
+    add(
+        "--width",
+        type=int,
+        default=256,
+        help="random directions of the flattened states that a probe reads (default: %(default)s)",
+    )
     add("--seed", type=int, default=0)
     add("--output", type=pathlib.Path, help="folder for tables, JSON and pictures (default: results/...)")
 
@@ -116,31 +123,63 @@ def probe_model(model: Model, layers: Sequence[int], videos: int, seed: int, wid
     from tqdm import tqdm
 
     bank = make_bank(model.params, model.config, FRAMES, 500, seed, split="val")
-    batches, features, labels, clusters = _targets(bank, videos, seed)
-    drops: list[int | None] = [NEVER_SHOWN, *layers, NEVER_DROPPED]
-    readings = [_read(model, bank, *batch, layers) for batch in tqdm(batches, desc="videos", disable=None)]
+    batches, asked, last = _targets(bank, videos, seed)
     rows: list[Row] = []
-    shuffled = np.random.default_rng([seed, 41]).permutation(len(features))
-    for layer in tqdm(drops, desc="probes", disable=None):
-        for reader, x in _inputs([reading[layer] for reading in readings], layer, width, seed).items():
-            rows.append(_drop(layer, model) | {"read from": reader} | probe(x, features, labels, clusters).to_dict())
-            if layer is NEVER_DROPPED:
-                mixed = {name: values[shuffled] for name, values in labels.items()}
-                control = probe(x, features[shuffled], mixed, clusters).to_dict()
-                rows.append({"after": None, "kind": "shuffled", "read from": reader} | control)
-    return _with_retention(rows)
+    for content, place in ((asked, 1), (last, 2)):
+        if place == 2 and MAMBA not in model.config.pattern:
+            continue  # a Transformer keeps the last frame as it keeps any other
+        found = [
+            _read(model, bank, batch[0], batch[place], layers)
+            for batch in tqdm(batches, desc="videos", unit="part", disable=None)
+        ]
+        for layer in tqdm([NEVER_SHOWN, *layers, NEVER_DROPPED], desc="probes", unit="drop", disable=None):
+            inputs = _inputs([reading[layer] for reading in found], layer, width, seed, place == 2)
+            for reader, x in inputs.items():
+                rows.append(_drop(layer, model) | {"read from": reader} | content.probe(x))
+                if layer is NEVER_DROPPED:
+                    control = content.shuffled(seed).probe(x)
+                    rows.append({"after": None, "kind": "shuffled", "read from": reader} | control)
+    order = {reader: i for i, reader in enumerate(READERS)}
+    return _with_retention(sorted(rows, key=lambda row: order[row["read from"]]))
 
 
-def _inputs(parts: Sequence[dict], layer: int | None, width: int, seed: int) -> dict[str, np.ndarray]:
-    """What each reader is given, [n,d], of one drop."""
-    found = {"text rows": np.concatenate([part["text"] for part in parts])}
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What is to be read back: features [n,D] of the tokens, labels [n] by name, and the video of each."""
+
+    features: np.ndarray
+    labels: dict[str, np.ndarray]
+    videos: list[str]
+
+    @classmethod
+    def of(cls, bank: Bank, places: np.ndarray) -> Content:
+        """Of bank places [V,Q]: class and border colour, and what the tower said of them without place and time."""
+        flat, per = places.reshape(-1), bank.label.shape[1]
+        labels = {"class": bank.label.reshape(-1)[flat], "colour": flat // per}
+        features = np.asarray(bank.tokens).reshape(-1, bank.tokens.shape[-1])[flat]
+        return cls(features, labels, [str(v) for v in range(len(places)) for _ in range(places.shape[1])])
+
+    def shuffled(self, seed: int) -> Content:
+        """Each reading with another token's content."""
+        order = np.random.default_rng([seed, 41]).permutation(len(self.features))
+        return Content(self.features[order], {k: v[order] for k, v in self.labels.items()}, self.videos)
+
+    def probe(self, x: np.ndarray) -> Row:
+        return probe(x, self.features, self.labels, self.videos).to_dict()
+
+
+def _inputs(parts: Sequence[dict], layer: int | None, width: int, seed: int, last: bool) -> dict[str, np.ndarray]:
+    """What each reader is given, [n,d], of one drop: of the asked tokens, or of those of the last frame."""
     mamba = list(parts[0]["states"])
+    answers = {j: np.concatenate([part["answers"][j] for part in parts]) for j in mamba}
+    if last:
+        return {"states, last frame": np.concatenate(list(answers.values()), axis=1)}
+    found = {"text rows": np.concatenate([part["text"] for part in parts])}
     if mamba:
-        answers = {j: np.concatenate([part["answers"][j] for part in parts]) for j in mamba}
-        found["states"] = _narrow(np.concatenate(list(answers.values()), axis=1), width, seed)
+        found["states"] = np.concatenate(list(answers.values()), axis=1)
         behind = [answers[j] for j in mamba if layer is not None and j > layer >= 0]
         if behind:
-            found["states behind"] = _narrow(np.concatenate(behind, axis=1), width, seed)
+            found["states behind"] = np.concatenate(behind, axis=1)
         rows = [np.concatenate([part["states"][j].reshape(PART, -1) for j in mamba], axis=1) for part in parts]
         found["states, no key"] = np.repeat(_narrow(np.concatenate(rows), width, seed), TARGETS, axis=0)
     return found
@@ -162,34 +201,29 @@ def _with_retention(rows: list[Row]) -> list[Row]:
         for name in ("features R2", "class"):
             gap = high[name] - low[name]
             row[f"retained {name}"] = (
-                (row[name] - low[name]) / gap if gap > 0.02 and row["kind"] != "shuffled" else None
+                (row[name] - low[name]) / gap if gap > 0.05 and row["kind"] != "shuffled" else None
             )
     return rows
 
 
-def _targets(bank: Bank, videos: int, seed: int) -> tuple[list, np.ndarray, dict[str, np.ndarray], list[str]]:
-    """Batches (arrays, doomed [B,M] bool, chosen tokens [B,Q]) with what is to be read back of each chosen token."""
+def _targets(bank: Bank, videos: int, seed: int) -> tuple[list, Content, Content]:
+    """Batches (questions on their videos, the tokens [B,Q] that they ask about, the tokens [B,Q] of the last frame), and what those
+    show."""
     rng = np.random.default_rng([seed, 43])
-    batches, features, clusters = list[Any](), list[np.ndarray](), list[str]()
-    labels: dict[str, list[np.ndarray]] = {"class": [], "colour": []}
-    flat = np.asarray(bank.tokens).reshape(-1, bank.tokens.shape[-1])
-    names = bank.label.reshape(-1)
-    for start in range(0, videos, PART):
-        sample, asked = draw_videos(bank, FRAMES, PART, 3 * TARGETS, ("WHAT",), rng)
-        chosen = np.stack([np.flatnonzero(separate(q.hop1, q.hop2))[:TARGETS] for q in asked])
+    batches, asked, last = list[Any](), [], []
+    for _ in range(-(-videos // PART)):
+        sample, questions = draw_videos(bank, FRAMES, PART, 3 * TARGETS, ("WHAT",), rng)
+        chosen = np.stack([np.flatnonzero(separate(q.hop1, q.hop2))[:TARGETS] for q in questions])
         given = arrays(sample)
         rows = (np.arange(PART)[:, None] * 3 * TARGETS + chosen).reshape(-1)
-        tokens = np.stack([q.hop1[c] for q, c in zip(asked, chosen, strict=True)])
-        doomed = np.zeros((PART, FRAMES * 16), bool)
-        doomed[np.arange(PART)[:, None], tokens] = True
         shown = {"cells": given["cells"], "rows": given["rows"][rows][:, :QUESTION]}
-        batches.append((shown, doomed, tokens))
-        places = given["cells"].reshape(PART, -1)[np.arange(PART)[:, None], tokens].reshape(-1)
-        features.append(flat[places])
-        labels["class"].append(names[places])
-        labels["colour"].append(places // bank.label.shape[1])
-        clusters += [f"{start + b}" for b in range(PART) for _ in range(TARGETS)]
-    return batches, np.concatenate(features), {k: np.concatenate(v) for k, v in labels.items()}, clusters
+        tokens = np.stack([q.hop1[c] for q, c in zip(questions, chosen, strict=True)])
+        ends = np.broadcast_to(np.arange((FRAMES - 1) * 16, FRAMES * 16), (PART, TARGETS))
+        batches.append((shown, tokens, ends))
+        cells = given["cells"].reshape(PART, -1)
+        asked.append(np.take_along_axis(cells, tokens, 1))
+        last.append(np.take_along_axis(cells, ends, 1))
+    return batches, Content.of(bank, np.concatenate(asked)), Content.of(bank, np.concatenate(last))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
@@ -199,8 +233,8 @@ def _video_layer(p: dict, tokens: Tokens, *, config: ModelConfig, kind: str) -> 
         x, cache, aux = mamba_layer(p, config, tokens.x, tokens.segment)
         return tokens.replace(x=x), cache, aux.b
     if kind == ATTENTION:
-        x, cache, _ = attention_layer(p, config, tokens.x, tokens.segment, position=tokens.position)
-        return tokens.replace(x=x), cache, None
+        x, kept, _ = attention_layer(p, config, tokens.x, tokens.segment, position=tokens.position)
+        return tokens.replace(x=x), kept, None
     return tokens.replace(x=mlp_layer(p, config, tokens.x)), None, None
 
 
@@ -219,11 +253,9 @@ def _without(tokens: Tokens, doomed: jax.Array, capacity: int) -> Tokens:
     return compact(tokens, jnp.where(doomed, -1.0, 1.0), keep, capacity)
 
 
-def _read(
-    model: Model, bank: Bank, sample: dict, doomed: np.ndarray, chosen: np.ndarray, layers: Sequence[int]
-) -> dict[int | None, dict]:
-    """For every drop, what can be read: text rows [B*Q,2D], and of every Mamba layer the state [B,H,P,N] and what it answers
-    [B*Q,H*P] to the chosen tokens' keys there.
+def _read(model: Model, bank: Bank, sample: dict, chosen: np.ndarray, layers: Sequence[int]) -> dict[int | None, dict]:
+    """For every drop of the chosen tokens, what can be read: text rows [B*Q,2D], and of every Mamba layer the state [B,H,P,N] and
+    what it answers [B*Q,H*P] to the chosen tokens' keys there.
 
     Layer by layer, so that a drop costs the layers behind it only, and 6 small programs do for all drops.
     """
@@ -241,6 +273,8 @@ def _read(
         return rows, caches, keys
 
     whole = video_tokens(model.params, bank.tokens, sample["cells"])
+    doomed = np.zeros(whole.visual.shape, bool)
+    doomed[np.arange(len(chosen))[:, None], chosen] = True
     rows, dense, keys = walk(whole, 0)
     own = {j: np.asarray(b)[np.arange(len(chosen))[:, None], chosen] for j, b in enumerate(keys) if b is not None}
     capacity = whole.length - TARGETS

@@ -25,13 +25,17 @@ def solve(x: np.ndarray, y: np.ndarray, lambdas: Sequence[float]) -> tuple[list[
     """Ridge weights [d,k] for every lambda, and the means (of x [n,d], of y [n,k]) that they are to be used around."""
     mx, my = x.mean(0), y.mean(0)
     xc, yc = x - mx, y - my
-    values, vectors = np.linalg.eigh(xc.T @ xc)
-    scale = max(float(values.mean()), 1e-12)
-    turned = vectors.T @ (xc.T @ yc)
+    scale = max(float((xc**2).sum()) / x.shape[1], 1e-12)
+    if x.shape[1] <= len(x):
+        values, vectors = np.linalg.eigh(xc.T @ xc)
+        turned = vectors.T @ (xc.T @ yc)
+    else:  # the same weights from the n x n products of samples
+        values, left = np.linalg.eigh(xc @ xc.T)
+        vectors, turned = xc.T @ left, left.T @ yc
     return [vectors @ (turned / (np.maximum(values, 0) + scale * lam)[:, None]) for lam in lambdas], mx, my
 
 
-def predict(x: np.ndarray, y: np.ndarray, videos: Sequence[str], folds: int = 5) -> np.ndarray:
+def predict(x: np.ndarray, y: np.ndarray, videos: Sequence[str], folds: int = 4) -> np.ndarray:
     """Predictions [n,k] of every sample by probes that saw none of its video; lambda chosen inside the training folds alone."""
     x = (x - x.mean(0)) / (x.std(0) + 1e-9)
     outer, out = folds_of(videos, folds), np.zeros(y.shape)

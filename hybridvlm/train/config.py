@@ -33,7 +33,7 @@ def _check(config: Any, **least: float) -> None:
             raise ValueError(f"{name} must be of type {hints[field.name].__name__}, got {value!r}")
         elif typing.get_origin(hints[field.name]) is tuple and not isinstance(value, tuple):
             raise ValueError(f"{name} must be a list, got {value!r}")
-        if field.name in least and not value >= least[field.name]:
+        if field.name in least and not getattr(config, field.name) >= least[field.name]:
             raise ValueError(f"{name} must be at least {least[field.name]:g}, got {value!r}")
 
 
