@@ -28,7 +28,7 @@ INSIDE = [
     *("str", "str-attention", "str-mamba", "random", "uniform", "saliency"),
     *("fastv", "pyramiddrop", "timeviper-td", "oneshot-mamba", "oneshot-attention"),
 ]
-EXPECTED = ["none", *INSIDE, "random-input", "uniform-input", "evs", "avgpool"]
+EXPECTED = ["none", *INSIDE[:3], "str-calibrated", *INSIDE[3:], "random-input", "uniform-input", "evs", "avgpool"]
 
 
 def attention_aux(tokens, seed=0, heads=4, kv=2, width=8):
