@@ -184,16 +184,10 @@ def test_packed_rows_of_a_transformer_with_positions_and_planes():
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trainer(model, source):
-    config = settings(
-        distill={"scores": 0.5, "teach": 1, "kl": 0.7, "temperature": 2.0}, optimizer={"accumulate": 2, "decay": 0.0}
-    )
-    return Trainer(config, model)
-
-
-def test_microbatches_add_up_to_the_big_batch(trainer, model, source):
-    plan, batch = plan_for(model), rows(source, 4)
+@pytest.mark.parametrize("kl", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
+def test_microbatches_add_up_to_the_big_batch(model, source, kl):
+    config = settings(distill={"kl": kl, "temperature": 2.0}, optimizer={"accumulate": 2, "decay": 0.0})
+    trainer, plan, batch = Trainer(config, model), plan_for(model), rows(source, 4)
     label = np.array(batch.label)
     label[0][label[0] == 3] = 0  # rows with one, two and two answer tokens: a mean of means would differ
     label[2] = 0
@@ -209,12 +203,13 @@ def test_microbatches_add_up_to_the_big_batch(trainer, model, source):
     assert split["answers"] == joint["answers"] == 5
     for name in ("loss", "grad_norm", "entropy", "right", "given"):
         np.testing.assert_allclose(split[name], joint[name], rtol=2e-5, atol=1e-6, err_msg=name)
-    # a divergence is what is left of log probabilities of about -7
-    np.testing.assert_allclose(split["kl"], joint["kl"], atol=2e-5)
+    if kl:  # what is left of log probabilities of about -7
+        np.testing.assert_allclose(split["kl"], joint["kl"], atol=2e-5)
+        assert split["kl"] > 0
     # Adam's first moment after one step is a tenth of the clipped gradient
     for a, b in zip(jax.tree.leaves(moved.optimizer), jax.tree.leaves(other.optimizer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6 * max(1.0, float(jnp.abs(b).max())))
-    assert split["kl"] > 0 and split["wrong"] == 0
+    assert split["wrong"] == 0
     np.testing.assert_array_equal(split["kept"], joint["kept"])
 
 

@@ -1,4 +1,4 @@
-"""Run by test_train_mesh.py with eight CPU devices: a few steps on one device and on meshes, and restored from one onto another."""
+"""Run by test_train_mesh.py, in one process or two: a few steps on one device and on meshes, and restored onto another."""
 
 import json
 import pathlib
@@ -7,6 +7,7 @@ import sys
 import jax
 from train_micro import micro, settings
 
+from hybridvlm import distributed
 from hybridvlm.checkpoints.folder import load, save_folder
 from hybridvlm.train import loop
 
@@ -25,7 +26,9 @@ MESHES = {
 
 def main(folder: pathlib.Path, names: list[str]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
-    path = save_folder(folder / "micro", micro())
+    first = distributed.initialize().first
+    path = save_folder(folder / "micro", micro()) if first else folder / "micro"
+    distributed.agree(None)
     told: dict[str, list] = {}
     for name in names:
         config = run_config(folder / name, path, MESHES[name], steps=4)
@@ -49,7 +52,8 @@ def main(folder: pathlib.Path, names: list[str]) -> None:
         told[name] = [[r["loss"], r["grad_norm"]] for r in map(json.loads, lines)]
         total = float(sum(abs(a).sum() for a in jax.tree.leaves(exported.params["decoder"])))
         told[name].append([total, 0.0])
-    (folder / "told.json").write_text(json.dumps(told))
+    if first:
+        (folder / f"told-{names[0]}.json").write_text(json.dumps(told))
 
 
 def run_config(output: pathlib.Path, model: pathlib.Path, mesh: dict, steps: int):

@@ -220,7 +220,7 @@ def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segment
     where="trusted M or *",
 )
 def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
-    """as str, but layers drop as far as Schedule.trust says that their scores can be believed; trust 0 skips a layer"""
+    """as str, but each layer drops as far as Schedule.trust believes its scores; trust 0 skips it"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 

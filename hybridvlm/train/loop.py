@@ -248,34 +248,35 @@ class Run:
         start = dict(flatten(self.model.params))  # what is frozen goes out as it came, not as the computation had it
         flat = adapters.merge(config.lora, start, train) if config.lora.rank else start | train
         flat, train = self._local(flat), self._local(train) if config.lora.rank else {}
-        path = self.folder / "export"
+        path, failed = self.folder / "export", None
         if jax.process_index() == 0:
-            d = config.data
-            model = self.model
-            trained = next((r for r in reductions(config.reduction) if r is not None), model.reduction)
-            buckets = Buckets(
-                _with(model.buckets.frames, d.frames), _with(model.buckets.text, d.text), model.buckets.max_new
-            )
-            out = Model(
-                model.config,
-                unflatten(flat),
-                model.tokenizer,
-                buckets=buckets,
-                reduction=e.reduction or trained,
-                style=model.style,
-                name=e.name or model.name,
-                family=model.family,
-            )
             try:
-                save_folder(path, out, storage=e.storage)
+                save_folder(path, self._exported(unflatten(flat)), storage=e.storage)
                 if config.lora.rank:
                     adapters.save(self.folder / "lora", config.lora, train, config.model)
             except OSError as error:
-                raise SaveFailed(
-                    f"{path} could not be written: {_first_line(error)}; the checkpoint of step {config.steps} is whole"
-                ) from error
-            self.say(f"wrote {path}")
+                left = f"the checkpoint of step {config.steps} is whole"
+                failed = SaveFailed(f"{path} could not be written: {_first_line(error)}; {left}")
+            else:
+                self.say(f"wrote {path}")
+        distributed.agree(failed)
         return path
+
+    def _exported(self, params: dict[str, Any]) -> Model:
+        """The model as it goes out: with what it was trained under, and the sizes of its rows among its buckets."""
+        model, d, e = self.model, self.config.data, self.config.export
+        trained = next((r for r in reductions(self.config.reduction) if r is not None), model.reduction)
+        frames, text = _with(model.buckets.frames, d.frames), _with(model.buckets.text, d.text)
+        return Model(
+            model.config,
+            params,
+            model.tokenizer,
+            buckets=Buckets(frames, text, model.buckets.max_new),
+            reduction=e.reduction or trained,
+            style=model.style,
+            name=e.name or model.name,
+            family=model.family,
+        )
 
     def _local(self, flat: dict[str, jax.Array]) -> dict[str, Any]:
         """Whole arrays, one after the other, on this host."""
