@@ -43,16 +43,17 @@ def initialize(environment: Mapping[str, str] | None = None) -> Process:
                 raise ValueError(f"{INDEX} must lie in 0..{COUNT}-1 = 0..{count - 1}, got {index}")
             if count > 1:
                 jax.distributed.initialize(given[ADDRESS], count, index)
-        elif INDEX in given or COUNT in given:
-            raise ValueError(f"{ADDRESS}, {COUNT} and {INDEX} go together, got only {sorted(given)}")
-        elif _cluster(environment):
+        elif _cluster(environment) and not {COUNT, INDEX} & set(given):
             jax.distributed.initialize()
+        elif given:
+            raise ValueError(f"{ADDRESS}, {COUNT} and {INDEX} go together, got only {sorted(given)}")
     return here()
 
 
 def _cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX knows has started more than this process."""
-    tasks = max(int(environment.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    """Whether a launcher that JAX knows has started more than this process. A Slurm allocation alone has not: its steps have."""
+    names = ["OMPI_COMM_WORLD_SIZE"] + ["SLURM_NTASKS"] * ("SLURM_STEP_NODELIST" in environment)
+    tasks = max(int(environment.get(name) or 1) for name in names)
     return tasks > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 

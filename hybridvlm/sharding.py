@@ -1,12 +1,9 @@
 """How a model is cut over devices: logical axes to mesh axes, one table by parameter path, and the sharded prefill.
 
-Tensor parallelism follows the model's own seams: attention is cut by kv head, the SSD by group, the MLP by channel, the
-vocabulary by row. Each device then runs the ordinary layers, kernels included, on its part inside one `jax.shard_map`
-(hybridvlm/nn/parallel.py), and the residual stream is whole everywhere, so that all devices drop the same tokens.
-
-Packed parameters cannot be cut where they lie: in_proj's columns are z|x|B|C|dt, and an even cut would give the first device
-nothing but z. `lay_out` puts columns in the order of the devices first, each with its own z|x|B|C|dt, and writes
-down more than once what several devices need: the B and C of a group that they share, the heads of a shared kv head.
+Tensor parallelism follows the model's own seams: attention is cut by kv head, the SSD by group, the MLP and every expert by channel,
+the vocabulary by row. Each device then runs the ordinary layers, kernels included, on its part inside one `jax.shard_map`
+(hybridvlm/nn/parallel.py), and the residual stream is whole everywhere, so that all devices drop the same tokens. For that,
+packed columns are first put in the order of the devices: `lay_out` (hybridvlm/nn/layout.py).
 
 The data and fsdp axes cut the batch, the sequence axis cuts every row (hybridvlm/nn/sequence.py). Matrices are also cut over fsdp and
 sequence, along a dimension that products sum over or the vocabulary, and put together layer by layer as they run, so that
@@ -30,10 +27,13 @@ from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptio
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
 from hybridvlm.nn.decoder import prefill as prefill_on_one
+from hybridvlm.nn.layout import in_one_piece as in_one_piece
+from hybridvlm.nn.layout import lay_out, local_config
 from hybridvlm.nn.parallel import LocalConfig
 from hybridvlm.nn.sequence import row_start, shard_length, whole_row
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
 
 AXES = ("data", "fsdp", "sequence", "tensor")  # devices of the last one are neighbours
@@ -41,7 +41,10 @@ AXES = ("data", "fsdp", "sequence", "tensor")  # devices of the last one are nei
 # Methods whose score of a token hangs on the question and that token alone, so that each stretch of a row ranks its own after an
 # attention layer. Any other is given the whole row on every device.
 LOCAL_SCORES = frozenset(
-    ("str", "str-attention", "fastv", "pyramiddrop", "timeviper-td", "oneshot-attention", "random", "uniform")
+    (
+        *("str", "str-attention", "str-calibrated", "oneshot-attention", "fastv", "pyramiddrop", "timeviper-td"),
+        *("random", "uniform"),
+    )
 )
 
 # Path of a parameter -> its logical axes, of which a dimension may have two; "*" ends a path whose every parameter is whole on
@@ -76,10 +79,10 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "decoder/moe/norm": ("layer", None),
     "decoder/moe/router": ("layer", None, None),
     "decoder/moe/router_bias": ("layer", None),
-    "decoder/moe/up": ("layer", "share", None, None),
-    "decoder/moe/down": ("layer", "share", None, None),
-    "decoder/moe/shared_up_proj": ("layer", "share", None),
-    "decoder/moe/shared_down_proj": ("layer", "share", None),
+    "decoder/moe/up": ("layer", "share", None, "mlp"),
+    "decoder/moe/down": ("layer", "share", "mlp", None),
+    "decoder/moe/shared_up_proj": ("layer", "share", "mlp"),
+    "decoder/moe/shared_down_proj": ("layer", ("mlp", "share"), None),
     "decoder/moe/latent_in_proj": ("layer", "share", None),
     "decoder/moe/latent_out_proj": ("layer", "share", None),
     "vision/*": (),
@@ -87,11 +90,17 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
 }
 
 
+# what mesh axes may serve for, where there is a choice
+_SERVES = {"batch": AXES[:2], "row": ("sequence",), "share": AXES[:3], "vocab": ("tensor",)}
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """Logical axis -> the mesh axes that it is cut over, () for none. An axis of `TABLE`, "batch", or "row": along its tokens.
 
     share: what devices that need the same matrix hold only a share of; as many of these axes, from the first, as divide it.
+    vocab: where it divides the vocabulary. ssm, heads, mlp and layer are as the layers' code has them (hybridvlm/nn/parallel.py).
+    ValueError for an axis that there is not, or that cannot serve.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -103,10 +112,22 @@ class ShardingRules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
 
+    def __post_init__(self) -> None:
+        for name, allowed in _SERVES.items():
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple) or len(set(axes)) < len(axes) or not set(axes) <= set(allowed):
+                raise ValueError(f"ShardingRules.{name}: expected a tuple of axes out of {allowed}, got {axes!r}")
+        for field in dataclasses.fields(self):
+            if field.name not in _SERVES and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"ShardingRules.{field.name} can only be {field.default}, since the layers' code counts on it, got "
+                    f"{getattr(self, field.name)!r}"
+                )
+
     def spec(self, path: str, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> P:
         """The PartitionSpec of the parameter at `path`, such as "decoder/mamba/in_proj"; ValueError for one not in the table.
 
-        With its shape and a mesh, only axes of the mesh, and no shares where a dimension does not come out even.
+        With its shape and a mesh, only axes of the mesh, and neither shares nor a cut vocabulary that do not come out even.
         """
         if path.split("/")[0] + "/*" in TABLE:
             return P()
@@ -124,7 +145,11 @@ class ShardingRules:
                 if mesh is not None and axis not in mesh.shape:
                     continue
                 together = (*chosen, axis)
-                if mesh is not None and name == "share" and size % math.prod(mesh.shape[a] for a in together):
+                if (
+                    mesh is not None
+                    and name in ("share", "vocab")
+                    and size % math.prod(mesh.shape[a] for a in together)
+                ):
                     break
                 chosen = together
         return chosen
@@ -176,122 +201,21 @@ def make_mesh(
 
 
 def tensor_size(mesh: Mesh | None) -> int:
-    """Devices along the mesh's tensor axis."""
-    return 1 if mesh is None else mesh.shape.get("tensor", 1)
-
-
-def local_config(config: ModelConfig, devices: int) -> LocalConfig:
-    """What each of `devices` tensor-parallel devices holds of the decoder. ValueError, with the sizes, if it cannot be cut so."""
-    c = config
-    if c.count(MOE) and devices > 1:
-        raise ValueError(
-            "sharding: layers of experts (E) have no tensor-parallel rule; use tensor=1 and the other axes"
-        )
-    kv_parts, ssm_parts = min(devices, c.kv_heads), min(devices, c.ssm_groups)
-    cut = {"vocab_size": c.vocab_size}
-    if c.count(ATTENTION):
-        cut |= {"attention_heads * head_dim": c.attention_heads * c.head_dim}
-        _whole_heads("kv_heads", c.kv_heads, devices)
-    if c.count(MAMBA):
-        cut |= {"mamba_heads": c.mamba_heads}
-        _whole_heads("ssm_groups", c.ssm_groups, devices)
-    if c.count(MLP):
-        cut |= {"mlp_width": c.mlp_width}
-    for name, size in cut.items():
-        if size % devices:
-            raise ValueError(f"sharding: tensor={devices} does not divide {name} {size}")
-    fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(ModelConfig)}
-    fields |= {
-        "attention_heads": c.attention_heads // kv_parts,
-        "kv_heads": c.kv_heads // kv_parts,
-        "mamba_heads": c.mamba_heads // devices,
-        "ssm_groups": c.ssm_groups // ssm_parts,
-        "mlp_width": max(1, c.mlp_width // devices),
-    }
-    parts = {"group_devices": devices // ssm_parts, "kv_devices": devices // kv_parts}
-    return LocalConfig(**fields, axis="tensor", devices=devices, **parts)
-
-
-def _whole_heads(name: str, count: int, devices: int) -> None:
-    if count % devices and devices % count:
-        raise ValueError(f"sharding: tensor={devices} must divide {name} {count}, or be a multiple of it")
-
-
-def lay_out(params: dict[str, Any], config: ModelConfig, devices: int) -> dict[str, Any]:
-    """The whole model's parameters with packed and shared columns in the order of `devices` tensor-parallel devices.
-
-    Cut evenly along their sharded axes they then give every device what `local_config` describes. A tree like `params`; what
-    needs no reordering is the same array.
-    """
-    return _reordered(params, config, devices, lambda a, columns: a[..., columns])
-
-
-def _reordered(
-    params: dict[str, Any], config: ModelConfig, devices: int, change: Callable[[Any, np.ndarray], Any]
-) -> dict:
-    """params with `change(array, columns)` where `lay_out` takes these columns of an array."""
-    if devices == 1:
-        return params
-    order = {
-        ("mamba", "in_proj"): _packed(config, devices, ("z", "x", "b", "c", "dt")),
-        ("mamba", "conv_weight"): _packed(config, devices, ("x", "b", "c")),
-        ("mamba", "conv_bias"): _packed(config, devices, ("x", "b", "c")),
-    }
-    sharing = devices // min(devices, config.kv_heads)
-    if sharing > 1:
-        for name, heads in (("q", config.attention_heads), ("k", config.kv_heads), ("v", config.kv_heads)):
-            columns = np.arange(heads * config.head_dim).reshape(devices // sharing, -1)
-            columns = np.repeat(columns, sharing, axis=0).ravel()
-            order |= {("attention", f"{name}_{part}"): columns for part in ("proj", "bias")}
-    decoder = {
-        kind: {name: change(a, order[kind, name]) if (kind, name) in order else a for name, a in stack.items()}
-        if isinstance(stack, Mapping)
-        else stack
-        for kind, stack in params["decoder"].items()
-    }
-    return params | {"decoder": decoder}
-
-
-def _packed(c: ModelConfig, devices: int, parts: tuple[str, ...]) -> np.ndarray:
-    """Columns of a packed parameter, in the order of the devices."""
-    widths = {"z": c.mamba_width, "x": c.mamba_width, "dt": c.mamba_heads}
-    widths |= dict.fromkeys("bc", c.ssm_groups * c.ssm_state)
-    ssm_parts, start, cut = min(devices, c.ssm_groups), 0, []
-    for part in parts:
-        columns = np.arange(start, start + widths[part])
-        start += widths[part]
-        if part in "bc":  # whole groups, the same for all devices of a group
-            columns = np.repeat(columns.reshape(ssm_parts, -1), devices // ssm_parts, axis=0)
-        cut.append(columns.reshape(devices, -1))
-    return np.concatenate(cut, axis=1).ravel()
+    """Devices along the mesh's tensor axis. ValueError for a mesh with an axis that no rule knows."""
+    if mesh is None:
+        return 1
+    unknown = [axis for axis, size in mesh.shape.items() if axis not in AXES and size > 1]
+    if unknown:
+        raise ValueError(f"mesh: expected axes out of {AXES}, as make_mesh gives them, got {tuple(mesh.shape)}")
+    return mesh.shape.get("tensor", 1)
 
 
 def shard_params(
     params: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> dict[str, Any]:
     """The whole model's parameters, laid out for the mesh and put on its devices."""
-    local_config(config, tensor_size(mesh))
     params = lay_out(params, config, tensor_size(mesh))
     return jax.device_put(params, rules.shardings(mesh, params))
-
-
-def in_one_piece(laid: dict[str, Any], config: ModelConfig, devices: int, *, join: str = "first") -> dict[str, Any]:
-    """The inverse of `lay_out`: parameters in the order of the whole model, to be saved or laid out for another mesh.
-
-    What is written down more than once counts as it stands first (join="first": parameters, moments), or is added up
-    ("sum": gradients, of which every copy has a part). lay_out(in_one_piece(gradients, ..., join="sum"), ...) keeps copies
-    equal; training needs it where the tensor axis is longer than there are SSM groups or kv heads, else there are no copies.
-    """
-    if join not in ("first", "sum"):
-        raise ValueError(f"in_one_piece: join must be 'first' or 'sum', got {join!r}")
-
-    def back(a: Any, columns: np.ndarray) -> Any:
-        width = int(columns.max()) + 1
-        if join == "first":
-            return a[..., np.unique(columns, return_index=True)[1]]
-        return jnp.zeros((*a.shape[:-1], width), a.dtype).at[..., columns].add(a)
-
-    return _reordered(laid, config, devices, back)
 
 
 def prefill(
@@ -303,6 +227,7 @@ def prefill(
     rules: ShardingRules = DEFAULT_RULES,
     plan: ReductionPlan | None = None,
     score_fn: Callable[[int, Any, Tokens], jax.Array] | None = None,
+    score: ScoreOptions | None = None,
     counts: jax.Array | None = None,
     segments: int = 1,
     caches: bool = True,
@@ -312,8 +237,10 @@ def prefill(
 
     Arguments and results as there, gradients too; `config` is that of the whole model. Caches stay cut: keys and values by kv head,
     states by head, convolution states by the devices' own channels (x|B|C each); heads and groups that several devices hold appear
-    once per device. Scores are joined across devices before anything is dropped. A sequence axis of more than one device takes
-    caches=False; rows of any length are filled up to be cut evenly, and come back without.
+    once per device. Scores are joined across devices before anything is dropped, over heads and groups as `score` says (default: the
+    plan's options, without a plan those by default): it must be what score_fn itself goes by. A sequence axis of more than one device
+    takes caches=False; rows of any length are filled up to be cut evenly, and come back without.
+    ValueError, before anything runs, for sizes that the mesh cannot cut.
 
     For a backward pass take remat="dots" or "layer": with "none", matrices that fsdp cuts are kept whole from layer to layer.
     """
@@ -322,12 +249,20 @@ def prefill(
         _one_or_all(tuple(axis for axis in getattr(rules, name) if axis in mesh.shape))
         for name in ("batch", "row", "heads", "ssm")
     )
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in rules.batch)
+    if tokens.x.shape[0] % parts:
+        raise ValueError(
+            f"sharding: {' x '.join(rules.batch)} = {parts} devices do not divide a batch of {tokens.x.shape[0]}; fill it up "
+            "with rows of padding (segment 0), or use a mesh with a smaller data axis"
+        )
     specs = rules.specs({"decoder": params}, mesh)["decoder"]
     shards = mesh.shape[row] if row else 1
     local = dataclasses.replace(local, shared=_shared(specs, rules, mesh), row_axis=row or "", shards=shards)
     if score_fn is not None:
-        method = "" if plan is None else plan.decoder_method
-        score_fn = _joined(score_fn, config, local, ScoreOptions() if plan is None else plan.score, method)
+        # what stands for the plan's own score may look at anything
+        own = plan is not None and getattr(score_fn, "__module__", None) == methods.__name__
+        score = score or (ScoreOptions() if plan is None else plan.score)
+        score_fn = _joined(score_fn, config, local, score, plan.decoder_method if own else "")
     if counts is None:
         counts = visual_counts(tokens, segments)
     length = tokens.length
@@ -409,14 +344,18 @@ def _joined(
     score_fn: Callable, config: ModelConfig, local: LocalConfig, options: ScoreOptions, method: str = ""
 ) -> Callable:
     """score_fn on a device's own heads and groups, then the mean or the largest over devices, as the options ask for; and of
-    a row that is cut, on the whole of it where the score of `method` needs that."""
-    if local.group_devices > 1 and (options.dt or options.decay):
+    a row that is cut, on the whole of it where the score of `method` ("": any function) needs that."""
+    reads = methods.get_method(method).reads if method else methods.QUERIES
+    if reads == methods.LAST_QUERY:
+        options = ScoreOptions(queries="last")  # whatever the plan's are
+    by_head = local.devices > 1 and reads in (methods.QUERIES, methods.LAST_QUERY)
+    if by_head and MAMBA in config.pattern and local.group_devices > 1 and (options.dt or options.decay):
         raise ValueError(
             f"scores with dt or decay average over the heads of a group, and tensor={local.devices} cuts the "
             f"{config.ssm_groups} groups; use tensor={config.ssm_groups} or less"
         )
     rows_first = {"mean": ("mean", "last"), "max": ("max", "last")}[options.heads]  # what commutes with that over heads
-    if ATTENTION in config.pattern and local.devices > 1 and options.queries not in rows_first:
+    if by_head and ATTENTION in config.pattern and options.queries not in rows_first:
         raise ValueError(
             f"scores with heads={options.heads!r} and queries={options.queries!r} need all heads before rows are reduced, "
             f"and tensor={local.devices} cuts the heads; queries may be one of {rows_first}"
@@ -437,10 +376,10 @@ def _joined(
 
     def score(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
         mine = of_row(layer, aux, tokens)
-        if local.devices == 1:
+        if not by_head:
             return mine
         if over[config.pattern[layer]] == "max":
-            return jax.lax.pmax(jax.lax.stop_gradient(mine), local.axis)  # JAX has no derivative of it
+            return jnp.max(jax.lax.all_gather(mine, local.axis), axis=0)  # JAX has no derivative of pmax
         return jax.lax.pmean(mine, local.axis)
 
     return score

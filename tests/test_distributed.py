@@ -50,11 +50,14 @@ def run_both(args: list[list[str]], timeout: float = 240) -> list[tuple[int, str
 def test_environment_is_checked():
     with pytest.raises(ValueError, match="go together"):
         distributed.initialize({distributed.COUNT: "2"})
+    with pytest.raises(ValueError, match="go together"):
+        distributed.initialize({distributed.ADDRESS: "a:1"})
     with pytest.raises(ValueError, match="whole numbers"):
         distributed.initialize({distributed.ADDRESS: "a:1", distributed.COUNT: "two", distributed.INDEX: "0"})
     with pytest.raises(ValueError, match=r"0\.\.JAX_NUM_PROCESSES-1 = 0\.\.1, got 2"):
         distributed.initialize({distributed.ADDRESS: "a:1", distributed.COUNT: "2", distributed.INDEX: "2"})
     assert distributed.initialize({}) == (0, 1)
+    assert distributed.initialize({"SLURM_NTASKS": "8"}) == (0, 1)  # a batch script that starts its steps elsewhere
     assert distributed.gather(b"alone") == [b"alone"]
 
 

@@ -1,5 +1,6 @@
 """Cutting a model over devices: the rules, the layout of packed parameters, and the sharded prefill beside the whole one."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -17,6 +19,8 @@ from sharding_worker import IN_SUITE, TRAIN
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions, load_model_config
 from hybridvlm.models import nemotron_vl
+from hybridvlm.nn.decoder import Decoder
+from hybridvlm.ops.tokens import Tokens
 from hybridvlm.sharding import ShardingRules, in_one_piece, lay_out, local_config, make_mesh
 
 WORKER = pathlib.Path(__file__).with_name("sharding_worker.py")
@@ -33,6 +37,7 @@ SMALL = ModelConfig(
     head_dim=4,
     mlp_width=16,
 )
+EXPERTS = dataclasses.replace(SMALL, pattern="ME", experts=4, experts_per_token=2, expert_width=12, shared_width=16)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +58,14 @@ def on_eight_devices(*arguments):
 
 
 def test_sharded_prefill_is_that_of_one_device():
-    """Dense and reduced; SSM groups and kv heads on a device each, and shared by two devices with cut query heads."""
+    """SSM groups and kv heads on a device each, and shared by two devices with cut query heads."""
     cases = on_eight_devices("prefill")
-    assert [case["case"] for case in cases] == ["dense data=2 tensor=4", "str data=1 tensor=2", "str data=2 tensor=4"]
+    assert [case["case"] for case in cases] == ["str data=1 tensor=2", "str data=2 tensor=4"]
     for case in cases:
         assert case["error"] <= 1e-5, case
         assert case["same kept"], case
     # 240 columns of z|x|B|C|dt: an even share, and with 4 devices on 2 groups B and C of the shared group once more
-    assert [case["in_proj columns"] for case in cases] == ["68", "120", "68"]
+    assert [case["in_proj columns"] for case in cases] == ["120", "68"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,8 @@ def test_sharded_prefill_is_that_of_one_device():
     ids=["some", "more"],
 )
 def test_sharded_training_is_that_of_one_device(names):
-    """Loss, hidden states, every parameter's gradient and who stays: rows packed, of odd length, some shards nothing but padding."""
+    """Loss, hidden states, every parameter's gradient and who stays: experts too; rows packed, of odd length, or empty, a segment
+    that ends at a border, shards of nothing but padding."""
     cases = on_eight_devices("train", *names)
     assert [case["case"] for case in cases] == names
     for case in cases:
@@ -164,6 +170,11 @@ def test_rules_refuse_what_they_do_not_know():
     specs = jax.tree.leaves(ShardingRules().specs(state, mesh), is_leaf=lambda leaf: isinstance(leaf, P))
     assert specs == [P(), *[P(None, ("fsdp", "sequence"), "tensor")] * 2]
     assert ShardingRules().spec("vision/blocks/qkv") == P()
+    assert ShardingRules().spec("embed", (15, 8), mesh) == P(None, None)  # an odd vocabulary stays whole
+    with pytest.raises(ValueError, match=r"ShardingRules.share: expected a tuple of axes out of .*, got \('model',\)"):
+        ShardingRules(share=("model",))
+    with pytest.raises(ValueError, match=r"ShardingRules.heads can only be \('tensor',\)"):
+        ShardingRules(heads=())
 
 
 def test_sizes_that_cannot_be_cut_are_refused():
@@ -173,7 +184,47 @@ def test_sizes_that_cannot_be_cut_are_refused():
         make_mesh(data=3, devices=[1, 2])
     with pytest.raises(ValueError, match="one of them may be -1"):
         make_mesh(data=-1, tensor=-1)
+    with pytest.raises(ValueError, match="tensor=8 does not divide expert_width 12"):
+        local_config(EXPERTS, 8)
+    with pytest.raises(ValueError, match="tensor=3 must divide kv_heads 2"):
+        lay_out({"decoder": {}}, SMALL, 3)
     assert make_mesh(data=-1).shape == {"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1}
+
+
+def prefill_shapes(mesh, batch=2, **options):
+    """Traced only."""
+    config = dataclasses.replace(SMALL, pattern="M")
+    place = jnp.zeros((batch, 5), jnp.int32)
+    flags = jnp.zeros((batch, 5), bool)
+    tokens = Tokens(jnp.zeros((batch, 5, 8)), place, place + 1, flags, flags, place, place)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(lambda p: sharding.prefill(p, config, tokens, mesh=mesh, **options), params)
+
+
+def test_meshes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="data x fsdp = 4 devices do not divide a batch of 2"):
+        prefill_shapes(AbstractMesh((2, 2), ("data", "fsdp")))
+    with pytest.raises(ValueError, match=r"mesh: expected axes out of .*, got \('model',\)"):
+        prefill_shapes(AbstractMesh((2,), ("model",)))
+    with pytest.raises(ValueError, match="leaves no caches"):
+        prefill_shapes(AbstractMesh((2,), ("sequence",)))
+    # an axis that the mesh leaves out is one of a single device
+    assert prefill_shapes(jax.sharding.Mesh(jax.devices()[:1], ("data",))).tokens.x.shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_8b", "qwen2_vl_7b", "nemotron_3_nano_omni_30b_a3b", "tiny"])
+def test_kinds_of_layers_that_a_model_lacks_do_not_count(name):
+    """Its sizes for a Mamba-2 layer divide a Qwen model no more than its vocabulary has to come out even."""
+    config = load_model_config(name)
+    local = local_config(config, 4)
+    assert local.attention_heads * local.head_dim * 4 == config.attention_heads * config.head_dim * local.kv_devices
+    assert local.expert_width * 4 == config.expert_width
+    if config.count("M"):
+        assert local.mamba_heads * 4 == config.mamba_heads
+    else:
+        columns = np.zeros((1, 2, config.kv_heads * config.head_dim))
+        laid = lay_out({"decoder": {"attention": {"k_proj": columns}}}, config, 8)["decoder"]["attention"]["k_proj"]
+        assert laid.shape[-1] == max(8, config.kv_heads) * config.head_dim
 
 
 def test_scores_that_need_whole_heads_are_refused():
@@ -182,3 +233,6 @@ def test_scores_that_need_whole_heads_are_refused():
         sharding._joined(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True))
     with pytest.raises(ValueError, match="queries may be one of"):
         sharding._joined(score, SMALL, local_config(SMALL, 2), ScoreOptions(queries="max"))
+    # a method with options of its own, and one that looks at no head, go by no plan's
+    for method in ("fastv", "random"):
+        sharding._joined(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True, heads="max"), method)

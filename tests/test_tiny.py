@@ -10,15 +10,12 @@ import pytest
 
 from hybridvlm.analysis.deletion import separate
 from hybridvlm.checkpoints.folder import load
-from hybridvlm.config import MIXERS, Reduction, load_model_config
-from hybridvlm.nn.decoder import prefill
-from hybridvlm.reduction.methods import score_fn
-from hybridvlm.reduction.plan import make_plan
-from hybridvlm.tiny import codes, finetune, needle, train
+from hybridvlm.config import load_model_config
+from hybridvlm.tiny import codes, needle, train
 from hybridvlm.tiny.bank import draw, draw_videos, make_bank
 from hybridvlm.tiny.resume import Saved
 from hybridvlm.tiny.setup import initial_params
-from hybridvlm.tiny.shared import QUESTION, arrays, forward, layer_scores, video_tokens
+from hybridvlm.tiny.shared import arrays
 from hybridvlm.tiny.tower import initial_tower
 
 
@@ -73,36 +70,13 @@ def test_transformer_twin_starts_as_the_hybrid_does():
     assert cosines(look, 0, asked, item) > 0.9
 
 
-def test_shared_scores_are_the_scores_of_one_question_alone(small):
-    config, params, bank = small
-    sample = sample_of(bank)
-    _, told, out = forward(params, config, bank.tokens, sample, keys=True)
-    shared = layer_scores(config, told, out)
-    mixers = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
-    videos = video_tokens(params, bank.tokens, sample["cells"])
-    plan = make_plan(Reduction("str", 0.7), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
-    one = jax.tree.map(lambda a: a[1:2], videos)
-    prompt = finetune.with_question(params, one, sample["rows"][8:9, :QUESTION])  # question 2 of video 1
-    alone = prefill(
-        params["decoder"], config, prompt, score_fn=score_fn(plan), collect=mixers, query_capacity=QUESTION
-    ).scores
-    for layer in mixers:
-        want = np.asarray(alone[layer][0, :64])
-        np.testing.assert_allclose(shared[layer][1, 2], want, atol=2e-5 * np.abs(want).max())
-
-
-def test_losses_move_what_they_should(small):
+def test_the_loss_moves_what_it_should(small):
     config, params, bank = small
     sample = sample_of(bank)
     loss, grads = jax.jit(jax.value_and_grad(lambda p: train.task_loss(p, config, bank.tokens, sample)[0]))(params)
     assert np.isfinite(loss)
-    taught = jax.jit(jax.grad(lambda p: finetune.dense_loss(p, config, bank.tokens, sample)[0]))(params)
-    plan = make_plan(Reduction("str", 0.7), config, visual_tokens=64, text_tokens=QUESTION, frames=4)
-    single = arrays(draw(bank, 4, 3, 1, needle.TYPES, np.random.default_rng(1)))
-    under = jax.jit(jax.grad(lambda p: finetune.reduced_loss(p, config, bank.tokens, single, plan)[0]))(params)
-    for tree in (grads, taught, under):
-        chex.assert_tree_all_finite(tree)
-        assert float(jnp.abs(tree["decoder"]["mamba"]["in_proj"]).max()) > 0
+    chex.assert_tree_all_finite(grads)
+    assert float(jnp.abs(grads["decoder"]["mamba"]["in_proj"]).max()) > 0
 
 
 def test_the_optimizer_leaves_tower_and_connector_alone_and_decays_projections_only(small):

@@ -51,11 +51,28 @@ def test_read_json_yaml_python_and_changes(tmp_path):
         ({"optimizer": {"frozen": ["("]}}, "no regular expression"),
         ({"data": {"features": "cached"}, "optimizer": {"frozen": ["^vision/"]}}, "does not cover projector"),
         ({"distill": {"scores": 1.0}}, "Distill.teach"),
+        ({"optimizer": None}, "TrainConfig.optimizer must be given by its fields"),
+        ({"reduction": {"reduction": "str"}}, "ReductionMode.reduction must be given by its fields"),
+        ({"optimizer": {"frozen": [3]}}, "Optimizer.frozen must be a list of str"),
+        ({"optimizer": {"rate": float("nan")}}, "Optimizer.rate must be a finite number"),
+        ({"optimizer": {"b1": 1.5}}, r"Optimizer.b1 must lie in \[0, 1\)"),
+        ({"lora": {"rank": 4, "targets": ["in_proj"], "alpha": -1.0}}, "a positive alpha"),
+        ({"mesh": {"data": -3}}, "MeshSizes must be 1 or more"),
+        ({"data": {"rule": "sometimes"}}, "sometimes"),
+        ({"data": {"bad_share": 2.0}}, "Data.bad_share"),
+        ({"output": ""}, "TrainConfig.output"),
     ],
 )
 def test_wrong_configs_say_what_is_wrong(tmp_path, data, says):
     with pytest.raises(ValueError, match=says):
         read(written(tmp_path / "a.json", data))
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path):
+    for name, held in (("a.yaml", b"a: [1"), ("b.json", b"{"), ("c.yaml", b"\xff\xfe\x00x")):
+        (tmp_path / name).write_bytes(held)
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read(tmp_path / name)
 
 
 def test_which_step_runs_under_what():

@@ -8,8 +8,8 @@ import pytest
 from train_micro import FRAMES, micro, settings
 
 from hybridvlm.train import pipeline
-from hybridvlm.train.rows import Shape, TooLong, arrange, packed, single
-from hybridvlm.train.sources import JsonlSource, NeedleSource, TfdsSource, read_line
+from hybridvlm.train.rows import Shape, arrange, packed, single
+from hybridvlm.train.sources import JsonlSource, NeedleSource, TfdsSource, check_needle, read_line
 from hybridvlm.video import VideoError
 
 
@@ -164,9 +164,11 @@ def test_more_bad_videos_than_allowed_stop_the_run():
             next(stream)
 
 
-def test_a_sample_that_does_not_fit_is_refused_by_name():
+def test_samples_that_do_not_fit_are_passed_over_and_named():
     stream = dataset(Numbers(9), Shape(2, 5, 1, 2), shuffle=False, threads=0, prefetch=0)
-    with pytest.raises(TooLong, match=r"film2 has 3 frames"):
+    with pytest.raises(
+        pipeline.TooManyBad, match=r"2 of 6 samples could not be used, .*: film2, film5; the first: film2 has 3 frames"
+    ):
         for _ in range(9):
             next(stream)
 
@@ -274,6 +276,38 @@ def test_wrong_lines_are_refused(line, says, tmp_path, model):
     config = settings(data={"source": "jsonl", "path": str(tmp_path / "t.jsonl"), "features": "pixels"})
     with pytest.raises(ValueError, match="line 1"):
         JsonlSource(config, model)
+
+
+def test_lines_end_where_json_lines_end_and_long_texts_are_refused_before_the_start(tmp_path, model):
+    path, text = tmp_path / "t.jsonl", "red@t00 none what ?"
+    config = settings(data={"source": "jsonl", "path": str(path), "features": "pixels"})
+    line = json.dumps({"video": "a\u2028b.mp4", "question": text, "answer": "bag"}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    source = JsonlSource(config, model)
+    assert [source.name(i) for i in range(len(source))] == ["a\u2028b.mp4"]
+    path.write_text(line + "\n" + json.dumps({"video": "v", "question": " ".join([text] * 9), "answer": "bag"}))
+    with pytest.raises(ValueError, match=r"line 2: 37 text tokens, and a row has room for \d+ \(Data.text\)"):
+        JsonlSource(config, model)
+    assert (
+        JsonlSource(
+            settings(data={"source": "jsonl", "path": str(path), "features": "pixels", "text": 64}), model
+        ).digest
+        != source.digest
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"types": ["3X"]}, "Data.types of needle"),
+        ({"split": "test"}, "nobody trains on test"),
+        ({"frames": 65}, "2 to 64"),
+    ],
+)
+def test_what_needle_cannot_do_is_known_without_its_bank(data, says, model):
+    config = settings(data=data)
+    with pytest.raises(ValueError, match=says):
+        check_needle(config, model, Shape(config.data.frames, config.data.text, 1, 16), config.data.answer)
 
 
 def test_tfds_records(model):

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from hybridvlm.config import MOE, ModelConfig
 from hybridvlm.nn.linear import linear
+from hybridvlm.nn.parallel import total
 from hybridvlm.ops.norms import rms_norm
 
 Params = dict[str, jax.Array]
@@ -92,7 +93,10 @@ def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights:
 
 
 def moe_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
-    """x [B,L,D] -> x + the chosen experts + the shared one, of norm(x)."""
+    """x [B,L,D] -> x + the chosen experts + the shared one, of norm(x).
+
+    Tensor-parallel devices hold some channels each of every expert and of the shared one; they choose alike, by the whole router.
+    """
     h = rms_norm(x, p["norm"], c.norm_eps).reshape(-1, x.shape[-1])
     chosen, weights = route(p, c, h)
     inside = linear(h, p["latent_in_proj"]) if c.expert_latent else h
@@ -100,4 +104,4 @@ def moe_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
     if c.expert_latent:
         out = linear(out, p["latent_out_proj"])
     out = out + linear(_relu2(linear(h, p["shared_up_proj"])), p["shared_down_proj"])
-    return x + out.reshape(x.shape).astype(x.dtype)
+    return x + total(c, out).reshape(x.shape).astype(x.dtype)

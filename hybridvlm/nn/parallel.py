@@ -1,8 +1,9 @@
 """What a layer needs to know when several devices hold it together: its own part, and where parts must be summed.
 
 Tensor parallelism (Megatron, arXiv 1909.08053) inside `jax.shard_map`: every device runs the layers' ordinary code on its own
-heads, groups and MLP channels, described by a `LocalConfig`, and the products with out_proj, o_proj and down_proj, each
-a part of the sum over channels, are added up. The residual stream is whole on every device. hybridvlm/sharding.py cuts.
+heads, groups and channels (of the MLP, and of every expert: all devices are equally busy, whoever is chosen), described by a
+`LocalConfig`, and the products with out_proj, o_proj and down_proj, each a part of the sum over channels, are added up. The residual
+stream is whole on every device. hybridvlm/sharding.py cuts.
 
 Devices that work on different examples (or on different stretches of a row, hybridvlm/nn/sequence.py) may hold a share each of the
 parameters that all of them need (ZeRO-3, arXiv 1910.02054): a layer's are put together as it runs, and of their gradient
@@ -40,7 +41,7 @@ class LocalConfig(ModelConfig):
 
 def total(c: ModelConfig, part: jax.Array) -> jax.Array:
     """The sum over devices of what each has of it."""
-    return jax.lax.psum(part, c.axis) if isinstance(c, LocalConfig) else part
+    return jax.lax.psum(part, c.axis) if isinstance(c, LocalConfig) and c.devices > 1 else part
 
 
 def fetch(c: ModelConfig, kind: str, p: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:

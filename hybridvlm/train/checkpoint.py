@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -22,11 +23,14 @@ class OtherRun(ValueError):
     """The run folder belongs to a run of another config or other start weights."""
 
 
-def claim(folder: pathlib.Path, config: TrainConfig, weights: str) -> None:
-    """Make `folder` that of this run, or see that it is; OtherRun names the first field that differs. weights: of the start."""
+def claim(folder: pathlib.Path, config: TrainConfig, start: dict[str, str]) -> None:
+    """Make `folder` that of this run, or see that it is; OtherRun names the first field that differs.
+
+    start: what the run began with and the config does not say, checksums of weights and samples.
+    """
     from hybridvlm.config import to_dict
 
-    own = {name: value for name, value in to_dict(config).items() if name not in FREE} | {"weights": weights}
+    own = {name: value for name, value in to_dict(config).items() if name not in FREE} | start
     own = json.loads(json.dumps(own))
     note = folder / NOTE
     if note.is_file():
@@ -94,7 +98,14 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Steps done at the newest whole checkpoint; None if there is none."""
+        """Steps done at the newest checkpoint, one under way included; None if there is none."""
+        return self.manager.latest_step()
+
+    def whole(self) -> int | None:
+        """Steps done at the newest checkpoint on disk, once what is under way has ended, well or badly."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self.manager.reload()
         return self.manager.latest_step()
 
     def save(self, step: int, state: State, about: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -12,7 +13,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from hybridvlm.config import Reduction, from_dict
+from hybridvlm.video import VideoInfo, sample_indices
 
 QUARTER = Reduction("str", 0.25)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
@@ -21,19 +25,25 @@ FREE = ("output", "mesh", "checkpoints", "logging", "export")
 
 
 def _check(config: Any, **least: float) -> None:
-    """Types of the plain fields as annotated, and the least value of the named ones."""
+    """Types of the fields as annotated, finite numbers, and the least value of the named ones."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
-        if hints[field.name] is float and type(value) is int:
-            object.__setattr__(config, field.name, float(value))
-        elif hints[field.name] is float and isinstance(value, str) and _NUMBER.fullmatch(value):
-            object.__setattr__(config, field.name, float(value))  # YAML 1.1 takes 1e-4, which has no point, for a text
-        elif hints[field.name] in (int, float, bool, str) and type(value) is not hints[field.name]:
-            raise ValueError(f"{name} must be of type {hints[field.name].__name__}, got {value!r}")
-        elif typing.get_origin(hints[field.name]) is tuple and not isinstance(value, tuple):
-            raise ValueError(f"{name} must be a list, got {value!r}")
-        if field.name in least and not getattr(config, field.name) >= least[field.name]:
+        value, name, kind = getattr(config, field.name), f"{type(config).__name__}.{field.name}", hints[field.name]
+        if kind is float and (type(value) is int or (isinstance(value, str) and _NUMBER.fullmatch(value))):
+            value = float(value)  # YAML 1.1 takes 1e-4, which has no point, for a text
+            object.__setattr__(config, field.name, value)
+        if kind in (int, float, bool, str) and type(value) is not kind:
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if typing.get_origin(kind) is tuple:
+            each = typing.get_args(kind)[0]
+            taken = (int, float) if each is float else (each,)
+            if not isinstance(value, tuple) or any(type(v) not in taken for v in value):
+                raise ValueError(f"{name} must be a list of {each.__name__}, got {value!r}")
+        elif kind not in (int, float, bool, str) and not isinstance(value, kind):
+            raise ValueError(f"{name} must be given by its fields, such as {field.name}.NAME=VALUE, got {value!r}")
+        if field.name in least and not value >= least[field.name]:
             raise ValueError(f"{name} must be at least {least[field.name]:g}, got {value!r}")
 
 
@@ -48,7 +58,7 @@ def _patterns(config: Any, name: str) -> None:
     for pattern in getattr(config, name):
         try:
             re.compile(pattern)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ValueError(f"{type(config).__name__}.{name}: {pattern!r} is no regular expression: {error}") from None
 
 
@@ -58,8 +68,9 @@ class Data:
 
     source: "needle" (the embedded benchmark's generator), "jsonl" (path: the file), "tfds" (path: name of a
     tensorflow-datasets data source, folder: its data_dir). split: of needle and tfds. batch: rows of a step, of all processes
-    together. segments: most samples packed in a row; frames, text: places of one row for frames and for text tokens, answer included
-    (with packing `segments` of the latter stay free); sample_frames: most frames of a sample (0: `frames`). answer: most answer
+    together. segments: most samples packed in a row, each of which keeps the plan's share of its own visual tokens; frames, text:
+    places of one row for frames and for text tokens, answer included (with packing `segments` of the latter stay free);
+    sample_frames: most frames of a sample (0: `frames`). answer: most answer
     tokens in a row (0: `text`). features: "pixels" (through the vision tower in every step) or "cached" (made once by the
     frozen tower: kept in `cache` for files, a bank of `bank` cells per border colour for needle). types: question types of
     needle. rule: which frames of a file (`video.sampling`). bad_share: of corrupt samples among those seen, above which the run stops.
@@ -86,8 +97,11 @@ class Data:
     bad_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _check(self, batch=1, segments=1, frames=0, sample_frames=0, text=1, answer=0, bank=1, threads=0, prefetch=0)
+        _check(self, batch=1, segments=1, frames=1, sample_frames=0, text=1, answer=0, bank=1, threads=0, prefetch=0)
         _one_of(self, "source", ("needle", "jsonl", "tfds"))
+        sample_indices(VideoInfo(8, 1.0, 8.0, 1, 1), 4, self.rule)  # refuses one that there is not
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"Data.bad_share must lie in [0, 1], got {self.bad_share}")
         _one_of(self, "features", ("pixels", "cached"))
         if self.source != "needle" and not self.path:
             raise ValueError(f"Data.path is needed for source {self.source!r}")
@@ -156,7 +170,8 @@ class Optimizer:
     """AdamW with warm-up and cosine from `rate` to `rate * end`; clip: by global norm (0: none).
 
     accumulate: microbatches that a step's batch is cut into. frozen, decay_free: regular expressions of parameter paths
-    (re.search), the latter in addition to those that never decay (train/optimizer.py). ema: decay of the average, 0 for none.
+    (re.search), the latter in addition to those that never decay (train/optimizer.py). ema: decay of an average of the trained
+    parameters, which begins at the start weights and is what is exported; 0 for none.
     """
 
     rate: float = 1e-4
@@ -177,8 +192,11 @@ class Optimizer:
         _check(self, rate=0, warmup=0, start=0, end=0, decay=0, clip=0, accumulate=1, ema=0)
         _patterns(self, "frozen")
         _patterns(self, "decay_free")
-        if self.ema >= 1:
-            raise ValueError(f"Optimizer.ema must lie in [0, 1), got {self.ema}")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not self.eps > 0:
+            raise ValueError(f"Optimizer.eps must be positive, got {self.eps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +211,8 @@ class Lora:
     def __post_init__(self) -> None:
         _check(self, rank=0)
         _patterns(self, "targets")
+        if self.rank and not (self.targets and self.alpha > 0):
+            raise ValueError(f"Lora needs targets and a positive alpha, got {self.targets} and {self.alpha}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +226,9 @@ class MeshSizes:
 
     def __post_init__(self) -> None:
         _check(self)
+        sizes = dataclasses.astuple(self)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"MeshSizes must be 1 or more, and one of them may be -1 (the rest), got {sizes}")
 
     @property
     def one(self) -> bool:
@@ -278,6 +301,8 @@ class TrainConfig:
         _check(self, steps=1, seed=0)
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "layer", "dots"))
+        if not self.output:
+            raise ValueError("TrainConfig.output, the run's folder, is empty")
         d, t, r = self.data, self.distill, self.reduction
         if d.batch % self.optimizer.accumulate:
             raise ValueError(
@@ -295,9 +320,9 @@ class TrainConfig:
             )
         if t.scores and not (t.teach or t.every):
             raise ValueError("Distill.scores acts in dense steps; set Distill.teach or Distill.every")
-        if d.features == "cached" and not self.lora.rank:
+        if d.features == "cached":
             for tower in ("vision/x", "projector/x"):
-                if not any(re.search(pattern, tower) for pattern in self.optimizer.frozen):
+                if not self.lora.rank and not any(re.search(pattern, tower) for pattern in self.optimizer.frozen):
                     raise ValueError(
                         f"Data.features 'cached' needs a frozen tower; Optimizer.frozen does not cover {tower[:-1]}"
                     )
@@ -317,24 +342,29 @@ def build(cls: type, data: dict[str, Any]) -> Any:
     return from_dict(cls, {key: value(key, given) for key, given in data.items()})
 
 
+def _parsed(path: pathlib.Path) -> Any:
+    """What a config file holds, as plain data."""
+    if path.suffix == ".py":
+        found = runpy.run_path(str(path)).get("config")
+        if not isinstance(found, TrainConfig):
+            raise ValueError(f"{path} must define config = TrainConfig(...), got {type(found).__name__}")
+        return dataclasses.asdict(found)
+    if path.suffix in (".yaml", ".yml"):
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    raise ValueError(f"{path}: a training config is a .json, .yaml or .py file")
+
+
 def read(path: str | pathlib.Path, changes: Sequence[str] = ()) -> TrainConfig:
     """The config of a file (.json, .yaml, or .py that defines `config`), with "key.key=value" changes; values are JSON or text."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no training config at {path}")
-    if path.suffix == ".py":
-        found = runpy.run_path(str(path)).get("config")
-        if not isinstance(found, TrainConfig):
-            raise ValueError(f"{path} must define config = TrainConfig(...), got {type(found).__name__}")
-        data = dataclasses.asdict(found)
-    elif path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        data = yaml.safe_load(path.read_text())
-    elif path.suffix == ".json":
-        data = json.loads(path.read_text())
-    else:
-        raise ValueError(f"{path}: a training config is a .json, .yaml or .py file")
+    try:
+        data = _parsed(path)
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold the fields of TrainConfig, got {type(data).__name__}")
     for change in changes:
@@ -347,7 +377,7 @@ def read(path: str | pathlib.Path, changes: Sequence[str] = ()) -> TrainConfig:
         for owner in owners:
             default = default.get(owner) if isinstance(default, dict) else None
             if place.get(owner) is None:
-                place[owner] = dict(default or {})
+                place[owner] = dict(default) if isinstance(default, dict) else {} if default is None else default
             place = place[owner]
             if not isinstance(place, dict):
                 raise ValueError(f"--set {change}: {owner} has no fields")

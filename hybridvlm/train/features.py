@@ -39,6 +39,10 @@ def visual(
     return None
 
 
+class CacheFailed(RuntimeError):
+    """Features could not be kept."""
+
+
 class FeatureCache:
     """What the frozen tower gives for a video, kept as one .npy file per video and choice of frames; made on first sight.
 
@@ -69,13 +73,20 @@ class FeatureCache:
         file = self.folder / f"{name}.npy"
         try:
             return np.load(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, EOFError):  # not there, or cut off by a disk that failed: made again
             pass
         frames = pixels()
         with self._lock:
             made = np.asarray(self._encode(frames).astype(jnp.float32))
             self.made += 1
         made = made.astype(np.float16) if np.isfinite(made.astype(np.float16)).all() else made
+        try:
+            self._write(file, made)
+        except OSError as error:  # no fault of the video's: it must not be passed over for it
+            raise CacheFailed(f"Data.cache {self.folder} could not be written: {error}") from error
+        return made
+
+    def _write(self, file: pathlib.Path, made: np.ndarray) -> None:
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as out:
             try:
                 np.save(out, made)
@@ -84,7 +95,6 @@ class FeatureCache:
             except BaseException:
                 pathlib.Path(out.name).unlink(missing_ok=True)
                 raise
-        return made
 
 
 def _of_tower(name: str) -> bool:

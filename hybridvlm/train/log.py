@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
 import resource
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +104,8 @@ class Log:
 
     def close(self) -> None:
         if self.active:
-            self._file.close()
+            with contextlib.suppress(OSError):  # every step was flushed: what fails here has been told before
+                self._file.close()
 
 
 def _kept(path: pathlib.Path, done: int) -> list[str]:
@@ -141,5 +144,10 @@ def _tensorboard(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None
 def _wandb(folder: pathlib.Path, config: TrainConfig) -> Callable[[int, dict[str, float]], None]:
     import wandb
 
-    run = wandb.init(project=config.logging.wandb, dir=str(folder), config=to_dict(config), resume="allow")
+    name = folder / "wandb-id"  # a run that goes on writes to the same one
+    if not name.is_file():
+        name.write_text(uuid.uuid4().hex)
+    run = wandb.init(
+        project=config.logging.wandb, id=name.read_text(), dir=str(folder), config=to_dict(config), resume="allow"
+    )
     return lambda step, numbers: run.log(numbers, step=step)

@@ -28,7 +28,7 @@ from hybridvlm.train.config import ReductionMode, TrainConfig
 from hybridvlm.train.log import Log, check_installed, memory_bytes, peak_flops
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
-from hybridvlm.train.sources import Source, make_source
+from hybridvlm.train.sources import Source, check_needle, make_source
 from hybridvlm.train.step import Fixed, State, Trainer
 
 TEACH = "teach"
@@ -92,14 +92,17 @@ class Run:
         self.trainer = Trainer(config, self.model, self.mesh)
         if d.batch % jax.process_count():
             raise ValueError(f"Data.batch {d.batch} is not a multiple of the {jax.process_count()} processes")
+        self.trainer.check(model.params)
+        if d.source == "needle":  # the source itself has to wait: its bank of cells takes the tower's time
+            check_needle(config, model, self.shape, self.trainer.answer)
+        start, refused = {"weights": checksum(model.params)}, None
         if d.source != "needle":
-            _ = self.source  # a file that is not there is refused now
+            start["samples"] = self.source.digest
         self.log: Log
         self.told_to_stop = threading.Event()
-        weights, refused = checksum(model.params), None
         if jax.process_index() == 0:
             try:
-                claim(self.folder, config, weights)
+                claim(self.folder, config, start)
             except (OSError, ValueError) as error:
                 refused = error
         distributed.agree(refused)
@@ -237,7 +240,7 @@ class Run:
         except (FloatingPointError, PlanMismatch):
             raise
         except Exception as error:
-            latest = kept.latest()
+            latest = kept.whole()
             left = f"the checkpoint of step {latest} is whole" if latest is not None else "there is no checkpoint yet"
             raise SaveFailed(f"{self.folder} could not be written: {_first_line(error)}; {left}") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from hybridvlm.train.rows import Example, Shape, check, packed, single
+from hybridvlm.train.rows import Example, Shape, TooLong, check, packed, single
 from hybridvlm.train.sources import Source
 from hybridvlm.video import VideoError
 
@@ -24,7 +24,7 @@ class TooManyBad(RuntimeError):
 
 
 class Reader:
-    """Reads samples by number, passes over those that cannot be read, and remembers them by name.
+    """Reads samples by number, passes over those that cannot be read or do not fit a row, and remembers them by name.
 
     seen: places in the order of reading up to which samples were asked for; bad: place -> (name, reason).
     """
@@ -44,10 +44,10 @@ class Reader:
         name = self.source.name(number)
         try:
             row = self.source.sample(int(number))
-        except (VideoError, OSError) as error:
+            self.check_row(row, name)
+        except (VideoError, OSError, TooLong) as error:
             self._pass_over(place, name, error)
             return None
-        self.check_row(row, name)
         with self._lock:
             self.seen = max(self.seen, place + 1)
         return row
@@ -60,10 +60,11 @@ class Reader:
                 self.say(f"skipped {name}: {error}")
             # of fewer than a hundred samples one may be bad, whatever share that is
             if len(self.bad) > self.bad_share * max(self.seen, 100):
-                names = ", ".join(dict.fromkeys(name for name, _ in self.bad.values()))
+                held = dict(self.bad.values())
+                names = ", ".join(held)
                 raise TooManyBad(
-                    f"{len(self.bad)} of {self.seen} samples could not be read, more than {self.bad_share:.1%} "
-                    f"(Data.bad_share): {names}"
+                    f"{len(self.bad)} of {self.seen} samples could not be used, more than {self.bad_share:.1%} "
+                    f"(Data.bad_share): {names}; the first: {next(iter(held.values()))}"
                 )
 
     def state(self) -> dict[str, Any]:

@@ -5,7 +5,10 @@ A source is deterministic: sample number i is the same at every call, in every p
 
 from __future__ import annotations
 
+import codecs
 import functools
+import hashlib
+import importlib.util
 import json
 import pathlib
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from hybridvlm.generate import Model
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.features import FeatureCache
-from hybridvlm.train.rows import Example, example, pad
+from hybridvlm.train.rows import Example, Shape, check, example, pad
 from hybridvlm.video import decode_frames, frame_seconds, probe, sample_indices
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, the earlier ones first
@@ -27,6 +30,7 @@ class Source(Protocol):
     """len(source) samples; name(i) for people; sample(i) raises VideoError or OSError for one that cannot be read."""
 
     shuffled: bool  # whether the order of the numbers means nothing already
+    digest: str  # changes where the samples' numbers no longer mean the same
 
     def __len__(self) -> int: ...
 
@@ -44,26 +48,56 @@ def make_source(config: TrainConfig, model: Model) -> Source:
     return TfdsSource(config, model)
 
 
+def check_needle(config: TrainConfig, model: Model, shape: Shape, answer: int) -> None:
+    """ValueError for what the source "needle" cannot do, without its bank of cells."""
+    from hybridvlm.tiny import needle, tiles, vocabulary
+
+    d, vision = config.data, model.config.vision
+    if vision is None or tuple(vision.image_size) != (tiles.FRAME, tiles.FRAME):
+        raise ValueError(
+            f"source needle has frames of {tiles.FRAME}x{tiles.FRAME} pixels; model {model.name!r} takes others"
+        )
+    if d.split not in ("train", "val"):
+        raise ValueError(f"Data.split of needle must be 'train' (or 'val'), got {d.split!r}: nobody trains on test")
+    known, frames = needle.TYPES + needle.TWO_HOP, d.sample_frames or d.frames
+    if not set(d.types) <= set(known):
+        raise ValueError(f"Data.types of needle must be of {list(known)}, got {list(d.types)}")
+    if not 2 <= frames <= needle.FRAMES:
+        raise ValueError(f"a sample of needle has 2 to {needle.FRAMES} frames, got {frames}: set Data.sample_frames")
+    _check_frames(config, model)
+    clip, word = Clip(tuple(range(frames))), vocabulary.WORDS[vocabulary.CLASS]
+    check(example(model, clip, " ".join([word] * 4), word), shape, answer, frames, "every sample of needle")
+
+
+def _check_frames(config: TrainConfig, model: Model) -> None:
+    """A stem tower writes each frame's time into its tokens, and has a table of times."""
+    d, vision = config.data, model.config.vision
+    if vision is None:
+        raise ValueError(f"model {model.name!r} has no vision tower; it cannot be trained on videos")
+    if vision.kind != "stem":
+        return
+    if d.segments > 1 and d.features == "pixels":
+        raise ValueError(
+            "a stem tower writes each frame's time into its tokens: packed rows need Data.features 'cached'"
+        )
+    frames = d.frames if d.features == "pixels" else d.sample_frames or d.frames
+    if frames > vision.max_frames:
+        raise ValueError(f"model {model.name!r} knows the times of {vision.max_frames} frames, got {frames} in Data")
+
+
 class NeedleSource:
     """The generator of the embedded benchmark; features "cached": out of a bank of cells that the frozen tower has seen.
 
     `table` [16,n,D]: the bank's tokens, None with pixels. `asked` questions per sample share its video in `shared`.
     """
 
-    shuffled = True
+    shuffled, digest = True, ""
 
     def __init__(self, config: TrainConfig, model: Model):
-        from hybridvlm.tiny import assets, needle, tiles
+        from hybridvlm.tiny import needle
         from hybridvlm.tiny.bank import make_bank
 
-        d, vision = config.data, model.config.vision
-        if vision is None or tuple(vision.image_size) != (tiles.FRAME, tiles.FRAME):
-            raise ValueError(
-                f"source needle has frames of {tiles.FRAME}x{tiles.FRAME} pixels; model {model.name!r} takes others"
-            )
-        if d.split not in ("train", "val"):
-            raise ValueError(f"Data.split of needle must be 'train' (or 'val'), got {d.split!r}: nobody trains on test")
-        assets.check_split(d.split)
+        d = config.data
         self.config, self.model = config, model
         self.frames = d.sample_frames or d.frames
         self.types = d.types or needle.TYPES + needle.TWO_HOP
@@ -127,13 +161,8 @@ class Files:
     shuffled = False
 
     def __init__(self, config: TrainConfig, model: Model):
+        _check_frames(config, model)
         vision = model.config.vision
-        if vision is None:
-            raise ValueError(f"model {model.name!r} has no vision tower; it cannot be trained on videos")
-        if config.data.segments > 1 and config.data.features == "pixels" and vision.kind == "stem":
-            raise ValueError(
-                "a stem tower writes each frame's time into its tokens: packed rows need Data.features 'cached'"
-            )
         self.config, self.model = config, model
         self.patch, self.size = vision.temporal_patch, tuple(vision.image_size)
         self.frames = (config.data.sample_frames or config.data.frames) * self.patch
@@ -169,15 +198,31 @@ class JsonlSource(Files):
             raise FileNotFoundError(f"no training samples at {path}; give a JSONL file")
         self.folder = path.parent
         self.samples: list[tuple[str, Turns]] = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        held = path.read_bytes()
+        self.digest = hashlib.sha256(held).hexdigest()[:16]
+        for number, line in enumerate(held.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
             if line.strip():
                 try:
                     video, turns = read_line(json.loads(line))
-                except ValueError as error:  # what json raises is one too
+                    self._fits(turns)
+                except ValueError as error:  # what json and Unicode raise is one too
                     raise ValueError(f"{path}, line {number}: {error}") from None
                 self.samples += [(video, turns[: stop + 1]) for stop in range(len(turns))]
         if not self.samples:
             raise ValueError(f"{path} holds no samples")
+
+    def _fits(self, turns: Turns) -> None:
+        """ValueError for texts that are longer than a row, whatever the video: most that do not fit are known before the start."""
+        d = self.config.data
+        room, most = d.text - (d.segments if d.segments > 1 else 0), d.answer or d.text
+        if sum(len(text.encode()) for turn in turns for text in turn) <= min(room, most):
+            return  # no token is shorter than a byte
+        length = [[len(self.model.tokenizer.encode(text)) for text in turn] for turn in turns]
+        if sum(map(sum, length)) > room:
+            raise ValueError(f"{sum(map(sum, length))} text tokens, and a row has room for {room} (Data.text)")
+        said = max(answer for _, answer in length) + 1
+        if said > most:
+            raise ValueError(f"an answer of {said} tokens, and a row has room for {most} (Data.answer)")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -229,11 +274,16 @@ class TfdsSource(Files):
     def __init__(self, config: TrainConfig, model: Model, source: Any = None):
         super().__init__(config, model)
         if source is None:
+            if importlib.util.find_spec("tensorflow_datasets") is None:
+                raise ValueError("Data.source 'tfds' needs the package tensorflow-datasets, which is not installed")
             import tensorflow_datasets as tfds
 
             d = config.data
             source = tfds.data_source(d.path, split=d.split, data_dir=d.folder or None)
-        self.source = source
+        if not len(source):
+            raise ValueError(f"{config.data.path}:{config.data.split} holds no samples")
+        self.source, self.digest = source, str(len(source))
+        self._record(0)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -242,10 +292,7 @@ class TfdsSource(Files):
         return f"{self.config.data.path}:{self.config.data.split}:{number}"
 
     def sample(self, number: int) -> Example:
-        record = self.source[number]
-        missing = {"question", "answer"} - set(record)
-        if missing or not {"video", "image"} & set(record):
-            raise ValueError(f"{self.name(number)} must have video or image, question, answer; it has {sorted(record)}")
+        record = self._record(number)
         shown = np.asarray(record["video"]) if "video" in record else np.asarray(record["image"])[None]
         if len(shown) > self.frames:
             shown = shown[np.linspace(0, len(shown) - 1, self.frames).round().astype(int)]
@@ -255,3 +302,10 @@ class TfdsSource(Files):
         )
         name = f"{self.name(number)}:{self.frames}"
         return self.arrays(seconds, name, ((question, answer),), lambda: resize(shown, self.size))
+
+    def _record(self, number: int) -> Any:
+        record = self.source[number]
+        missing = {"question", "answer"} - set(record)
+        if missing or not {"video", "image"} & set(record):
+            raise ValueError(f"{self.name(number)} must have video or image, question, answer; it has {sorted(record)}")
+        return record

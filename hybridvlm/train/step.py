@@ -88,6 +88,14 @@ class Trainer:
 
     # -- the start --------------------------------------------------------------------------------------------------
 
+    def check(self, params: Mapping[str, Any]) -> None:
+        """ValueError for patterns of the config that find no parameter of the model, or none that they may."""
+        c, flat = self.config, dict(flatten(params))
+        if c.lora.rank:
+            jax.eval_shape(lambda key: adapters.init(c.lora, flat, key), jax.random.key(0))
+        else:
+            optimizers.split(flat, c.optimizer.frozen)
+
     def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, Fixed]:
         """State and constants before the first step, of the model's parameters (on a mesh, if there is one, wherever they lie)."""
         c, flat = self.config, dict(flatten(params))
@@ -237,5 +245,5 @@ class Trainer:
         updates, inner = self.optimizer.update(grads, state.optimizer, state.train)
         train = optax.apply_updates(state.train, updates)
         ema = optimizers.average(state.ema, train, self.config.optimizer.ema) if state.ema else {}
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "answers": total} | sums
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "answers": total} | sums
         return State(train, inner, ema), metrics
