@@ -86,7 +86,7 @@ def test_plan_counts_at_the_chunk_that_runs(micro):
     [
         (["--visual", "15"], "multiple of 4"),
         (["--methods", "sr"], "did you mean"),
-        (["--schedule", "shape"], "KEY=VALUE"),
+        (["--schedule", "shape"], "key=value"),
         (["--config", "peers_56m"], "no vision side"),
         (["--repeats", "0"], "at least 1"),
     ],
@@ -95,14 +95,6 @@ def test_bad_options_are_one_line(micro, capsys, options, message):
     assert main(["prefill", "--config", str(micro), "--visual", "16", "--no-vision", *options]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said
-
-
-def test_schedule_options():
-    schedule = prefill.parse_schedule(["shape=list", "values=1,0.5", "floor=0.1", "never=3,4", "start=2"])
-    assert (schedule.shape, schedule.values, schedule.floor) == ("list", (1.0, 0.5), 0.1)
-    assert (schedule.never, schedule.start) == ((3, 4), 2)
-    with pytest.raises(ValueError, match="did you mean 'floor'"):
-        prefill.parse_schedule(["flor=1"])
 
 
 def test_peers_without_their_packages(monkeypatch, capsys):

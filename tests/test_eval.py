@@ -22,11 +22,11 @@ from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import Reduction, Schedule, ScoreOptions
 from hybridvlm.eval import __main__ as command
 from hybridvlm.eval import statistics
-from hybridvlm.eval.evaluate import InputError, override, parse_pairs
 from hybridvlm.eval.results import ROW_KEYS, SampleStore, timing_run, write_atomic
 from hybridvlm.eval.runner import DENSE, Variant, expand
 from hybridvlm.eval.tasks import parse_choice
 from hybridvlm.eval.tasks.jsonl import read_samples
+from hybridvlm.options import InputError, override, parse_pairs
 from hybridvlm.tiny.export import write_video
 
 # -- statistics --
@@ -174,6 +174,8 @@ def test_override():
     assert override(Schedule(), ["shape=step,start=2,never=0,3"], "--schedule") == Schedule(
         "step", start=2, never=(0, 3)
     )
+    told = override(Schedule(), ["shape=list", "trust=0,0.5", "values=1,0.25"], "--schedule")
+    assert (told.trust, told.values) == ((0.0, 0.5), (1.0, 0.25))
     for tokens, words in (
         (["decai=on"], "did you mean 'decay'"),
         (["decay=maybe"], "on or off"),

@@ -16,8 +16,9 @@ import math
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.bench.prefill import STAMP_TOKENS, bench_plan, parse_schedule
-from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, load_model_config
+from hybridvlm.bench.prefill import STAMP_TOKENS, bench_plan
+from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.options import override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         dense = None
         for method in methods:
             budget = 1.0 if method == "none" else args.budget
-            reduction = Reduction(method, budget, args.kind, schedule=parse_schedule(args.schedule))
+            reduction = Reduction(method, budget, args.kind, schedule=override(Schedule(), args.schedule, "--schedule"))
             plan = plan_there(reduction, config, args.frames, text, where)
             name = f"{method} {budget:g}, {plan.visual_tokens} visual and {text} text tokens, {args.topology}"
             timing.say(f"compiling {name}")

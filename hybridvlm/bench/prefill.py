@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.bench import timing
-from hybridvlm.config import ModelConfig, Reduction, Schedule, from_dict, load_model_config
+from hybridvlm.config import ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.options import override
 
 STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano
 
@@ -97,22 +98,8 @@ def _batch(ids: np.ndarray, frame: np.ndarray, frames: int):
 def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames: int, text: int):
     if method == "none":
         return None
-    reduction = Reduction(method, args.budget, schedule=parse_schedule(args.schedule))
+    reduction = Reduction(method, args.budget, schedule=override(Schedule(), args.schedule, "--schedule"))
     return bench_plan(reduction, config, frames, config.vision.tokens_per_frame, text)
-
-
-def parse_schedule(pairs: list[str]) -> Schedule:
-    """A Schedule from KEY=VALUE strings; a tuple is a comma list."""
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Schedule)}
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--schedule takes KEY=VALUE, got {pair!r}")
-        kind = kinds.get(key, str)
-        number = float if key == "values" else int
-        values[key] = [number(v) for v in value.split(",")] if kind is tuple else kind(value)
-    return from_dict(Schedule, values)
 
 
 def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:

@@ -18,8 +18,8 @@ from typing import Any
 
 from hybridvlm.bench import timing
 from hybridvlm.bench.aot import STAGES, mesh_sizes, plan_there
-from hybridvlm.bench.prefill import parse_schedule
-from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, load_model_config
+from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.options import override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for method in dict.fromkeys(args.methods.split(",")):
         budget = 1.0 if method == "none" else args.budget
-        reduction = Reduction(method, budget, args.kind, schedule=parse_schedule(args.schedule))
+        reduction = Reduction(method, budget, args.kind, schedule=override(Schedule(), args.schedule, "--schedule"))
         plan = plan_there(reduction, config, args.frames, args.text, where)
         timing.say(
             f"compiling {method} {budget:g}, {plan.visual_tokens} visual and {args.text} text tokens, {where.name}"

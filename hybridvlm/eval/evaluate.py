@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import pathlib
@@ -20,67 +19,8 @@ from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Planner, Runner, Variant, expand, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.generate import Model
+from hybridvlm.options import InputError, override, split
 from hybridvlm.reduction import BudgetError
-
-
-class InputError(ValueError):
-    """Something in the options or the input files that no run can start with."""
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def parse_pairs(tokens: Sequence[str], option: str) -> dict[str, list[str]]:
-    """`key=value` pairs, split by spaces or commas; a part without "=" continues the list before it (frames=8,16)."""
-    pairs: dict[str, list[str]] = {}
-    key = None
-    for part in (piece for token in tokens for piece in _split(token)):
-        if "=" in part:
-            key, value = (p.strip() for p in part.split("=", 1))
-            pairs[key] = [value]
-        elif key is None:
-            raise InputError(f"{option} takes key=value, got {part!r}")
-        else:
-            pairs[key].append(part)
-    return pairs
-
-
-def override(base: Any, tokens: Sequence[str], option: str) -> Any:
-    """A config dataclass with some fields replaced by `key=value` texts; InputError for a wrong one, with the keys."""
-    changes = {}
-    for key, values in parse_pairs(tokens, option).items():
-        names = [f.name for f in dataclasses.fields(base)]
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"{option} has no key {key!r}; {hint}the keys are {', '.join(names)}")
-        old = getattr(base, key)
-        try:
-            if isinstance(old, tuple):
-                number = float if key == "values" else int
-                changes[key] = tuple(number(value) for value in values)
-                continue
-            (value,) = values
-            if isinstance(old, bool):
-                changes[key] = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}[
-                    value.lower()
-                ]
-            else:
-                changes[key] = type(old)(value)
-        except (KeyError, ValueError):
-            kind = (
-                "on or off"
-                if isinstance(old, bool)
-                else "a number"
-                if isinstance(old, (int, float))
-                else "whole numbers"
-            )
-            raise InputError(f"{option} {key} must be {kind}, got {','.join(values)!r}") from None
-    try:
-        return dataclasses.replace(base, **changes)
-    except ValueError as error:
-        raise InputError(f"{option}: {error}") from None
 
 
 def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduction:
@@ -106,7 +46,7 @@ def most_frames(model: Model) -> int:
 
 def prepare(options: argparse.Namespace, command: str) -> Evaluation:
     """Check options, model, tasks, videos and plans; ValueError or OSError, in one line each, for what cannot run."""
-    methods, budgets = _split(options.methods), _split(options.budgets)
+    methods, budgets = split(options.methods), split(options.budgets)
     try:
         shares = [float(budget) for budget in budgets]
     except ValueError:
@@ -141,7 +81,7 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     settings = TaskOptions(
         model.config, options.frames, most, options.split, options.limit, options.prompt, options.sampling
     )
-    names = _split(options.tasks)
+    names = split(options.tasks)
     if not names:
         raise InputError("--tasks needs at least one task")
     tasks = [build_task(name, settings) for name in names]
