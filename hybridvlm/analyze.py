@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: stopped; start the same command again to go on", file=sys.stderr)
+        print(
+            "error: stopped; start the same command again (answers of ablate and --compare are kept)", file=sys.stderr
+        )
         return 130
 
 

@@ -11,12 +11,13 @@ from scipy import stats
 from hybridvlm.analysis import calibrate, measures, over_seeds, ridge
 from hybridvlm.analysis.ablate import parse_models, verdict
 from hybridvlm.analysis.cells import CLAIMS, REFERENCE, SETS, cells_of
-from hybridvlm.analysis.common import Asked, markdown
+from hybridvlm.analysis.common import Asked, layers_of, markdown
+from hybridvlm.analysis.probe import _retrieve as retrieve
 from hybridvlm.analysis.scores import Scored
 from hybridvlm.analysis.sparsity import measure as sparsity
 from hybridvlm.analysis.stability import measure as stability
 from hybridvlm.config import Reduction, Schedule, load_model_config
-from hybridvlm.eval.evaluate import InputError
+from hybridvlm.options import InputError
 from hybridvlm.reduction import ReductionPlan, make_plan
 
 RNG = np.random.default_rng(0)
@@ -77,6 +78,9 @@ def test_rank_biased_overlap_is_the_sum_over_depths():
     first, second = np.argsort(-a), np.argsort(-b)
     total = sum(p ** (d - 1) * (1 - p) * len({*first[:d]} & {*second[:d]}) / d for d in range(1, 13)) + p**12
     assert measures.rank_biased_overlap(a, b, p) == pytest.approx(total)
+    for p in (0.0, 0.8):  # 0: only the first of each counts
+        draws = [measures.rank_biased_overlap(RNG.random(6), RNG.random(6), p) for _ in range(2000)]
+        assert np.mean(draws) == pytest.approx(measures.chance_rbo(p, 6), abs=0.03)
 
 
 def test_top_keeps_the_earlier_of_equals_and_overlap_is_measured_from_chance():
@@ -106,21 +110,27 @@ def test_sparsity_and_stability_of_planted_scores():
     }
     other = {row["layer"]: row["other question"] for row in found["layers"]}
     assert other[0] == 1 and other[1] < 1
+    near = next(r for r in found["by_type"] if r["which"] == "neighbours")
+    expected = np.mean([p["jaccard"] for p in found["pairs"] if p["neighbours"]])
+    assert near["jaccard"] == pytest.approx(expected) and near["range"][0] <= expected <= near["range"][1]
+    first = stability(own, "M*M", 0.01)  # a share of less than a token: the first of each ranking
+    np.testing.assert_allclose(np.diag(first["matrices"]["rbo"]), 1)
+    assert first["rbo chance"] == pytest.approx(1 / 40)
 
 
 # -- probes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [6, 300])
+@pytest.mark.parametrize("width", [6, 130])
 def test_a_probe_finds_what_was_planted_and_nothing_in_shuffled_content(width):
-    videos = [f"v{i // 8}" for i in range(400)]
-    label = RNG.integers(4, size=400)
-    content = np.eye(4)[label] + 0.1 * RNG.normal(size=(400, 4))
-    x = content @ RNG.normal(size=(4, width)) + 0.1 * RNG.normal(size=(400, width))
+    videos = [f"v{i // 8}" for i in range(160)]
+    label = RNG.integers(4, size=160)
+    content = np.eye(4)[label] + 0.1 * RNG.normal(size=(160, 4))
+    x = content @ RNG.normal(size=(4, width)) + 0.1 * RNG.normal(size=(160, width))
     found = ridge.probe(x, content, {"class": label}, videos)
     assert found.r2[0] > 0.8 and found.labels["class"][0] > 0.95
     assert found.r2[1][0] < found.r2[0] < found.r2[1][1]
-    mixed = RNG.permutation(400)
+    mixed = RNG.permutation(160)
     control = ridge.probe(x, content[mixed], {"class": label[mixed]}, videos)
     assert control.r2[0] < 0.02 and control.labels["class"][0] < 0.4
 
@@ -132,6 +142,31 @@ def test_folds_never_split_a_video_and_a_probe_cannot_read_its_video():
     assert {int(f) for f in fold} == {0, 1, 2, 3}
     names = np.repeat(RNG.normal(size=(20, 3)), 5, axis=0)  # the same for all of a video, so that no other one tells it
     assert ridge.probe(np.repeat(RNG.normal(size=(20, 30)), 5, axis=0), names, {}, videos).r2[0] < 0.1
+
+
+def test_a_probe_knows_nothing_of_the_videos_that_it_is_tested_on():
+    """Another video of the test fold may change as it likes, in x and in y: what is read of this one stays the same."""
+    videos = [f"v{i // 4}" for i in range(48)]
+    x, y = RNG.normal(size=(48, 6)), RNG.normal(size=(48, 2))
+    x[:, 3] = np.arange(48) < 4  # constant but for one video
+    fold = ridge.folds_of(videos, 4)
+    test = np.flatnonzero(fold == fold[0])
+    seen = ridge.predict(x, y, videos)
+    x[test[4:]] *= 50
+    y[test] += 9
+    np.testing.assert_allclose(ridge.predict(x, y, videos)[test[:4]], seen[test[:4]], atol=1e-9)
+    assert np.abs(seen).max() < 10
+    with pytest.raises(ValueError, match="at least two"):
+        ridge.predict(x, y, ["v"] * 48)
+
+
+def test_a_state_asked_with_a_key_gives_what_was_written_under_it():
+    """State sum_s x_s b_s^T of keys without overlap: every token is read back, to the length of its head; one never written is not."""
+    keys = np.linalg.qr(RNG.normal(size=(6, 6)))[0]
+    written = RNG.normal(size=(5, 2, 3))  # token, head, width
+    state = np.einsum("shp,sn->hpn", written, keys[:5])
+    found = retrieve(state[None].astype(np.float32), keys[None, :, None].astype(np.float32)).reshape(6, 2, 3)
+    np.testing.assert_allclose(found[:5], written / np.linalg.norm(written, axis=-1, keepdims=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [5, 50])
@@ -156,7 +191,7 @@ def test_intervals_over_seeds_are_students_and_paired():
     np.testing.assert_allclose(found.seeds, wanted)
     assert found.mean == pytest.approx(np.mean(gains)) and found.each == pytest.approx(gains)
     one = over_seeds.accuracy(base[:1], videos)
-    assert one.seeds is None and one.interval == one.videos
+    assert one.seeds is None and one.videos[0] < one.mean < one.videos[1]
     welch = over_seeds.between(better, base[:2], videos)
     wanted = stats.ttest_ind(better.mean(1), base[:2].mean(1), equal_var=False).confidence_interval(0.95)
     np.testing.assert_allclose(welch.seeds, [wanted.low, wanted.high])
@@ -165,20 +200,48 @@ def test_intervals_over_seeds_are_students_and_paired():
         over_seeds.difference(better, base[:2], videos)
 
 
+def test_seeds_that_agree_show_no_spread_and_accuracies_stay_in_range():
+    videos = [f"v{i // 4}" for i in range(40)]
+    right = np.ones((3, 40), bool)
+    for row, wrong in zip(right, (1, 2, 3), strict=True):
+        row[wrong] = False  # as many each, another one each
+    found = over_seeds.accuracy(right, videos)
+    assert found.seeds is None and found.videos[0] < 0.975 < found.videos[1] <= 1
+    whole = over_seeds.accuracy(np.ones((3, 40), bool), videos)
+    assert whole.seeds is None and whole.videos[0] < 0.9
+    right[0, 10:13] = False
+    high = over_seeds.accuracy(right, videos)
+    assert high.seeds[1] == 1.0 and high.seeds[0] < high.mean < 1.0
+    same = over_seeds.difference(right, right, videos)
+    assert same.seeds is None and same.videos[0] < 0 < same.videos[1] and verdict(same.to_dict()) == "undecided"
+    # over seeds alone this would be "for": three trainings agree, on too few videos to say so of other videos
+    assert verdict({"ci95_seeds": [0.01, 0.03], "ci95_videos": [-0.01, 0.05]}) == "undecided"
+    assert verdict({"ci95_seeds": [0.01, 0.03], "ci95_videos": [0.005, 0.05]}) == "for"
+    assert verdict({"ci95_seeds": None, "ci95_videos": [-0.2, -0.1]}) == "against"
+
+
 def test_cells_differ_in_one_thing_and_claims_name_cells():
     base = Reduction("str", 0.25, schedule=Schedule(start=4, floor=0.02))
     cells = cells_of(list(SETS), base, ["late: start=6 decay=on match=on"])
     names = {c.name: c for c in cells}
     assert cells[0].name == REFERENCE and cells[0].reduction == base and len(names) == len(cells)
-    assert {name for pair in CLAIMS.values() for name in pair} <= set(names)
+    beside = {c.name for c in calibrate.compared(base, calibrate.calibrated(base, [1.0] * 26))}
+    assert {name for pair in CLAIMS.values() for name in pair} <= set(names) | beside
     assert names["decay on"].reduction == dataclasses.replace(base, score=dataclasses.replace(base.score, decay=True))
     assert names["late"].reduction.schedule.start == 6 and names["late"].match == base
     assert {c.reduction.budget for c in cells if c.set == "budgets"} >= {0.1, 0.125, 0.25, 0.35, 0.5, 0.75}
     for wrong in (["nothing"], None):
         with pytest.raises(InputError, match=r"--sets|--cell"):
             cells_of(wrong or [], base, [] if wrong else ["no colon"])
-    with pytest.raises(InputError, match="no key 'colour'"):
-        cells_of([], base, ["x: colour=red"])
+    for own, words in (
+        ("colour=red", "no key 'colour'"),
+        ("budget=much", "budget must be a number"),
+        ("seed=x", "seed must be a number"),
+        ("match=maybe", "match must be on or off"),
+        ("start", "key=value"),
+    ):
+        with pytest.raises(InputError, match=f"--cell.*{words}"):
+            cells_of([], base, [f"x: {own}"])
 
 
 def test_groups_of_checkpoints():
@@ -186,6 +249,13 @@ def test_groups_of_checkpoints():
     for wrong in (["=a"], ["x="], ["g=a,a"]):
         with pytest.raises(InputError, match="--models"):
             parse_models(wrong)
+
+
+def test_layers_by_number():
+    assert layers_of("0,2", [0, 2, 4], "M-M-M") == [0, 2]
+    for wrong, words in (("a,2", "numbers such as"), ("2,3", "after layer 3.*0,2,4"), ("", "numbers such as")):
+        with pytest.raises(ValueError, match=f"--layers.*{words}"):
+            layers_of(wrong, [0, 2, 4], "M-M-M")
 
 
 def test_a_table_lines_up():
@@ -216,6 +286,10 @@ def test_calibration_trusts_layers_that_follow_the_question():
     assert rows[3]["trust"] == 1 and rows[3]["at stake"] == 0  # nothing behind it looks anything up
     trust = calibrate.trusted(list(rows.values()), 5, skip=0.5)
     assert trust[0] == 0 and trust[2] > 0.8 and trust[4] == 0
+    told = [[Scored(dataclasses.replace(one.asked, needed=(5, 9)), one.score) for one in own] for own in planted(0)]
+    assert calibrate.judge(told, "M*M*", 0.25) == list(rows.values())  # needed tokens, where known, are not looked at
+    with pytest.raises(ValueError, match="no attention layer"):
+        calibrate.judge(planted(0), "MMMM", 0.25)
     both = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=None), "M*M*", 0.25)}
     assert both[0]["trust"] > 0.8
     with pytest.raises(ValueError, match="two on a video"):

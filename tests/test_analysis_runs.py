@@ -45,7 +45,15 @@ def test_help_and_what_is_refused(capsys, folders, tmp_path):
         (["sparsity", "--model", "no/such"], "no/such"),
         (["sparsity", "--model", folders["h0"], "--video", "x.mp4"], "--question"),
         (["stability", "--model", folders["h0"], "--top", "2"], "--top"),
+        (["stability", "--model", folders["h0"], "--videos", "0"], "--videos must be at least 1"),
+        (["stability", "--model", folders["h0"], "--frames", "0"], "--frames must be at least 1"),
         (["deletion", "--model", folders["h0"], "--layers", "9"], "layer 9"),
+        (["deletion", "--model", folders["h0"], "--videos", "0"], "--videos must be at least 1"),
+        (["calibrate", "--model", "no/such", "--per-video", "1"], "at least 2 by --per-video"),
+        (["calibrate", "--model", "no/such", "--compare", "-1"], "--compare"),
+        (["calibrate", "--model", folders["h0"], "--budget", "2"], "budget"),
+        (["sparsity", "--model", folders["h0"], "--output", "/proc/no/folder"], "/proc/no"),
+        (["probe", "--model", folders["h0"], "--layers", "x"], "--layers"),
         (["ablate", "--models", folders["h0"], "--sets", "none"], "--sets"),
         (["ablate", "--models", folders["h0"], "--output", tmp_path / "file"], "is a file"),
         (["probe", "--model", folders["h0"], "--videos", "2"], "--videos"),
@@ -76,24 +84,29 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
     argv = ["ablate", "--models", f"hybrid={folders['h0']},{folders['h1']}", f"twin={folders['t0']}", "--sets", ""]
     argv += ["--cell", "mamba: method=oneshot-mamba match=on", "--budget", 0.5, "--limit", 4, "--batch-size", 2]
     argv += ["--output", tmp_path / "a"]
-    code, out, _ = run(capsys, *argv, "--dry-run")
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "_estimate", lambda *_: "")  # it compiles a dense pass, which the run below shares
+        code, out, _ = run(capsys, *argv, "--dry-run")
     assert code == 0 and "answers to find" in out and not (tmp_path / "a" / "ablation.json").exists()
 
     answered, real = [], ablate.Checkpoint.run
 
     def stops(self, cell, progress):
-        if len(answered) == 4:
+        if len(answered) == 2:
             raise KeyboardInterrupt
         answered.append((self.name, getattr(cell, "name", "dense")))
         real(self, cell, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(ablate.Checkpoint, "run", stops)
-        assert run(capsys, *argv)[0] == 130
+        code, out, _ = run(capsys, *argv)
+        assert code == 130 and "ms each when dense" in out
     kept = {path.name: path.read_text() for path in (tmp_path / "a" / "answers").iterdir()}
-    assert sum(text.count("\n") for text in kept.values()) == 16
+    assert sum(text.count("\n") for text in kept.values()) == 8
 
-    code, out, error = run(capsys, *argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "_estimate", lambda *_: "")
+        code, _, error = run(capsys, *argv)
     assert code == 0, error
     for name, text in kept.items():
         assert (tmp_path / "a" / "answers" / name).read_text().startswith(text)
@@ -103,7 +116,11 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
     assert len(rows["hybrid", "str"]["accuracy"]["each"]) == 2 and rows["twin", "str"]["accuracy"]["ci95_seeds"] is None
     assert any("mamba is left out" in line for line in results["notes"])
     assert rows["hybrid", "mamba"]["flops"] == pytest.approx(rows["hybrid", "str"]["flops"], rel=0.02)
-    assert {c["cell"] for c in results["between_groups"]} == {"dense", "str"}
+    assert rows["hybrid", "dense"]["to_dense"] is None  # nothing to differ by, so no interval
+    assert {(c["cell"], "loss to dense mean" in c) for c in results["between_groups"]} == {
+        ("dense", False),
+        ("str", True),
+    }
 
     def nothing(self, cell, progress):
         raise AssertionError("a cell that is done is run again")

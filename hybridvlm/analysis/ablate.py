@@ -35,7 +35,7 @@ from hybridvlm.analysis.common import (
     Row,
     base_reduction,
     figure,
-    load_model,
+    load_embedded,
     markdown,
     output_folder,
     short,
@@ -43,11 +43,11 @@ from hybridvlm.analysis.common import (
     write_json,
 )
 from hybridvlm.config import Reduction, to_dict
-from hybridvlm.eval.evaluate import InputError, override
 from hybridvlm.eval.results import SampleStore, write_atomic
 from hybridvlm.eval.runner import DENSE, Runner, Variant, fingerprint, versions
 from hybridvlm.eval.tasks import TaskOptions, build_task
 from hybridvlm.generate import Model
+from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan
 
 
@@ -143,7 +143,7 @@ def load_checkpoints(
     stores: dict[str, SampleStore] = {}
     out = []
     for group, name in named:
-        model = load_model(name)
+        model = load_embedded(name)
         model.config = dataclasses.replace(model.config, name="")  # answers are told apart by weights, not by names
         kind = repr((model.config, model.buckets, model.style, model.family.__name__))
         own, planner = shared.setdefault(kind, (model, CellPlanner(model)))
@@ -347,7 +347,7 @@ def summarise(
             f"accuracy {k}": v
             for k, v in over_seeds.between(right[first, cell], right[second, cell], videos).to_dict().items()
         }
-        | {f"loss to dense {k}": v for k, v in _losses(right, first, second, cell, videos).to_dict().items()}
+        | (_losses(right, first, second, cell, videos) if cell != "dense" else {})
         for first in groups
         for second in list(groups)[list(groups).index(first) + 1 :]
         for cell in ["dense", *(c.name for c in cells)]
@@ -358,8 +358,9 @@ def summarise(
 
 def _row(correct, dense, reference, videos, hops, kinds, plan: ReductionPlan | None) -> Row:
     out: Row = {"accuracy": over_seeds.accuracy(correct, videos).to_dict()}
-    out["to_dense"] = over_seeds.difference(correct, dense, videos).to_dict()
-    out["to_reference"] = None if reference is None else over_seeds.difference(correct, reference, videos).to_dict()
+    out["to_dense"] = None if correct is dense else over_seeds.difference(correct, dense, videos).to_dict()
+    itself = reference is None or correct is reference
+    out["to_reference"] = None if itself else over_seeds.difference(correct, reference, videos).to_dict()
     if hops.any():
         out["two_hop"] = over_seeds.accuracy(
             correct[:, hops], [v for v, h in zip(videos, hops, strict=True) if h]
@@ -381,14 +382,14 @@ def _gap(a: np.ndarray, b: np.ndarray, videos: Sequence[str], keep: np.ndarray |
     return over_seeds.difference(a, b, videos).to_dict() if len(videos) else {}
 
 
-def _losses(right, first: str, second: str, cell: str, videos) -> over_seeds.OverSeeds:
+def _losses(right, first: str, second: str, cell: str, videos) -> Row:
     """Difference of two groups' changes from dense to a cell: negative where the first degrades more."""
     a, b = (right[g, cell].astype(float) - right[g, "dense"] for g in (first, second))
-    return over_seeds.between(a, b, videos)
+    return {f"loss to dense {k}": v for k, v in over_seeds.between(a, b, videos).to_dict().items()}
 
 
 def shown(value: Row | None, sign: bool = False) -> str:
-    """`97.1 [96.0, 98.2]` in percent; the interval is over seeds where there are several, else over videos."""
+    """`97.1 [96.0, 98.2]` in percent; the interval is over seeds where there are several that differ, else over videos."""
     if not value:
         return ""
     form = "+.1f" if sign else ".1f"
@@ -398,11 +399,13 @@ def shown(value: Row | None, sign: bool = False) -> str:
 
 
 def verdict(value: Row) -> str:
-    """What an interval says of "the first is better"."""
-    interval = value["ci95_seeds"] or value["ci95_videos"]
-    if interval is None:
+    """What the intervals say of "the first is better": both of them, over seeds and over videos, have to leave out zero."""
+    found = [interval for interval in (value["ci95_seeds"], value["ci95_videos"]) if interval is not None]
+    if not found:
         return "one cluster, no interval"
-    return "for" if interval[0] > 0 else "against" if interval[1] < 0 else "undecided"
+    if all(low > 0 for low, _ in found):
+        return "for"
+    return "against" if all(high < 0 for _, high in found) else "undecided"
 
 
 def report(results: Row) -> str:
@@ -415,7 +418,7 @@ def report(results: Row) -> str:
     parts = [
         f"# Ablation on the embedded benchmark, {meta['questions']} questions on {meta['videos']} {meta['split']} videos",
         f"`{meta['command']}`\n\nCheckpoints: {names}. Accuracies and differences in points; 95% intervals in brackets, Student's "
-        "over training seeds where a group has several, clustered by video where it has one. All cells answer the same questions.",
+        "over training seeds where a group has several that differ, else clustered by video. All cells answer the same questions.",
     ]
     for name in dict.fromkeys(r["set"] for r in rows if r["set"] != "reference"):
         chosen = [r for r in rows if r["set"] == name or (name and r["cell"] in ("dense", REFERENCE))]
@@ -448,7 +451,8 @@ def report(results: Row) -> str:
             }
             for c in results["claims"]
         ]
-        parts.append("## Claims: differences on the same questions and seeds\n\n" + markdown(table))
+        words = "`for` and `against` where the intervals over seeds and over videos (in the JSON) both leave out zero."
+        parts.append(f"## Claims: differences on the same questions and seeds\n\n{words}\n\n{markdown(table)}")
     if results["between_groups"]:
         table = [
             {

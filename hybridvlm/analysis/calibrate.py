@@ -32,13 +32,15 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.analysis import ablate, measures
-from hybridvlm.analysis.cells import REFERENCE, cell
+from hybridvlm.analysis.cells import REFERENCE, Cell, cell
 from hybridvlm.analysis.common import (
     COLOURS,
     Row,
     add_source,
     base_reduction,
+    check_source,
     figure,
+    load_embedded,
     load_model,
     markdown,
     output_folder,
@@ -79,12 +81,19 @@ def run(options: argparse.Namespace) -> int:
     """Score, judge, write; then compare if asked to."""
     if not 0 < options.top < 1 or not 0 <= options.skip < 1:
         raise ValueError(f"--top must lie in (0, 1) and --skip in [0, 1), got {options.top} and {options.skip}")
-    model = load_model(options.model)
-    asked = questions(model, options)
+    if options.compare < 0 or options.batch_size < 1:
+        raise ValueError(
+            f"--compare must be at least 0 and --batch-size at least 1, got {options.compare} and {options.batch_size}"
+        )
+    check_source(options, per_video=2)
+    model = load_embedded(options.model) if options.compare else load_model(options.model)
+    base = dataclasses.replace(base_reduction([model.reduction]), method="str", budget=options.budget, kind="mean")
     folder = output_folder(options, f"calibration-{short(options.model)}-{source_name(options)}")
+    asked = questions(model, options)
+    if all(len(own) < 2 for own in asked):
+        raise ValueError(f"{source_name(options)} has one question a video; calibration compares at least two on one")
     layers = judge(score_questions(model, asked), model.config.pattern, options.top)
     trust = trusted(layers, len(model.config.pattern), options.skip)
-    base = dataclasses.replace(base_reduction([model.reduction]), method="str", budget=options.budget, kind="mean")
     reduction = calibrated(base, trust)
     data = {
         "command": options.command,
@@ -131,7 +140,7 @@ def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> lis
         weights = [{a: measures.mass(one.score["plain"][a], "relu") for a in attention} for one in own]
         chosen = [
             {
-                layer: measures.top(one.score["plain"][layer], round(share * len(one.score["plain"][layer])))
+                layer: measures.top(scores := one.score["plain"][layer], measures.count_of(share, len(scores)))
                 for layer in depth
             }
             for one in own
@@ -141,7 +150,7 @@ def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> lis
                 if i < j:
                     m = len(chosen[i][layer])
                     overlap = measures.jaccard(chosen[i][layer], chosen[j][layer])
-                    overlaps[layer].append(measures.above_chance(overlap, round(share * m), m))
+                    overlaps[layer].append(measures.above_chance(overlap, measures.count_of(share, m), m))
                 for a in attention:
                     held[layer, a]["own"].append(weights[i][a][chosen[i][layer]].sum())
                     held[layer, a]["other"].append(weights[j][a][chosen[i][layer]].sum())
@@ -178,17 +187,28 @@ def trusted(layers: Sequence[Row], count: int, skip: float) -> list[float]:
     return trust
 
 
+def compared(base: Reduction, reduction: Reduction) -> list[Cell]:
+    """str, str-calibrated and attention layers alone; where str starts late, both also from layer 0: an untrusted layer near the
+    start makes str-calibrated start earlier, which by itself changes what is kept."""
+    attention = dataclasses.replace(base, method="str-attention")
+    cells = [
+        cell("reference", REFERENCE, base),
+        cell("calibration", "str-calibrated", reduction, base, lower=True),
+        cell("calibration", "str-attention", attention, base, lower=True),
+    ]
+    if base.schedule.start:
+        for name, one in (("str", base), ("str-calibrated", reduction)):
+            early = dataclasses.replace(one, schedule=dataclasses.replace(one.schedule, start=0))
+            cells.append(cell("calibration", f"{name}, from 0", early, base))
+    return cells
+
+
 def compare(options: argparse.Namespace, base: Reduction, reduction: Reduction, folder: Any) -> Row:
     """str and str-calibrated at the predicted FLOPs of str, on the same validation questions."""
     own = argparse.Namespace(**vars(options))
     own.split, own.limit, own.dry_run = "val", options.compare, False
     checkpoints = ablate.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
-    cells = [
-        cell("reference", REFERENCE, base),
-        cell("calibration", "str-calibrated", reduction, base, lower=True),
-        cell("calibration", "str-attention", dataclasses.replace(base, method="str-attention"), base, lower=True),
-    ]
-    results = ablate.answer_cells(own, checkpoints, cells)
+    results = ablate.answer_cells(own, checkpoints, compared(base, reduction))
     assert results is not None
     return results
 

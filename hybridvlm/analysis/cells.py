@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import Reduction
-from hybridvlm.eval.evaluate import InputError, override
 from hybridvlm.eval.runner import Bucket, Planner, Variant
 from hybridvlm.generate import Model
+from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan, get_method, parse_method
 
 REFERENCE = "str"
@@ -240,6 +240,9 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "str beats evs at equal FLOPs": (REFERENCE, "evs, FLOPs of str"),
     "evs+str beats str at equal FLOPs": ("evs:0.5+str, FLOPs of str", REFERENCE),
     "evs+str beats evs at equal FLOPs": ("evs:0.5+str, FLOPs of str", "evs, FLOPs of str"),
+    "trusting calibrated layers beats plain str": ("str-calibrated", REFERENCE),
+    "the same, both from layer 0": ("str-calibrated, from 0", "str, from 0"),
+    "trusting calibrated layers beats attention layers alone": ("str-calibrated", "str-attention"),
 }
 
 
@@ -269,9 +272,14 @@ def _own(text: str, base: Reduction) -> Cell:
     for part in rest.split():
         key, _, value = part.partition("=")
         if key == "match":
-            match = base if value in ("on", "true", "1") else None
+            if value not in ("on", "off"):
+                raise InputError(f"--cell match must be on or off, got {value!r}")
+            match = base if value == "on" else None
         elif key in fields:
-            fields[key] = type(fields[key])(value) if key != "budget" else float(value)
+            try:
+                fields[key] = type(fields[key])(value) if key != "budget" else float(value)
+            except ValueError:
+                raise InputError(f"--cell {key} must be a number, got {value!r}") from None
         elif key in {f.name for f in dataclasses.fields(base.schedule)}:
             schedule.append(part)
         else:

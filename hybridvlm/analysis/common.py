@@ -105,6 +105,32 @@ def load_model(name: str, dtype: str = "float32") -> Model:
     return model
 
 
+def load_embedded(name: str) -> Model:
+    """A checkpoint that knows the embedded benchmark: `tiny`, one trained from it, or its twin. ValueError for any other."""
+    model = load_model(name)
+    if model.family is not nemotron_vl or model.config.vision is None or model.config.vision.kind != "stem":
+        raise ValueError(
+            f"--model {name}: this analysis asks the embedded benchmark's questions, which this model was not made for; "
+            "give tiny, tiny-reduced or a checkpoint trained from them (sparsity, stability and calibrate take any model)"
+        )
+    return model
+
+
+def layers_of(text: str, able: Sequence[int], pattern: str) -> list[int]:
+    """--layers "0,2,8" as numbers, each one of `able`; ValueError that names the first that is none."""
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers takes numbers such as 0,2,8, got {text!r}") from None
+    wrong = [layer for layer in layers if layer not in able]
+    if wrong:
+        raise ValueError(
+            f"--layers: a drop after layer {wrong[0]} of {pattern} is none; there are {able[0]} to {able[-1]}: "
+            f"{','.join(map(str, able))}"
+        )
+    return layers
+
+
 def mixers(model: Model) -> tuple[int, ...]:
     """Layers that have scores: M and *."""
     return tuple(i for i, kind in enumerate(model.config.pattern) if kind in MIXERS)
@@ -153,13 +179,19 @@ def add_source(parser: argparse.ArgumentParser, videos: int, per_video: int, see
     add("--output", type=pathlib.Path, help="folder for tables, JSON and pictures (default: results/...)")
 
 
-def check_source(options: argparse.Namespace) -> None:
-    """ValueError for options that name no questions."""
+def check_source(options: argparse.Namespace, per_video: int = 1) -> None:
+    """ValueError for options that name no questions, or fewer than `per_video` on a video; before anything is loaded."""
     if (options.video is None) != (not options.question):
         raise ValueError("--video FILE goes with at least one --question TEXT, and the other way round")
     for name in ("videos", "per_video"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if (len(options.question) if options.video is not None else options.per_video) < per_video:
+        raise ValueError(
+            f"questions on one video are compared: give at least {per_video} by --per-video, or by --question"
+        )
+    if options.frames is not None and options.frames < 1:
+        raise ValueError(f"--frames must be at least 1, got {options.frames}")
 
 
 def source_name(options: argparse.Namespace) -> str:
@@ -171,7 +203,6 @@ def source_name(options: argparse.Namespace) -> str:
 
 def questions(model: Model, options: argparse.Namespace) -> list[list[Asked]]:
     """All questions, one list per video; the visual tokens of a video are encoded once."""
-    check_source(options)
     if options.video is not None:
         return [_on_file(model, options)]
     return list(_on_task(model, options))

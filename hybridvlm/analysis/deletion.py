@@ -23,7 +23,8 @@ from hybridvlm.analysis.common import (
     COLOURS,
     Row,
     figure,
-    load_model,
+    layers_of,
+    load_embedded,
     markdown,
     mixers,
     output_folder,
@@ -31,7 +32,7 @@ from hybridvlm.analysis.common import (
     write_figure,
     write_json,
 )
-from hybridvlm.config import ModelConfig
+from hybridvlm.config import ATTENTION, ModelConfig
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.tiny import codes, needle
 from hybridvlm.tiny.bank import Bank, draw_videos, make_bank
@@ -75,6 +76,8 @@ def deletion_table(
     params: dict, config: ModelConfig, bank: Bank, layers: tuple[int, ...], videos: int, seed: int, part: int = 4
 ) -> list[dict]:
     """Accuracy per type with nothing deleted and with hop-1, hop-2 or unrelated tokens deleted after each of `layers`."""
+    from tqdm import tqdm
+
     tokens = FRAMES * 16
 
     @functools.partial(jax.jit, static_argnames="layer")
@@ -112,7 +115,7 @@ def deletion_table(
         )
 
     table = []
-    for layer in (None, *layers):
+    for layer in tqdm((None, *layers), unit="layer", disable=None):
         for name in ("nothing",) if layer is None else ("hop 1", "hop 2", "unrelated"):
             right, kind = [], []
             for sample, doomed, rows, counted, types in batches:
@@ -148,15 +151,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Delete, ask, write."""
-    model = load_model(options.model)
+    if options.videos < 1:
+        raise ValueError(f"--videos must be at least 1, got {options.videos}")
+    model = load_embedded(options.model)
     able = mixers(model)
-    second = codes.look_ups(model.config)[1]
-    layers = [layer for layer in able if layer <= second] + [layer for layer in able if layer > second][:2]
-    if options.layers:
-        layers = [int(part) for part in options.layers.split(",")]
-    wrong = [layer for layer in layers if layer not in able]
-    if wrong:
-        raise ValueError(f"--layers: layer {wrong[0]} is no M or * of {model.config.pattern}")
+    if options.layers is not None:
+        layers = layers_of(options.layers, able, model.config.pattern)
+    elif model.config.pattern.count(ATTENTION) < 2:
+        layers = list(able)  # no second look-up
+    else:
+        second = codes.look_ups(model.config)[1]
+        layers = [layer for layer in able if layer <= second] + [layer for layer in able if layer > second][:2]
     folder = output_folder(options, f"deletion-{short(options.model)}")
     bank = make_bank(model.params, model.config, FRAMES, 1000, options.seed, split="val")
     rows = deletion_table(model.params, model.config, bank, tuple(layers), options.videos, options.seed)

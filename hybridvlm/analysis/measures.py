@@ -50,6 +50,11 @@ def entropy(weights: np.ndarray) -> float:
     return float(stats.entropy(weights) / np.log(len(weights)))
 
 
+def count_of(share: float, m: int) -> int:
+    """How many of m tokens a share of them is: at least one."""
+    return max(1, round(share * m))
+
+
 def top(score: np.ndarray, k: int) -> np.ndarray:
     """bool [M]: the k highest, ties to the earlier token, as a plan keeps them."""
     chosen = np.zeros(len(score), bool)
@@ -66,6 +71,11 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 def chance_jaccard(k: int, m: int) -> float:
     """What two random sets of k of m tokens overlap by (expected intersection over its union)."""
     return k / (2 * m - k)
+
+
+def chance_rbo(p: float, m: int) -> float:
+    """What the rank-biased overlap of two random rankings of m is expected to be: d / m of the heads at depth d is shared."""
+    return float(np.sum(p ** np.arange(m)) / m)
 
 
 def above_chance(overlap: float, k: int, m: int) -> float:

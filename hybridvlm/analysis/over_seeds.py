@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,25 +13,21 @@ from hybridvlm.eval import statistics
 
 @dataclasses.dataclass(frozen=True)
 class OverSeeds:
-    """A mean over seeds and questions. seeds: Student's 95% interval of the seeds' means (None for one seed); videos: the
-    interval clustered by video, of the answers averaged over seeds. each: the mean of every seed."""
+    """A mean over seeds and questions. seeds: Student's 95% interval of the seeds' means: how far would other trainings move it? None
+    for one seed, and where all seeds agree to the last answer, which shows no spread. videos: the interval clustered by video, of
+    the answers averaged over seeds: how far would other videos? each: the mean of every seed."""
 
     mean: float
     seeds: list[float] | None
     videos: list[float] | None
     each: list[float]
 
-    @property
-    def interval(self) -> list[float] | None:
-        """The interval to show: over seeds where there are several, else over videos."""
-        return self.seeds or self.videos
-
     def to_dict(self) -> dict[str, object]:
         return {"mean": self.mean, "ci95_seeds": self.seeds, "ci95_videos": self.videos, "each": self.each}
 
 
 def _student(values: Sequence[float]) -> list[float] | None:
-    if len(values) < 2:
+    if len(values) < 2 or np.ptp(values) < 1e-9:
         return None
     half = statistics._quantile(len(values)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return [float(np.mean(values)) - half, float(np.mean(values)) + half]
@@ -41,11 +36,10 @@ def _student(values: Sequence[float]) -> list[float] | None:
 def accuracy(correct: np.ndarray, videos: Sequence[str]) -> OverSeeds:
     """Accuracy of correct [S,n] bool: seeds and questions."""
     each = [float(row.mean()) for row in correct]
-    if len(correct) == 1:
-        interval = statistics.accuracy(correct[0], videos).interval
-    else:
-        interval = _clustered(correct.mean(0), videos)
-    return OverSeeds(float(np.mean(each)), _student(each), interval, each)
+    seeds = _student(each)
+    if seeds is not None:
+        seeds = [max(0.0, seeds[0]), min(1.0, seeds[1])]
+    return OverSeeds(float(np.mean(each)), seeds, statistics.accuracy(correct.mean(0), videos).interval, each)
 
 
 def difference(correct: np.ndarray, reference: np.ndarray, videos: Sequence[str]) -> OverSeeds:
@@ -56,16 +50,12 @@ def difference(correct: np.ndarray, reference: np.ndarray, videos: Sequence[str]
         )
     gap = correct.astype(float) - reference
     each = [float(row.mean()) for row in gap]
-    if len(gap) == 1:
-        interval = statistics.difference(correct[0], reference[0], videos).interval
-    else:
-        interval = _clustered(gap.mean(0), videos)
+    interval = statistics.difference(correct.mean(0), reference.mean(0), videos).interval
     return OverSeeds(float(np.mean(each)), _student(each), interval, each)
 
 
 def between(first: np.ndarray, second: np.ndarray, videos: Sequence[str]) -> OverSeeds:
     """Mean of first [S,n] - second [S',n]: different trainings, so unpaired over seeds (Welch), paired over questions."""
-    gap = first.astype(float).mean(0) - second.astype(float).mean(0)
     a, b = first.mean(1), second.mean(1)
     mean = float(a.mean() - b.mean())
     seeds = None
@@ -78,14 +68,5 @@ def between(first: np.ndarray, second: np.ndarray, videos: Sequence[str]) -> Ove
             freedom = total**2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True))
             half = float(stats.t.ppf(0.5 + statistics.LEVEL / 2, freedom)) * math.sqrt(total)
             seeds = [mean - half, mean + half]
-        else:
-            seeds = [mean, mean]
-    return OverSeeds(mean, seeds, _clustered(gap, videos), [float(v) for v in a] + [-float(v) for v in b])
-
-
-def _clustered(values: Any, videos: Sequence[str]) -> list[float] | None:
-    mean, error, groups = statistics.cluster_se(values, videos)
-    if math.isnan(error):
-        return None
-    half = statistics._quantile(groups) * error
-    return [mean - half, mean + half]
+    interval = statistics.difference(first.mean(0), second.mean(0), videos).interval
+    return OverSeeds(mean, seeds, interval, [float(v) for v in a] + [-float(v) for v in b])

@@ -9,7 +9,8 @@ videos. `shuffled` pairs each reading with another token's content: chance. What
 
   text rows          the question's rows behind the last layer (its last row, and the mean of its rows)
   states             the final SSM states of all Mamba layers, each asked with the token's own key there: b^T H per head, which is
-                     what a query that equals the key would be given (retrieval); heads are scaled to unit length
+                     what a query that equals the key would be given (retrieval); heads are scaled to unit length.
+                     The key is made of the token's content, so `never shown` may lie above `shuffled`: compare with `never shown`
   states behind      the same, of the layers behind the drop alone: they never saw the token
   states, last frame as `states`, where the 16 tokens of the last frame are dropped: tells a state that forgets with age from one
                      that never held what is asked for
@@ -39,7 +40,8 @@ from hybridvlm.analysis.common import (
     COLOURS,
     Row,
     figure,
-    load_model,
+    layers_of,
+    load_embedded,
     markdown,
     mixers,
     output_folder,
@@ -87,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
     """Probe the model, and the twin if there is one."""
     if options.videos < 10:
         raise ValueError(f"--videos must be at least 10, for folds over videos, got {options.videos}")
-    models = [(name, load_model(name)) for name in (options.model, options.twin) if name]
+    models = [(name, load_embedded(name)) for name in (options.model, options.twin) if name]
+    for _, model in models:
+        _layers(options.layers, model)  # refused before anything is computed
     folder = output_folder(options, f"probe-{short(options.model)}")
     results = []
     for name, model in models:
@@ -109,13 +113,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _layers(text: str | None, model: Model) -> list[int]:
     able = [layer for layer in mixers(model) if layer < len(model.config.pattern) - 1]
-    if text is None:
-        return able
-    layers = [int(part) for part in text.split(",")]
-    wrong = [layer for layer in layers if layer not in able]
-    if wrong:
-        raise ValueError(f"--layers: layer {wrong[0]} is no M or * of {model.config.pattern}, or the last layer")
-    return layers
+    return able if text is None else layers_of(text, able, model.config.pattern)
 
 
 def probe_model(model: Model, layers: Sequence[int], videos: int, seed: int, width: int) -> list[Row]:

@@ -36,21 +36,30 @@ def solve(x: np.ndarray, y: np.ndarray, lambdas: Sequence[float]) -> tuple[list[
 
 
 def predict(x: np.ndarray, y: np.ndarray, videos: Sequence[str], folds: int = 4) -> np.ndarray:
-    """Predictions [n,k] of every sample by probes that saw none of its video; lambda chosen inside the training folds alone."""
-    x = (x - x.mean(0)) / (x.std(0) + 1e-9)
+    """Predictions [n,k] of every sample by probes that saw none of its video; scale and lambda come of the training folds alone.
+    ValueError with fewer than two videos."""
+    if len(set(videos)) < 2:
+        raise ValueError("a probe is tested on videos that it did not see; give at least two")
     outer, out = folds_of(videos, folds), np.zeros(y.shape)
     for fold in np.unique(outer):
         train = np.flatnonzero(outer != fold)
+        z = _scaled(x, train)
         inner = folds_of([videos[int(i)] for i in train], INNER, 1)
         errors = np.zeros(len(LAMBDAS))
         for hold in np.unique(inner):
             fit, check = train[inner != hold], train[inner == hold]
-            weights, mx, my = solve(x[fit], y[fit], LAMBDAS)
-            errors += [np.sum((y[check] - my - (x[check] - mx) @ w) ** 2) for w in weights]
-        best, mx, my = solve(x[train], y[train], [LAMBDAS[int(np.argmin(errors))]])
+            weights, mx, my = solve(z[fit], y[fit], LAMBDAS)
+            errors += [np.sum((y[check] - my - (z[check] - mx) @ w) ** 2) for w in weights]
+        best, mx, my = solve(z[train], y[train], [LAMBDAS[int(np.argmin(errors))]])
         test = outer == fold
-        out[test] = (x[test] - mx) @ best[0] + my
+        out[test] = (z[test] - mx) @ best[0] + my
     return out
+
+
+def _scaled(x: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """x [n,d] in the units of its training rows; a feature that is constant there is left as it is, so that it cannot explode."""
+    spread = x[train].std(0)
+    return (x - x[train].mean(0)) / np.where(spread > 1e-6 * np.abs(x[train]).max(0), spread, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,11 @@ def score_questions(
                     name: {layer: np.asarray(found[layer][name][0], np.float32)[place] for layer in layers}
                     for name in variants
                 }
+                for layer, values in ((layer, score[name][layer]) for name in variants for layer in layers):
+                    if not np.isfinite(values).all():
+                        raise ValueError(
+                            f"layer {layer} gives scores that are not finite: {one.question!r} on {one.video}"
+                        )
                 out[-1].append(Scored(one, score))
                 bar.update()
     return out

@@ -27,6 +27,7 @@ from hybridvlm.analysis.common import (
     COLOURS,
     Row,
     add_source,
+    check_source,
     figure,
     load_model,
     markdown,
@@ -51,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score, measure, write."""
+    check_source(options)
     model = load_model(options.model)
-    asked = questions(model, options)
     folder = output_folder(options, f"sparsity-{short(options.model)}-{source_name(options)}")
+    asked = questions(model, options)
     scored = score_questions(model, asked, WITH_DECAY)
     layers = measure(scored, model.config.pattern)
     write_json(folder / "sparsity.json", {"command": options.command, "model": options.model, "layers": layers})
@@ -98,7 +100,7 @@ def recall(flat: Sequence[Scored], layer: int, share: float = 0.25) -> dict[str,
     found: dict[str, list[bool]] = {"first": [], "second": []}
     for one in flat:
         score = one.score["plain"][layer]
-        chosen = measures.top(score, round(share * len(score)))
+        chosen = measures.top(score, measures.count_of(share, len(score)))
         for name, token in zip(found, one.asked.needed, strict=False):
             found[name].append(bool(chosen[token]))
     return {name: float(np.mean(values)) for name, values in found.items() if values} or None

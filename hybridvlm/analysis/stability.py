@@ -2,10 +2,12 @@
 
     python -m hybridvlm.analyze stability --model tiny-reduced
 
-For every pair of mixer layers, means over questions of dense passes: Jaccard overlap of the top share of tokens (chance is that of
+For every pair of mixer layers, means over questions of dense passes: Jaccard overlap of the top share of tokens (`chance`: that of
 random sets), Kendall's tau of the whole rankings (chance 0), and rank-biased overlap, which weighs the heads of the rankings (the
-depth that counts is the top share). By type: M-M, M-*, *-* (how far attention and Mamba scores agree), neighbours and all pairs.
-Low overlap between neighbours means that what one layer drops may be what a later one would have kept.
+depth that counts is the top share; `rbo chance`: that of random rankings). Ties go to the earlier token, as where a plan drops.
+`range` is the 95% interval of the Jaccard overlap, clustered by video. By type: M-M, M-*, *-* (how far attention and Mamba scores
+agree), neighbours and all pairs. Low overlap between neighbours means that what one layer drops may be what a later one would
+have kept.
 `other question`: overlap of one layer's choice between two questions on one video; layers of high overlap there agree with
 others for reasons that are not the question's. Written: stability.json, stability.md, stability.png.
 """
@@ -21,7 +23,9 @@ import numpy as np
 
 from hybridvlm.analysis import measures
 from hybridvlm.analysis.common import (
+    Row,
     add_source,
+    check_source,
     figure,
     load_model,
     markdown,
@@ -48,9 +52,10 @@ def run(options: argparse.Namespace) -> int:
     """Score, compare, write."""
     if not 0 < options.top < 1:
         raise ValueError(f"--top must lie in (0, 1), got {options.top}")
+    check_source(options)
     model = load_model(options.model)
-    asked = questions(model, options)
     folder = output_folder(options, f"stability-{short(options.model)}-{source_name(options)}")
+    asked = questions(model, options)
     scored = score_questions(model, asked)
     found = measure(scored, model.config.pattern, options.top)
     write_json(folder / "stability.json", {"command": options.command, "model": options.model} | found)
@@ -73,36 +78,43 @@ def measure(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> d
     depth = sorted(flat[0].score["plain"])
     n = len(depth)
     matrices = {name: np.zeros((len(flat), n, n)) for name in ("jaccard", "kendall", "rbo")}
-    chance = []
+    chance: dict[str, list[float]] = {"chance": [], "rbo chance": []}
     for q, one in enumerate(tqdm(flat, unit="question", disable=None, mininterval=0.5)):
         scores = [one.score["plain"][layer] for layer in depth]
         m = len(scores[0])
-        k = max(1, round(share * m))
-        chance.append(measures.chance_jaccard(k, m))
+        k = measures.count_of(share, m)
+        persistence = 1 - 1 / k
+        chance["chance"].append(measures.chance_jaccard(k, m))
+        chance["rbo chance"].append(measures.chance_rbo(persistence, m))
         chosen = [measures.top(s, k) for s in scores]
         for i, j in itertools.combinations_with_replacement(range(n), 2):
             values = {
                 "jaccard": measures.jaccard(chosen[i], chosen[j]),
                 "kendall": measures.kendall(scores[i], scores[j]),
-                "rbo": measures.rank_biased_overlap(scores[i], scores[j], 1 - 1 / k) if k > 1 else 0.0,
+                "rbo": measures.rank_biased_overlap(scores[i], scores[j], persistence),
             }
             for name, value in values.items():
                 matrices[name][q, i, j] = matrices[name][q, j, i] = value
     mean = {name: values.mean(0) for name, values in matrices.items()}
-    pairs = [
+    pairs: list[Row] = [
         {"first": depth[i], "second": depth[j], "type": _type(pattern, depth[i], depth[j]), "neighbours": j == i + 1}
         | {name: float(values[i, j]) for name, values in mean.items()}
         for i, j in itertools.combinations(range(n), 2)
     ]
-    by_type = []
+    by_type = list[Row]()
+    at = {layer: i for i, layer in enumerate(depth)}
+    by_chance = {name: float(np.mean(values)) for name, values in chance.items()}
+    videos = [one.asked.video for one in flat]
     for kind in ("M-M", "M-*", "*-*"):
         for which in ("neighbours", "all"):
             own = [p for p in pairs if p["type"] == kind and (which == "all" or p["neighbours"])]
             if own:
-                means = {name: float(np.mean([p[name] for p in own])) for name in mean}
-                by_type.append(
-                    {"type": kind, "which": which, "pairs": len(own)} | means | {"chance": float(np.mean(chance))}
-                )
+                places = ([at[p["first"]] for p in own], [at[p["second"]] for p in own])
+                each = matrices["jaccard"][:, *places].mean(1)
+                row: Row = {"type": kind, "which": which, "pairs": len(own)}
+                row["jaccard"], row["range"] = measures.mean_interval(each.tolist(), videos)
+                row |= {name: float(np.mean([p[name] for p in own])) for name in ("kendall", "rbo")}
+                by_type.append(row | by_chance)
     other = other_question(scored, share)
     layers = [
         {"layer": layer, "kind": pattern[layer]}
@@ -115,7 +127,8 @@ def measure(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> d
         "layers": layers,
         "pairs": pairs,
         "depth": depth,
-        "chance": float(np.mean(chance)),
+        "chance": by_chance["chance"],
+        "rbo chance": by_chance["rbo chance"],
         "matrices": {name: values.tolist() for name, values in mean.items()},
     }
 
@@ -127,7 +140,7 @@ def other_question(scored: Sequence[Sequence[Scored]], share: float) -> dict[int
         overlaps = []
         for own in scored:
             scores = [one.score["plain"][layer] for one in own]
-            chosen = [measures.top(s, max(1, round(share * len(s)))) for s in scores]
+            chosen = [measures.top(s, measures.count_of(share, len(s))) for s in scores]
             overlaps += [measures.jaccard(a, b) for a, b in itertools.combinations(chosen, 2)]
         out[layer] = float(np.mean(overlaps)) if overlaps else None
     return out
