@@ -140,7 +140,7 @@ def scored(score: str):
     """The options of a prefill that ranks by `score`."""
     if score == "dense":
         return {}
-    largest = ScoreOptions(groups="max", heads="max")
+    largest = ScoreOptions(groups="max", heads="max", queries="max")
     options = {"zscore": ScoreOptions(norm="zscore", decay=True), "max": largest, "fastv": largest}
     reduction = Reduction(
         score if score in METHODS else "str",

@@ -471,6 +471,43 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(straight, tmp_p
     assert losses(again.folder) == losses(straight[0].folder)
 
 
+def test_a_save_that_fails_in_the_background_is_heard_of_and_leaves_nothing(tmp_path):
+    import resource
+
+    from hybridvlm.train.step import State
+
+    def state(count):
+        return State({"a/b": jnp.asarray(np.random.default_rng(0).normal(size=count), jnp.float32)}, {}, {})
+
+    kept, (soft, hard) = Checkpoints(tmp_path, settings().checkpoints), resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept.save(1, state(10), {})
+    kept.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))  # as a full disk, for large files alone
+    try:
+        kept.save(2, state(1 << 20), {})
+        with pytest.raises(ValueError, match="File too large"):
+            for _ in range(3000):
+                kept.check()
+                time.sleep(0.02)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kept.whole() == 1
+    kept.close()
+    again = Checkpoints(tmp_path, settings().checkpoints)
+    again.save(2, state(1 << 20), {})
+    again.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_adapters_of_a_tower_need_its_pixels(model):
+    config = settings(lora={"rank": 2, "targets": ["^vision/proj$"]})
+    with pytest.raises(ValueError, match=r"needs a frozen tower; Lora.targets finds vision/proj"):
+        Trainer(config, model).check(model.params)
+    Trainer(dataclasses.replace(config, data=dataclasses.replace(config.data, features="pixels")), model).check(
+        model.params
+    )
+
+
 def test_lora_trains_the_factors_alone_and_is_merged_on_export(tmp_path, model):
     config = settings(
         tmp_path / "run", steps=2, reduction={"mode": "none"}, lora={"rank": 2, "targets": ["q_proj$", "out_proj$"]}

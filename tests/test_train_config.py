@@ -144,6 +144,24 @@ def test_lora_starts_as_nothing_merges_exactly_and_is_saved_apart(tmp_path):
         lora.init(Lora(rank=1, targets=("nothing",)), flat, jax.random.key(0))
 
 
+def test_small_updates_of_bfloat16_weights_are_not_lost():
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.uniform(1, 1.9, (1, 256, 256)), jnp.bfloat16)  # the last digit is 1/128
+    factors = {"q_proj/lora_a": jnp.full((1, 256, 1), 1.0), "q_proj/lora_b": jnp.full((1, 1, 256), 2.0**-10)}
+    adapter = Lora(rank=1, alpha=1.0, targets=("q_proj$",))
+    merged = lora.merge(adapter, {"q_proj": weight}, factors)["q_proj"]
+    np.testing.assert_array_equal(merged, np.asarray(weight, np.float32) + 2.0**-10)  # as it is exported
+    assert (merged.astype(jnp.bfloat16) == weight).all()  # an eighth of a digit: a cast loses all of it
+    key = jax.random.key(1)
+    taken = lora.rounded(merged, jnp.dtype("bfloat16"), key)
+    moved = np.asarray(taken, np.float32) - np.asarray(weight, np.float32)
+    assert taken.dtype == jnp.bfloat16 and set(np.unique(moved)) == {0.0, 2.0**-7}
+    np.testing.assert_allclose(moved.mean(), 2.0**-10, rtol=0.05)  # of 65,536 weights; its deviation is 1%
+    np.testing.assert_array_equal(lora.rounded(weight.astype(jnp.float32), jnp.dtype("bfloat16"), key), weight)
+    slope = jax.grad(lambda a: lora.rounded(a, jnp.dtype("bfloat16"), key).astype(jnp.float32).sum())(merged)
+    np.testing.assert_array_equal(slope, 1.0)
+
+
 def test_frozen_groups_are_split_off():
     flat = {"vision/a": 1, "projector/b": 2, "decoder/c": 3}
     assert optimizer.split(flat, ("^vision/", "^projector/")) == ({"decoder/c": 3}, {"vision/a": 1, "projector/b": 2})
@@ -151,6 +169,9 @@ def test_frozen_groups_are_split_off():
         optimizer.split(flat, ("^tower/",))
     with pytest.raises(ValueError, match="nothing to train"):
         optimizer.split(flat, (".",))
+    optimizer.check_decay_free(flat, ("^decoder/",))
+    with pytest.raises(ValueError, match=r"decay_free: 'router' finds no parameter; there are vision/a, projector/b"):
+        optimizer.check_decay_free(flat, ("router",))
 
 
 def test_logging_to_what_is_installed(tmp_path, monkeypatch):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hybridvlm import distributed
 from hybridvlm.models.names import flatten, unflatten
@@ -34,7 +34,10 @@ def claim(folder: pathlib.Path, config: TrainConfig, start: dict[str, str]) -> N
     own = json.loads(json.dumps(own))
     note = folder / NOTE
     if note.is_file():
-        held = json.loads(note.read_text())
+        try:
+            held = json.loads(note.read_text())
+        except ValueError as error:
+            raise OtherRun(f"{note} cannot be read ({error}); remove the folder or choose another output") from None
         different = _paths(own, held)
         if different:
             path, mine, theirs = different[0]
@@ -58,15 +61,15 @@ def _paths(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def checksum(params: Any) -> str:
-    """A short text that changes with any weight: the sums of magnitudes and of squares over all arrays, in float32."""
-    sums = jax.jit(
-        lambda tree: [
-            (jnp.sum(jnp.abs(a.astype(jnp.float32))), jnp.sum(a.astype(jnp.float32) ** 2))
-            for a in jax.tree.leaves(tree)
-        ]
-    )
-    values = np.asarray(jax.device_get(sums(params)), np.float64)
-    return " ".join(f"{v:.9g}" for v in values.sum(0))
+    """A short text that changes with any weight, and not with the mesh that they lie on: of sums of their bits, whole numbers."""
+
+    def bits(a: jax.Array) -> jax.Array:
+        kind = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(a, kind), dtype=jnp.uint32)
+
+    sums = jax.device_get(jax.jit(lambda flat: {path: bits(a) for path, a in flat.items()})(dict(flatten(params))))
+    told = {path: int(value) for path, value in sorted(sums.items())}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _tree(state: State) -> dict[str, Any]:
@@ -94,6 +97,7 @@ class Checkpoints:
                 save_decision_policy=policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 enable_async_checkpointing=options.asynchronous,
+                cleanup_tmp_directories=True,  # what a killed run or a full disk left half done
             ),
         )
 
@@ -146,8 +150,9 @@ class Checkpoints:
         self.manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raise what went wrong with a save that is running or done."""
-        self.manager.check_for_errors()
+        """Raise what went wrong with a save that has ended; one that is under way is left alone."""
+        if not self.manager.is_saving_in_progress():
+            self.manager.wait_until_finished()  # at once; `check_for_errors` does not hear of a save that failed at the end
 
     def preempted(self, step: int) -> bool:
         """Whether any process was told to stop (of several processes, which must agree on the step)."""

@@ -29,7 +29,7 @@ from hybridvlm.train.log import Log, check_installed, memory_bytes, peak_flops
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
-from hybridvlm.train.step import Fixed, State, Trainer
+from hybridvlm.train.step import Fixed, State, Trainer, check_family
 
 TEACH = "teach"
 STOPPED = 75  # exit code of a run that saved and left because it was told to (EX_TEMPFAIL: start it again)
@@ -77,7 +77,8 @@ class Run:
         check_installed(config.logging)
         self.mesh = self._mesh()
         self.model = model = load(config.model, mesh=self.mesh) if model is None else model
-        for reduction in reductions(config.reduction):
+        check_family(model.family)
+        for reduction in (*reductions(config.reduction), config.export.reduction):
             _taken(model, reduction)
         d = config.data
         vision = model.config.vision
@@ -217,12 +218,12 @@ class Run:
             now = (step, plan, metrics, waited, compiled)
             # the step before is looked at while this one runs
             if waiting is not None:
-                self._saved(kept, lambda w=waiting: meter(*w))
+                self._saved(kept, lambda w=waiting: meter(*w), OSError)
             waiting = now
             stop = self.told_to_stop.is_set() or kept.preempted(step)
             last = step + 1 == config.steps
             if stop or last or (config.checkpoints.every and (step + 1) % config.checkpoints.every == 0):
-                self._saved(kept, lambda w=waiting: meter(*w))  # nothing is kept of a step that went wrong
+                self._saved(kept, lambda w=waiting: meter(*w), OSError)  # nothing is kept of a step that went wrong
                 waiting = None
                 about = {name: stream.state() for name, stream in streams.items()}
                 self._saved(kept, lambda s=step, a=about, now=state: kept.save(s + 1, now, a))
@@ -233,13 +234,11 @@ class Run:
                 raise Stopped(f"told to stop: saved after step {step + 1} of {config.steps}; start it again to go on")
         return state
 
-    def _saved(self, kept: Checkpoints, action: Callable[[], None]) -> None:
-        """Run something that writes; SaveFailed says what is left."""
+    def _saved(self, kept: Checkpoints, action: Callable[[], None], kind: type[Exception] = Exception) -> None:
+        """Run something that writes; SaveFailed, for an error of `kind`, says what is left."""
         try:
             action()
-        except (FloatingPointError, PlanMismatch):
-            raise
-        except Exception as error:
+        except kind as error:
             latest = kept.whole()
             left = f"the checkpoint of step {latest} is whole" if latest is not None else "there is no checkpoint yet"
             raise SaveFailed(f"{self.folder} could not be written: {_first_line(error)}; {left}") from error
@@ -257,7 +256,7 @@ class Run:
                 save_folder(path, self._exported(unflatten(flat)), storage=e.storage)
                 if config.lora.rank:
                     adapters.save(self.folder / "lora", config.lora, train, config.model)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 left = f"the checkpoint of step {config.steps} is whole"
                 failed = SaveFailed(f"{path} could not be written: {_first_line(error)}; {left}")
             else:

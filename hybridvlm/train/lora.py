@@ -23,23 +23,27 @@ FILE, ABOUT = "adapter.safetensors", "adapter.json"
 Flat = dict[str, jax.Array]
 
 
-def init(lora: Lora, flat: Mapping[str, jax.Array], key: jax.Array) -> Flat:
-    """Factors for every parameter that `targets` find: A [...,in,rank] random, B [...,rank,out] zero, so that nothing changes yet.
-
-    ValueError for a pattern that finds nothing, or a parameter that is no projection.
-    """
+def paths(lora: Lora, flat: Mapping[str, jax.Array]) -> list[str]:
+    """The parameters that `targets` find; ValueError for a pattern that finds nothing, or a parameter that is no projection."""
     for pattern in lora.targets:
         if not any(re.search(pattern, path) for path in flat):
             raise ValueError(f"Lora.targets: {pattern!r} finds no parameter")
-    out: Flat = {}
-    for number, path in enumerate(sorted(flat)):
-        if not any(re.search(pattern, path) for pattern in lora.targets):
-            continue
+    found = [path for path in sorted(flat) if any(re.search(pattern, path) for pattern in lora.targets)]
+    for path in found:
         shape = flat[path].shape
         if len(shape) < 2 or min(shape[-2:]) < lora.rank:
             raise ValueError(f"Lora: {path} {shape} is no projection of rank {lora.rank} or more")
+    return found
+
+
+def init(lora: Lora, flat: Mapping[str, jax.Array], key: jax.Array) -> Flat:
+    """Factors of `paths`: A [...,in,rank] random, B [...,rank,out] zero, so that nothing changes yet."""
+    out: Flat = {}
+    number = {path: i for i, path in enumerate(sorted(flat))}
+    for path in paths(lora, flat):
+        shape = flat[path].shape
         scale = shape[-2] ** -0.5
-        out[path + A] = scale * jax.random.normal(jax.random.fold_in(key, number), (*shape[:-1], lora.rank))
+        out[path + A] = scale * jax.random.normal(jax.random.fold_in(key, number[path]), (*shape[:-1], lora.rank))
         out[path + B] = jnp.zeros((*shape[:-2], lora.rank, shape[-1]))
     return out
 
@@ -50,12 +54,25 @@ def target(path: str) -> str:
 
 
 def merge(lora: Lora, base: Mapping[str, jax.Array], factors: Mapping[str, jax.Array]) -> Flat:
-    """The base parameters with the updates added, in the base's dtypes; the sums are formed in float32."""
+    """The base parameters with the updates added; those sums are float32, whatever the base is, in whose bfloat16 they could drown."""
     out = dict(base)
     for path in sorted({target(name) for name in factors}):
         update = jnp.matmul(factors[path + A], factors[path + B], precision="highest") * (lora.alpha / lora.rank)
-        out[path] = (base[path].astype(jnp.float32) + update).astype(base[path].dtype)
+        out[path] = base[path].astype(jnp.float32) + update
     return out
+
+
+def rounded(a: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+    """Float32 `a` in `dtype`; its gradient passes as it is. bfloat16: up or down by fixed noise, in the mean the number itself.
+
+    Rounded to the nearest, a frozen bfloat16 weight would swallow every update below half its last digit, and LoRA's are small.
+    """
+    if dtype != jnp.bfloat16:
+        return a.astype(dtype)
+    noise = jax.random.bits(key, a.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(a), jnp.uint32) + noise
+    value = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), dtype)
+    return value + (a - jax.lax.stop_gradient(a)).astype(dtype)  # the second is zero, and passes the gradient
 
 
 def save(folder: pathlib.Path, lora: Lora, factors: Mapping[str, jax.Array], model: str) -> None:

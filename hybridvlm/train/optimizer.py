@@ -29,13 +29,18 @@ def decays(path: str, more: tuple[str, ...] = ()) -> bool:
     return DECAY_FREE.search(path) is None and not any(re.search(pattern, path) for pattern in more)
 
 
+def check_decay_free(flat: Mapping[str, Any], patterns: tuple[str, ...]) -> None:
+    """ValueError for a pattern that finds nothing."""
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in flat):
+            raise ValueError(f"Optimizer.decay_free: {pattern!r} finds no parameter; there are {', '.join(flat)}")
+
+
 def split(flat: Mapping[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trained, frozen) parameters; ValueError for a pattern that finds nothing, or where nothing is left to train."""
     for pattern in frozen:
         if not any(re.search(pattern, path) for path in flat):
-            raise ValueError(
-                f"Optimizer.frozen: {pattern!r} finds no parameter; there are {', '.join(list(flat)[:6])}, ..."
-            )
+            raise ValueError(f"Optimizer.frozen: {pattern!r} finds no parameter; there are {', '.join(flat)}")
     still = {path for path in flat if any(re.search(pattern, path) for pattern in frozen)}
     if len(still) == len(flat):
         raise ValueError(f"Optimizer.frozen {frozen} leaves nothing to train")

@@ -68,6 +68,15 @@ def sharding_of(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> j
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
 
 
+def check_family(family: Any) -> None:
+    """ValueError for a family that a step cannot run."""
+    if not hasattr(family, "decoder_output"):
+        raise ValueError(
+            f"family {family.NAME!r} cannot be trained: it has no decoder_output, a pass over video and text as one row; "
+            "train a nemotron_vl or qwen_vl model"
+        )
+
+
 class Trainer:
     """The programs of a run. plans: by step; `programs` holds those that were made: one per plan and one for teaching.
 
@@ -77,10 +86,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: Model, mesh: jax.sharding.Mesh | None = None):
         self.config, self.model, self.mesh = config, model, mesh
         self.family, self.dtype = model.family, jnp.dtype(config.dtype)
-        if not hasattr(self.family, "decoder_output"):
-            raise ValueError(
-                f"family {self.family.NAME!r} cannot be trained: it has no decoder_output (one row per sample)"
-            )
+        check_family(model.family)
         self.optimizer = optimizers.make(config.optimizer, config.steps, adapters.target)
         self.rate = optimizers.schedule(config.optimizer, config.steps)
         self.answer = config.data.answer or config.data.text
@@ -91,8 +97,11 @@ class Trainer:
     def check(self, params: Mapping[str, Any]) -> None:
         """ValueError for patterns of the config that find no parameter of the model, or none that they may."""
         c, flat = self.config, dict(flatten(params))
+        optimizers.check_decay_free(flat, c.optimizer.decay_free)
         if c.lora.rank:
-            jax.eval_shape(lambda key: adapters.init(c.lora, flat, key), jax.random.key(0))
+            tower = [p for p in adapters.paths(c.lora, flat) if p.startswith(("vision/", "projector/"))]
+            if tower and c.data.features == "cached":
+                raise ValueError(f"Data.features 'cached' needs a frozen tower; Lora.targets finds {', '.join(tower)}")
         else:
             optimizers.split(flat, c.optimizer.frozen)
 
@@ -129,7 +138,10 @@ class Trainer:
     def whole(self, train: Flat, frozen: Flat) -> dict[str, Any]:
         """The model's parameters of a state, as the forward pass takes them."""
         if self.config.lora.rank:
-            return unflatten(adapters.merge(self.config.lora, frozen, train))
+            flat = adapters.merge(self.config.lora, frozen, train)
+            for number, path in enumerate(sorted({adapters.target(name) for name in train})):
+                flat[path] = adapters.rounded(flat[path], frozen[path].dtype, jax.random.key(number))
+            return unflatten(flat)
         return unflatten(optimizers.cast(train, self.dtype) | frozen)
 
     # -- losses -----------------------------------------------------------------------------------------------------
