@@ -128,6 +128,17 @@ def test_cost_counts_loops_as_often_as_they_run():
     assert ten_cost.unread_loops == some_cost.unread_loops == 0
 
 
+def test_a_time_that_the_compiler_does_not_know_is_that_of_the_bytes():
+    text = (
+        "HloModule one\n\nENTRY %main (p: f32[1024]) -> f32[1024] {\n  %p = f32[1024]{0} parameter(0)\n"
+        '  ROOT %c = f32[1024]{0} custom-call(%p), custom_call_target="scatter", backend_config={"estimated_cycles":"CYCLES"}\n}\n'
+    )
+    chip = aot.CHIPS["v5e"]
+    known, unknown = (program_cost(text.replace("CYCLES", n), chip) for n in ("940", str(2**63 - 1)))
+    assert known.seconds == pytest.approx(940 / chip.clock) and known.bytes == unknown.bytes == 8192
+    assert unknown.seconds == pytest.approx(8192 / chip.bandwidth)
+
+
 def test_cost_refuses_what_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         program_cost("HloModule nothing", aot.CHIPS["v5e"])

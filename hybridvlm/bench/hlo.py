@@ -148,16 +148,19 @@ class _Program:
         if i.opcode.removesuffix("-start") in _COLLECTIVES:
             sent = sum(_bytes(shapes.get(name, ""), anywhere=True) for name in i.operands)
             return Cost(bytes=moved, exchanged=sent, launches=1)
-        return Cost(self.seconds(i), moved, launches=1)
+        return Cost(self.seconds(i, moved), moved, launches=1)
 
-    def seconds(self, i: Instruction) -> float:
+    def seconds(self, i: Instruction, moved: float) -> float:
         declared = re.search(r'"cost_estimate":(\{[^{}]*\})', i.attributes)
         if declared is not None:
             estimate = json.loads(declared[1])
-            flops, moved = float(estimate.get("flops", 0)), float(estimate.get("bytes_accessed", 0))
-            return max(flops / self.chip.flops, moved / self.chip.bandwidth)
+            flops, read = float(estimate.get("flops", 0)), float(estimate.get("bytes_accessed", 0))
+            return max(flops / self.chip.flops, read / self.chip.bandwidth)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-        return int(cycles[1]) / self.chip.clock if cycles is not None else 0.0
+        if cycles is None:
+            return 0.0
+        # of a scatter that it hands on the compiler knows no time, and says the largest number there is
+        return int(cycles[1]) / self.chip.clock if int(cycles[1]) < 1 << 62 else moved / self.chip.bandwidth
 
     def trips(self, condition: str, loop: Instruction) -> int | None:
         """How often a loop runs: the constant that its counter, from 0 by 1, is compared with."""
