@@ -196,8 +196,8 @@ def test_logging_to_what_is_installed(tmp_path, monkeypatch):
     log.check_installed(config.logging)
     (tmp_path / log.FILE).write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 3, "lo')
     run = log.Log(tmp_path, config, 1)
-    run.step({"step": 2, "loss": 4.5, "kind": "dense", "retention": [1.0]})
+    run.step({"step": 2, "loss": 4.5, "kind": "dense", "retention": [1.0, 0.5]})
     run.close()
-    assert written == [("loss", 4.5, 2)]
+    assert written == [("loss", 4.5, 2), ("retention/layer 00", 1.0, 2), ("retention/layer 01", 0.5, 2)]
     lines = [json.loads(line) for line in (tmp_path / log.FILE).read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in lines] == [(1, 5), (2, 4.5)]  # what came after step 1 is written again

@@ -93,12 +93,15 @@ class Log:
             self._say(text)
 
     def step(self, record: dict[str, Any]) -> None:
-        """One step's record: "step" and plain numbers."""
+        """One step's record: "step", plain numbers, and lists of one number per layer."""
         if not self.active:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+        for key, values in record.items():
+            if isinstance(values, list):
+                numbers |= {f"{key}/layer {layer:02d}": value for layer, value in enumerate(values)}
         for write in self._writers:
             write(record["step"], numbers)
 
