@@ -144,7 +144,7 @@ def scored(score: str):
     options = {"zscore": ScoreOptions(norm="zscore", decay=True), "max": largest, "fastv": largest}
     reduction = Reduction(
         score if score in METHODS else "str",
-        0.8 if score == "fastv" else 1.0,
+        0.95 if score == "fastv" else 1.0,
         schedule=Schedule("list", values=(*[1] * 7, 0.6, 0.3)),
         score=options.get(score, ScoreOptions()),
     )

@@ -9,13 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from hybridvlm.config import MOE, ModelConfig
 from hybridvlm.nn.linear import linear
 from hybridvlm.nn.parallel import total
 from hybridvlm.ops.norms import rms_norm
-from hybridvlm.ops.platforms import platform
 
 Params = dict[str, jax.Array]
 
@@ -72,17 +70,6 @@ def _relu2(x: jax.Array) -> jax.Array:
     return jnp.square(nn.relu(x))
 
 
-def _up_as_it_lies(up: jax.Array) -> jax.Array:
-    """up [E,I,W] of one layer, the same.
-
-    On TPU the stack that it is cut from lies with I innermost where W would be padded to whole lanes. Left to itself the compiler
-    turns the whole stack about before the first layer, and holds both (7 GB more of a quarter of Nemotron 3 Omni).
-    """
-    if platform() != "tpu" or up.shape[2] % 128 == 0:
-        return up
-    return with_layout_constraint(up, Layout((0, 2, 1)))
-
-
 def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
     """Weighted sum of each token's experts: h [T,I], chosen and weights [T,k] -> [T,I] in h.dtype.
 
@@ -100,7 +87,7 @@ def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights:
         # a bincount would scatter, for which TPU compilers estimate no time
         sizes = jnp.sum(flat[:, None] == jnp.arange(c.experts), axis=0, dtype=jnp.int32)
         rows = h[order // k]
-        inner = _relu2(jax.lax.ragged_dot(rows, _up_as_it_lies(p["up"]).astype(h.dtype), sizes))
+        inner = _relu2(jax.lax.ragged_dot(rows, p["up"].astype(h.dtype), sizes))
         back = jax.lax.ragged_dot(inner, p["down"].astype(h.dtype), sizes)
         out = jnp.zeros_like(back).at[order].set(back, unique_indices=True).reshape(t, k, -1)
     return jnp.einsum("tki,tk->ti", out.astype(jnp.float32), weights).astype(h.dtype)

@@ -71,7 +71,7 @@ class Data:
     together. segments: most samples packed in a row, each of which keeps the plan's share of its own visual tokens; frames, text:
     places of one row for frames and for text tokens, answer included (with packing `segments` of the latter stay free);
     sample_frames: most frames of a sample (0: `frames`). answer: most answer
-    tokens in a row (0: `text`). features: "pixels" (through the vision tower in every step) or "cached" (made once by the
+    tokens of a sample (0: `text`). features: "pixels" (through the vision tower in every step) or "cached" (made once by the
     frozen tower: kept in `cache` for files, a bank of `bank` cells per border colour for needle). types: question types of
     needle. rule: which frames of a file (`video.sampling`). bad_share: of corrupt samples among those seen, above which the run stops.
     """

@@ -161,7 +161,8 @@ class Trainer:
 
     def _said(self, params: Any, out: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         """Logits [B,A,V] and the tokens [B,A] to be said."""
-        x, target = answers(out.tokens, batch.label, self.answer)
+        d = self.config.data  # a packed row holds the answers of all its samples, and all of them are text
+        x, target = answers(out.tokens, batch.label, min(self.answer * d.segments, d.text))
         return head(params, self.model.config, x), target
 
     def plan_loss(self, train: Flat, fixed: Fixed, batch: TrainBatch, total: jax.Array, plan: ReductionPlan | None):
