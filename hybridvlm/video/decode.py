@@ -28,6 +28,7 @@ from hybridvlm.video import images
 from hybridvlm.video.errors import VideoError, VideoWarning
 from hybridvlm.video.index import Index, VideoInfo, index_of
 
+_NEAR = 4  # frames; a key frame no further ahead is not sought
 Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
@@ -179,8 +180,11 @@ class _Task:
                 continue
             before = int(np.searchsorted(keys, target, side="right"))  # key frames up to the target
             ahead = int(keys[before - 1]) if before else floor
-            if before and ahead > (floor if here is None else here) and not self.from_start:
-                frames, floor, here = way.to(before - 1), ahead, None
+            past = floor if here is None else here
+            if before and ahead > past and not self.from_start and self._far(past, ahead):
+                sought = way.to(before - 1)
+                if sought is not None:
+                    frames, floor, here = sought, ahead, None
             for frame in frames:
                 if frame.pts is None:
                     continue
@@ -195,6 +199,11 @@ class _Task:
                 if here >= target:
                     break
             self.keyless |= here is None
+
+    def _far(self, here: int, ahead: int) -> bool:
+        """Whether a key frame lies so far ahead that seeking beats decoding up to it."""
+        at, to = np.searchsorted(self.index.pts, [here, ahead])
+        return bool(to - at > _NEAR)
 
     def _pixels(self, frame: Any) -> np.ndarray:
         """Frame -> RGB, scaled and turned to fit the output."""
@@ -226,27 +235,29 @@ class _Way:
         self.reader, self.index, self.reading = reader, index, reading
         plain = films.packets(reader.container, reader.stream)
         self.packets = self._numbered(plain) if reading else plain
-        self.skip = 0
+        self.number, self.skip = -1, 0
 
     def start(self) -> Iterator[Any]:
         return self.reader.frames(self.packets)
 
-    def to(self, key: int) -> Iterator[Any]:
-        """Frames from key frame number `key` on."""
-        stamp = int(self.index.key_pts[key])
-        if self.reading:
-            self.reader.codec.flush_buffers()
-            self.skip = int(self.index.key_place[key])
-            return self.reader.frames(self.packets, stamp)
-        return self.reader.frames(self._sought(stamp), stamp)
+    def to(self, key: int) -> Iterator[Any] | None:
+        """Frames from key frame number `key` on; None if the decoder, which is ahead of what comes out of it, has it already."""
+        stamp, place = int(self.index.key_pts[key]), int(self.index.key_place[key])
+        if not self.reading:
+            return self.reader.frames(self._sought(stamp, int(self.index.key_seek[key])), stamp)
+        if self.number >= place:
+            return None
+        self.reader.codec.flush_buffers()
+        self.skip = place
+        return self.reader.frames(self.packets, stamp)
 
-    def _sought(self, stamp: int) -> Iterator[Any]:
+    def _sought(self, stamp: int, where: int) -> Iterator[Any]:
         """Packets from the one that has this stamp on; some formats find a place before it, some none."""
         import av
 
         container, stream = self.reader.container, self.reader.stream
         try:
-            container.seek(stamp, stream=stream, backward=True)
+            container.seek(where, stream=stream, backward=True)
         except av.FFmpegError:
             raise _Astray from None
         packets = films.packets(container, stream)
@@ -262,6 +273,7 @@ class _Way:
         starts = [*self.index.shifts, (1 << 62, 0)]
         shift, part = 0, 0
         for number, packet in enumerate(packets):
+            self.number = number
             if packet.size:
                 while number >= starts[part][0]:
                     shift, part = starts[part][1], part + 1

@@ -41,7 +41,8 @@ class Index:
 
     remarks: what a reader should be told. turn: see `container.turn_of`. pts: time stamp of each frame, on a clock that never
     restarts; None: no usable stamps, count instead. seconds: of each frame from the first, None: even. tick: seconds that a stamp
-    counts. key_pts, key_place: stamps of the key frames, ascending, and their packets' numbers in the file. shifts: (number
+    counts. key_pts, key_seek, key_place: stamps of the key frames, ascending, what to seek them by, and their packets' numbers
+    in the file. shifts: (number
     of the first packet, what to add to its stamps) of each part whose clock starts anew. stream: its number in the
     container; None: a moving picture that Pillow reads. cut: stamps of packets that the end of the file cuts off, None: all damaged
     ones are to be left out.
@@ -54,6 +55,7 @@ class Index:
     seconds: np.ndarray | None
     tick: float
     key_pts: np.ndarray
+    key_seek: np.ndarray
     key_place: np.ndarray
     shifts: tuple[tuple[int, int], ...]
     stream: int | None
@@ -202,6 +204,7 @@ class _Stamps:
     pts: np.ndarray
     length: np.ndarray
     key_pts: np.ndarray
+    key_seek: np.ndarray
     key_place: np.ndarray
     shifts: tuple[tuple[int, int], ...]
     cut: frozenset[int]
@@ -236,7 +239,10 @@ def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
     length = np.array(track.column(2), np.int64)[shown][order]
     keys = np.flatnonzero(key)
     keys = keys[np.argsort(pts[keys], kind="stable")]
-    return _Stamps(ascending, length, pts[keys], keys, tuple(shifts), cut)
+    seek = pts[keys]
+    if facts.format in _DECODING_CLOCK:  # these are sought by the time of decoding
+        seek = np.array([track.rows[k][1] if track.rows[k][1] is not None else pts[k] for k in keys], np.int64)
+    return _Stamps(ascending, length, pts[keys], seek, keys, tuple(shifts), cut)
 
 
 def _gap(pts: np.ndarray) -> int:
@@ -317,7 +323,9 @@ def _assemble(
         duration = frames / fps
     remarks = _remarks(name, facts, track, frames, duration, seconds, complaints, stamps)
     info = VideoInfo(frames, fps, duration, size[1], size[0])
-    keys = (nothing, nothing, ()) if stamps is None else (stamps.key_pts, stamps.key_place, stamps.shifts)
+    keys = (nothing, nothing, nothing, ())
+    if stamps is not None:
+        keys = stamps.key_pts, stamps.key_seek, stamps.key_place, stamps.shifts
     cut = None if stamps is None else stamps.cut
     return Index(info, remarks, turn, pts, seconds, facts.tick, *keys, track.number, cut)
 
@@ -386,4 +394,4 @@ def _moving_picture(name: str) -> Index:
     info = VideoInfo(len(pts), len(pts) / duration, duration, size[1], size[0])
     remarks = (f"{name}: the file is damaged, {len(pts)} frames can be read: {complaint}",) if complaint else ()
     nothing = np.zeros(0, np.int64)
-    return Index(info, remarks, (False, False, False), pts, pts / 1000, 1e-3, nothing, nothing, (), None)
+    return Index(info, remarks, (False, False, False), pts, pts / 1000, 1e-3, nothing, nothing, nothing, (), None)
