@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridvlm.video.errors import VideoError
+from hybridvlm.video.images import motion_jpeg
 
 if TYPE_CHECKING:
     import av
@@ -129,7 +130,9 @@ def open_film(path: str) -> tuple[Any, list[Any]]:
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
     with listening() as said:
         try:
-            container = av.open(os.path.abspath(path), "r", options=options, metadata_errors="replace")
+            # FFmpeg would take it for one picture, by its name
+            known = "mjpeg" if motion_jpeg(path) else None
+            container = av.open(os.path.abspath(path), "r", known, options, metadata_errors="replace")
         except av.FFmpegError as error:
             raise VideoError(f"{path}{_refusal(error, said)}") from None
         except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:  # of PyAV, not of FFmpeg

@@ -120,19 +120,22 @@ class _Task:
         if self.index.pts is None:
             self._pass(self._count)
             return
-        try:
-            self._pass(self._walk, strict=True)
-        except _Astray:
-            self.reading = True
-            self._pass(self._walk, strict=True)
+        self._walks(strict=True)
         if self.found.all():
             return
         with films.listening() as said:
-            self._pass(self._walk, threads=1, said=said)
+            self._walks(threads=1, said=said)
             if not self.found.all() and self.keyless:
                 self.from_start = True
-                self._pass(self._walk, threads=1, said=said)
+                self._walks(threads=1, said=said)
             self.complaints = films.complaints(said)
+
+    def _walks(self, **options: Any) -> None:
+        try:
+            self._pass(self._walk, **options)
+        except _Astray:
+            self.reading = True
+            self._pass(self._walk, **options)
 
     def _pass(self, how: Callable[[films.Reader], None], **options: Any) -> None:
         """Open the file and decode what is not found yet."""

@@ -109,7 +109,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     image, problem = None, ""
     try:
         image = Image.open(path, formats=FORMATS)
-        if image.format == "JPEG" and _motion_jpeg(path):
+        if image.format == "JPEG" and motion_jpeg(path):
             image.close()
             image = None
     except UnidentifiedImageError:
@@ -144,12 +144,15 @@ def _words(path: str | os.PathLike[str]) -> Iterator[None]:
         raise VideoError(f"{path}: cannot be read as an image: {error}") from error
 
 
-def _motion_jpeg(path: str | os.PathLike[str]) -> bool:
+def motion_jpeg(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a row of JPEGs, a film; a photograph may have one more behind it (a map of its brightness)."""
     mark = b"\xff\xd9\xff\xd8"  # the end of one, the beginning of the next
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = data.find(mark)
-        return at >= 0 and data.find(mark, at + 2) >= 0
+    with open(path, "rb") as file:
+        if file.read(2) != mark[2:]:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = data.find(mark)
+            return at >= 0 and data.find(mark, at + 2) >= 0
 
 
 def _frames(image: Image.Image) -> int:

@@ -9,7 +9,7 @@ import struct
 import av
 import numpy as np
 
-STEP = 4  # grey levels from one frame to the next
+STEP = 6  # grey levels from one frame to the next
 COLOURS = {"R": (250, 0, 0), "G": (0, 250, 0), "B": (0, 0, 250), "W": (250, 250, 250)}
 
 
@@ -84,7 +84,8 @@ def film(
     with av.open(str(path), "w", format=container, options=muxer or {}) as out:
         if title:
             out.metadata["title"] = title
-        stream = out.add_stream(codec, rate=fps, options=options or {})
+        fine = {"qmin": "1", "qmax": "2"} if codec == "mpeg4" else {}
+        stream = out.add_stream(codec, rate=fps, options=options or fine)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
