@@ -130,8 +130,9 @@ def render(
 ) -> list[str | int]:
     """Messages as the chat template writes them, cut where media stand: text, and the number of each medium in order.
 
-    template_options: further variables of the chat template, such as {"enable_thinking": False}. A tokenizer without `chat` belongs to a model that knows no conversation: one user message, nothing around it. ValueError
-    for an unknown kind of content (sound among them), or a conversation where there is none.
+    template_options: further variables of the chat template, such as {"enable_thinking": False}. A tokenizer without `chat`
+    belongs to a model that knows no conversation: one user message, nothing around it. ValueError for an unknown kind of
+    content (sound among them), or a conversation where there is none.
     """
     count, plain = 0, []
     for message in messages:
