@@ -19,6 +19,7 @@ from hybridvlm.checkpoints.special_tokens import (
     read_object,
     read_tokenizer,
 )
+from hybridvlm.checkpoints.template_limits import TooMuch
 from hybridvlm.checkpoints.tensors import CheckpointError
 from hybridvlm.models.prompt import Part, parts_of
 from hybridvlm.models.text import TRUSTED, Text, concatenate, media_in, medium, origin_of, person, plain, trusted
@@ -128,6 +129,8 @@ class PublishedTokenizer:
             try:
                 tried = self._rendered(probes, form, given, default)
             except ValueError as error:
+                if isinstance(error.__cause__, TooMuch):
+                    raise
                 failures.append(error)
                 continue
             if _complete(tried, probes):
