@@ -85,7 +85,7 @@ def test_caches_go_on(nano):
         def decode(self, ids):
             return "".join(f" {i}" for i in ids)
 
-        def chat(self, messages, default):
+        def chat(self, messages, default, **options):
             return "".join(message["content"] for message in messages)
 
     held, nano.tokenizer = nano.tokenizer, Digits()

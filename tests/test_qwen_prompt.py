@@ -22,7 +22,7 @@ class Words:
             ids += [ord("\ue100") + len(piece)] if SPECIAL.fullmatch(piece) else [ord(letter) for letter in piece]
         return ids
 
-    def chat(self, messages, template):
+    def chat(self, messages, template, **options):
         import jinja2
 
         return jinja2.Environment().from_string(template).render(messages=messages, add_generation_prompt=True)

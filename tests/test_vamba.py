@@ -319,7 +319,7 @@ class Letters:
     def decode(self, ids):
         return "".join(chr(64 + i) for i in ids)
 
-    def chat(self, messages, template):
+    def chat(self, messages, template, **options):
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 

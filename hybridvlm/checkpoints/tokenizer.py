@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 FILES = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json")
 
 
@@ -41,7 +42,7 @@ class PublishedTokenizer:
         except Exception as error:  # the library raises bare Exception for whatever it cannot read
             raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
         config = _read(folder / "tokenizer_config.json")
-        special = {name: _content(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
+        special = {name: _content(config[name]) for name in SPECIAL if config.get(name)}
         found = cls(tokenizer, _template(folder, config), special)
         found.folder = folder
         return found
@@ -69,20 +70,30 @@ class PublishedTokenizer:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], default: str = "") -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        default: str = "",
+        *,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Messages as the checkpoint's chat template writes them, or `default` where it has none, up to where the answer begins.
 
-        ValueError for a template that fails, or that the sandbox stops.
+        template_options: further variables of the template, such as {"enable_thinking": False}; a template ignores those that it
+        does not know. ValueError for a template that fails, or that the sandbox stops, and for an option that would take the
+        place of the messages or of a special token.
         """
         import jinja2
 
+        given = {"messages": list(messages), "add_generation_prompt": True, **self.special}
+        taken = sorted(set(template_options or ()) & (set(given) | set(SPECIAL)))
+        if taken:
+            raise ValueError(f"template_options may not set {', '.join(taken)}: the template is given its own")
         text = self.template or default
         if not text:
             raise ValueError("the checkpoint has no chat template, and its family none either")
         try:
-            return _compiled(text).render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self.special
-            )
+            return _compiled(text).render({"tools": None, "documents": None, **(template_options or {}), **given})
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
 

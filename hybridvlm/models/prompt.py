@@ -121,11 +121,18 @@ def user_message(question: str, style: PromptStyle, kinds: Sequence[str] = ("vid
     return {"role": "user", "content": [*media, {"type": "text", "text": style.question.format(question=question)}]}
 
 
-def render(tokenizer: Any, messages: Sequence[Message], template: str) -> list[str | int]:
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: str,
+    *,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[str | int]:
     """Messages as the chat template writes them, cut where media stand: text, and the number of each medium in order.
 
-    A tokenizer without `chat` belongs to a model that knows no conversation: one user message, nothing around it. ValueError
-    for an unknown kind of content (sound among them), or a conversation where there is none.
+    template_options: further variables of the chat template, such as {"enable_thinking": False}. A tokenizer without `chat`
+    belongs to a model that knows no conversation: one user message, nothing around it. ValueError for an unknown kind of
+    content (sound among them), or a conversation where there is none.
     """
     count, plain = 0, []
     for message in messages:
@@ -146,7 +153,11 @@ def render(tokenizer: Any, messages: Sequence[Message], template: str) -> list[s
                 )
         plain.append({"role": message["role"], "content": "".join(words)})
     if hasattr(tokenizer, "chat"):
-        text = tokenizer.chat(plain, template)
+        text = tokenizer.chat(plain, template, template_options=template_options)
+    elif template_options:
+        raise ValueError(
+            f"template_options {sorted(template_options)} are for a chat template, and this model has none"
+        )
     elif len(plain) == 1 and plain[0]["role"] == "user":
         text = plain[0]["content"]
     else:

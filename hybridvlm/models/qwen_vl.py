@@ -225,11 +225,12 @@ def prompt(
     *,
     style: Any = None,
     factors: tuple[int, int, int] = (1, 1, 1),
+    template_options: Mapping[str, Any] | None = None,
 ) -> QwenLayout:
     """Lay one conversation out, with at most one clip in it.
 
     factors: (frames, rows, columns) that an average-pooling plan makes one. `style` has no part here: the chat template and, for
-    Qwen3-VL, the frames' times are all the text there is around a question.
+    Qwen3-VL, the frames' times are all the text there is around a question. template_options: further variables of that template.
     """
     if len(clips) > 1:
         raise ValueError(
@@ -258,7 +259,7 @@ def prompt(
             pieces.visual(grid[0] * grid[1], min(factors[0], len(starts) - number))
         pending = VISION_END
 
-    for part in prompts.render(tokenizer, messages, CHAT_3 if times else CHAT):
+    for part in prompts.render(tokenizer, messages, CHAT_3 if times else CHAT, template_options=template_options):
         if isinstance(part, int):
             if part >= len(clips):
                 raise ValueError(f"the messages name {part + 1} videos or images, but {len(clips)} clips were given")
