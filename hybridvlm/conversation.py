@@ -21,12 +21,11 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, Message, user_message
 from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.video.clip import read_clip
+from hybridvlm.video.shown import default_frames, most_frames, shown_clip
 
 if TYPE_CHECKING:
     from hybridvlm.generate import Model, Sampling
 
-FRAMES = 32  # of a video, where neither the caller nor the model's table of times says how many
 PIECE = 8  # tokens that are decoded before they are shown
 _UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a letter
 
@@ -111,24 +110,16 @@ class Conversation:
         self._held: _Held | None = None
 
     def _read(self, video: Any, frames: int | None, rule: str, clock: str) -> None:
-        model, vision = self.model, self.config.vision
-        if vision is None:
+        model = self.model
+        if self.config.vision is None:
             raise ValueError(f"{model.name} reads text alone; ask without a video")
-        most = min(vision.max_frames or model.buckets.frames[-1] * vision.temporal_patch, 1 << 20)
+        most = most_frames(self.config, model.buckets)
         if frames is None:
-            frames = vision.max_frames or min(FRAMES, most)
+            frames = default_frames(self.config, model.buckets)
         if not 1 <= frames <= most:
             raise ValueError(f"frames must lie in 1..{most} for {model.name}, got {frames}")
-
-        def size_of(height: int, width: int, count: int, kind: str) -> tuple[int, int]:
-            return model.family.frame_size(self.config, height, width, count, kind)
-
-        clip = read_clip(video, size_of, frames=frames, rule=rule, clock=clock)
-        if hasattr(model.family, "looked_at"):  # of a family that leaves frames out
-            clip = model.family.looked_at(self.config, clip)
-        size = clip.frames.shape[1:3] if clip.kind == "video" else size_of(*clip.frames.shape[1:3], 1, "image")
+        clip, self.config = shown_clip(model.family, self.config, video, frames=frames, rule=rule, clock=clock)
         self.clips = [clip]
-        self.config = dataclasses.replace(self.config, vision=dataclasses.replace(vision, image_size=tuple(size)))
 
     def shown(self) -> np.ndarray:
         """What the model looks at, uint8 [F,h,w,3]: the frames of a video, the tiles of an image."""

@@ -3,6 +3,7 @@
 from hybridvlm.video.clip import read_clip, read_image
 from hybridvlm.video.decode import VideoError, VideoInfo, VideoWarning, decode_frames, frame_seconds, probe
 from hybridvlm.video.sampling import RULES, sample_indices
+from hybridvlm.video.shown import default_frames, most_frames, shown_clip
 
 __all__ = [
     "RULES",
@@ -10,9 +11,12 @@ __all__ = [
     "VideoInfo",
     "VideoWarning",
     "decode_frames",
+    "default_frames",
     "frame_seconds",
+    "most_frames",
     "probe",
     "read_clip",
     "read_image",
     "sample_indices",
+    "shown_clip",
 ]
