@@ -1,7 +1,10 @@
 """Video files and images: decoding, frame sampling, clips for a model."""
 
-from hybridvlm.video.clip import read_clip, read_image
-from hybridvlm.video.decode import VideoError, VideoInfo, VideoWarning, decode_frames, frame_seconds, probe
+from hybridvlm.video.clip import read_clip
+from hybridvlm.video.decode import decode_frames, frame_seconds, probe
+from hybridvlm.video.errors import VideoError, VideoWarning
+from hybridvlm.video.images import read_image
+from hybridvlm.video.index import VideoInfo
 from hybridvlm.video.sampling import RULES, sample_indices
 from hybridvlm.video.shown import default_frames, most_frames, shown_clip
 
