@@ -18,7 +18,9 @@ def said(error: BaseException) -> str:
     return text
 
 
-MEMORY = "what was saved before is kept; use smaller batches, fewer frames, a smaller model or more devices, and start again"
+MEMORY = (
+    "what was saved before is kept; use smaller batches, fewer frames, a smaller model or more devices, and start again"
+)
 DISK = "what was saved before is kept; make room on that disk or choose a folder elsewhere, and start again"
 
 

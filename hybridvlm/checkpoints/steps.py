@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hybridvlm import distributed
 from hybridvlm.models.names import flatten
@@ -47,7 +46,9 @@ def _mixed(a: jax.Array) -> jax.Array:
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    sums = [jnp.sum(_scramble(words ^ _scramble(place + jnp.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
+    sums = [
+        jnp.sum(_scramble(words ^ _scramble(place + jnp.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)
+    ]
     return jnp.stack(sums)
 
 

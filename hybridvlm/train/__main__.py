@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "config",
-        help="a .json, .yaml or .py file (hybridvlm/train/config.py says what it may hold; a .py file is run as a program), or the name of "
-        "a config that comes with the package",
+        help="a .json, .yaml or .py file (hybridvlm/train/config.py says what it may hold; a .py file is run as a program), "
+        "or the name of a config that comes with the package",
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="changes")
     args = parser.parse_args(argv)

@@ -99,9 +99,7 @@ class Checkpoints(Steps):
     """The checkpoints of a run folder, each whole or not there, by the number of steps done."""
 
     def __init__(self, folder: pathlib.Path, options: Checkpointing):
-        super().__init__(
-            folder, keep=options.keep, keep_every=options.keep_every, asynchronous=options.asynchronous
-        )
+        super().__init__(folder, keep=options.keep, keep_every=options.keep_every, asynchronous=options.asynchronous)
 
     def save_state(self, step: int, state: State, about: dict[str, Any]) -> None:
         """Start to keep the state after `step` steps with `about` (JSON; of this process)."""

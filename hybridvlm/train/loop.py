@@ -416,8 +416,9 @@ def _first_line(error: BaseException) -> str:
 def train(config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print) -> pathlib.Path:
     """Run a config, or what is left of it, in its output folder; returns the exported checkpoint.
 
-    Stopped after SIGTERM or SIGINT (only where this is the main thread); FloatingPointError for a loss that is not finite; SaveFailed for a
-    disk that is full; ValueError before any work for a config that cannot be run or a folder of another run.
+    Stopped after SIGTERM or SIGINT (only where this is the main thread); FloatingPointError for a loss that is not finite; SaveFailed
+    for a disk that is full; FolderBusy where another training is at work in the folder;
+    ValueError before any work for a config that cannot be run or a folder of another run.
     """
     return guarded(Run(config, model, say))
 
