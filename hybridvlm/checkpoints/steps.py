@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -168,22 +170,15 @@ class Steps:
         )
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a)), like)
         tree, note, problem = None, None, ""
-        try:
-            note = ocp.Checkpointer(
-                ocp.JsonCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
-            ).restore(at / "about")
-            held = {key: note[key] for key in ("about", "arrays")}
-            if note["sha256"] != _text_digest(held):
-                raise Damaged("the data's position and the checksums are not those that were saved")
-            tree = ocp.Checkpointer(
-                ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
-            ).restore(at / "state", args=ocp.args.StandardRestore(abstract))
-        except MemoryError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise whatever the damaged place led them to
-            if "RESOURCE_EXHAUSTED" in str(error):
+        with _quiet():
+            try:
+                tree, note = self._read_alone(at, abstract, alone)
+            except MemoryError:
                 raise
-            problem = _short(error) or type(error).__name__
+            except Exception as error:  # Orbax and TensorStore raise whatever the damaged place led them to
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                problem = _short(error) or type(error).__name__
         problems = [text.decode() for text in distributed.gather(problem.encode())]
         if any(problems):
             raise Damaged(next(text for text in problems if text))
@@ -192,6 +187,18 @@ class Steps:
         if other:
             raise Damaged(f"{len(other)} of {len(saved)} arrays are not what was saved, the first: {other[0]}")
         return tree, note["about"]
+
+    def _read_alone(self, at: pathlib.Path, abstract: Any, alone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays, note) of a step, as this process finds them."""
+        ocp = self._ocp
+        notes, arrays = (
+            ocp.Checkpointer(kind(multiprocessing_options=alone), multiprocessing_options=alone)
+            for kind in (ocp.JsonCheckpointHandler, ocp.StandardCheckpointHandler)
+        )
+        note = notes.restore(at / "about")
+        if note["sha256"] != _text_digest({key: note[key] for key in ("about", "arrays")}):
+            raise Damaged("the data's position and the checksums are not those that were saved")
+        return arrays.restore(at / "state", args=ocp.args.StandardRestore(abstract)), note
 
     def _set_aside(self, step: int) -> pathlib.Path:
         place = self.folder / ASIDE
@@ -217,6 +224,18 @@ class Steps:
     def close(self) -> None:
         """Wait for what is under way, and let go."""
         self.manager.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Where a read fails, Orbax leaves others half done, which Python would complain of one by one, with tracebacks."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before
 
 
 def _sharding(a: Any) -> jax.sharding.Sharding:
