@@ -31,11 +31,16 @@ def digests(tree: Any) -> dict[str, str]:
     Every word of an array is mixed with its place, and the results are added up: whole numbers, in any order.
     """
     flat = dict(flatten(tree))
-    sums = jax.device_get(jax.jit(lambda arrays: {path: _mixed(a) for path, a in arrays.items()})(flat))
+    sums = jax.device_get(_sums(flat))
     return {
         path: f"{a.dtype}{list(a.shape)}:" + "".join(f"{int(part):08x}" for part in sums[path])
         for path, a in sorted(flat.items())
     }
+
+
+@jax.jit
+def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _mixed(a) for path, a in flat.items()}
 
 
 def _mixed(a: jax.Array) -> jax.Array:
