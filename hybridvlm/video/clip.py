@@ -26,13 +26,15 @@ def read_clip(
     frames: int = 32,
     rule: str = "uniform",
     clock: str = "exact",
+    pixels: bool = True,
 ) -> Clip:
     """The clip of a video file, an image file, frames [F,h,w,3] uint8 (one a second), one image [h,w,3], or a Clip as it is.
 
     A file is known by what it holds: a picture is an image, an animated one (GIF, WebP, PNG, AVIF) a video.
     frames, rule: which frames of a file are taken, see `sample_indices`. clock: "exact" time stamps, as the file has them, or
     "milliseconds", frame number times a whole number of milliseconds, as vLLM and others count (and drift). Video frames
-    are scaled to size_of as they are decoded, an image is left to the model. VideoError for a file that gives nothing.
+    are scaled to size_of as they are decoded, an image is left to the model. pixels: False decodes no video and leaves the
+    clip's frames out. VideoError for a file that gives nothing.
     """
     if clock not in CLOCKS:
         raise ValueError(f"clock must be one of {CLOCKS}, got {clock!r}")
@@ -48,16 +50,16 @@ def read_clip(
     file_status(source)
     if images.kind(source) == "still":
         image = read_image(source)
-        return Clip((0.0,), image, "image", image.shape[1:3])
+        return Clip((0.0,), image if pixels else None, "image", image.shape[1:3])
     info = probe(source)
     numbers = sample_indices(info, frames, rule, str(source))
     size = size_of(info.height, info.width, len(numbers), "video")
-    pixels = decode_frames(source, numbers, size=size, resize=resize)
+    shown = decode_frames(source, numbers, size=size, resize=resize) if pixels else None
     if clock == "exact":
         seconds = frame_seconds(source, numbers)
     else:
         seconds = tuple(int(n) * int(1000 / info.fps) / 1000 for n in numbers)
-    return Clip(seconds, pixels, "video", (info.height, info.width), tuple(numbers.tolist()), info.fps)
+    return Clip(seconds, shown, "video", (info.height, info.width), tuple(numbers.tolist()), info.fps)
 
 
 def _from_array(source: np.ndarray, size_of: SizeOf) -> Clip:
