@@ -159,7 +159,11 @@ class ModelConfig:
     chunk_size: int = 0  # SSD chunk; 0 takes the platform's measured choice (results do not depend on it)
     dt_floor: float = 0.0  # only for parity with transformers' NemotronH prefill, which floors dt at 1e-3
     qk_norm: bool = False  # RMSNorm on q and k per head
+    dt_ceiling: float = 0.0  # most that dt may be; 0: no limit
+    mamba_bias: bool = False  # on in_proj and out_proj
     attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o_proj
+    mlp_bias: bool = False  # on every projection of an MLP without gate, shared experts and latent projections included
     rope_theta: float = 0.0  # base of the rotary embedding; 0 means none, as in Nemotron-H
     rope_sections: tuple[int, ...] = ()  # M-RoPE: pairs of channels that follow time, row and column; () means one axis
     rope_interleaved: bool = False  # M-RoPE: the axes take turns (Qwen3-VL) instead of standing one after the other
@@ -275,9 +279,6 @@ class QwenConfig(ModelConfig):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"QwenConfig.{name} must be (least, most), got {getattr(self, name)}")
-        planes = len(self.vision.deepstack) if self.vision is not None else 0
-        if planes > self.count(ATTENTION):
-            raise ValueError(f"QwenConfig: {planes} DeepStack planes for {self.count(ATTENTION)} decoder layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

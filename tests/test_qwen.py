@@ -17,7 +17,7 @@ from hybridvlm.checkpoints.hf import params_from_tensors
 from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, load_model_config, to_dict
 from hybridvlm.models import family_of, qwen_vl
 from hybridvlm.models.names import flatten
-from hybridvlm.models.qwen_names import pixel_limits
+from hybridvlm.models.qwen_config import pixel_limits
 from hybridvlm.models.qwen_vl import QwenBatch, rope_positions
 from hybridvlm.reduction.plan import make_plan
 from hybridvlm.reduction.scores import spread_score
