@@ -187,6 +187,20 @@ def _one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 DEFAULT_RULES = ShardingRules()
 
 
+def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter at `path` lies on the mesh, its columns in the whole model's order; a dimension that does not come out even,
+    and anything that no rule is for, is whole on every device."""
+    try:
+        spec = DEFAULT_RULES.spec(path, shape, mesh)
+    except ValueError:
+        spec = P()
+    cut = []
+    for size, axes in zip(shape, spec, strict=False):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        cut.append(axes if size % math.prod(mesh.shape.get(name, 1) for name in names) == 0 else None)
+    return NamedSharding(mesh, P(*cut))
+
+
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:

@@ -148,9 +148,9 @@ class _Sources:
                 head, embed = (self.found[name][0] for name in reversed(self.table.tied))
                 self.faults[f"tied: {head} has other values than {embed}, and the config makes them one"] = None
         for name, (stored, _, _) in self.found.items():
-            if len(self.faults) <= MOST_FAULTS and stored not in used:
-                if not (self.table.idle(name) or CONSTANT.search(stored)):
-                    self.faults[f"no place for: {stored}"] = None
+            needless = stored in used or self.table.idle(name) or CONSTANT.search(stored)
+            if len(self.faults) <= MOST_FAULTS and not needless:
+                self.faults[f"no place for: {stored}"] = None
         if self.faults:
             lines = [*self.faults][:MOST_FAULTS] + ["and more"] * (len(self.faults) > MOST_FAULTS)
             raise CheckpointError("\n  ".join([f"the checkpoint does not fit {self.table.who}:", *lines]))

@@ -1,4 +1,4 @@
-"""QwenConfig and VisionConfig from the published config.json and processor files of Qwen2-VL and Qwen3-VL, as transformers reads them."""
+"""QwenConfig and VisionConfig from the published files of Qwen2-VL and Qwen3-VL, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -160,9 +160,9 @@ def vision_fields(
 ) -> VisionConfig | None:
     """The tower of a config.json's `vision_config`, None where neither that nor a tensor speaks of one. ValueError names an
     option that is not supported."""
-    if section(raw, "vision_config") is None and shapes is not None:
-        if not any(re.search(r"(?:^|\.)visual\.", name) for name in shapes):
-            return None
+    silent = section(raw, "vision_config") is None and shapes is not None
+    if silent and not any(re.search(r"(?:^|\.)visual\.", name) for name in shapes):
+        return None
     v = _vision_fields_of(raw, generation)
     v.only("hidden_act", *ACTIVATIONS)
     v.only("in_channels", 3)
