@@ -24,26 +24,30 @@ MIXERS = (MAMBA, ATTENTION)
 ConfigT = TypeVar("ConfigT")
 
 
-def from_dict(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
+def from_dict(cls: type[ConfigT], data: dict[str, Any], *, kinds: bool = True) -> ConfigT:
     """Build the dataclass `cls` from a plain dict (as read from JSON); nested dataclasses are built too.
 
     Raises ValueError for a key that `cls` does not have, with the nearest name it has, for one that it needs and that is
-    missing, and for a value of another kind than the field's.
+    missing, and, unless `kinds` is False (for a class that looks at its own), for a value of another kind than the field's.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{cls.__name__} must be a table, got {_shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    kinds, values = _kinds(cls), {}
+    values = {}
     for key, value in data.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(fields)}"
             raise ValueError(f"{cls.__name__} has no key {key!r}{hint}")
-        values[key] = _of_kind(f"{cls.__name__}.{key}", kinds[key], value)
+        values[key] = _of_kind(f"{cls.__name__}.{key}", _kinds(cls)[key], value) if kinds else _tuples(value)
     lacking = [f.name for f in fields.values() if f.name not in values and _needed(f)]
     if lacking:
         raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, lacking))}")
     return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _needed(field: dataclasses.Field) -> bool:
