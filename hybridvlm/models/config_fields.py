@@ -99,6 +99,10 @@ class Fields:
             raise ValueError(f"config.json: {label} must be true or false, got {shown(value)}")
         return value
 
+    def any_flag(self, name: str) -> bool:
+        """Whether any table says true."""
+        return any([Fields({label: table}, {name: False}).flag(name) for label, table in self.tables.items()])
+
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a field that means another computation than the one there is."""
         label, value = self.get(name)
@@ -158,7 +162,7 @@ def _float(value: Any) -> float | None:
         return float(value["__float__"])
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < 1 << 1000 or math.isinf(value) else None
+    return None if isinstance(value, int) and abs(value) >= 1 << 1000 else float(value)
 
 
 def tied(reference: bool, said: bool, head: str, shapes: Mapping[str, Any] | None) -> bool:

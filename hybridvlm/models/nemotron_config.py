@@ -98,7 +98,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
         raise ValueError(f"config.json: time_step_limit must be two numbers from 0 that rise, got {[low, high]}")
     pattern = "M" * text.count("num_hidden_layers", 1, MOST_LAYERS) if alone else _pattern(text)
     width = text.count("hidden_size")
-    said = text.flag("tie_word_embeddings")
+    said = text.any_flag("tie_word_embeddings")
     common = {
         "width": width,
         "vocab_size": _axis(by_name, "backbone.embeddings.weight", 0, text.count("vocab_size", 1, MOST_ROWS)),

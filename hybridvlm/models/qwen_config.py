@@ -129,9 +129,8 @@ def text_fields(
     vocab = next((shape[0] for name, shape in (shapes or {}).items() if name.endswith(_EMBED) and shape), vocab)
     pad = text.id("pad_token_id")
     pad = text.id("bos_token_id") if pad is None else pad  # one and the same token in the published tokenizers
-    outside = Fields({"": raw}, {"tie_word_embeddings": False})
-    outer = outside.flag("tie_word_embeddings")
-    said = Fields(tables, {"tie_word_embeddings": False}).flag("tie_word_embeddings") or outer
+    outer = Fields({"": raw}, {}).any_flag("tie_word_embeddings")
+    said = text.any_flag("tie_word_embeddings")
     return {
         "pattern": "*-" * layers,
         "width": width,
