@@ -101,7 +101,8 @@ class Fields:
 
     def any_flag(self, name: str) -> bool:
         """Whether any table says true."""
-        return any([Fields({label: table}, {name: False}).flag(name) for label, table in self.tables.items()])
+        said = [Fields({label: table}, {name: False}).flag(name) for label, table in self.tables.items()]
+        return any(said)
 
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a field that means another computation than the one there is."""
