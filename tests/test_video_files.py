@@ -140,6 +140,14 @@ def test_the_last_slide_lasts_its_own_time(tmp_path, name):
     assert len(sample_indices(info, 64, "fps:0.04")) == 3
 
 
+def test_empty_places_of_an_avi_are_time(tmp_path):
+    """AVI has no stamps: pictures that are shown for longer are followed by empty places."""
+    info, read, seconds = every(film(tmp_path / "a.avi", 3, seconds=[0, 3, 6], codec="mpeg4", tick=12))
+    assert read == [0, 1, 2]
+    assert seconds.tolist() == pytest.approx([0, 3, 6])
+    assert info.fps < 1
+
+
 def test_trimmed_films_are_whole(tmp_path):
     source = film(tmp_path / "a.mp4", gop=24)
     for name, start, kept in (("b.mp4", 14 / 12, 10), ("c.mov", 5 / 12, 19)):
@@ -400,6 +408,21 @@ def test_what_the_decoder_makes_up_is_told(tmp_path, name, codec):
         decode_frames(bad, [5, 14, 20])
     clean = decode_frames(path, [5, 11, 24, 35])
     np.testing.assert_array_equal(decode_frames(bad, [5, 11, 24, 35]), clean)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mjpeg"), ("a.avi", "mpeg4")])
+def test_what_an_index_knows_of_is_missed(tmp_path, name, codec):
+    """A piece cut out of an AVI: it is read on behind it, and nothing complains."""
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = film(tmp_path / name, 36, width=128, height=96, codec=codec, pix_fmt=pix_fmt, picture=films.noisy)
+
+    def cut(data):
+        at = len(data) // 2
+        del data[at : at + len(data) // 12]
+
+    with pytest.warns(VideoWarning, match=r"bad\.avi: the file is (incomplete|damaged)"):
+        info = probe(harmed(path, tmp_path / "bad.avi", cut))
+    assert info.frames < 36
 
 
 def test_two_files_with_the_same_fault_are_both_told(tmp_path):

@@ -127,11 +127,12 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
             chosen = films.choose(streams, [f.count for f in found], [f.span for f in found])
             track = found[chosen]
             facts = _Facts.of(container, streams[chosen], track)
+            reordered = bool(streams[chosen].codec_context.has_b_frames)
         finally:
             films.close(container)
     # what the decoders say while the streams are looked at is no matter: a film may begin anywhere
     complaints = films.complaints(said, (facts.format,)) or ended
-    stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER else None
+    stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER or _in_order(track, reordered) else None
 
     # a second time: not every format can go back to its start
     container, streams = films.open_film(name)
@@ -170,10 +171,11 @@ class _Facts:
         name = container.format.name
         alone = len(container.streams) == 1
         promised, seconds = 0, 0.0
+        if (name.startswith("mov") or name == "avi") and stream.frames > track.count:
+            # the index, as the count includes what an edit list hides, and empty places that stand for a longer picture
+            promised = sum(entry.size > 0 and not entry.is_discard for entry in stream.index_entries)
         if name.startswith("mov"):
-            # the index behind the edit list, where the count of stored samples includes those that nobody is to see
-            if stream.frames > track.count:
-                promised = sum(not entry.is_discard for entry in stream.index_entries)
+            seconds = 0.0
         elif stream.duration:
             seconds = stream.duration * track.tick
         else:
@@ -243,6 +245,11 @@ def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
     if facts.format in _DECODING_CLOCK:  # these are sought by the time of decoding
         seek = np.array([track.rows[k][1] if track.rows[k][1] is not None else pts[k] for k in keys], np.int64)
     return _Stamps(ascending, length, pts[keys], seek, keys, tuple(shifts), cut)
+
+
+def _in_order(track: _Seen, reordered: bool) -> bool:
+    """Whether a stream is shown in the order of its packets, as far as can be told without decoding."""
+    return not reordered and all(row[0] is not None and row[0] == row[1] for row in track.rows)
 
 
 def _gap(pts: np.ndarray) -> int:
