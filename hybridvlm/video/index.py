@@ -90,6 +90,7 @@ class _Seen:
 
     number: int
     tick: float
+    indexed: int  # entries of the container's index before anything was read
     rows: list[tuple[int | None, int | None, int, bool, bool, bool]] = dataclasses.field(default_factory=list)
 
     def column(self, at: int) -> list[Any]:
@@ -117,7 +118,7 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
     with films.listening() as said:
         container, streams = films.open_film(name)
         try:
-            seen = {s.index: _Seen(s.index, float(s.time_base or 0)) for s in streams}
+            seen = {s.index: _Seen(s.index, float(s.time_base or 0), len(s.index_entries)) for s in streams}
             ended: list[str] = []
             for p in films.packets(container, *streams, ended=ended):
                 if p.size > 0:
@@ -174,6 +175,10 @@ class _Facts:
         if (name.startswith("mov") or name == "avi") and stream.frames > track.count:
             # the index, as the count includes what an edit list hides, and empty places that stand for a longer picture
             promised = sum(entry.size > 0 and not entry.is_discard for entry in stream.index_entries)
+            if name == "avi" and track.indexed < track.count:
+                # no index, or one that does not fit the file, and another was made in reading; every place takes one tick
+                places = max((row[1] for row in track.rows if row[1] is not None), default=-1) + 1
+                promised = track.count + max(0, stream.frames - places)
         if name.startswith("mov"):
             seconds = 0.0
         elif stream.duration:
