@@ -87,6 +87,26 @@ def test_program_streams_put_together(tmp_path):
     assert (np.diff(seconds) > 0).all()
 
 
+def test_matroska_put_together(tmp_path):
+    parts = [film(tmp_path / f"{i}.mkv", 24, first=12 * i, seconds=[j / 12 for j in range(24)]) for i in range(2)]
+    _, read, seconds = every(joined(tmp_path / "joined.mkv", *parts))
+    assert read == [*range(24), *range(12, 36)]
+    assert (np.diff(seconds) > 0).all()
+
+
+def test_what_lies_behind_the_end_of_a_flash_film_is_missed(tmp_path):
+    parts = [film(tmp_path / f"{i}.flv", 12, first=12 * i) for i in range(2)]
+    with pytest.warns(VideoWarning, match=r"joined\.flv: the file is damaged.*nothing can be read behind"):
+        assert probe(joined(tmp_path / "joined.flv", *parts)).frames == 12
+    assert every(parts[0])[1] == list(range(12))
+
+
+def test_parts_of_different_sizes(tmp_path):
+    parts = [transport(tmp_path / "a.ts", 0, 0.0), transport(tmp_path / "b.ts", 12, 0.4, width=96, height=64)]
+    info, read, _ = every(joined(tmp_path / "joined.ts", *parts))
+    assert (read, info.fps) == (list(range(24)), pytest.approx(12, abs=0.01))
+
+
 def test_a_counter_that_runs_over(tmp_path):
     """33 bits of 1/90000 s: after 26.5 hours the clock of a broadcast is at nought again."""
     path = transport(tmp_path / "a.ts", 0, (1 << 33) / 90000 - 1.0, 36)
@@ -138,6 +158,15 @@ def test_the_last_slide_lasts_its_own_time(tmp_path, name):
     assert (info.frames, info.duration) == (3, pytest.approx(90, abs=0.1))
     assert info.fps == pytest.approx(1 / 30, rel=0.01)
     assert len(sample_indices(info, 64, "fps:0.04")) == 3
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_film_of_one_picture(tmp_path, name):
+    for length in (2, 30):
+        path = film(tmp_path / name, 1, lengths=[length], options={"tune": "zerolatency"})
+        info, read, seconds = every(path)
+        assert (info.frames, read, seconds.tolist()) == (1, [0], [0.0])
+        assert info.duration == pytest.approx(length, abs=0.01)
 
 
 def test_empty_places_of_an_avi_are_time(tmp_path):
