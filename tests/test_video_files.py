@@ -619,6 +619,27 @@ def test_animated_pictures_without_times_and_ground(tmp_path):
     assert [int(frames[i, 1, 3 * i + 1].max()) for i in range(4)] == [0] * 4
 
 
+@pytest.mark.parametrize("name", ["a.avif", "a.gif"])
+def test_an_animation_that_breaks_off(tmp_path, name):
+    """What can be read is used, with a word; or the file is refused."""
+    first, *rest = [Image.fromarray(films.noisy(i)) for i in range(6)]
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=100)
+
+    def spoil(data):
+        at = len(data) * 2 // 3
+        data[at : at + len(data) // 4] = bytes(len(data) // 4)
+
+    bad = harmed(tmp_path / name, tmp_path / ("bad-" + name), spoil)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", VideoWarning)
+        try:
+            read = read_clip(bad, as_is, frames=2)
+        except VideoError as error:
+            assert "bad-a" in str(error)
+            return
+    assert max(read.numbers) + 1 == 6 or any("damaged" in str(w.message) for w in caught)
+
+
 def test_the_picture_before_an_animation_is_no_frame(tmp_path):
     cover, *rest = shots()
     cover.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=100, default_image=True)
