@@ -87,6 +87,26 @@ def test_program_streams_put_together(tmp_path):
     assert (np.diff(seconds) > 0).all()
 
 
+def test_matroska_put_together(tmp_path):
+    parts = [film(tmp_path / f"{i}.mkv", 24, first=12 * i, seconds=[j / 12 for j in range(24)]) for i in range(2)]
+    _, read, seconds = every(joined(tmp_path / "joined.mkv", *parts))
+    assert read == [*range(24), *range(12, 36)]
+    assert (np.diff(seconds) > 0).all()
+
+
+def test_what_lies_behind_the_end_of_a_flash_film_is_missed(tmp_path):
+    parts = [film(tmp_path / f"{i}.flv", 12, first=12 * i) for i in range(2)]
+    with pytest.warns(VideoWarning, match=r"joined\.flv: the file is damaged.*nothing can be read behind"):
+        assert probe(joined(tmp_path / "joined.flv", *parts)).frames == 12
+    assert every(parts[0])[1] == list(range(12))
+
+
+def test_parts_of_different_sizes(tmp_path):
+    parts = [transport(tmp_path / "a.ts", 0, 0.0), transport(tmp_path / "b.ts", 12, 0.4, width=96, height=64)]
+    info, read, _ = every(joined(tmp_path / "joined.ts", *parts))
+    assert (read, info.fps) == (list(range(24)), pytest.approx(12, abs=0.01))
+
+
 def test_a_counter_that_runs_over(tmp_path):
     """33 bits of 1/90000 s: after 26.5 hours the clock of a broadcast is at nought again."""
     path = transport(tmp_path / "a.ts", 0, (1 << 33) / 90000 - 1.0, 36)
@@ -138,6 +158,23 @@ def test_the_last_slide_lasts_its_own_time(tmp_path, name):
     assert (info.frames, info.duration) == (3, pytest.approx(90, abs=0.1))
     assert info.fps == pytest.approx(1 / 30, rel=0.01)
     assert len(sample_indices(info, 64, "fps:0.04")) == 3
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_film_of_one_picture(tmp_path, name):
+    for length in (2, 30):
+        path = film(tmp_path / name, 1, lengths=[length], options={"tune": "zerolatency"})
+        info, read, seconds = every(path)
+        assert (info.frames, read, seconds.tolist()) == (1, [0], [0.0])
+        assert info.duration == pytest.approx(length, abs=0.01)
+
+
+def test_empty_places_of_an_avi_are_time(tmp_path):
+    """AVI has no stamps: pictures that are shown for longer are followed by empty places."""
+    info, read, seconds = every(film(tmp_path / "a.avi", 3, seconds=[0, 3, 6], codec="mpeg4", tick=12))
+    assert read == [0, 1, 2]
+    assert seconds.tolist() == pytest.approx([0, 3, 6])
+    assert info.fps < 1
 
 
 def test_trimmed_films_are_whole(tmp_path):
@@ -402,6 +439,21 @@ def test_what_the_decoder_makes_up_is_told(tmp_path, name, codec):
     np.testing.assert_array_equal(decode_frames(bad, [5, 11, 24, 35]), clean)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mjpeg"), ("a.avi", "mpeg4")])
+def test_what_an_index_knows_of_is_missed(tmp_path, name, codec):
+    """A piece cut out of an AVI: it is read on behind it, and nothing complains."""
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = film(tmp_path / name, 36, width=128, height=96, codec=codec, pix_fmt=pix_fmt, picture=films.noisy)
+
+    def cut(data):
+        at = len(data) // 2
+        del data[at : at + len(data) // 12]
+
+    with pytest.warns(VideoWarning, match=r"bad\.avi: the file is (incomplete|damaged)"):
+        info = probe(harmed(path, tmp_path / "bad.avi", cut))
+    assert info.frames < 36
+
+
 def test_two_files_with_the_same_fault_are_both_told(tmp_path):
     path = film(tmp_path / "a.mkv", 48, fps=25, width=128, height=96, picture=films.noisy)
 
@@ -567,6 +619,27 @@ def test_animated_pictures_without_times_and_ground(tmp_path):
     assert [int(frames[i, 1, 3 * i + 1].max()) for i in range(4)] == [0] * 4
 
 
+@pytest.mark.parametrize("name", ["a.avif", "a.gif"])
+def test_an_animation_that_breaks_off(tmp_path, name):
+    """What can be read is used, with a word; or the file is refused."""
+    first, *rest = [Image.fromarray(films.noisy(i)) for i in range(6)]
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=100)
+
+    def spoil(data):
+        at = len(data) * 2 // 3
+        data[at : at + len(data) // 4] = bytes(len(data) // 4)
+
+    bad = harmed(tmp_path / name, tmp_path / ("bad-" + name), spoil)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", VideoWarning)
+        try:
+            read = read_clip(bad, as_is, frames=2)
+        except VideoError as error:
+            assert "bad-a" in str(error)
+            return
+    assert max(read.numbers) + 1 == 6 or any("damaged" in str(w.message) for w in caught)
+
+
 def test_the_picture_before_an_animation_is_no_frame(tmp_path):
     cover, *rest = shots()
     cover.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=100, default_image=True)
@@ -583,23 +656,18 @@ def test_pages_are_counted(tmp_path):
 
 
 def test_previews_beside_a_picture_are_no_pages(tmp_path):
-    first, *rest = shots(2)
-    first.save(tmp_path / "a.tif", save_all=True, append_images=[rest[0].resize((16, 12))])
-    data = bytearray((tmp_path / "a.tif").read_bytes())
-    with Image.open(tmp_path / "a.tif") as image:
-        image.seek(1)
-        assert 254 not in image.tag_v2 or image.tag_v2[254] == 0
-    # Pillow writes no such mark by itself: the second page is written again with it
     from PIL import TiffImagePlugin
 
-    tags = TiffImagePlugin.ImageFileDirectory_v2()
-    tags[254] = 1
-    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "b.tif"), True) as out:
+    first, small = shots(2)
+    smaller_copy = TiffImagePlugin.ImageFileDirectory_v2()
+    smaller_copy[254] = 1
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "a.tif"), True) as out:
         first.save(out, "TIFF")
         out.newFrame()
-        rest[0].resize((16, 12)).save(out, "TIFF", tiffinfo=tags)
-    assert read_image(tmp_path / "b.tif").shape == (1, 48, 64, 3)
-    assert data
+        small.resize((16, 12)).save(out, "TIFF", tiffinfo=smaller_copy)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.n_frames == 2
+    assert read_image(tmp_path / "a.tif").shape == (1, 48, 64, 3)
 
 
 def test_several_pictures_in_a_jpeg_are_one(tmp_path):

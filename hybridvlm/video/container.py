@@ -135,7 +135,7 @@ def open_film(path: str) -> tuple[Any, list[Any]]:
             container = av.open(os.path.abspath(path), "r", known, options, metadata_errors="replace")
         except av.FFmpegError as error:
             raise VideoError(f"{path}{_refusal(error, said)}") from None
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:  # of PyAV, not of FFmpeg
+        except Exception as error:  # of PyAV, not of FFmpeg: a stranger's file must not end a run
             raise VideoError(f"{path}: cannot be opened as a video: {type(error).__name__}: {error}") from error
     pictured = [s for s in container.streams.video if not _aside(s)]
     streams = [s for s in pictured if s.codec_context is not None]
@@ -225,6 +225,8 @@ def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> It
         if ended is not None:
             ended.append(error.strerror or type(error).__name__)
         yield av.Packet()
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise VideoError(f"{container.name}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 class Reader:
@@ -232,8 +234,8 @@ class Reader:
 
     strict: the decoder gives up a damaged picture instead of inventing what is missing. threads: 0 lets FFmpeg choose. cut:
     stamps of damaged packets that are left out; None: all of those that are said to be damaged.
-    After each frame `trouble` says whether something before it did not decode, since the last key frame; `harmed`, whether
-    anything did not at all, and `lost`, how many times a picture was given up.
+    After each frame `trouble` says whether something before it did not decode, since the last key frame; `lost`, how
+    many times a picture was given up.
     """
 
     def __init__(
@@ -254,7 +256,7 @@ class Reader:
         else:
             stream.thread_type = "AUTO"
         self.said, self.strict, self.cut = said, strict, cut
-        self.trouble, self.harmed, self.lost = False, False, 0
+        self.trouble, self.lost = False, 0
         # which packet an error belongs to is known where decoding is not spread over threads
         self.single = threads == 1
 
@@ -266,31 +268,32 @@ class Reader:
         import av
 
         self.trouble = False
+        suspect: set[int | None] = set()  # stamps of the packets at which something went wrong
         for packet in source:
             if packet.size and packet.is_corrupt and (self.cut is None or packet.pts in self.cut):
                 continue
             early = self.single and floor is not None and packet.pts is not None and packet.pts < floor
-            heard = len(self.said) if self.said is not None else 0
+            heard, wrong = len(self.said or ()), False
             try:
                 frames = self.codec.decode(packet if packet.size else None)
             except av.EOFError:
                 return
             except av.FFmpegError:
-                frames = []
-                if not early:
-                    self.trouble = self.harmed = True
-                    self.lost += 1
-            except (ValueError, RuntimeError) as error:
+                frames, wrong = [], True
+                self.lost += not early
+            except (ValueError, LookupError, RuntimeError) as error:
                 raise VideoError(f"{self.container.name}: cannot be decoded: {error}") from error
-            if self.said is not None and len(self.said) > heard and complaints(self.said[heard:]) and not early:
-                self.trouble = self.harmed = True
+            if not early and (wrong or (self.said and complaints(self.said[heard:]))):
+                self.trouble = True
+                if self.single:
+                    suspect.add(packet.pts)
             for frame in frames:
                 if frame.is_corrupt:
-                    self.trouble = self.harmed = True
+                    self.trouble = True
                     self.lost += 1
                     continue
-                if frame.key_frame:
-                    self.trouble = False
+                if frame.key_frame:  # nothing before it matters to what follows
+                    self.trouble = frame.pts in suspect
                 yield frame
 
 

@@ -90,6 +90,7 @@ class _Seen:
 
     number: int
     tick: float
+    indexed: int  # entries of the container's index before anything was read
     rows: list[tuple[int | None, int | None, int, bool, bool, bool]] = dataclasses.field(default_factory=list)
 
     def column(self, at: int) -> list[Any]:
@@ -117,21 +118,25 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
     with films.listening() as said:
         container, streams = films.open_film(name)
         try:
-            seen = {s.index: _Seen(s.index, float(s.time_base or 0)) for s in streams}
-            ended: list[str] = []
+            seen = {s.index: _Seen(s.index, float(s.time_base or 0), len(s.index_entries)) for s in streams}
+            ended, end = [], size  # type: tuple[list[str], int]
             for p in films.packets(container, *streams, ended=ended):
                 if p.size > 0:
                     row = p.pts, p.dts, p.duration or 0, p.is_keyframe, p.is_discard, p.is_corrupt
                     seen[p.stream_index].rows.append(row)
+                    end = p.size + (p.pos or 0)
             found = [seen[s.index] for s in streams]
             chosen = films.choose(streams, [f.count for f in found], [f.span for f in found])
             track = found[chosen]
             facts = _Facts.of(container, streams[chosen], track)
+            reordered = bool(streams[chosen].codec_context.has_b_frames)
         finally:
             films.close(container)
     # what the decoders say while the streams are looked at is no matter: a film may begin anywhere
     complaints = films.complaints(said, (facts.format,)) or ended
-    stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER else None
+    if facts.format == "flv" and end < _SPAN * size:  # passes over what it does not know without a word
+        complaints.append(f"nothing can be read behind {end} of {size} bytes")
+    stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER or _in_order(track, reordered) else None
 
     # a second time: not every format can go back to its start
     container, streams = films.open_film(name)
@@ -170,10 +175,15 @@ class _Facts:
         name = container.format.name
         alone = len(container.streams) == 1
         promised, seconds = 0, 0.0
+        if (name.startswith("mov") or name == "avi") and stream.frames > track.count:
+            # the index, as the count includes what an edit list hides, and empty places that stand for a longer picture
+            promised = sum(entry.size > 0 and not entry.is_discard for entry in stream.index_entries)
+            if name == "avi" and track.indexed < track.count:
+                # no index, or one that does not fit the file, and another was made in reading; every place takes one tick
+                places = max((row[1] for row in track.rows if row[1] is not None), default=-1) + 1
+                promised = track.count + max(0, stream.frames - places)
         if name.startswith("mov"):
-            # the index behind the edit list, where the count of stored samples includes those that nobody is to see
-            if stream.frames > track.count:
-                promised = sum(not entry.is_discard for entry in stream.index_entries)
+            seconds = 0.0
         elif stream.duration:
             seconds = stream.duration * track.tick
         else:
@@ -222,15 +232,16 @@ def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
     pts = np.array([0 if row[0] is None else row[0] for row in track.rows], np.int64)
     key = np.array(track.column(3), bool) & shown
     starts = [] if facts.format.startswith("mov") else _restarts(facts, track, pts, key, shown)
-    gap = _gap(np.unique(pts[shown]))
-    shifts, end = [], None
-    for begin, stop in zip([0, *starts], [*starts, len(pts)], strict=True):
-        part = pts[begin:stop][shown[begin:stop]]
-        if end is not None:
-            shift = end + gap - int(part.min())
-            pts[begin:stop] += shift
-            shifts.append((begin, shift))
-        end = int(part.max()) + (shifts[-1][1] if shifts else 0)
+    bounds = list(zip([0, *starts], [*starts, len(pts)], strict=True))
+    parts = [np.sort(pts[begin:stop][shown[begin:stop]]) for begin, stop in bounds]
+    steps = np.concatenate([np.diff(part) for part in parts])
+    gap = max(1, int(np.median(steps))) if len(steps) else 1
+    shifts, end = [], int(parts[0][-1])
+    for (begin, stop), part in zip(bounds[1:], parts[1:], strict=True):
+        shift = end + gap - int(part[0])
+        pts[begin:stop] += shift
+        shifts.append((begin, shift))
+        end = int(part[-1]) + shift
     order = np.argsort(pts[shown], kind="stable")
     ascending = pts[shown][order]
     if (np.diff(ascending) == 0).any():
@@ -243,6 +254,11 @@ def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
     if facts.format in _DECODING_CLOCK:  # these are sought by the time of decoding
         seek = np.array([track.rows[k][1] if track.rows[k][1] is not None else pts[k] for k in keys], np.int64)
     return _Stamps(ascending, length, pts[keys], seek, keys, tuple(shifts), cut)
+
+
+def _in_order(track: _Seen, reordered: bool) -> bool:
+    """Whether a stream is shown in the order of its packets, as far as can be told without decoding."""
+    return not reordered and all(row[0] is not None and row[0] == row[1] for row in track.rows)
 
 
 def _gap(pts: np.ndarray) -> int:
@@ -333,7 +349,8 @@ def _assemble(
 def _last(facts: _Facts, stamps: _Stamps, span: float, whole: bool) -> float:
     """How long the last frame is shown: its own length where the file says it, else as long as frames usually are."""
     usual = _gap(stamps.pts) * facts.tick if len(stamps.pts) > 1 else 0.0
-    own = int(stamps.length[-1]) * facts.tick
+    # these formats store no lengths, and FFmpeg's guess goes by the declared rate
+    own = 0.0 if facts.format in _DECODING_CLOCK else int(stamps.length[-1]) * facts.tick
     rest = facts.seconds - span
     # what the container leaves for it counts where it is no longer than the film's other pictures are at most, as with
     # slides; a longer rest speaks of a film that was cut off
