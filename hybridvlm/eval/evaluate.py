@@ -220,10 +220,10 @@ class Evaluation:
             for variant in runner.variants:
                 for sample in runner.task.samples:
                     record = self.store.get(runner.key(variant, sample))
-                    lines += record.get("remarks", []) + [record["failure"]] * ("failure" in record)
+                    lines += [*record.get("remarks", []), record.get("failure", "")]
             for video in runner.task.videos:
                 lines += runner.task.remarks(video)
-        return list(dict.fromkeys(lines))
+        return [line for line in dict.fromkeys(lines) if line]
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""
