@@ -450,10 +450,11 @@ _CONFIGS: dict[str, type[ModelConfig]] = {"nemotron_vl": ModelConfig, "vamba": V
 
 def config_names() -> list[str]:
     """Names of the configurations that come with the library."""
-    return sorted(path.stem for path in _config_folder().glob("*.json"))
+    return sorted(path.stem for path in config_folder().glob("*.json"))
 
 
-def _config_folder() -> pathlib.Path:
+def config_folder() -> pathlib.Path:
+    """Where the configs that come with the package lie."""
     here = pathlib.Path(__file__).parent
     installed = here / "_configs"  # an installed wheel carries the repository's configs/ there
     return installed if installed.is_dir() else here.parent / "configs"
@@ -466,7 +467,7 @@ def load_model_config(name_or_path: str | pathlib.Path) -> ModelConfig:
     """
     path = pathlib.Path(name_or_path)
     if path.suffix != ".json":
-        path = _config_folder() / f"{name_or_path}.json"
+        path = config_folder() / f"{name_or_path}.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"no model config {str(name_or_path)!r}; give a JSON file or one of {', '.join(config_names())}"
