@@ -660,8 +660,12 @@ def test_a_store_with_a_strange_key_is_refused(tmp_path, line):
 @pytest.mark.parametrize(
     ("error", "words", "code"),
     [
-        (MemoryError("cannot allocate 9 GiB"), "out of memory: cannot allocate 9 GiB; take a smaller --batch-size", 1),
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full", 1),
+        (
+            MemoryError("cannot allocate 9 GiB"),
+            "out of memory: cannot allocate 9 GiB; what was saved before is kept; use smaller batches",
+            1,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "make room on that disk", 1),
         (KeyboardInterrupt(), "stopped; what was answered is kept", 130),
     ],
 )
