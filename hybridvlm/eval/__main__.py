@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
     failures = (PlanMismatch, JaxRuntimeError, OSError, ValueError, OtherProcessFailed, FolderBusy, MemoryError)
 
-    def together(step: Callable[[], Any]) -> Any:
+    def everywhere(step: Callable[[], Any]) -> Any:
         """What a step gives; where it fails in one process, all of them raise."""
         result = failure = None
         try:
@@ -137,10 +137,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
     with contextlib.ExitStack() as held:
         try:
             process = initialize()
-            checked = together(lambda: prepare(options))
+            checked = everywhere(lambda: prepare(options))
             lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
-            together(lambda: held.enter_context(lock))
-            evaluation = together(lambda: Evaluation(checked, command))
+            everywhere(lambda: held.enter_context(lock))
+            evaluation = everywhere(lambda: Evaluation(checked, command))
             evaluation.run()
         except failures as error:
             if evaluation is None:
