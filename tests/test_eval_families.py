@@ -43,7 +43,7 @@ def world(tmp_path_factory):
     rows = [
         {"video": video, "question": f"{word}?", "answer": word, "options": WORDS}
         for video in ("a.mp4", "tall.mp4", "still.png")
-        for word in WORDS[:2]
+        for word in WORDS[: 2 if video == "a.mp4" else 1]
     ]
     (root / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
 
 def run(world, name, output, *more, tasks="q.jsonl"):
     argv = ["--model", str(world / name), "--tasks", str(world / tasks), "--output", str(output)]
-    return command.main([*argv, "--frames", "4", "--batch-size", "2", *BUCKETS, *more])
+    return command.main([*argv, "--frames", "4", "--batch-size", "1", *BUCKETS, *more])
 
 
 def lines_of(output):
@@ -71,9 +71,9 @@ def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, capsys, 
     )
     assert run(world, name, tmp_path / "out", "--methods", "str") == 0, capsys.readouterr().err
     in_eval, records = list(seen), lines_of(tmp_path / "out")
-    assert len(in_eval) == 3 and len(records) == 2 * 6
+    assert len(in_eval) == 3 and len(records) == 2 * 4
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [row["n"] for row in rows] == [6, 6] and [row["unanswered"] for row in rows] == [0, 0]
+    assert [row["n"] for row in rows] == [4, 4] and [row["unanswered"] for row in rows] == [0, 0]
     assert rows[1]["retention_mean"] == pytest.approx(0.25, abs=0.05) and rows[1]["flop_speedup"] > 1
     assert rows[1]["retention_achieved"] == pytest.approx(rows[1]["retention_mean"], abs=0.08)
 
@@ -86,15 +86,17 @@ def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, capsys, 
     dense = {record["id"]: record for record in records if record["method"] == "none"}
     for number, video in enumerate(("a.mp4", "tall.mp4", "still.png")):
         answer = model.ask(world / video, "red?", frames=4)
-        assert answer.text == dense[f"line-{2 * number + 1}"]["prediction"]
+        assert answer.text == dense[f"line-{(1, 3, 4)[number]}"]["prediction"]
     order = [next(i for i, shown in enumerate(in_eval) if np.array_equal(shown, own)) for own in seen]
     assert sorted(order) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["nemotron_omni", "qwen3_vl"])
-@pytest.mark.parametrize("method", ["evs", "avgpool"])
+@pytest.mark.parametrize(("name", "method"), [("nemotron_omni", "evs"), ("qwen3_vl", "avgpool")])
 def test_methods_before_the_decoder(world, tmp_path, name, method):
-    assert run(world, name, tmp_path / "out", "--methods", method, "--budgets", "0.5", "--limit", "2") == 0
+    assert (
+        run(world, name, tmp_path / "out", "--methods", method, "--budgets", "0.5", "--limit", "2", "--batch-size", "2")
+        == 0
+    )
     row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]
     assert row["n"] == 2 and row["retention_achieved"] < 0.6
 
@@ -159,7 +161,7 @@ def test_thinking_is_switched_and_has_a_budget_of_its_own(world, tmp_path, name)
     given = {"auto": [], "on": ["--thinking", "on", "--think-tokens", "3"], "off": ["--thinking", "off"]}
     found = {}
     for kind, more in given.items():
-        assert run(tmp_path, name, tmp_path / "out", "--methods", "none", "--batch-size", "1", *more) == 0
+        assert run(tmp_path, name, tmp_path / "out", "--methods", "none", *more) == 0
         (found[kind],) = [r for r in lines_of(tmp_path / "out") if r["key"] not in {f["key"] for f in found.values()}]
     assert found["auto"]["no_answer"] == "ran out of thinking tokens" and found["auto"]["parsed"] is None
     assert "no_answer" not in found["on"] and found["on"]["thinking"] and "thinking" not in found["off"]
