@@ -166,6 +166,7 @@ class Evaluation:
         Of several processes each answers its share of the batches, and process 0 writes and prints for all. Where one fails, all
         raise; what was answered stays in their files.
         """
+        self._note(*(line for task in self.tasks for video in task.videos for line in task.remarks(video)))
         self.store.join()
         names = json.loads(gather(json.dumps([runner.run_id for runner in self.runners]).encode())[0])
         for runner, name in zip(self.runners, names, strict=True):
