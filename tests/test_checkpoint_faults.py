@@ -248,7 +248,7 @@ def test_values_that_are_none_are_named(name, copy):
 
 
 def test_finite_values_of_every_kind_pass_and_float16_must_have_room():
-    for kind in ("float16", "float32", "float64", ml_dtypes.bfloat16):
+    for kind in ("float16", "float32", ml_dtypes.bfloat16):
         most = np.asarray([ml_dtypes.finfo(kind).max, -ml_dtypes.finfo(kind).max, 0, ml_dtypes.finfo(kind).tiny], kind)
         check_finite(most, "x")
         check_finite(most[:0], "x")
@@ -257,6 +257,8 @@ def test_finite_values_of_every_kind_pass_and_float16_must_have_room():
     with pytest.raises(CheckpointError, match="x holds values that float16 has no room for"):
         check_finite(np.asarray([7e4], np.float32), "x", "float16")
     check_finite(np.asarray([6e4], np.float32), "x", "float16")
+    with pytest.raises(CheckpointError, match="x holds values that float32 has no room for"):
+        check_finite(np.asarray([1e300]), "x")
 
 
 def test_float16_must_have_room_in_published_and_own_checkpoints(copy, tmp_path):
@@ -268,6 +270,16 @@ def test_float16_must_have_room_in_published_and_own_checkpoints(copy, tmp_path)
         with pytest.raises(CheckpointError, match=r"norm_f\S* holds values that float16 has no room for"):
             load(folder, dtype="float16")
         load(folder, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("1 TiB")])
+def test_weights_without_room_are_one_line(error, copy, monkeypatch):
+    def full(*given, **options):
+        raise error
+
+    monkeypatch.setattr(folders, "read_params", full)
+    with pytest.raises(CheckpointError, match="qwen2_vl: its weights do not fit in memory"):
+        load(copy("qwen2_vl"))
 
 
 def test_values_of_an_orbax_copy_are_looked_at(copy, tmp_path):

@@ -142,6 +142,21 @@ def test_a_null_hides_nothing():
     fields(config_of(raw), conv_kernel=4)
 
 
+def test_colours_of_the_processor():
+    for name, usual in (
+        ("qwen2_vl", VisionConfig.pixel_mean),
+        ("qwen3_vl", (0.5, 0.5, 0.5)),
+        ("vamba", VisionConfig.pixel_mean),
+    ):
+        raw = samples.raw_config(name)
+        fields(config_of(raw).vision, pixel_mean=usual)
+        raw["preprocessor"] = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+        fields(config_of(raw).vision, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(1.0, 2.0, 3.0))
+        raw["preprocessor"] = {"image_mean": 0.5}
+        with pytest.raises(ValueError, match=r"image_mean must be a list of 3 numbers"):
+            config_of(raw)
+
+
 # -- what is read, and what is refused by name --------------------------------------------------------------------------
 
 

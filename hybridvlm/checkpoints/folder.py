@@ -264,6 +264,17 @@ def load(
     if dtype is not None:
         dtype = _floating(dtype)
     path = resolve(name_or_path, revision)
+    try:
+        return _load(path, mesh, dtype, reduction, buckets, cache)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise CheckpointError(
+                f"{path}: its weights do not fit in memory; take dtype 'bfloat16', or a mesh of more devices"
+            ) from error
+        raise
+
+
+def _load(path, mesh, dtype, reduction, buckets, cache) -> Model:
     place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, place, reduction, buckets)

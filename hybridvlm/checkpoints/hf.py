@@ -64,7 +64,8 @@ _BLOCK = 1 << 20  # values that are looked at at once, so that it costs no memor
 
 def check_finite(values: np.ndarray, name: str, kind: Any = None) -> None:
     """CheckpointError, by name, for NaN and infinities in a stored tensor, and for values that `kind` has no room for."""
-    kind = None if kind is None or np.dtype(kind) != np.float16 or values.dtype == np.float16 else np.dtype(kind)
+    kind = np.dtype(np.float32 if kind is None else kind)
+    narrow = values.dtype == np.float64 != kind or (kind == np.float16 and values.dtype != np.float16)
     flat = np.ascontiguousarray(values).reshape(-1)
     for at in range(0, flat.size, _BLOCK):
         part = flat[at : at + _BLOCK]
@@ -72,7 +73,7 @@ def check_finite(values: np.ndarray, name: str, kind: Any = None) -> None:
         odd = (part.view(exponent.dtype) & exponent) == exponent
         if odd.any():
             raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity); take another copy of it")
-        if kind is not None and np.abs(part.astype(np.float32)).max() > np.finfo(kind).max:
+        if narrow and np.abs(part.astype(np.float64)).max() > float(jnp.finfo(kind).max):
             raise CheckpointError(
                 f"{name} holds values that {kind} has no room for; take dtype 'bfloat16' or 'float32'"
             )
@@ -180,26 +181,27 @@ class _Sources:
         c, row, _ = job
         height = row.shape(c)[0]
         stacked = self._stacked(job)
+        kind = None if row.target.rsplit("/", 1)[-1] in FLOAT32 else self.kind
         for place, name, scale in self.table.pieces(job):
             if stacked:
                 layer, expert = place
-                yield place, functools.partial(self._expert_rows, stacked[layer][0], expert)
+                yield place, functools.partial(self._expert_rows, stacked[layer][0], expert, kind)
             else:
-                yield place, functools.partial(self._rows, name, scale if scale in self.found else "", height)
+                yield place, functools.partial(self._rows, name, scale if scale in self.found else "", height, kind)
 
-    def _rows(self, name: str, scale: str, height: int, start: int, stop: int) -> np.ndarray:
+    def _rows(self, name: str, scale: str, height: int, kind: Any, start: int, stop: int) -> np.ndarray:
         stored, part, _ = self.found[name]
         rows = self._read(stored, part * height + start, part * height + stop)
         if scale:
             factor = self._read(self.found[scale][0], start, stop)
             rows = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1))
-        check_finite(rows, stored, self.kind)
+        check_finite(rows, stored, kind)
         return rows
 
-    def _expert_rows(self, name: str, expert: int, start: int, stop: int) -> np.ndarray:
+    def _expert_rows(self, name: str, expert: int, kind: Any, start: int, stop: int) -> np.ndarray:
         stored = self.found[name][0]
         rows = self._read(stored, expert, expert + 1)[0, start:stop]
-        check_finite(rows, stored, self.kind)
+        check_finite(rows, stored, kind)
         return rows
 
     def _read(self, stored: str, start: int, stop: int) -> np.ndarray:

@@ -185,6 +185,13 @@ def vision_fields(
         mlp = Fields({}, {"width * mlp_ratio": int(width * v.number("mlp_ratio", above=True, most=1e6))}).count(
             "width * mlp_ratio"
         )
+    colours = section(raw, "preprocessor") or {}
+    mean, std = (0.5,) * 3, (0.5,) * 3
+    if generation == 2:
+        mean, std = VisionConfig.pixel_mean, VisionConfig.pixel_std
+    shown_as = Fields({"preprocessor.": colours}, {"image_mean": mean, "image_std": std})
+    if min(shown_as.numbers("image_std", 3)) <= 0:
+        raise ValueError("preprocessor_config.json: image_std must be above 0")
     square = max(1, 448 // (merge * patch)) * merge * patch  # stands until a clip brings its own size
     return VisionConfig(
         kind="qwen",
@@ -200,8 +207,8 @@ def vision_fields(
         norm_eps=1e-6,
         downsample=merge,
         projector_width=width * merge**2,
-        pixel_mean=(0.5, 0.5, 0.5) if generation == 3 else VisionConfig.pixel_mean,
-        pixel_std=(0.5, 0.5, 0.5) if generation == 3 else VisionConfig.pixel_std,
+        pixel_mean=shown_as.numbers("image_mean", 3),
+        pixel_std=shown_as.numbers("image_std", 3),
         activation=ACTIVATIONS[v.word("hidden_act")],
         patch_bias=generation == 3,
         deepstack=planes,
