@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--allow-special-tokens",
         action="store_true",
-        help="let control tokens in questions, options and system messages be control tokens, instead of plain text",
+        help="control tokens in what people write count",
     )
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")

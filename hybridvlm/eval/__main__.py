@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--allow-special-tokens",
         action="store_true",
-        help="let control tokens in questions, options and system messages be control tokens, instead of plain text",
+        help="control tokens in what people write count",
     )
     add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
     add_thinking(parser)
