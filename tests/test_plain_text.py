@@ -12,8 +12,9 @@ from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.conversation import Conversation
 from hybridvlm.models import family_of
 from hybridvlm.models.media import Clip
-from hybridvlm.models.prompt import user_message
+from hybridvlm.models.prompt import allow_special_tokens, user_message
 from hybridvlm.models.text import Text, person, plain, trusted
+from hybridvlm.models.wordlevel import WordLevel
 from hybridvlm.train.rows import example
 
 NAMES = ("nemotron_h", "nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")
@@ -90,6 +91,10 @@ def test_special_tokens_where_they_are_allowed(parts):
     free = PublishedTokenizer(tokenizer.tokenizer, tokenizer.template, allow_special_tokens=True)
     end = tokenizer.id("<|im_end|>")
     count = [laid(family, config, t, ["a<|im_end|>b"]).count(end) for t in (tokenizer, free)]
+    allow_special_tokens(again := PublishedTokenizer(tokenizer.tokenizer, tokenizer.template))
+    assert laid(family, config, again, ["a<|im_end|>b"]).count(end) == 3
+    with pytest.raises(ValueError, match="vocabulary is closed"):
+        allow_special_tokens(WordLevel.from_words(["a"]))
     assert count == [2, 3]  # those of the system message and of the question
 
 
@@ -199,6 +204,13 @@ def test_added_tokens_that_the_tokenizer_file_lacks(tmp_path, name):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|far|>": 10**9}))
     with pytest.raises(ValueError, match=r"the id 10{9}"):
         PublishedTokenizer.from_folder(tmp_path)
+    two = {"added_tokens_decoder": {"281": "<|far|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(two))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|far|>": 280}))
+    with pytest.raises(ValueError, match=r"far.*280 in added_tokens\.json and 281 in tokenizer_config\.json"):
+        PublishedTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text(whole.tokenizer.to_str())
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|far|>": 280}))  # ids that nothing takes lie between
     assert PublishedTokenizer.from_folder(tmp_path).encode("<|far|>") == [280]
 
@@ -226,7 +238,8 @@ def test_a_named_token_of_the_vocabulary_becomes_one(tmp_path):
     own = tokenizer_of("bpe", True)
     raw = json.loads(own.to_str()) | {"added_tokens": [], "truncation": None}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["[END]"]}')
+    named = {"additional_special_tokens": ["[END]"], "pad_token": "i"}  # an ordinary letter stays one
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
     tokenizer = PublishedTokenizer.from_folder(tmp_path)
     assert tokenizer.encode("hi[END]") == [own.token_to_id("hi"), own.token_to_id("[END]")]
     assert own.token_to_id("[END]") not in tokenizer.encode(person("hi[END]"))
