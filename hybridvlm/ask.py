@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS, Reduction
+from hybridvlm.errors import said
 from hybridvlm.options import THINKING, add_thinking
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error, args)
         return 2
     except MemoryError as error:
-        _complain(f"out of memory{': ' * bool(str(error))}{error}; take fewer --frames or a smaller --dtype", args)
+        _complain(said(error), args)
         return 2
     except KeyboardInterrupt:
         print("\nhybridvlm.ask: stopped", file=sys.stderr)

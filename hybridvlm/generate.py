@@ -374,6 +374,7 @@ class Model:
         frames: Sequence[int] | None = None,
         text: Sequence[int] | None = None,
         sampling: Sampling | None = None,
+        think_tokens: int | None = None,
     ) -> float:
         """Compile what answers of these buckets take (default: all of them), and return the seconds it took to compile.
 
@@ -393,7 +394,7 @@ class Model:
                 own = dataclasses.replace(self.buckets, frames=(f,), text=(t,))
                 layouts = lambda factors, stamps=stamps: [self.layout("", stamps, factors)] * batch  # noqa: E731
                 rows, plan = self.batch_for(self.config, layouts, reduction, own)
-                self.generate(rows, visual, plan, sampling=sampling)
+                self.generate(rows, visual, plan, sampling=sampling, think_tokens=think_tokens)
         return self.compile_seconds - before
 
     def _decode_program(

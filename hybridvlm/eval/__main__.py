@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import pathlib
 import shlex
 import sys
@@ -122,13 +121,14 @@ def _run(options: argparse.Namespace, command: str) -> int:
     from jax.errors import JaxRuntimeError
 
     from hybridvlm.distributed import OtherProcessFailed, agree, initialize
+    from hybridvlm.errors import said
     from hybridvlm.eval.evaluate import Evaluation, prepare
     from hybridvlm.files import FolderBusy, folder_lock
     from hybridvlm.reduction import PlanMismatch
 
     failures = (PlanMismatch, JaxRuntimeError, OSError, ValueError, OtherProcessFailed, FolderBusy, MemoryError)
 
-    def together(step: Callable[[], Any]) -> Any:
+    def everywhere(step: Callable[[], Any]) -> Any:
         """What a step gives; where it fails in one process, all of them raise."""
         result = failure = None
         try:
@@ -142,26 +142,16 @@ def _run(options: argparse.Namespace, command: str) -> int:
     with contextlib.ExitStack() as held:
         try:
             process = initialize()
-            checked = together(lambda: prepare(options))
+            checked = everywhere(lambda: prepare(options))
             lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
-            together(lambda: held.enter_context(lock))
-            evaluation = together(lambda: Evaluation(checked, command))
+            everywhere(lambda: held.enter_context(lock))
+            evaluation = everywhere(lambda: Evaluation(checked, command))
             evaluation.run()
         except failures as error:
             if evaluation is None:
-                return _fail(_told(error), 2)
-            return _fail(f"{_told(error)}\nwhat was answered before is kept in {evaluation.store.path}", 1)
+                return _fail(said(error), 2)
+            return _fail(f"{said(error)}\nwhat was answered before is kept in {evaluation.store.path}", 1)
     return 0
-
-
-def _told(error: BaseException) -> str:
-    """An error in words, with the way out where the machine is at its end."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        first = (str(error).splitlines() or [""])[0]
-        return f"out of memory{': ' * bool(first)}{first}; take a smaller --batch-size or fewer --frames"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error}); free some space and start the same command again"
-    return str(error) or type(error).__name__
 
 
 def _fail(text: str, code: int) -> int:

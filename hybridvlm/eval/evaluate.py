@@ -169,6 +169,7 @@ class Evaluation:
         Of several processes each answers its share of the batches, and process 0 writes and prints for all. Where one fails, all
         raise; what was answered stays in their files.
         """
+        self._note(*(line for task in self.tasks for video in task.videos for line in task.remarks(video)))
         self.store.join()
         names = json.loads(gather(json.dumps([runner.run_id for runner in self.runners]).encode())[0])
         for runner, name in zip(self.runners, names, strict=True):
@@ -223,10 +224,10 @@ class Evaluation:
             for variant in runner.variants:
                 for sample in runner.task.samples:
                     record = self.store.get(runner.key(variant, sample))
-                    lines += record.get("remarks", []) + [record["failure"]] * ("failure" in record)
+                    lines += [*record.get("remarks", []), record.get("failure", "")]
             for video in runner.task.videos:
                 lines += runner.task.remarks(video)
-        return list(dict.fromkeys(lines))
+        return [line for line in dict.fromkeys(lines) if line]
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""

@@ -102,7 +102,7 @@ def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]
         if row["unanswered"]:
             lines.append(
                 f"{label}: {row['unanswered']} questions are on files that could not be read; they are not among the {row['n']} "
-                "that the accuracy is of"
+                "that the accuracy is of (to have them tried again, remove their lines from samples.jsonl)"
             )
         if row["method"] != "none" and row["n"] and extra["predictions_changed"] == 0:
             lines.append(f"{label} gave the same {row['n']} replies as dense; check that it did anything at all")
