@@ -346,7 +346,7 @@ def build(cls: type, data: dict[str, Any]) -> Any:
         nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         return build(nested[0], given) if nested and isinstance(given, dict) else given
 
-    return from_dict(cls, {key: value(key, given) for key, given in data.items()})
+    return from_dict(cls, {key: value(key, given) for key, given in data.items()}, kinds=False)
 
 
 class _Yaml(yaml.SafeLoader):
