@@ -86,7 +86,7 @@ def test_caches_go_on(nano):
         def encode(self, text):
             return [int(word) for word in text.split()]
 
-        def decode(self, ids):
+        def decode(self, ids, skip_special=True):
             return "".join(f" {i}" for i in ids)
 
     held, nano.tokenizer = nano.tokenizer, Digits()
