@@ -298,7 +298,8 @@ def test_two_trainings_in_one_folder(straight, model, tmp_path):
 
 
 def test_an_interrupt_saves_and_a_second_one_stops_at_once(straight, model, tmp_path):
-    held, told = signal.getsignal(signal.SIGINT), []
+    before, held, told = signal.getsignal(signal.SIGINT), signal.default_int_handler, []
+    signal.signal(signal.SIGINT, held)  # a shell's background ignores it
     run = again(straight, model, tmp_path / "run", told.append)
     batch = run.batch
 
@@ -318,6 +319,7 @@ def test_an_interrupt_saves_and_a_second_one_stops_at_once(straight, model, tmp_
     run = again(straight, model, tmp_path / "run", told.append)
     loop.guarded(run)
     assert losses(run.folder) == losses(straight.folder)
+    signal.signal(signal.SIGINT, before)
 
 
 # -- what a person is told --------------------------------------------------------------------------------------------

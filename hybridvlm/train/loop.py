@@ -432,7 +432,7 @@ def guarded(run: Run) -> pathlib.Path:
 
     def stop(number: int, _: Any) -> None:
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             run.interrupted = True
             run.say("interrupted: the step under way is ended and saved; once more stops at once")
         if several:
@@ -443,7 +443,8 @@ def guarded(run: Run) -> pathlib.Path:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a shell starts in the background
+                before[number] = signal.signal(number, stop)
     try:
         with distributed.together(but=(Stopped,)):
             return run.run()
