@@ -20,6 +20,7 @@ from hybridvlm import distributed, sharding
 from hybridvlm.checkpoints.folder import load, save_folder
 from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
+from hybridvlm.errors import reason
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.generate import Model
 from hybridvlm.models.names import flatten, unflatten
@@ -273,7 +274,7 @@ class Run:
         except kind as error:
             latest = kept.whole()
             left = f"the checkpoint of step {latest} is whole" if latest is not None else "there is no checkpoint yet"
-            raise SaveFailed(f"{self.folder} could not be written: {_first_line(error)}; {left}") from error
+            raise SaveFailed(f"{self.folder} could not be written: {reason(error)}; {left}") from error
 
     def export(self, state: State) -> pathlib.Path:
         """Write the trained model (its average, if there is one) as a checkpoint folder, and LoRA factors apart."""
@@ -290,7 +291,7 @@ class Run:
                     adapters.save(self.folder / "lora", config.lora, train, config.model)
             except (OSError, ValueError) as error:
                 left = f"the checkpoint of step {config.steps} is whole"
-                failed = SaveFailed(f"{path} could not be written: {_first_line(error)}; {left}")
+                failed = SaveFailed(f"{path} could not be written: {reason(error)}; {left}")
             else:
                 self.say(f"wrote {path}")
         distributed.agree(failed)
@@ -406,11 +407,6 @@ def _taken(model: Model, reduction: Reduction | None) -> None:
 
 def _with(sizes: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(sorted({*sizes, size})) if size else sizes
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def train(config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print) -> pathlib.Path:

@@ -96,7 +96,8 @@ def row_dataset(
 ) -> grain.IterDataset:
     """Batches of `rows` rows of this process."""
     samples = numbers(len(source), source.shuffled, shuffle, seed).map_with_index(reader)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(rows * shape.segments, 1))
+    ahead = max(rows * shape.segments, 1)
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     stream = samples.to_iter_dataset(options)
     if shape.segments > 1:
         stream = stream.map(lambda row: row | {"text": np.zeros(int((row["frame"] < 0).sum()), np.int8)})
@@ -125,9 +126,8 @@ def _pack(stream: grain.IterDataset, shape: Shape, bins: int) -> grain.IterDatas
 def shared_dataset(source: Any, videos: int, questions: int, *, threads: int, prefetch: int) -> grain.IterDataset:
     """Batches of `videos` videos with `questions` questions each (`NeedleSource.shared`)."""
     own = numbers(len(source), True, False, 0).map(lambda number: source.shared(int(number), questions))
-    stream = own.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(videos, 1))).batch(
-        videos
-    )
+    options = grain.ReadOptions(num_threads=min(threads, videos), prefetch_buffer_size=videos)
+    stream = own.to_iter_dataset(options).batch(videos)
     return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=prefetch) if prefetch else stream
 
 
