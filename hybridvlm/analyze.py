@@ -7,6 +7,8 @@ import importlib
 import shlex
 import sys
 
+from hybridvlm.files import FolderBusy
+
 # name -> (module, what it answers). A module has add_arguments(parser) and run(options) -> exit code; its docstring is its
 # help. It is imported only when it is asked for.
 ANALYSES = {
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     options.command = shlex.join(["python", "-m", "hybridvlm.analyze", *argv])
     try:
         return module.run(options) or 0
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FolderBusy) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -41,6 +41,7 @@ def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
         FolderBusy: somebody else is at work in there; the message says who, since when, and the way out.
     """
     folder = pathlib.Path(path)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock, token = folder / LOCK, uuid.uuid4().hex
     _take(lock, _holder(what, token))
@@ -54,6 +55,9 @@ def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
         beat.join()
         if _read(lock).get("token") == token:
             lock.unlink(missing_ok=True)
+        if made:  # a run that came to nothing leaves no empty folder
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _holder(what: str, token: str) -> dict[str, Any]:

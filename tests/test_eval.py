@@ -1,9 +1,11 @@
 """The evaluation command: statistics, parsing, resuming, bad input, and the files it leaves."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -487,24 +489,6 @@ def test_a_short_video_uses_all_frames_and_says_so(world, tmp_path, capsys):
     assert "has 2 frames" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_video_that_breaks_on_the_way_keeps_what_was_answered(world, tmp_path, monkeypatch, capsys):
-    from hybridvlm.eval.tasks import jsonl
-    from hybridvlm.video import VideoError
-
-    whole = jsonl.decode_frames
-
-    def failing(path, *args, **kwargs):
-        if path.name == "v3.mp4":
-            raise VideoError(f"{path}: the disk is gone")
-        return whole(path, *args, **kwargs)
-
-    monkeypatch.setattr(jsonl, "decode_frames", failing)
-    assert run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5") == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "v3.mp4: the disk is gone" in errors[0] and "kept in" in errors[1]
-    assert len(lines_of(tmp_path / "out")) == 2 * 8  # two whole batches of dense and str
-
-
 def test_match_flops_solves_all_to_one_cost(world, tmp_path):
     more = ["--methods", "str,uniform-input,random", "--budgets", "0.5", "--match-flops", "str", "--limit", "3"]
     run_eval(world, tmp_path / "out", *more, check=0)
@@ -561,3 +545,173 @@ def test_the_needle_task_is_the_embedded_benchmark():
     )
     with pytest.raises(ValueError, match="128x128 pixels, the model takes 16x16"):
         build_task("needle", dataclasses.replace(shown, config=config))
+
+
+# -- damaged films, reasoning, locks, and what goes wrong on the way --
+
+
+def break_decoding(monkeypatch, *names):
+    """Films of these names turn out damaged when they are decoded, and not before."""
+    from hybridvlm.video import VideoError, clip
+
+    whole = clip.decode_frames
+
+    def failing(path, *args, **kwargs):
+        if pathlib.Path(path).name in names:
+            raise VideoError(f"{path}: none of the frames could be decoded")
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(clip, "decode_frames", failing)
+
+
+@pytest.mark.parametrize("names", [("v3.mp4",), ("v0.mp4", "v5.mp4")])
+def test_a_damaged_film_costs_its_own_questions(world, done, tmp_path, monkeypatch, capsys, names):
+    break_decoding(monkeypatch, *names)
+    run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=0)
+    records, lost = lines_of(tmp_path / "out"), 3 * len(names)
+    assert len(records) == 2 * 18 and sum("failure" in r for r in records) == 2 * lost
+    assert all((r["video"] in names) == ("failure" in r) for r in records)
+    assert all(r["correct"] is None and "none of the frames" in r["failure"] for r in records if "failure" in r)
+    old = answers_of(done)
+    assert all(old[r["method"], r["budget"], r["id"]][0] == r["prediction"] for r in records if "failure" not in r)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for row in results["rows"]:
+        assert (row["n"], row["unanswered"]) == (18 - lost, lost)
+        mine = [r for r in records if r["method"] == row["method"] and "failure" not in r]
+        assert row["accuracy"] == pytest.approx(np.mean([r["correct"] for r in mine]))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"{lost} questions are on files that could not be read" in report
+    assert all(f"{name}: none of the frames could be decoded" in report for name in names)
+    before = (tmp_path / "out" / "samples.jsonl").read_bytes()
+    capsys.readouterr()
+    run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=0)
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before
+    assert "36 of 36 answers are already" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
+
+
+def test_a_task_without_one_film_that_can_be_read_ends_with_a_report(world, tmp_path, monkeypatch, capsys):
+    break_decoding(monkeypatch, *(f"v{i}.mp4" for i in range(6)))
+    run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=0)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]
+    assert (row["n"], row["unanswered"], row["accuracy"]) == (0, 18, None)
+    assert "18 questions are on files that could not be read" in capsys.readouterr().out
+
+
+def test_what_the_decoder_complains_of_stays_in_the_results(world, tmp_path, capsys):
+    write_video(tmp_path / "short.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+    (tmp_path / "q.jsonl").write_text(json.dumps({**GOOD, "video": "short.mp4"}))
+    for _ in range(2):
+        run_eval(world, tmp_path / "out", "--tasks", str(tmp_path / "q.jsonl"), "--methods", "none", check=0)
+        notes = json.loads((tmp_path / "out" / "results.json").read_text())["metadata"]["notes"]
+        assert any("has 2 frames" in note for note in notes)
+    (record,) = lines_of(tmp_path / "out")
+    assert "has 2 frames" in record["remarks"][0]
+
+
+def test_two_spellings_are_one_film(world, tmp_path):
+    from hybridvlm.eval.tasks import TaskOptions, build_task
+
+    os.symlink(world / "v0.mp4", tmp_path / "link.mp4")
+    names = ["v1.mp4", f"../{world.name}/v0.mp4", str(world / "v0.mp4"), str(tmp_path / "link.mp4"), "./v0.mp4"]
+    lines = [json.dumps({**GOOD, "video": name}) for name in names]
+    (world / "spelled.jsonl").write_text("\n".join(lines))
+    task = build_task(str(world / "spelled.jsonl"), TaskOptions(micro_model().config, frames=4))
+    assert task.videos == names[:2] and [s.video for s in task.samples] == [names[0]] + [names[1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (json.dumps([GOOD, GOOD]), 2),
+        ("[\n" + json.dumps(GOOD, indent=1) + "\n]\n", 1),
+        ("\ufeff" + json.dumps(GOOD) + "\r\n" + json.dumps(GOOD), 2),
+    ],
+)
+def test_arrays_and_marks_are_read(tmp_path, text, count):
+    path = tmp_path / "q.json"
+    path.write_text(text, encoding="utf-8")
+    assert len(read_samples(path)) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps([GOOD, 3]), "entry 2: must be an object"),
+        (json.dumps([GOOD, {**GOOD, "answer": "blue"}]), "entry 2: answer 'blue' is none of"),
+        ('[{"video": "a.mp4",]', "is no JSON array"),
+        ('{"video": "a", "video": "b", "question": "x", "answer": "y"}', "line 1: the key 'video' stands twice"),
+    ],
+)
+def test_broken_tasks_are_named(tmp_path, text, words):
+    path = tmp_path / "q.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_samples(path)
+
+
+@pytest.mark.parametrize("line", ['{"key": ["x"]}', '{"key": null}', '{"key": "a", "key": "b"}', "[]"])
+def test_a_store_with_a_strange_key_is_refused(tmp_path, line):
+    (tmp_path / "samples.jsonl").write_text('{"key": "0"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="line 2 is no sample"):
+        SampleStore(tmp_path / "samples.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "code"),
+    [
+        (
+            MemoryError("cannot allocate 9 GiB"),
+            "out of memory: cannot allocate 9 GiB; what was saved before is kept; use smaller batches",
+            1,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "make room on that disk", 1),
+        (KeyboardInterrupt(), "stopped; what was answered is kept", 130),
+    ],
+)
+def test_what_ends_a_run_is_one_line_and_loses_nothing(world, tmp_path, monkeypatch, capsys, error, words, code):
+    append = SampleStore.append
+
+    def failing(self, records):
+        if len(self.records) >= 8:
+            raise error
+        append(self, records)
+
+    monkeypatch.setattr(SampleStore, "append", failing)
+    assert run_eval(world, tmp_path / "out", "--methods", "none") == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in lines[0] and len(lines) <= 2 and len(lines_of(tmp_path / "out")) == 8
+    assert not (tmp_path / "out" / ".lock").exists()
+    monkeypatch.undo()
+    run_eval(world, tmp_path / "out", "--methods", "none", check=0)
+    assert len(lines_of(tmp_path / "out")) == 18
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    store = SampleStore(tmp_path / "samples.jsonl")
+    store.append([{"key": "0"}])
+    before = store.path.read_bytes()
+    import io
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > len(before):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(bytes(data)[:3])
+
+    from hybridvlm.eval import results
+
+    monkeypatch.setattr(results, "open", lambda path, mode, **_: Full(path, mode.replace("b", "")), raising=False)
+    with pytest.raises(OSError, match="No space"):
+        store.append([{"key": "1"}])
+    assert store.path.read_bytes() == before and "1" not in store
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_refused(world, question, capsys):
+    from hybridvlm import ask
+
+    with pytest.raises(ValueError, match="the question is empty"):
+        micro_model().ask(np.zeros((4, 16, 16, 3), np.uint8), question)
+    assert ask.main(["nowhere.mp4", question, "--model", str(world / "micro")]) == 2
+    assert "the question is empty" in capsys.readouterr().err

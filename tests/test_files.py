@@ -20,9 +20,11 @@ def test_a_held_folder_names_its_holder(tmp_path):
         text = str(caught.value)
         assert "\n" not in text and str(folder) in text and "an evaluation" in text and f"process {os.getpid()}" in text
         assert str(folder / LOCK) in text
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
+    folder.mkdir()
     with folder_lock(folder, "the next"):
         assert json.loads((folder / LOCK).read_text())["what"] == "the next"
+    assert list(folder.iterdir()) == []
 
 
 def test_an_error_lets_go(tmp_path):

@@ -46,6 +46,7 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.eval.results import SampleStore, write_atomic
 from hybridvlm.eval.runner import DENSE, Runner, Variant, fingerprint, versions
 from hybridvlm.eval.tasks import TaskOptions, build_task
+from hybridvlm.files import folder_lock
 from hybridvlm.generate import Model
 from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan
@@ -162,6 +163,11 @@ def run(options: argparse.Namespace) -> int:
             f"--limit must be at least 0 and --batch-size at least 1, got {options.limit}, {options.batch_size}"
         )
     folder = output_folder(options, "ablation")
+    with folder_lock(folder, "an analysis"):
+        return _run(options, folder)
+
+
+def _run(options: argparse.Namespace, folder: pathlib.Path) -> int:
     checkpoints = load_checkpoints(options, parse_models(options.models), folder / "answers")
     base = reference(options, [c.reduction for c in checkpoints])
     cells = cells_of([s for s in options.sets.split(",") if s], base, options.cell)

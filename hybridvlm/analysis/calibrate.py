@@ -53,6 +53,7 @@ from hybridvlm.analysis.common import (
 from hybridvlm.analysis.scores import Scored, score_questions
 from hybridvlm.config import ATTENTION, Reduction, to_dict
 from hybridvlm.eval.results import write_atomic
+from hybridvlm.files import folder_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +111,8 @@ def run(options: argparse.Namespace) -> int:
     write_figure(folder / "calibration.png", picture(layers))
     print(text)
     if options.compare:
-        results = compare(options, base, reduction, folder)
+        with folder_lock(folder, "an analysis"):
+            results = compare(options, base, reduction, folder)
         write_json(folder / "calibration.json", data | {"comparison": results})
         text += f"\n{ablate.report(results)}"
         print(ablate.report(results))

@@ -25,6 +25,14 @@ def family(name: str) -> ModuleType:
     return importlib.import_module(f"hybridvlm.models.{name}")
 
 
+def family_for(config: Any) -> ModuleType:
+    """The family whose configs are of this one's class."""
+    for name in FAMILIES:
+        if type(config) is family(name).Config:
+            return family(name)
+    raise ValueError(f"{type(config).__name__} is the config of no model family")
+
+
 def family_of(raw: Mapping[str, Any]) -> ModuleType:
     """The family of a published config.json (parsed), by its `architectures` and `model_type`."""
     if "vision_mamba_mixer_config" in raw:  # VAMBA has the names of Qwen2-VL, which it was made from, and this

@@ -21,7 +21,7 @@ from hybridvlm.tiny.assets import import_tfds
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.features import FeatureCache
 from hybridvlm.train.rows import Example, Shape, check, example, pad
-from hybridvlm.video import decode_frames, frame_seconds, probe, sample_indices
+from hybridvlm.video import VideoError, shown_clip
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, the earlier ones first
 
@@ -246,11 +246,21 @@ class JsonlSource(Files):
     def sample(self, number: int) -> Example:
         video, talk = self.samples[number]
         path = self.folder / video
-        chosen = sample_indices(probe(path), self.frames, self.config.data.rule, name=str(path))
+        look = functools.partial(
+            shown_clip,
+            self.model.family,
+            self.model.config,
+            path,
+            frames=self.frames,
+            rule=self.config.data.rule,
+            size=self.size,
+        )
+        clip, _ = look(pixels=False)
+        if clip.kind == "image":
+            raise VideoError(f"{path}: is a still picture, not a video; training takes videos")
         status = path.stat()
-        identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{chosen.tolist()}"
-        read = functools.partial(decode_frames, path, chosen, size=self.size, resize=resize)
-        return self.arrays(frame_seconds(path, chosen), identity, talk, read)
+        identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{list(clip.numbers)}"
+        return self.arrays(clip.seconds, identity, talk, lambda: look()[0].frames)
 
 
 def read_line(line: Any) -> tuple[str, Talk]:

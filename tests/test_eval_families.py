@@ -1,0 +1,182 @@
+"""The evaluation command on every family, end to end: what the tower is shown there is what it is shown by ask, to the pixel."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hybridvlm.checkpoints.folder import load
+from hybridvlm.checkpoints.samples import write_sample
+from hybridvlm.eval import __main__ as command
+from hybridvlm.tiny.export import write_video
+
+FAMILIES = ("nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")
+WORDS = ["red", "green", "blue"]
+BUCKETS = ["--buckets", "frames=4", "text=384", "max_new=4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Programs that compile quickly: what they compute is compared with itself."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def film(path, number, height=40, width=64, frames=5):
+    rng = np.random.default_rng(number)
+    write_video(path, rng.integers(0, 255, (frames, height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Checkpoints of all families, films of two shapes, a picture, and questions on them."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        write_sample(name, root / name)
+    film(root / "a.mp4", 1)
+    film(root / "tall.mp4", 3, height=80, width=32, frames=3)
+    Image.fromarray(np.random.default_rng(4).integers(0, 255, (24, 60, 3), dtype=np.uint8)).save(root / "still.png")
+    rows = [
+        {"video": video, "question": f"{word}?", "answer": word, "options": WORDS}
+        for video in ("a.mp4", "tall.mp4", "still.png")
+        for word in WORDS[: 2 if video == "a.mp4" else 1]
+    ]
+    (root / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def run(world, name, output, *more, tasks="q.jsonl"):
+    argv = ["--model", str(world / name), "--tasks", str(world / tasks), "--output", str(output)]
+    return command.main([*argv, "--frames", "4", "--batch-size", "1", *BUCKETS, *more])
+
+
+def lines_of(output):
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, capsys, name):
+    """Dense and str on films of two shapes and a picture; again, nothing is answered anew; then the same by ask."""
+    from hybridvlm.eval import evaluate
+
+    model = load(world / name)
+    seen = []
+    encode = type(model).encode
+    monkeypatch.setattr(
+        type(model), "encode", lambda self, pixels: seen.append(np.asarray(pixels)) or encode(self, pixels)
+    )
+    assert run(world, name, tmp_path / "out", "--methods", "str") == 0, capsys.readouterr().err
+    in_eval, records = list(seen), lines_of(tmp_path / "out")
+    assert len(in_eval) == 3 and len(records) == 2 * 4
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["n"] for row in rows] == [4, 4] and [row["unanswered"] for row in rows] == [0, 0]
+    assert rows[1]["retention_mean"] == pytest.approx(0.25, abs=0.05) and rows[1]["flop_speedup"] > 1
+    assert rows[1]["retention_achieved"] == pytest.approx(rows[1]["retention_mean"], abs=0.08)
+
+    before = (tmp_path / "out" / "samples.jsonl").read_bytes()
+    assert run(world, name, tmp_path / "out", "--methods", "str") == 0
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before and len(seen) == 3
+
+    seen.clear()
+    model.buckets = evaluate.override(model.buckets, BUCKETS[1:], "--buckets")
+    dense = {record["id"]: record for record in records if record["method"] == "none"}
+    for number, video in enumerate(("a.mp4", "tall.mp4", "still.png")):
+        answer = model.ask(world / video, "red?", frames=4)
+        assert answer.text == dense[f"line-{(1, 3, 4)[number]}"]["prediction"]
+    order = [next(i for i, shown in enumerate(in_eval) if np.array_equal(shown, own)) for own in seen]
+    assert sorted(order) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "method"), [("nemotron_omni", "evs"), ("qwen3_vl", "avgpool")])
+def test_methods_before_the_decoder(world, tmp_path, name, method):
+    assert (
+        run(world, name, tmp_path / "out", "--methods", method, "--budgets", "0.5", "--limit", "2", "--batch-size", "2")
+        == 0
+    )
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]
+    assert row["n"] == 2 and row["retention_achieved"] < 0.6
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "nemotron_nano_vl"])
+def test_keys_hang_on_the_film_and_not_on_its_path(world, tmp_path, name):
+    """Another folder, another date and another spelling are the same question; other pixels are another."""
+    import os
+    import shutil
+
+    def keys(folder):
+        run(folder, name, folder / "out", "--methods", "none", "--limit", "2")
+        return {record["key"] for record in lines_of(folder / "out")}
+
+    folders = [tmp_path / "one", tmp_path / "elsewhere" / "deep"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        shutil.copytree(world / name, folder / name)
+        shutil.copy(world / "a.mp4", folder / "a.mp4")
+    rows = [
+        {"video": "a.mp4", "question": "red?", "answer": "x"},
+        {"video": "./a.mp4", "question": "b?", "answer": "x"},
+    ]
+    (folders[0] / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[0]["video"] = str(folders[1] / "a.mp4")
+    (folders[1] / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(folders[1] / "a.mp4", (1, 1))
+    first = keys(folders[0])
+    assert keys(folders[1]) == first and len(first) == 2
+    results = json.loads((folders[0] / "out" / "results.json").read_text())
+    assert results["details"][0]["videos"] == 1
+    film(folders[0] / "a.mp4", 2)
+    assert not first & (keys(folders[0]) - first) and len(keys(folders[0])) == 4
+
+
+def test_evaluation_is_refused_where_another_is_at_work(world, tmp_path, capsys):
+    from hybridvlm.files import folder_lock
+
+    with folder_lock(tmp_path / "out", "an evaluation"):
+        assert run(world, "qwen2_vl", tmp_path / "out", "--methods", "none", "--limit", "1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "is in use: an evaluation" in errors[0]
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+SWITCHED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["nemotron_nano_vl", "qwen2_vl"])
+def test_thinking_is_switched_and_has_a_budget_of_its_own(world, tmp_path, name):
+    """Of templates that think by default: one is told by words in the system message, the other by a variable."""
+    import shutil
+
+    shutil.copytree(world / name, tmp_path / name)
+    if name == "qwen2_vl":
+        (tmp_path / name / "chat_template.jinja").write_text(SWITCHED)
+    shutil.copy(world / "a.mp4", tmp_path / "a.mp4")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "red?", "answer": "x"}) + "\n")
+    given = {"auto": [], "on": ["--thinking", "on", "--think-tokens", "3"], "off": ["--thinking", "off"]}
+    found = {}
+    for kind, more in given.items():
+        assert run(tmp_path, name, tmp_path / "out", "--methods", "none", *more) == 0
+        (found[kind],) = [r for r in lines_of(tmp_path / "out") if r["key"] not in {f["key"] for f in found.values()}]
+    assert found["auto"]["no_answer"] == "ran out of thinking tokens" and found["auto"]["parsed"] is None
+    assert "no_answer" not in found["on"] and found["on"]["thinking"] and "thinking" not in found["off"]
+    model = load(tmp_path / name)
+    from hybridvlm.options import override
+
+    model.buckets = override(model.buckets, BUCKETS[1:], "--buckets")
+    shown = []
+    answer = model.ask(tmp_path / "a.mp4", "red?", frames=4, thinking=True, think_tokens=3, show=shown.append)
+    assert (answer.text, answer.thinking) == (found["on"]["prediction"], found["on"]["thinking"])
+    assert "".join(shown) == answer.text and len(answer.tokens) <= 3 + 4 + 8 and not answer.unfinished
+
+
+def test_a_template_without_a_switch_says_so(world, tmp_path, capsys):
+    assert run(world, "qwen3_vl", tmp_path / "out", "--thinking", "off") == 2
+    assert "has no switch for thinking" in capsys.readouterr().err
+    assert run(world, "qwen3_vl", tmp_path / "out", "--think-tokens", "-1") == 2
+    assert "think_tokens must be a whole number of at least 0" in capsys.readouterr().err
