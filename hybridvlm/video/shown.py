@@ -65,5 +65,7 @@ def shown_clip(
             size_of(*(clip.size if clip.frames is None else clip.frames.shape[1:3]), 1, "image")
     if hasattr(family, "looked_at"):  # of a family that leaves frames out
         clip = family.looked_at(config, clip)
+    if not pixels and clip.kind == "video":
+        clip = dataclasses.replace(clip, size=(0, 0))  # prompts then take the frames to be of the config's size
     vision = dataclasses.replace(config.vision, image_size=found[-1])
     return clip, dataclasses.replace(config, vision=vision)
