@@ -45,10 +45,8 @@ class Reader:
         try:
             row = self.source.sample(int(number))
             self.check_row(row, name)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # VideoError and TooLong among them; whatever a decoder finds wrong with one file
+        except (OSError, ValueError, EOFError) as error:
+            # VideoError and TooLong among them: whatever a decoder finds wrong with one file
             if disk_full(error):  # of a cache or a scratch folder: no fault of the sample's
                 raise
             self._pass_over(place, name, error)
