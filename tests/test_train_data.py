@@ -1,14 +1,19 @@
 """The input pipeline: rows and labels, packing, order, position, and videos that cannot be read."""
 
 import json
+import types
 
 import grain
 import numpy as np
 import pytest
 from train_micro import FRAMES, micro, settings
 
+from hybridvlm.checkpoints.samples import raw_config, write_text_files
+from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
+from hybridvlm.models import family_of
+from hybridvlm.models.media import Clip
 from hybridvlm.train import pipeline
-from hybridvlm.train.rows import Shape, arrange, packed, single
+from hybridvlm.train.rows import Shape, arrange, example, packed, single
 from hybridvlm.train.sources import JsonlSource, NeedleSource, TfdsSource, check_needle, read_line
 from hybridvlm.video import VideoError
 
@@ -155,6 +160,62 @@ def test_bad_videos_are_passed_over_named_and_counted():
     again = pipeline.Reader(source, lambda row, name: None, 0.01)
     again.restore(json.loads(json.dumps(reader.state())))
     assert again.bad == reader.bad and again.seen == reader.seen
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), ValueError("no such pixel format"), EOFError("cut off")],
+)
+def test_whatever_decoding_one_sample_raises_of_its_data_is_counted(error):
+    class Odd(Numbers):
+        def sample(self, number):
+            if number == 7:
+                raise error
+            return super().sample(number)
+
+    source = Odd(120)
+    reader = pipeline.Reader(source, lambda row, name: None, 0.01, lambda text: None)
+    rows = [reader(place, place) for place in range(120)]
+    assert rows[7] is None and sum(row is None for row in rows) == 1 and reader.bad[7][0] == "film7"
+
+
+def test_a_full_disk_is_no_fault_of_a_sample():
+    class Full(Numbers):
+        def sample(self, number):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        pipeline.Reader(Full(120), lambda row, name: None, 0.01, lambda text: None)(0, 0)
+
+
+def test_a_conversation_is_refused_before_the_start_where_the_model_knows_none(tmp_path, model):
+    spoken = [{"from": "human", "value": "red@t00 none what ?"}, {"from": "gpt", "value": "bag"}]
+    for line in ({"conversations": [{"from": "system", "value": "bag"}, *spoken]}, {"conversations": spoken * 2}):
+        (tmp_path / "t.jsonl").write_text(json.dumps({"video": "v"} | line))
+        config = settings(data={"source": "jsonl", "path": str(tmp_path / "t.jsonl"), "features": "pixels", "text": 64})
+        with pytest.raises(ValueError, match="line 1: this model knows no conversation"):
+            JsonlSource(config, model)
+    (tmp_path / "t.jsonl").write_text(
+        '{"video": "v", "question": "red@t00 none what ?", "answer": "bag", "answer": "shoe"}'
+    )
+    with pytest.raises(ValueError, match="line 1: the key 'answer' stands twice"):
+        JsonlSource(config, model)
+
+
+@pytest.mark.parametrize("name", ["nemotron_omni", "qwen2_vl", "qwen3_vl"])
+def test_a_system_message_is_part_of_the_prompt_and_not_of_what_is_learnt(name, tmp_path):
+    write_text_files(name, tmp_path)
+    raw = raw_config(name)
+    family = family_of(raw)
+    config = family.config_from_hf(raw)
+    tokenizer = PublishedTokenizer.from_folder(tmp_path)
+    own = types.SimpleNamespace(family=family, config=config, tokenizer=tokenizer, style=family.style_for(config))
+    clip = Clip((0.0, 1.0), np.zeros((2, 16, 16, 3), np.uint8))
+    plain, told = (example(own, clip, "What?", "A cat.", (), system) for system in ("", "Be very brief."))
+    text = tokenizer.decode(told["ids"][told["frame"] < 0])
+    assert "Be very brief." in text and text.index("Be very brief.") < text.index("What?")
+    assert "Be very brief." not in tokenizer.decode(plain["ids"][plain["frame"] < 0])
+    np.testing.assert_array_equal(told["label"][told["label"] > 0], plain["label"][plain["label"] > 0])
 
 
 def test_more_bad_videos_than_allowed_stop_the_run():

@@ -298,7 +298,8 @@ def test_two_trainings_in_one_folder(straight, model, tmp_path):
 
 
 def test_an_interrupt_saves_and_a_second_one_stops_at_once(straight, model, tmp_path):
-    held, told = signal.getsignal(signal.SIGINT), []
+    before, held, told = signal.getsignal(signal.SIGINT), signal.default_int_handler, []
+    signal.signal(signal.SIGINT, held)  # a shell's background ignores it
     run = again(straight, model, tmp_path / "run", told.append)
     batch = run.batch
 
@@ -318,6 +319,7 @@ def test_an_interrupt_saves_and_a_second_one_stops_at_once(straight, model, tmp_
     run = again(straight, model, tmp_path / "run", told.append)
     loop.guarded(run)
     assert losses(run.folder) == losses(straight.folder)
+    signal.signal(signal.SIGINT, before)
 
 
 # -- what a person is told --------------------------------------------------------------------------------------------
@@ -330,6 +332,7 @@ def test_an_interrupt_saves_and_a_second_one_stops_at_once(straight, model, tmp_
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffer 1:\n  size"), "out of memory on the device"),
         (OSError(errno.ENOSPC, "No space left on device"), "make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
+        (ValueError('RESOURCE_EXHAUSTED: Error writing "a" in OCDBT: No space left on device [source=...]'), "make room"),
     ],
 )  # fmt: skip
 def test_want_of_memory_or_disk_is_one_line_with_the_way_out(error, says, tmp_path, capsys, monkeypatch):
@@ -343,6 +346,20 @@ def test_want_of_memory_or_disk_is_one_line_with_the_way_out(error, says, tmp_pa
     assert command.main([str(tmp_path / "c.json")]) == 2
     told = capsys.readouterr()
     assert told.err == f"error: {said(error)}\n" and not told.out
+
+
+def test_what_orbax_logs_of_a_failed_save_is_no_traceback_beside_the_message(tmp_path, caplog):
+    import resource
+
+    steps, (soft, hard) = Steps(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))  # as a full disk, for large files alone
+    try:
+        steps.save(1, {"a": jnp.asarray(np.random.default_rng(0).normal(size=1 << 18))}, {})
+        with pytest.raises(ValueError, match="File too large"):
+            steps.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_config_in_python_is_said_to_be_a_program(capsys):

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -89,6 +90,7 @@ class Steps:
         kept: list[Any] = [policies.LatestN(keep)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
+        logging.getLogger("absl").addFilter(_not_told_twice)
         self._ocp, self.folder = ocp, pathlib.Path(folder).absolute()
         self._make = lambda: ocp.CheckpointManager(
             self.folder / FOLDER,
@@ -241,6 +243,11 @@ def _quiet() -> Iterator[None]:
     finally:
         gc.collect()
         sys.unraisablehook = before
+
+
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """A log filter: what fails in Orbax's threads it logs with a traceback from each of them, and raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _sharding(a: Any) -> jax.sharding.Sharding:

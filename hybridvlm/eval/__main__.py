@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, command: str) -> int:
     from jax.errors import JaxRuntimeError
 
-    from hybridvlm.distributed import OtherProcessFailed, agree, initialize
+    from hybridvlm.distributed import OtherProcessFailed, agree, initialize, together
     from hybridvlm.errors import said
     from hybridvlm.eval.evaluate import Evaluation, prepare
     from hybridvlm.files import FolderBusy, folder_lock
@@ -142,11 +142,12 @@ def _run(options: argparse.Namespace, command: str) -> int:
     with contextlib.ExitStack() as held:
         try:
             process = initialize()
-            checked = everywhere(lambda: prepare(options))
-            lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
-            everywhere(lambda: held.enter_context(lock))
-            evaluation = everywhere(lambda: Evaluation(checked, command))
-            evaluation.run()
+            with together():
+                checked = everywhere(lambda: prepare(options))
+                lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
+                everywhere(lambda: held.enter_context(lock))
+                evaluation = everywhere(lambda: Evaluation(checked, command))
+                evaluation.run()
         except failures as error:
             if evaluation is None:
                 return _fail(said(error), 2)
@@ -162,4 +163,6 @@ def _fail(text: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from hybridvlm.distributed import leave
+
+    leave(main())

@@ -9,7 +9,6 @@ import os
 import pathlib
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,23 +19,23 @@ from hybridvlm import distributed, sharding
 from hybridvlm.checkpoints.folder import load, save_folder
 from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
+from hybridvlm.errors import reason
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.generate import Model
 from hybridvlm.models.names import flatten, unflatten
 from hybridvlm.models.prompt import allow_special_tokens
-from hybridvlm.reduction import PlanMismatch
 from hybridvlm.reduction.flops import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.train import lora as adapters
 from hybridvlm.train.checkpoint import Checkpoints, claim
 from hybridvlm.train.config import ReductionMode, TrainConfig
-from hybridvlm.train.log import Log, check_installed, memory_bytes, peak_flops
+from hybridvlm.train.log import Log, check_installed, peak_flops
+from hybridvlm.train.meter import TEACH, Meter
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
 from hybridvlm.train.step import Fixed, State, Trainer, check_family
 
-TEACH = "teach"
 # exit codes of a run that saved and left because it was told to: by SIGTERM (EX_TEMPFAIL: start it again), by SIGINT
 STOPPED, INTERRUPTED = 75, 130
 
@@ -276,7 +275,7 @@ class Run:
         except kind as error:
             latest = kept.whole()
             left = f"the checkpoint of step {latest} is whole" if latest is not None else "there is no checkpoint yet"
-            raise SaveFailed(f"{self.folder} could not be written: {_first_line(error)}; {left}") from error
+            raise SaveFailed(f"{self.folder} could not be written: {reason(error)}; {left}") from error
 
     def export(self, state: State) -> pathlib.Path:
         """Write the trained model (its average, if there is one) as a checkpoint folder, and LoRA factors apart."""
@@ -293,7 +292,7 @@ class Run:
                     adapters.save(self.folder / "lora", config.lora, train, config.model)
             except (OSError, ValueError) as error:
                 left = f"the checkpoint of step {config.steps} is whole"
-                failed = SaveFailed(f"{path} could not be written: {_first_line(error)}; {left}")
+                failed = SaveFailed(f"{path} could not be written: {reason(error)}; {left}")
             else:
                 self.say(f"wrote {path}")
         distributed.agree(failed)
@@ -324,80 +323,6 @@ class Run:
         return {path: np.asarray(gather(a).addressable_data(0)) for path, a in flat.items()}
 
 
-class Meter:
-    """Turns a step's results into its record, and checks them."""
-
-    def __init__(self, run: Run, peak: tuple[float, str]):
-        self.run, self.peak = run, peak
-        self.last, self.recent = time.perf_counter(), []  # type: tuple[float, list[dict[str, Any]]]
-
-    def __call__(self, step: int, plan: Any, metrics: Any, waited: float, compiled: bool) -> None:
-        run, m = self.run, {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        answers, number = float(m["answers"]), step + 1
-        for name in ("loss", "grad_norm"):
-            if not np.isfinite(m[name]):
-                raise FloatingPointError(
-                    f"the {name.replace('_', ' of the ')} is {float(m[name])} at step {number}; nothing of that step is kept"
-                )
-        if m.get("wrong", 0):
-            raise PlanMismatch(
-                f"step {number}: {int(m['wrong'])} counts of kept tokens are not the plan's ({plan.method})"
-            )
-        tokens, flops = run.step_work(plan)
-        record = {
-            "step": number,
-            "kind": TEACH if plan == TEACH else "dense" if plan is None else f"{plan.method}:{plan.budget:g}",
-            "loss": float(m["loss"]),
-            "answer_loss": float(m["entropy"]) / answers,
-            "right": float(m["right"]) / answers,
-            "grad_norm": float(m["grad_norm"]),
-            "rate": float(run.trainer.rate(step)),
-            "answers": int(answers),
-            "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
-            "mfu": flops / seconds / (self.peak[0] * jax.device_count()),
-            "waited": min(waited / seconds, 1.0),
-            "memory_gib": memory_bytes() / 2**30,
-        }
-        record |= {name: float(m[name]) / (answers if name == "kl" else 1) for name in ("kl", "scores") if name in m}
-        if isinstance(plan, type(None)) or plan == TEACH:
-            record["retention"] = [1.0] * len(run.model.config.pattern)
-        else:
-            share = m["kept"] / max(float(m["given"]), 1.0)
-            entering = np.searchsorted(np.asarray(plan.drops), np.arange(plan.layers), side="left")
-            record["retention"] = np.round(share[entering], 5).tolist()
-        if compiled:
-            record["compiled"] = True
-        record["skipped"] = len(run.reader.bad)
-        run.log.step(record)
-        self.recent.append(record)
-        if number % run.config.logging.every == 0 or number == run.config.steps:
-            run.log.say(self.line())
-            self.recent = []
-
-    def line(self) -> str:
-        """What the steps since the last line were like."""
-        steady = [r for r in self.recent if "compiled" not in r] or self.recent
-        mean = lambda name, over: float(np.mean([r[name] for r in over]))  # noqa: E731
-        seconds = sum(r["seconds"] for r in steady)
-        waited = sum(r["waited"] * r["seconds"] for r in steady) / seconds
-        last = self.recent[-1]
-        parts = []
-        for kind in dict.fromkeys(r["kind"] for r in self.recent):
-            own = [r for r in self.recent if r["kind"] == kind]
-            extra = "".join(f", {name} {mean(name, own):.3f}" for name in ("kl", "scores") if name in own[0])
-            kept = own[-1]["retention"]
-            keeps = f", keeps {np.mean(kept):.1%} (last layer {kept[-1]:.1%})" if kept[-1] < 1 else ""
-            parts.append(f"{kind}: loss {mean('answer_loss', own):.4f}, right {mean('right', own):.1%}{extra}{keeps}")
-        return (
-            f"{last['step']}/{self.run.config.steps} {' | '.join(parts)} | grad {last['grad_norm']:.2f}, rate {last['rate']:.2e}, "
-            f"{seconds / len(steady):.2f} s/step, {mean('tokens_per_s', steady):,.0f} tok/s, "
-            f"mfu {mean('mfu', steady):.1%} ({self.peak[1]} peak), waited {waited:.1%}, {last['memory_gib']:.1f} GiB"
-        )
-
-
 def _taken(model: Model, reduction: Reduction | None) -> None:
     from hybridvlm.reduction import parse_method
 
@@ -409,11 +334,6 @@ def _taken(model: Model, reduction: Reduction | None) -> None:
 
 def _with(sizes: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(sorted({*sizes, size})) if size else sizes
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def train(config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print) -> pathlib.Path:
@@ -435,7 +355,7 @@ def guarded(run: Run) -> pathlib.Path:
 
     def stop(number: int, _: Any) -> None:
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             run.interrupted = True
             run.say("interrupted: the step under way is ended and saved; once more stops at once")
         if several:
@@ -446,7 +366,8 @@ def guarded(run: Run) -> pathlib.Path:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a shell starts in the background
+                before[number] = signal.signal(number, stop)
     try:
         with distributed.together(but=(Stopped,)):
             return run.run()

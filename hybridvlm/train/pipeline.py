@@ -45,10 +45,8 @@ class Reader:
         try:
             row = self.source.sample(int(number))
             self.check_row(row, name)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # VideoError and TooLong among them; whatever a decoder finds wrong with one file
+        except (OSError, ValueError, EOFError) as error:
+            # VideoError and TooLong among them: whatever a decoder finds wrong with one file
             if disk_full(error):  # of a cache or a scratch folder: no fault of the sample's
                 raise
             self._pass_over(place, name, error)
@@ -96,7 +94,8 @@ def row_dataset(
 ) -> grain.IterDataset:
     """Batches of `rows` rows of this process."""
     samples = numbers(len(source), source.shuffled, shuffle, seed).map_with_index(reader)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(rows * shape.segments, 1))
+    ahead = max(rows * shape.segments, 1)
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     stream = samples.to_iter_dataset(options)
     if shape.segments > 1:
         stream = stream.map(lambda row: row | {"text": np.zeros(int((row["frame"] < 0).sum()), np.int8)})
@@ -125,9 +124,8 @@ def _pack(stream: grain.IterDataset, shape: Shape, bins: int) -> grain.IterDatas
 def shared_dataset(source: Any, videos: int, questions: int, *, threads: int, prefetch: int) -> grain.IterDataset:
     """Batches of `videos` videos with `questions` questions each (`NeedleSource.shared`)."""
     own = numbers(len(source), True, False, 0).map(lambda number: source.shared(int(number), questions))
-    stream = own.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(videos, 1))).batch(
-        videos
-    )
+    options = grain.ReadOptions(num_threads=min(threads, videos), prefetch_buffer_size=videos)
+    stream = own.to_iter_dataset(options).batch(videos)
     return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=prefetch) if prefetch else stream
 
 
