@@ -51,7 +51,7 @@ def test_an_unknown_device_has_no_floor(monkeypatch, capsys):
     assert "unknown device: no peaks for float32 on 'cpu'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(aot.missing("tpu") is not None, reason=str(aot.missing("tpu")))
+@pytest.mark.aot("tpu")
 def test_compiled_for_a_target(tmp_path):
     argv = [
         "ssd",

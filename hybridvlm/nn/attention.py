@@ -14,6 +14,7 @@ from hybridvlm.nn.parallel import own_channels, total
 from hybridvlm.nn.qwen import join_heads, project_heads
 from hybridvlm.nn.sequence import pick_rows, row_shards, row_start, whole_row
 from hybridvlm.ops.attention import attention
+from hybridvlm.ops.attention.api import attend
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 
@@ -124,7 +125,7 @@ def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool)
     """q [B,T,H,P] over the cache's prompt and, with `recent`, over what came after it: all of it lies before q."""
     sets = [(cache.k, cache.v, cache.segment)] + ([(cache.new_k, cache.new_v, cache.new_segment)] if recent else [])
     return [
-        attention(q, k, v, q_segment=segment, kv_segment=slots, causal=False) for k, v, slots in sets if k.shape[1] > 0
+        attend(q, k, v, q_segment=segment, kv_segment=slots, causal=False) for k, v, slots in sets if k.shape[1] > 0
     ]
 
 
