@@ -19,7 +19,7 @@ from hybridvlm.models import nemotron_vl
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl import Prefilled
 from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
-from hybridvlm.nn.caches import Cache
+from hybridvlm.nn.caches import Cache, check_room
 from hybridvlm.reduction.plan import ReductionPlan
 
 _COMPILES = [0]
@@ -388,12 +388,17 @@ class Model:
 
         `caches` may not be used again: their memory goes over to the new ones."""
         sampling = Sampling() if sampling is None else sampling
+        # the token that is chosen last does not go in, that of an earlier call does
+        check_room(caches, max_new - (logits is not None), "decode puts in")
         args = (self.params, logits, caches, seeds, np.int32(max_new))
         tokens, lengths, state = self._decode_program(*args, max_new=max_new, sampling=sampling, whole=False)(*args)
         return *jax.device_get((tokens, lengths)), state
 
     def extend(self, ids: np.ndarray, segment: np.ndarray, caches: Any) -> tuple[jax.Array, Any]:
-        """Text behind what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the caches in their place."""
+        """Text behind what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the caches in their place.
+
+        ValueError where they have fewer than T places free: prefill(room=...) says how many there are."""
+        check_room(caches, ids.shape[1], "extend takes")
 
         def run(params, ids, segment, caches):
             return self.family.extend(params, self.config, ids, segment, caches)

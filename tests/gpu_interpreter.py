@@ -36,7 +36,8 @@ def interpreted():
         mock.patch.object(thread_map, "thread_map", _thread_map),
         mock.patch.object(interpreter, "interpret", _interpret if JAX_0_10 else _interpreter_interpret),
         mock.patch.object(interpreter, "_interpret_wgmma_ref_p", _wgmma_0_10)
-        if JAX_0_10 else mock.patch.object(gpu_callbacks, "wgmma", gpu_callbacks.fail_on_exception(_wgmma)),
+        if JAX_0_10
+        else mock.patch.object(gpu_callbacks, "wgmma", gpu_callbacks.fail_on_exception(_wgmma)),
         mock.patch.object(gpu_callbacks, "_validate_transforms", lambda transforms: None),
         compiling_for("gpu"),
         force_gpu_interpret_mode(InterpretGPUParams()),

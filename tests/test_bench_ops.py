@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from hybridvlm import aot
 from hybridvlm.bench import candidates, floors
 from hybridvlm.bench.__main__ import main
 from hybridvlm.ops.attention.arg_specs import SPECS, AttentionSpec

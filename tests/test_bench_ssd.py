@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from hybridvlm import aot
 from hybridvlm.bench import floors
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.bench.timing import available_bytes, interleaved, paired_ratio

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.caches import AttentionCache, attention_cache
+from hybridvlm.nn.caches import AttentionCache, attention_cache, check_room
 from hybridvlm.nn.parallel import own_channels, total
 from hybridvlm.nn.qwen import join_heads, project_heads
 from hybridvlm.nn.sequence import pick_rows, row_shards, row_start, whole_row
@@ -136,6 +136,7 @@ def extend_cache(
     t, room = segment.shape[1], cache.new_k.shape[1]
     if t > room:
         raise ValueError(f"the cache has room for {room} new tokens, got {t}; prefill with a larger `room`")
+    check_room(cache, t, "extend takes")
     keys, values, slots = (
         jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
         for old, new in ((cache.new_k, k), (cache.new_v, v), (cache.new_segment, segment))

@@ -11,7 +11,10 @@ from types import ModuleType
 
 import jax
 
-KERNELS_NEED = (0, 10)  # the first JAX whose Pallas has what the kernels are written in; XLA's implementations need less
+KERNELS_NEED = (
+    0,
+    10,
+)  # the first JAX whose Pallas has what the kernels are written in; XLA's implementations need less
 _told: set[str] = set()
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
@@ -58,7 +61,9 @@ def kernels_run() -> bool:
 
 def _too_old(op: str, name: str) -> str:
     needed = ".".join(map(str, KERNELS_NEED))
-    return f"{op}: implementation {name!r} is a kernel that needs jax {needed} or newer, and this is jax {jax.__version__}"
+    return (
+        f"{op}: implementation {name!r} is a kernel that needs jax {needed} or newer, and this is jax {jax.__version__}"
+    )
 
 
 def default_kernel(op: str, name: str, instead: str) -> str:

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-
 OWN_PLACE = "own_place"
 
 

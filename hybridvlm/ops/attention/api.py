@@ -73,7 +73,9 @@ def attention(
         return attend(q, k, v, **given)
     # What stands at padding counts for nothing, be it NaN: 0 * NaN is no 0, neither here nor in a gradient.
     real = q_segment > 0
-    q, k, v = (jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, kv_segment > 0), (v, kv_segment > 0)))
+    q, k, v = (
+        jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, kv_segment > 0), (v, kv_segment > 0))
+    )
     out, lse = attend(q, k, v, **given)
     return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, NOTHING)
 

@@ -161,9 +161,7 @@ def _launch_score(
         def _():
             plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(block * keys + w * ROWS, ROWS)
-            segment, index = (
-                load_as(x.at[bi, mine], layout=ROW, optimized=False) for x in (kv_segment_g, kv_index_g)
-            )
+            segment, index = (load_as(x.at[bi, mine], layout=ROW, optimized=False) for x in (kv_segment_g, kv_index_g))
 
             def tile_step(tile, score):
                 def head_step(k_slot, first, member, weight):

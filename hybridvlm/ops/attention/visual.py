@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.ops.attention.reference import NOTHING
 from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
+from hybridvlm.ops.attention.reference import NOTHING
 
 # name -> module. Its text_to_visual(q, k, *, lse, row_weight, q_segment, kv_segment, q_index, kv_index, heads, queries, causal,
 # scale) -> [B,L] fp32 gets everything (nothing is None): row_weight [B,R] fp32, 0 for a row that does not count; queries "sum"

@@ -244,7 +244,14 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     out_type = [jax.ShapeDtypeStruct(x.shape, kind), jax.ShapeDtypeStruct(state.shape, jnp.float32)]
     if keep_states:
         out_type.append(jax.ShapeDtypeStruct((sizes.steps, *state.shape), jnp.float32))
-    operands = {"x": x, "b": b, "c": c, "vectors": [k.whole, k.total, k.dt, k.read, k.write], "keep": k.keep, "state": state}
+    operands = {
+        "x": x,
+        "b": b,
+        "c": c,
+        "vectors": [k.whole, k.total, k.dt, k.read, k.write],
+        "keep": k.keep,
+        "state": state,
+    }
     if d is not None:
         operands["d"] = d.reshape(heads)
     if runs is not None:

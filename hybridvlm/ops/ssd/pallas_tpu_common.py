@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hybridvlm.ops.ssd.xla import LEAST, log_decays
+from hybridvlm.ops.ssd.xla import log_decays
 
 LANES, SUBLANES = 128, 8
 WIDEST = 2048  # lanes of a head block, unless no narrower block is made of whole tiles
