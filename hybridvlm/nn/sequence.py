@@ -24,6 +24,8 @@ from hybridvlm.ops.compact import compact, compact_indices, gather_rows
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.tokens import Tokens
 
+NO_CACHES = "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
+
 
 def row_shards(c: ModelConfig) -> int:
     """In how many stretches a row is cut."""
