@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hybridvlm.ops.ssd.xla import log_decays
+from hybridvlm.ops.ssd.decays import log_decays
 
 LANES, SUBLANES = 128, 8
 WIDEST = 2048  # lanes of a head block, unless no narrower block is made of whole tiles
@@ -237,7 +237,7 @@ class Decays(NamedTuple):
     """Of one chunk and head block: a head per row. `column` and the masks by token have tokens along sublanes."""
 
     dt: jax.Array  # [rows,C]
-    whole: jax.Array  # [rows,C] running sum of dt A: its integer parts (`hybridvlm.ops.ssd.xla.log_decays`)
+    whole: jax.Array  # [rows,C] running sum of dt A: its integer parts (`hybridvlm.ops.ssd.decays.log_decays`)
     total: jax.Array  # [rows,C] that of the rest
     column: jax.Array  # [C,2*rows] both, total first
     read: jax.Array  # [rows,C] exp(whole + total)
