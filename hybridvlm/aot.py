@@ -143,8 +143,8 @@ def missing(platform: str) -> str | None:
     if not absent:
         return None
     return (
-        f"the compiler for {platform} is not installed (no module {', '.join(absent)}); pip install 'hybridvlm[aot]' "
-        "brings the TPU and GPU compilers, and no hardware is needed"
+        f"the compiler for {platform} is not installed (no module {', '.join(absent)}); pip install "
+        f"'hybridvlm[aot-{platform}]' brings it, and no hardware is needed"
     )
 
 

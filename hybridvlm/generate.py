@@ -19,7 +19,7 @@ from hybridvlm.models import nemotron_vl
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl import Prefilled
 from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
-from hybridvlm.nn.caches import Cache
+from hybridvlm.nn.caches import Cache, check_room
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.thinking import ThinkBudget, Thought, opens, read_reply, think, think_budget
 from hybridvlm.thinking import begin as start_thought
@@ -437,6 +437,8 @@ class Model:
         With a budget, `answer` is the most tokens behind the reasoning, over all pieces, and `inside` says which prompts opened it.
         `caches` may not be used again: their memory goes over to the new ones."""
         sampling = Sampling() if sampling is None else sampling
+        # the token that is chosen last does not go in, that of an earlier call does
+        check_room(caches, max_new - (logits is not None), "decode puts in")
         args = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
         if budget is not None and logits is not None:
             args += (np.asarray([False] * len(seeds) if inside is None else inside, bool),)
@@ -445,7 +447,10 @@ class Model:
         return *jax.device_get((tokens, lengths)), state
 
     def extend(self, ids: np.ndarray, segment: np.ndarray, caches: Any) -> tuple[jax.Array, Any]:
-        """Text behind what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the caches in their place."""
+        """Text behind what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the caches in their place.
+
+        ValueError where they have fewer than T places free: prefill(room=...) says how many there are."""
+        check_room(caches, ids.shape[1], "extend takes")
 
         def run(params, ids, segment, caches):
             return self.family.extend(params, self.config, ids, segment, caches)

@@ -30,7 +30,7 @@ from hybridvlm.nn.decoder import prefill as prefill_on_one
 from hybridvlm.nn.layout import in_one_piece as in_one_piece
 from hybridvlm.nn.layout import lay_out, local_config
 from hybridvlm.nn.parallel import LocalConfig
-from hybridvlm.nn.sequence import row_start, shard_length, whole_row
+from hybridvlm.nn.sequence import NO_CACHES, row_start, shard_length, whole_row
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import methods
@@ -280,6 +280,8 @@ def prefill(
         )
     specs = rules.specs({"decoder": params}, mesh)["decoder"]
     shards = mesh.shape[row] if row else 1
+    if shards > 1 and caches:
+        raise ValueError(NO_CACHES)
     local = dataclasses.replace(local, shared=_shared(specs, rules, mesh), row_axis=row or "", shards=shards)
     if score_fn is not None:
         # what stands for the plan's own score may look at anything

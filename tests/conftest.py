@@ -26,6 +26,15 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_runtest_setup(item):
+    """A test marked aot("tpu") or aot("gpu") takes that compiler, and is skipped by its name where it is not installed."""
+    for marker in item.iter_markers("aot"):
+        from hybridvlm import aot
+
+        if (reason := aot.missing(*marker.args)) is not None:
+            pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """golden(name) -> (config.json or None, io.npz as a dict) of a reference under tests/goldens."""

@@ -11,9 +11,7 @@ from hybridvlm.bench.__main__ import main
 from hybridvlm.bench.hlo import program_cost
 from hybridvlm.ops.platforms import platform
 
-needs = {
-    name: pytest.mark.skipif(aot.missing(name) is not None, reason=str(aot.missing(name))) for name in ("tpu", "gpu")
-}
+needs = {name: pytest.mark.aot(name) for name in ("tpu", "gpu")}
 V5E = "v5e:2x2"
 
 
@@ -38,7 +36,7 @@ def test_a_missing_compiler_is_named_with_the_extra(monkeypatch, name):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda module: None)
     aot._tpu_devices.cache_clear()
     aot._gpu_devices.cache_clear()
-    with pytest.raises(ImportError, match=r"hybridvlm\[aot\]"):
+    with pytest.raises(ImportError, match=r"hybridvlm\[aot-(tpu|gpu)\]"):
         aot.target(name)
 
 

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from hybridvlm import aot
 from hybridvlm.bench import candidates, floors
 from hybridvlm.bench.__main__ import main
 from hybridvlm.ops.attention.arg_specs import SPECS, AttentionSpec
 
-needs_libtpu = pytest.mark.skipif(aot.missing("tpu") is not None, reason=str(aot.missing("tpu")))
+needs_libtpu = pytest.mark.aot("tpu")
 SMALL = AttentionSpec(1, 40, 40, 4, 2, 8, segments=(30, 6), rows=3)
 
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from hybridvlm import aot
 from hybridvlm.bench import floors
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.bench.timing import available_bytes, interleaved, paired_ratio
@@ -51,7 +50,7 @@ def test_an_unknown_device_has_no_floor(monkeypatch, capsys):
     assert "unknown device: no peaks for float32 on 'cpu'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(aot.missing("tpu") is not None, reason=str(aot.missing("tpu")))
+@pytest.mark.aot("tpu")
 def test_compiled_for_a_target(tmp_path):
     argv = [
         "ssd",

@@ -191,3 +191,26 @@ def test_top_p_keeps_the_likeliest_that_hold_it():
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+def test_room_that_is_used_up_is_refused(model, pixels):
+    """Each of the ways to go beyond the caches: one piece of text too long, one too many, and an answer."""
+    batch, _ = model.batch(QUESTIONS, SECONDS, None)
+    ids, segment = np.ones((2, 4), np.int32), np.ones((2, 4), np.int32)
+
+    def caches(room):
+        prefilled = model.prefill(batch, model.encode(pixels), room=room)
+        return prefilled.logits, prefilled.decoder.caches
+
+    with pytest.raises(ValueError, match="extend takes 4 tokens, and the caches have 3 of 3 places free"):
+        model.extend(ids, segment, caches(3)[1])
+    _, longer = model.extend(ids, segment, caches(6)[1])
+    with pytest.raises(ValueError, match=r"extend takes 4 tokens, and the caches have 2 of 6 .* `room` of at least 8"):
+        model.extend(ids, segment, longer)
+    seeds, greedy = np.zeros(2, np.int32), Sampling(stop_ids=())
+    logits, held = caches(4)
+    with pytest.raises(ValueError, match="decode puts in 5 tokens, and the caches have 4 of 4"):
+        model.decode(logits, held, seeds, max_new=6, sampling=greedy)
+    _, _, state = model.decode(logits, held, seeds, max_new=5, sampling=greedy)  # the last token does not go in
+    with pytest.raises(ValueError, match="decode puts in 1 tokens, and the caches have 0 of 4"):
+        model.decode(None, state, seeds, max_new=1, sampling=greedy)

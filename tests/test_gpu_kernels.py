@@ -22,7 +22,7 @@ from hybridvlm.ops.platforms import compiling_for
 from hybridvlm.ops.ssd import ssd
 from hybridvlm.ops.ssd.arg_specs import ARG_SPECS as SSD_SPECS
 
-needs_compiler = pytest.mark.skipif(aot.missing("gpu") is not None, reason=str(aot.missing("gpu")))
+needs_compiler = pytest.mark.aot("gpu")
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 

@@ -21,7 +21,7 @@ from hybridvlm.ops.platforms import compiling_for, tpu_interpreter
 from hybridvlm.ops.ssd import pallas_tpu, pallas_tpu_backward, pallas_tpu_common, ssd
 from hybridvlm.ops.ssd.arg_specs import ARG_SPECS
 
-needs_libtpu = pytest.mark.skipif(aot.missing("tpu") is not None, reason=str(aot.missing("tpu")))
+needs_libtpu = pytest.mark.aot("tpu")
 # The interpreted kernels are long programs of small operations: compiling them well takes longer than running them.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.caches import AttentionCache, attention_cache
+from hybridvlm.nn.caches import AttentionCache, attention_cache, check_room
 from hybridvlm.nn.linear import biased
 from hybridvlm.nn.parallel import own_channels, total
 from hybridvlm.nn.qwen import join_heads, project_heads
 from hybridvlm.nn.sequence import pick_rows, row_shards, row_start, whole_row
 from hybridvlm.ops.attention import attention
+from hybridvlm.ops.attention.api import attend
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 
@@ -127,7 +128,7 @@ def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool)
     """q [B,T,H,P] over the cache's prompt and, with `recent`, over what came after it: all of it lies before q."""
     sets = [(cache.k, cache.v, cache.segment)] + ([(cache.new_k, cache.new_v, cache.new_segment)] if recent else [])
     return [
-        attention(q, k, v, q_segment=segment, kv_segment=slots, causal=False) for k, v, slots in sets if k.shape[1] > 0
+        attend(q, k, v, q_segment=segment, kv_segment=slots, causal=False) for k, v, slots in sets if k.shape[1] > 0
     ]
 
 
@@ -138,6 +139,7 @@ def extend_cache(
     t, room = segment.shape[1], cache.new_k.shape[1]
     if t > room:
         raise ValueError(f"the cache has room for {room} new tokens, got {t}; prefill with a larger `room`")
+    check_room(cache, t, "extend takes")
     keys, values, slots = (
         jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
         for old, new in ((cache.new_k, k), (cache.new_v, v), (cache.new_segment, segment))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybridvlm.config import ModelConfig
 
@@ -54,6 +56,24 @@ def attention_cache(k: jax.Array, v: jax.Array, segment: jax.Array, room: int) -
 def cache_bytes(caches: tuple[Cache, ...]) -> int:
     """Bytes that the caches hold, all layers and examples together."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+
+
+def check_room(caches: Any, tokens: int, asked: str) -> None:
+    """ValueError unless every attention cache in `caches` (any tree) has that many free slots; `asked` is what wants them.
+
+    Written beyond the last slot, tokens would take the places of others without a word. Compiled code cannot raise, so its callers
+    ask here, at the price of reading one number.
+    """
+    found = jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, AttentionCache))
+    for cache in found:
+        if not isinstance(cache, AttentionCache) or isinstance(cache.length, jax.core.Tracer):
+            continue
+        room, taken = cache.new_segment.shape[-1], int(np.max(cache.length))
+        if taken + tokens > room:
+            raise ValueError(
+                f"{asked} {tokens} tokens, and the caches have {room - taken} of {room} places free behind the prompt; prefill "
+                f"with a `room` of at least {taken + tokens}"
+            )
 
 
 def empty_caches(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[Cache, ...]:

@@ -19,7 +19,7 @@ from hybridvlm.nn.mamba2 import MambaStack, mamba_layer, mamba_step
 from hybridvlm.nn.mlp import MlpStack, mlp_layer
 from hybridvlm.nn.moe import MoeStack, moe_layer
 from hybridvlm.nn.parallel import fetch
-from hybridvlm.nn.sequence import compact_row, row_shards, row_start, row_total, whole_row
+from hybridvlm.nn.sequence import NO_CACHES, compact_row, row_shards, row_start, row_total, whole_row
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.segments import own_place
 from hybridvlm.ops.tokens import OWN_PLACE, Tokens
@@ -294,9 +294,7 @@ def prefill(
     if row_shards(c) > 1 and gate is not None:
         raise ValueError("a gate sees whole rows, and these are cut over the sequence axis; use a mesh of sequence=1")
     if row_shards(c) > 1 and caches:
-        raise ValueError(
-            "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
-        )
+        raise ValueError(NO_CACHES)
     drops = set(plan.drops) if plan is not None else set()
     for layer in sorted(drops | set(collect)):
         if c.pattern[layer] not in MIXERS:

@@ -24,6 +24,8 @@ from hybridvlm.ops.compact import compact, compact_indices, gather_rows
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.tokens import Tokens
 
+NO_CACHES = "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
+
 
 def row_shards(c: ModelConfig) -> int:
     """In how many stretches a row is cut."""
@@ -71,7 +73,8 @@ def incoming_state(
     run = segment_runs(segment, before)
     log = dt * A
     total = jnp.sum(log, axis=1)
-    after = jnp.flip(jnp.cumsum(jnp.flip(log, 1), axis=1), 1) - log  # small, hence exact, where it counts
+    # what comes after a token: shifted, for taking a strong decay away again would leave its rounding
+    after = jnp.pad(jnp.flip(jnp.cumsum(jnp.flip(log[:, 1:], 1), axis=1), 1), ((0, 0), (0, 1), (0, 0)))
     weight = jnp.where((run == run[:, -1:])[..., None], dt * jnp.exp(after), 0.0)
     u = x.reshape(b, length, heads, -1)
     u = (u.astype(jnp.float32) * weight[..., None]).astype(x.dtype).reshape(b, length, groups, heads // groups, -1)

@@ -30,6 +30,7 @@ from hybridvlm.nn.mamba2 import MambaStack, mamba_layer
 from hybridvlm.nn.mlp import MlpStack
 from hybridvlm.nn.qwen import join_heads, project_heads, swiglu
 from hybridvlm.ops.attention import attention
+from hybridvlm.ops.attention.api import attend
 from hybridvlm.ops.attention.reference import NOTHING
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.layer_aux import AttentionAux
@@ -263,7 +264,7 @@ def cross_attention(
     else:
         folded = q.reshape(b, rows // b * t, heads, width)
         k, v = (a.reshape(b, -1, c.kv_heads, width) for a in (k, v))
-        out, lse = attention(folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False)
+        out, lse = attend(folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False)
         lse = lse.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t)
     return join_heads(p, out.reshape(rows, t, heads, width)), q, lse
 

@@ -29,6 +29,8 @@ def causal_conv1d(
     b, length, d = x.shape
     width = weight.shape[0]
     _check(x, weight, bias, segment, initial_state, initial_segment)
+    if segment is not None:
+        x = jnp.where((segment > 0)[..., None], x, 0)  # be it NaN there: 0 * NaN is no 0 in the weight's gradient
     if initial_state is None:
         initial_state = jnp.zeros((b, width - 1, d), x.dtype)
     extended = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# JAX 0.12 took the index out of `plgpu.load`: what is read is said by the reference alone.
-_NOTHING = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+# JAX 0.11 made the index of `plgpu.load` optional and 0.12 took it out: what is read is said by the reference alone.
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+_NOTHING = ((),) if _index is not None and _index.default is inspect.Parameter.empty else ()
 
 
 def load_as(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:

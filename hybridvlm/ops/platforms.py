@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
+import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 import jax
 
+KERNELS_NEED = (
+    0,
+    10,
+)  # the first JAX whose Pallas has what the kernels are written in; XLA's implementations need less
+_told: set[str] = set()
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -44,6 +52,35 @@ def tpu_interpreter(**options) -> Iterator[None]:
 
     with compiling_for("tpu"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**options)):
         yield
+
+
+def kernels_run() -> bool:
+    """Whether the JAX that is installed is new enough for kernels."""
+    return jax.__version_info__ >= KERNELS_NEED
+
+
+def _too_old(op: str, name: str) -> str:
+    needed = ".".join(map(str, KERNELS_NEED))
+    return (
+        f"{op}: implementation {name!r} is a kernel that needs jax {needed} or newer, and this is jax {jax.__version__}"
+    )
+
+
+def default_kernel(op: str, name: str, instead: str) -> str:
+    """`name`, a kernel that is a platform's default, or `instead` under a JAX that is too old for it, which is said once."""
+    if kernels_run():
+        return name
+    if op not in _told:
+        _told.add(op)
+        warnings.warn(f"{_too_old(op, name)}; {instead!r} runs in its place", stacklevel=3)
+    return instead
+
+
+def load_kernel(op: str, name: str, module: str, others: str) -> ModuleType:
+    """The module of a kernel that was asked for; NotImplementedError, before it is imported, under a JAX that is too old for it."""
+    if not kernels_run():
+        raise NotImplementedError(f"{_too_old(op, name)}; upgrade jax, leave implementation=None or take {others}")
+    return importlib.import_module(module)
 
 
 def require_platform(op: str, implementation: str, needed: str, others: str) -> None:

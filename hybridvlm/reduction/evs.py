@@ -21,7 +21,8 @@ def evs_keep_count(frames: int, tokens_per_frame: int, rate_pruned: float) -> in
 def evs_score(visual: jax.Array) -> jax.Array:
     """Change of every token against the same cell one frame earlier: visual [B,F,m,D] -> [B,F*m] fp32.
 
-    1 - cosine, and 255 in the first frame.
+    1 - cosine, exactly 0 where nothing changed (there 1 - cosine would be rounding noise, by which still frames would be ranked),
+    and 255 in the first frame.
     """
     x = visual.astype(jnp.float32)
     # torch's cosine_similarity floors the product of the squared norms, one root for both
@@ -29,7 +30,8 @@ def evs_score(visual: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=-1)
     norms = jnp.sqrt(jnp.maximum(square[:, 1:], 1e-16)) * jnp.sqrt(jnp.maximum(square[:, :-1], 1e-16))
     first = jnp.full((x.shape[0], 1, x.shape[2]), _FIRST_FRAME, jnp.float32)
-    return jnp.concatenate([first, 1.0 - dot / norms], axis=1).reshape(x.shape[0], -1)
+    still = jnp.all(x[:, 1:] == x[:, :-1], axis=-1)
+    return jnp.concatenate([first, jnp.where(still, 0.0, 1.0 - dot / norms)], axis=1).reshape(x.shape[0], -1)
 
 
 def evs_mask(embeddings: jax.Array, rate_pruned: float) -> jax.Array:

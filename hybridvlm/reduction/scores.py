@@ -166,8 +166,8 @@ def _blockwise(aux: MambaAux, tokens: Tokens, options: ScoreOptions, query_rows:
 
     b = aux.b.astype(jnp.float32)
     # the decay from s to t is a difference of sums over what comes after: small, hence exact, near the question
-    after = jnp.flip(jnp.cumsum(jnp.flip(aux.log_decay.astype(jnp.float32), 1), axis=1), 1)
-    after = after - aux.log_decay.astype(jnp.float32)
+    after = jnp.flip(jnp.cumsum(jnp.flip(aux.log_decay[:, 1:].astype(jnp.float32), 1), axis=1), 1)
+    after = jnp.pad(after, ((0, 0), (0, 1), (0, 0)))
     dt = aux.dt.astype(jnp.float32)
     still = _group_factor(dt, groups, options) if options.dt else None
 

@@ -7,8 +7,9 @@ import importlib
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.ops.attention.reference import NOTHING
 from hybridvlm.ops.attention.xla import FEW_ROWS
-from hybridvlm.ops.platforms import platform
+from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
 
 # name -> module, imported when it is asked for. Its attention(q, k, v, *, q_segment, kv_segment, q_index, kv_index, causal,
 # scale) takes what `attention` below has checked, None for what was not given, and raises NotImplementedError, with
@@ -22,6 +23,8 @@ IMPLEMENTATIONS = {
     "splash": "hybridvlm.ops.attention.splash",
     "cudnn": "hybridvlm.ops.attention.cudnn",
 }
+
+KERNELS = ("pallas_tpu", "pallas_gpu", "splash", "cudnn")
 
 # By `python -m hybridvlm.bench attention --aot v5e:2x2` (v5p:2x2x1, v6e:2x2): what the compilers for TPU count. On CPU a kernel
 # cannot run; on GPU none has been timed, so kernels there are asked for by name.
@@ -44,6 +47,7 @@ def attention(
     """Grouped-query softmax attention.
 
     q [B,T,H,P], k and v [B,L,K,P]; query head h reads kv head h // (H // K), and nothing is repeated in memory.
+    Nothing at padding (segment 0) is read, NaN and infinities included.
     A query sees a key if both are of the same nonzero segment (q_segment [B,T], kv_segment [B,L] int32; None: all one
     segment) and, when `causal`, kv_index <= q_index (int32, [B,T] and [B,L]). Indices not given count from 0, query 0
     beside key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
@@ -63,6 +67,33 @@ def attention(
     with the reason, for a named implementation that cannot run on this platform or for these arguments.
     """
     check_shapes(q, k, v, q_segment, kv_segment, q_index, kv_index)
+    given = dict(q_segment=q_segment, kv_segment=kv_segment, q_index=q_index, kv_index=kv_index)
+    given |= dict(causal=causal, scale=scale, implementation=implementation)
+    if q_segment is None:
+        return attend(q, k, v, **given)
+    # What stands at padding counts for nothing, be it NaN: 0 * NaN is no 0, neither here nor in a gradient.
+    real = q_segment > 0
+    q, k, v = (
+        jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, kv_segment > 0), (v, kv_segment > 0))
+    )
+    out, lse = attend(q, k, v, **given)
+    return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, NOTHING)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segment: jax.Array | None = None,
+    kv_segment: jax.Array | None = None,
+    q_index: jax.Array | None = None,
+    kv_index: jax.Array | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` of arrays that are finite at padding too, as caches are: they are read as they lie, without a pass to clear it."""
     return load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k, v)).attention(
         q,
         k,
@@ -85,13 +116,17 @@ def default_implementation(defaults: dict[str, str], *operands: jax.Array) -> st
     name = defaults.get(platform(), "xla")
     dtypes = {x.dtype for x in operands}
     kernel = len(dtypes) == 1 and dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
-    return name if kernel and operands[0].shape[1] > FEW_ROWS else "xla"
+    if name not in KERNELS or not kernel or operands[0].shape[1] <= FEW_ROWS:
+        return "xla"
+    return default_kernel("attention", name, "xla")
 
 
 def load(implementations: dict[str, str], name: str):
     """The module of an implementation; ValueError if there is none of the name."""
     if name not in implementations:
         raise ValueError(f"implementation: expected one of {sorted(implementations)}, got {name!r}")
+    if name in KERNELS:
+        return load_kernel("attention", name, implementations[name], "'xla'")
     return importlib.import_module(implementations[name])
 
 

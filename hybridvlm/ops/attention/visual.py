@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
+from hybridvlm.ops.attention.reference import NOTHING
 
 # name -> module. Its text_to_visual(q, k, *, lse, row_weight, q_segment, kv_segment, q_index, kv_index, heads, queries, causal,
 # scale) -> [B,L] fp32 gets everything (nothing is None): row_weight [B,R] fp32, 0 for a row that does not count; queries "sum"
@@ -73,7 +74,11 @@ def text_to_visual(
     scale = width**-0.5 if scale is None else scale
     q_segment = jnp.ones((b, rows), jnp.int32) if q_segment is None else q_segment
     q_segment = jnp.where(q_mask, q_segment, 0)
-    kv_segment = jnp.ones((b, length), jnp.int32) if kv_segment is None else kv_segment
+    q = jnp.where(q_mask[..., None, None], q, 0)  # an unused row may hold anything, and so may padding
+    if kv_segment is None:
+        kv_segment = jnp.ones((b, length), jnp.int32)
+    else:
+        k = jnp.where((kv_segment > 0)[..., None, None], k, 0)
     kv_index = jnp.broadcast_to(jnp.arange(length), (b, length)) if kv_index is None else kv_index
     if q_index is None:
         q_index = jnp.full((b, rows), jnp.iinfo(jnp.int32).max, jnp.int32)
@@ -102,7 +107,7 @@ def text_to_visual(
     score = load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k)).text_to_visual(
         q,
         k,
-        lse=lse.astype(jnp.float32),
+        lse=jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), NOTHING),
         row_weight=row_weight,
         q_segment=q_segment,
         kv_segment=kv_segment,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.ops.platforms import platform
+from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.ssd.reference import ssd_reference
 from hybridvlm.ops.ssd.xla import ssd_chunked
@@ -73,7 +72,7 @@ def ssd(
 
     x [B,L,H,P] or flat [B,L,H*P], which the kernels read as it is; dt [B,L,H], after softplus; A [H], negative; B and C
     [B,L,G,N]; D [H] or None (no skip).
-    segment [B,L] int32: 0 is padding (only at the end of a row; its dt counts as 0, its y is 0), the state is reset
+    segment [B,L] int32: 0 is padding (only at the end of a row; nothing there is read, its y is 0), the state is reset
     between two different nonzero segments; None: all one segment. initial_state [B,H,P,N] (zeros if None) belongs to
     initial_segment [B] int32 (None: to the row's first segment) and is dropped if the first segment is another one.
     chunk_size: tokens per chunk of the chunked implementations (None: the platform's); any L works with any chunk size.
@@ -102,12 +101,14 @@ def ssd(
     run = real = None
     if segment is not None:
         real = segment > 0
-        dt = jnp.where(real[..., None], dt, 0.0)
         run = segment_runs(segment, initial_segment)
+        # What stands at padding counts for nothing, be it NaN: 0 * NaN is no 0, neither here nor in a gradient.
+        x, dt, B, C = (jnp.where(real.reshape(b, length, *(1,) * (v.ndim - 2)), v, 0) for v in (x, dt, B, C))
+        state = jnp.where((run[:, 0] > 0)[:, None, None, None], 0.0, state)  # dropped: of another segment
 
     def compute(implementation: str) -> tuple[jax.Array, jax.Array]:
         if implementation in KERNELS:
-            kernel = importlib.import_module(KERNELS[implementation]).ssd
+            kernel = load_kernel("ssd", implementation, KERNELS[implementation], "'associative' or 'sequential'").ssd
             flat = x.reshape(b, length, h * p)
             return kernel(flat, dt, A, B, C, D=D, run=run, real=real, state=state, chunk_size=chunk_size)
         arrays = (x.reshape(b, length, h, p), dt, A, B, C, D, run, real, state)
@@ -120,13 +121,17 @@ def ssd(
             associative=implementation == "associative",
         )
 
+    chosen = implementation or default.implementation
+    if implementation is None and chosen in KERNELS:
+        chosen = default_kernel("ssd", chosen, "sequential")
     try:
-        y, final = compute(implementation or default.implementation)
+        y, final = compute(chosen)
     except NotImplementedError:
         if implementation is not None:
             raise
         y, final = compute("sequential")
-    return y.reshape(x.shape), final
+    y = y.reshape(x.shape)
+    return y if real is None else jnp.where(real.reshape(b, length, *(1,) * (y.ndim - 2)), y, 0), final
 
 
 def ssd_step(

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hybridvlm.ops.ssd import pallas_tpu_common as common
+from hybridvlm.ops.ssd.decays import LEAST
 from hybridvlm.ops.ssd.pallas_tpu_common import Sizes
 
 _READ = ("x", "b", "c", "dt", "who", "a", "d", "spread", "start", "gy", "gstate")
@@ -183,7 +184,8 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
     written = jnp.where(lane < size - 1, gwrite * k.dt * k.to_end, 0.0)
     at_last = jnp.sum(written, axis=1, keepdims=True) + gkeep[:, :1]
     gtotal = sums_ref[2] - sums_ref[1] + gread - written + jnp.where(lane == size - 1, at_last, 0.0)
-    glog = common.running_sum(gtotal, reverse=True)  # gradient of dt A
+    glog = common.running_sum(gtotal, reverse=True)  # gradient of dt A, which has none where it is held at the least
+    glog = jnp.where(k.dt * ref["a"][0] > LEAST, glog, 0.0)
     gdt_ref[0, 0] = sums_ref[0] + gwrite * k.to_end + ref["a"][0] * glog
     ga_ref[0, 0] += k.dt * glog
 

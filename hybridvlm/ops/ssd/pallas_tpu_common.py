@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hybridvlm.ops.ssd.decays import log_decays
+
 LANES, SUBLANES = 128, 8
 WIDEST = 2048  # lanes of a head block, unless no narrower block is made of whole tiles
 WHO = 8  # rows of `who`
@@ -235,9 +237,10 @@ class Decays(NamedTuple):
     """Of one chunk and head block: a head per row. `column` and the masks by token have tokens along sublanes."""
 
     dt: jax.Array  # [rows,C]
-    total: jax.Array  # [rows,C] running sum of dt A
-    column: jax.Array  # [C,rows] the same
-    read: jax.Array  # [rows,C] exp(total)
+    whole: jax.Array  # [rows,C] running sum of dt A: its integer parts (`hybridvlm.ops.ssd.decays.log_decays`)
+    total: jax.Array  # [rows,C] that of the rest
+    column: jax.Array  # [C,2*rows] both, total first
+    read: jax.Array  # [rows,C] exp(whole + total)
     to_end: jax.Array  # [rows,C] what is left of a token's inflow at the end, 0 where it does not get there
     reads: jax.Array | None  # [C,1] 1 where a token reads the incoming state
     real: jax.Array | None  # [C,1] whether it is no padding
@@ -246,7 +249,9 @@ class Decays(NamedTuple):
 
     def between(self, head: int):
         """exp(t_i - t_j) where token i sees token j, else 0: [C,C]. The mask comes before exp: no overflow."""
-        exponent = self.column[:, head : head + 1] - self.total[head : head + 1]
+        row, rows = slice(head, head + 1), self.total.shape[0]
+        exponent = self.column[:, rows + head : rows + head + 1] - self.whole[row]
+        exponent += self.column[:, row] - self.total[row]
         return jnp.exp(jnp.where(self.seen, exponent, -jnp.inf))
 
 
@@ -266,20 +271,23 @@ def decays(sizes: Sizes, chunk, dt, a, who) -> Decays:
     size = sizes.chunk
     if sizes.ragged:
         dt = jnp.where(valid_tokens(sizes, chunk, 1, dt.shape), dt, 0.0)
-    total = running_sum(dt * a)
+    whole, total = (running_sum(v) for v in log_decays(dt, a))
     # The last token's own distance is 0 whatever the sums are; written so, its two gradients need not cancel.
     last = lax.broadcasted_iota(jnp.int32, total.shape, 1) == size - 1
-    to_end = jnp.exp(jnp.where(last, 0.0, total[:, size - 1 :] - total))
-    read = jnp.exp(total)
+    to_end = (whole[:, size - 1 :] - whole) + (total[:, size - 1 :] - total)
+    to_end = jnp.exp(jnp.where(last, 0.0, to_end))
+    read = jnp.exp(whole + total)
     seen = lax.broadcasted_iota(jnp.int32, (size, size), 0) >= lax.broadcasted_iota(jnp.int32, (size, size), 1)
     if who is None:
-        return Decays(dt, total, jnp.transpose(total), read, to_end, None, None, None, seen)
+        column = jnp.transpose(jnp.concatenate([total, whole], axis=0))
+        return Decays(dt, whole, total, column, read, to_end, None, None, None, seen)
     if sizes.ragged:
         who = jnp.where(valid_tokens(sizes, chunk, 1, who.shape), who, 0.0)
-    columns = jnp.transpose(jnp.concatenate([total, who], axis=0))
-    reader, reads = (columns[:, sizes.rows + i : sizes.rows + i + 1] for i in (0, 2))
+    columns = jnp.transpose(jnp.concatenate([total, whole, who], axis=0))
+    reader, reads = (columns[:, 2 * sizes.rows + i : 2 * sizes.rows + i + 1] for i in (0, 2))
     return Decays(
         dt=dt,
+        whole=whole,
         total=total,
         column=columns,
         read=read,

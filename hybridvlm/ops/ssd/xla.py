@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybridvlm.ops.ssd.decays import log_decays
+
 
 class Sizes(NamedTuple):
     """How a row is cut: `steps` windows of `block` chunks of `chunk` tokens; and the heads: into `groups`."""
@@ -52,7 +54,7 @@ class Coefficients(NamedTuple):
     """Everything that depends on dt and A, float32, ordered by step: S steps, b = B * block chunks each.
 
     whole + total [S,b,G,R,C]: sum of log-decays up to and with a token, apart in an integer and the rest (see
-    `log_decays`); less_whole, minus: the same negated, so that exp(t_i - t_j) reads each array at one place (XLA's CPU loops
+    `decays.log_decays`); less_whole, minus: the same negated, so that exp(t_i - t_j) reads each array at one place (XLA's CPU loops
     that read one array at two are not vectorised: 5 times slower); dt; read: the weight with which a token reads the
     chunk's incoming state; write: that with which it enters the outgoing one. keep [S,b,G,R]: what is left of the incoming state.
     """
@@ -97,19 +99,6 @@ def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: 
 
 
 # -- decays --
-
-LEAST = -128.0  # exp of it is 0 in float32: a logarithm of a decay need not be less
-
-
-def log_decays(dt, a):
-    """dt * a in an integer (without gradient) and the rest, within half of 0; not below LEAST.
-
-    One strong decay makes running sums so large that differences of sums behind it, which are small, lose their bits. Sums of
-    integers lose none, and those of the rest stay small.
-    """
-    log = jnp.maximum(dt * a, LEAST)
-    whole = jnp.round(lax.stop_gradient(log))
-    return whole, log - whole
 
 
 def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | None]:
