@@ -170,6 +170,12 @@ def test_the_picture_reads_the_results(tmp_path):
         figure.read_ablations([tmp_path / "nowhere.json"])
 
 
+def test_the_picture_says_what_is_missing_before_it_runs_a_model(tmp_path, capsys):
+    output = tmp_path / "picture.png"
+    assert figure.main(["--output", str(output), "--ablations", str(tmp_path / "nowhere.json")]) == 2
+    assert "nowhere.json" in capsys.readouterr().err and not output.exists()
+
+
 def test_the_committed_results_have_what_the_picture_draws():
     paths = [ROOT / path for path in figure.ABLATIONS]
     for group in ("before", "after"):

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -274,7 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 10, 18], help="layers to show the rest after")
     parser.add_argument("--ablations", nargs="+", default=list(ABLATIONS), help="results of `analyze ablate`")
     args = parser.parse_args(arguments)
-    read_ablations(args.ablations)  # before the model runs
+    try:  # before the model runs
+        read_ablations(args.ablations)
+    except FileNotFoundError as error:
+        print(f"hybridvlm.tiny.figure: {error}", file=sys.stderr)
+        return 2
     picture = draw(trace(args.model, args.budget, args.split, 8), args.ablations, args.layers)
     output = pathlib.Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
