@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS, Reduction
+from hybridvlm.options import THINKING, add_thinking
 
 if TYPE_CHECKING:
     from hybridvlm.conversation import Answer
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")
+    add_thinking(parser)
     add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
     add(
         "--show-kept",
@@ -77,10 +79,16 @@ def parser() -> argparse.ArgumentParser:
 
 def report(answer: Answer, model: Model) -> str:
     """What an answer took, in lines."""
+    from hybridvlm.thinking import UNFINISHED
+
     plan, first = answer.plan, answer.stages[0][2]
     lines = [f"{answer.frames} frames, {first} visual tokens, {len(answer.tokens)} tokens answered"]
+    if answer.unfinished:
+        lines[0] += f"; no answer: the reply {UNFINISHED} (--think-tokens gives it some of its own, --max-new more)"
     if answer.continued:
         lines[0] += "; went on from the caches"
+    if answer.thinking:
+        lines.insert(0, f"thinking: {answer.thinking}")
     if plan is not None:
         before = plan.keep(0, first) if plan.drops_input else first
         lines.append(f"{plan.method}: predicted decoder FLOPs {plan.flop_ratio:.3f} of dense ({before} enter layer 0)")
@@ -118,9 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _complain(error, args)
         return 2
+    except MemoryError as error:
+        _complain(f"out of memory{': ' * bool(str(error))}{error}; take fewer --frames or a smaller --dtype", args)
+        return 2
+    except KeyboardInterrupt:
+        print("\nhybridvlm.ask: stopped", file=sys.stderr)
+        return 130
 
 
-def _complain(error: Exception, args: argparse.Namespace) -> None:
+def _complain(error: Exception | str, args: argparse.Namespace) -> None:
     print(f"hybridvlm.ask: {error}", file=sys.stderr)
     if args.model in ("tiny", "tiny-reduced") and "vocabulary" in str(error):
         print("hybridvlm.ask: --grammar explains the embedded model's questions", file=sys.stderr)
@@ -128,9 +142,10 @@ def _complain(error: Exception, args: argparse.Namespace) -> None:
 
 def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.checkpoints.folder import load
-    from hybridvlm.conversation import Conversation
+    from hybridvlm.conversation import Conversation, check_question
     from hybridvlm.video.sheet import contact_sheet
 
+    check_question(args.question)
     if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
@@ -154,6 +169,8 @@ def _answer(args: argparse.Namespace) -> int:
         reduction=reduction,
         system=args.system,
         room=room,
+        thinking=THINKING[args.thinking],
+        think_tokens=args.think_tokens,
     )
     answered = False
     for question in questions(args.question, args.follow_up):

@@ -12,20 +12,26 @@ import functools
 import json
 import math
 import pathlib
+import types
+import typing
 from typing import Any, TypeVar
 
 MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
+MOST_LAYERS = 1 << 14  # two for each layer of a Transformer; no model comes near it
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp", MOE: "moe"}
 MIXERS = (MAMBA, ATTENTION)
 
 ConfigT = TypeVar("ConfigT")
 
 
-def from_dict(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
+def from_dict(cls: type[ConfigT], data: dict[str, Any], *, kinds: bool = True) -> ConfigT:
     """Build the dataclass `cls` from a plain dict (as read from JSON); nested dataclasses are built too.
 
-    Raises ValueError for a key that `cls` does not have, with the nearest name it has.
+    Raises ValueError for a key that `cls` does not have, with the nearest name it has, for one that it needs and that is
+    missing, and, unless `kinds` is False (for a class that looks at its own), for a value of another kind than the field's.
     """
+    if not isinstance(data, dict):
+        raise ValueError(f"{cls.__name__} must be a table, got {_shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in data.items():
@@ -33,13 +39,59 @@ def from_dict(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(fields)}"
             raise ValueError(f"{cls.__name__} has no key {key!r}{hint}")
-        nested = _NESTED.get((cls.__name__, key))
-        if nested is not None and isinstance(value, dict):
-            value = from_dict(nested, value)
-        elif isinstance(value, list):
-            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        values[key] = value
+        values[key] = _of_kind(f"{cls.__name__}.{key}", _kinds(cls)[key], value) if kinds else _tuples(value)
+    lacking = [f.name for f in fields.values() if f.name not in values and _needed(f)]
+    if lacking:
+        raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, lacking))}")
     return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _needed(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _of_kind(where: str, kind: Any, value: Any) -> Any:
+    """A value as a field of this type has it: lists become tuples, tables dataclasses. ValueError for any other kind."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in parts:
+            return None
+        left = [part for part in parts if part is not type(None)]
+        return _of_kind(where, left[0], value) if len(left) == 1 else value
+    if dataclasses.is_dataclass(kind):
+        return value if dataclasses.is_dataclass(value) else from_dict(kind, value)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if parts[-1] is not Ellipsis and len(value) != len(parts):
+            raise ValueError(f"{where} must have {len(parts)} values, got {_shown(value)}")
+        each = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
+        return tuple(_of_kind(where, part, v) for part, v in zip(each, value, strict=True))
+    if kind is float and isinstance(value, str) and value in ("inf", "-inf"):  # as to_dict writes them
+        return float(value)
+    right = {
+        bool: lambda: isinstance(value, bool),
+        int: lambda: type(value) is int and abs(value) < 1 << 53,
+        float: lambda: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300,
+        str: lambda: isinstance(value, str),
+        tuple: lambda: False,
+    }.get(origin or kind, lambda: True)
+    if not right():
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
+        raise ValueError(f"{where} must be {words[origin or kind]}, got {_shown(value)}")
+    return value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -57,7 +109,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _positive(owner: str, **values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
             raise ValueError(f"{owner}.{name} must be a whole number of at least 1, got {value!r}")
 
 
@@ -108,7 +160,10 @@ class VisionConfig:
             raise ValueError(
                 f"VisionConfig.activation must be 'gelu', 'gelu_tanh' or 'quick_gelu', got {self.activation!r}"
             )
-        _positive("VisionConfig", patch_size=self.patch_size, width=self.width, downsample=self.downsample)
+        sizes = ("patch_size", "width", "layers", "heads", "temporal_patch", "downsample")
+        _positive("VisionConfig", **{name: getattr(self, name) for name in sizes})
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"VisionConfig.image_size must be (height, width) above 0, got {self.image_size}")
         step = self.patch_size * self.downsample
         if any(side % step for side in self.image_size):
             raise ValueError(
@@ -159,7 +214,11 @@ class ModelConfig:
     chunk_size: int = 0  # SSD chunk; 0 takes the platform's measured choice (results do not depend on it)
     dt_floor: float = 0.0  # only for parity with transformers' NemotronH prefill, which floors dt at 1e-3
     qk_norm: bool = False  # RMSNorm on q and k per head
+    dt_ceiling: float = 0.0  # most that dt may be; 0: no limit
+    mamba_bias: bool = False  # on in_proj and out_proj
     attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o_proj
+    mlp_bias: bool = False  # on every projection of an MLP without gate, shared experts and latent projections included
     rope_theta: float = 0.0  # base of the rotary embedding; 0 means none, as in Nemotron-H
     rope_sections: tuple[int, ...] = ()  # M-RoPE: pairs of channels that follow time, row and column; () means one axis
     rope_interleaved: bool = False  # M-RoPE: the axes take turns (Qwen3-VL) instead of standing one after the other
@@ -182,7 +241,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.pattern) - set(KINDS))
-        if unknown or not self.pattern:
+        if unknown or not self.pattern or len(self.pattern) > MOST_LAYERS:
+            unknown = unknown or (f"{len(self.pattern)} layers" if self.pattern else "")
             raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {unknown or 'an empty pattern'}")
         _positive(
             "ModelConfig",
@@ -275,9 +335,6 @@ class QwenConfig(ModelConfig):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"QwenConfig.{name} must be (least, most), got {getattr(self, name)}")
-        planes = len(self.vision.deepstack) if self.vision is not None else 0
-        if planes > self.count(ATTENTION):
-            raise ValueError(f"QwenConfig: {planes} DeepStack planes for {self.count(ATTENTION)} decoder layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,24 +493,16 @@ class Reduction:
             raise ValueError(f"Reduction.kind must be one of {BUDGET_KINDS}, got {self.kind!r}")
 
 
-_NESTED: dict[tuple[str, str], type] = {
-    ("ModelConfig", "vision"): VisionConfig,
-    ("VambaConfig", "vision"): VisionConfig,
-    ("QwenConfig", "vision"): VisionConfig,
-    ("Reduction", "schedule"): Schedule,
-    ("Reduction", "score"): ScoreOptions,
-}
-
-
 _CONFIGS: dict[str, type[ModelConfig]] = {"nemotron_vl": ModelConfig, "vamba": VambaConfig, "qwen_vl": QwenConfig}
 
 
 def config_names() -> list[str]:
     """Names of the configurations that come with the library."""
-    return sorted(path.stem for path in _config_folder().glob("*.json"))
+    return sorted(path.stem for path in config_folder().glob("*.json"))
 
 
-def _config_folder() -> pathlib.Path:
+def config_folder() -> pathlib.Path:
+    """Where the configs that come with the package lie."""
     here = pathlib.Path(__file__).parent
     installed = here / "_configs"  # an installed wheel carries the repository's configs/ there
     return installed if installed.is_dir() else here.parent / "configs"
@@ -466,7 +515,7 @@ def load_model_config(name_or_path: str | pathlib.Path) -> ModelConfig:
     """
     path = pathlib.Path(name_or_path)
     if path.suffix != ".json":
-        path = _config_folder() / f"{name_or_path}.json"
+        path = config_folder() / f"{name_or_path}.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"no model config {str(name_or_path)!r}; give a JSON file or one of {', '.join(config_names())}"

@@ -21,12 +21,12 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, Message, user_message
 from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.video.clip import read_clip
+from hybridvlm.thinking import opens, read_reply, switch, think_budget
+from hybridvlm.video.shown import default_frames, most_frames, shown_clip
 
 if TYPE_CHECKING:
     from hybridvlm.generate import Model, Sampling
 
-FRAMES = 32  # of a video, where neither the caller nor the model's table of times says how many
 PIECE = 8  # tokens that are decoded before they are shown
 _UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a letter
 
@@ -35,10 +35,11 @@ _UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a letter
 class Answer:
     """One answer and what it took.
 
-    text and its tokens; frames looked at; stages: (first layer, last layer, visual tokens) of every run of layers that see the
-    same tokens; seconds by phase, device work awaited (video, compile, encode, prefill, decode; a phase that was not
-    needed is missing); continued: whether it went on from the caches; survivors: bool [F,rows,cols], the visual tokens
-    that entered the last layer. conversation takes the next question.
+    text, and the tokens of the whole reply. thinking: the reasoning before the text; unfinished: whether it never came to an
+    end, so that there is no text. frames looked at. stages: (first layer, last layer, visual tokens) of every run of layers
+    that see the same tokens. seconds by phase, device work awaited (video, compile, encode, prefill, decode; a phase that
+    was not needed is missing). continued: whether it went on from the caches. survivors: bool [F,rows,cols], the visual
+    tokens that entered the last layer. plan: of the reduction, if there is one. conversation takes the next question.
     """
 
     text: str
@@ -50,6 +51,8 @@ class Answer:
     survivors: np.ndarray
     plan: ReductionPlan | None
     conversation: Conversation
+    thinking: str = ""
+    unfinished: bool = False
 
     def __str__(self) -> str:
         return self.text
@@ -71,15 +74,23 @@ def asks(plan: ReductionPlan | None) -> bool:
     return any(methods.get_method(name).reads in (methods.QUERIES, methods.LAST_QUERY) for name in names)
 
 
+def check_question(question: str) -> None:
+    """ValueError for a question that asks nothing."""
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"the question is empty; it must be a text, got {question!r}")
+
+
 class Conversation:
     """Questions to `model` about `video`: a path, frames [F,h,w,3] uint8, a Clip, or None for text alone.
 
     frames, rule, clock: which frames of a file, see `video.read_clip`. reduction: a method and its budget (default: none).
     system: a system message, for models that know conversations. room: cache slots for later turns, beside those of the
-    answer. ValueError for a reduction that the family does not take.
+    answer. thinking: True or False turns reasoning on or off where the chat template has a switch for it, None leaves it to
+    the template. think_tokens: the most tokens of reasoning, beside the answer's own; then the closing tag is put.
+    ValueError for a reduction that the family does not take, or a switch that the template does not have.
     """
 
-    OPTIONS = ("frames", "rule", "clock", "reduction", "system", "room")
+    OPTIONS = ("frames", "rule", "clock", "reduction", "system", "room", "thinking", "think_tokens")
 
     def __init__(
         self,
@@ -92,6 +103,8 @@ class Conversation:
         reduction: Reduction | None = None,
         system: str = "",
         room: int = 0,
+        thinking: bool | None = None,
+        think_tokens: int | None = None,
     ):
         if reduction is not None and reduction.method != "none" and model.family.METHODS is not None:
             for name, _ in methods.parse_method(reduction.method):
@@ -99,6 +112,7 @@ class Conversation:
                     took = ", ".join(model.family.METHODS)
                     raise ValueError(f"{model.name}: reduction {name!r} is not for this model; it takes {took}")
         self.model, self.reduction, self.room = model, reduction, room
+        self.switch, self.budget = switch(model, thinking), think_budget(model, think_tokens)
         self.seconds: dict[str, float] = {}
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.clips: list[Clip] = []
@@ -111,24 +125,16 @@ class Conversation:
         self._held: _Held | None = None
 
     def _read(self, video: Any, frames: int | None, rule: str, clock: str) -> None:
-        model, vision = self.model, self.config.vision
-        if vision is None:
+        model = self.model
+        if self.config.vision is None:
             raise ValueError(f"{model.name} reads text alone; ask without a video")
-        most = min(vision.max_frames or model.buckets.frames[-1] * vision.temporal_patch, 1 << 20)
+        most = most_frames(self.config, model.buckets)
         if frames is None:
-            frames = vision.max_frames or min(FRAMES, most)
+            frames = default_frames(self.config, model.buckets)
         if not 1 <= frames <= most:
             raise ValueError(f"frames must lie in 1..{most} for {model.name}, got {frames}")
-
-        def size_of(height: int, width: int, count: int, kind: str) -> tuple[int, int]:
-            return model.family.frame_size(self.config, height, width, count, kind)
-
-        clip = read_clip(video, size_of, frames=frames, rule=rule, clock=clock)
-        if hasattr(model.family, "looked_at"):  # of a family that leaves frames out
-            clip = model.family.looked_at(self.config, clip)
-        size = clip.frames.shape[1:3] if clip.kind == "video" else size_of(*clip.frames.shape[1:3], 1, "image")
+        clip, self.config = shown_clip(model.family, self.config, video, frames=frames, rule=rule, clock=clock)
         self.clips = [clip]
-        self.config = dataclasses.replace(self.config, vision=dataclasses.replace(vision, image_size=tuple(size)))
 
     def shown(self) -> np.ndarray:
         """What the model looks at, uint8 [F,h,w,3]: the frames of a video, the tiles of an image."""
@@ -162,6 +168,7 @@ class Conversation:
     ) -> Answer:
         """Answer a question. show: called with each new piece of text as it comes. A model that knows no conversation gets every
         question by itself, about the same video."""
+        check_question(question)
         model = self.model
         max_new = model.buckets.max_new if max_new is None else max_new
         if not 1 <= max_new <= model.buckets.max_new:
@@ -174,11 +181,12 @@ class Conversation:
 
         batch, plan = model.batch_for(self.config, lambda factors: self._layouts(messages, factors), self.reduction)
         (layout,) = self._layouts(messages, (1, 1, 1) if plan is None else plan.pool_factors)
-        rest = self._rest(layout, plan, max_new)
+        most = max_new + (0 if self.budget is None else self.budget.room)
+        rest = self._rest(layout, plan, most)
         if rest is None:
             self._held = None
-            logits, caches, answer = self._prefill(batch, layout, plan, max_new)
-            free = max_new + self.room
+            logits, caches, answer = self._prefill(batch, layout, plan, most)
+            free = most + self.room
         else:
             held = self._held
             answer = dataclasses.replace(held.answer, continued=True)
@@ -190,8 +198,9 @@ class Conversation:
                     model.extend(ids, (np.arange(padded) < len(rest))[None] * np.int32(1), held.caches)
                 )
             free = held.free - padded
-        answer.tokens, state = self._decode(logits, caches, max_new, sampling, seed, show)
-        answer.text = model.tokenizer.decode(answer.tokens) if model.tokenizer is not None else ""
+        opened = opens(model.tokenizer, layout.ids)
+        answer.tokens, state = self._decode(logits, caches, max_new, sampling, seed, show, opened)
+        answer.text, answer.thinking, answer.unfinished = read_reply(model.tokenizer, answer.tokens, opened)
         answer.seconds, self.seconds = self.seconds, {}
         fed = answer.tokens[: int(state.place) - 1]  # the token that was chosen last did not go in
         held = Layout(
@@ -207,7 +216,15 @@ class Conversation:
     def _layouts(self, messages: list[Message], factors: tuple[int, int, int]) -> list[Layout]:
         model = self.model
         return [
-            model.family.prompt(self.config, model.tokenizer, messages, self.clips, style=model.style, factors=factors)
+            model.family.prompt(
+                self.config,
+                model.tokenizer,
+                self.switch.messages(messages),
+                self.clips,
+                style=model.style,
+                factors=factors,
+                template_options=self.switch.options,
+            )
         ]
 
     def _rest(self, layout: Layout, plan: ReductionPlan | None, max_new: int) -> np.ndarray | None:
@@ -283,23 +300,31 @@ class Conversation:
         sampling: Sampling | None,
         seed: int,
         show: Callable[[str], None] | None,
+        opened: bool,
     ) -> tuple[list[int], Any]:
-        """Tokens of the answer, and where decoding stands; in pieces where somebody watches."""
+        """Tokens of the answer, and where decoding stands; in pieces where somebody watches. opened: the prompt began reasoning."""
         model, seeds = self.model, np.asarray([seed], np.int32)
         tokens: list[int] = []
-        shown, state, left = "", None, max_new
+        shown, state, left = "", None, max_new + (0 if self.budget is None else self.budget.room)
         while left:
             piece = left if show is None else min(PIECE, left)
             with self._timed("decode"):
                 new, lengths, state = model.decode(
-                    logits, caches if state is None else state, seeds, max_new=piece, sampling=sampling
+                    logits,
+                    caches if state is None else state,
+                    seeds,
+                    max_new=piece,
+                    sampling=sampling,
+                    budget=self.budget,
+                    inside=[opened],
+                    answer=None if self.budget is None else max_new,
                 )
             logits = None
             tokens += new[0, : lengths[0]].tolist()
             left -= piece
             done = left == 0 or bool(state.done[0])
             if show is not None:
-                text = model.tokenizer.decode(tokens)
+                text = read_reply(model.tokenizer, tokens, opened).text
                 if text.startswith(shown) and (done or not text.endswith(_UNFINISHED)):
                     show(text[len(shown) :])
                     shown = text

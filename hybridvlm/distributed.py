@@ -1,15 +1,24 @@
-"""Several processes as one run: joining it from the environment, and bringing together what each process found."""
+"""Several processes as one run: joining it, bringing together what each process found, and ending together when one fails."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+SILENCE = 45  # seconds without a sign of life after which JAX counts a process as lost, and ends the others
+POLL = 1.0  # seconds between two looks at whether another process has failed
+GRACE = 3.0  # seconds in which a process that hears of it may come to its own end
+HEARD = 15.0  # seconds that a failing process waits for the others to hear of it
 
 
 class Process(NamedTuple):
@@ -42,12 +51,18 @@ def initialize(environment: Mapping[str, str] | None = None) -> Process:
             if not 0 <= index < count:
                 raise ValueError(f"{INDEX} must lie in 0..{COUNT}-1 = 0..{count - 1}, got {index}")
             if count > 1:
-                jax.distributed.initialize(given[ADDRESS], count, index)
+                jax.distributed.initialize(given[ADDRESS], count, index, **_silence())
         elif _cluster(environment) and not {COUNT, INDEX} & set(given):
-            jax.distributed.initialize()
+            jax.distributed.initialize(**_silence())
         elif given:
             raise ValueError(f"{ADDRESS}, {COUNT} and {INDEX} go together, got only {sorted(given)}")
     return here()
+
+
+def _silence() -> dict[str, int]:
+    """How JAX is told of SILENCE, where its release can be."""
+    known = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
+    return {"heartbeat_timeout_seconds": SILENCE} if known else {}
 
 
 def _cluster(environment: Mapping[str, str]) -> bool:
@@ -86,4 +101,124 @@ def agree(error: BaseException | None) -> None:
         raise error
     failed = {index: text.decode() for index, text in enumerate(told) if text}
     if failed:
-        raise OtherProcessFailed("; ".join(f"process {index}: {text}" for index, text in failed.items()))
+        raise OtherProcessFailed(_reasons(failed))
+
+
+@contextlib.contextmanager
+def together(but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """While this is entered, in all processes, an error that leaves it in one of them ends all, each with its reason.
+
+    Where one fails, the others may wait in a collective for ever, which nothing can interrupt. So a thread looks for the news in JAX's
+    coordination service; a process whose main thread does not leave by itself is ended there, after a line on standard error, with
+    exit code 1. What was saved before stays. Of one process alone this does nothing; inside another `together` neither.
+
+    Args:
+        but: exceptions that are no failure, since all processes raise them together.
+
+    Raises:
+        OtherProcessFailed: instead of an error that came up here after another process had failed, which is mostly its consequence.
+    """
+    global _watch
+    if jax.process_count() == 1 or _watch is not None:
+        yield
+        return
+    _watch = _Watch()
+    try:
+        yield
+    except but:
+        raise
+    except BaseException as error:
+        others = _watch.failed()
+        _watch.tell(error)
+        if others and not isinstance(error, OtherProcessFailed):
+            raise OtherProcessFailed(_reasons(others)) from error
+        raise
+    finally:
+        _watch.close()
+        _watch = None
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code. Of several, one that failed does not wait for the others, as JAX would at the exit."""
+    if code and jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+class _Watch:
+    """The thread behind `together`, and what it and the others tell each other: keys in JAX's coordination service."""
+
+    number = 0  # of the watch; all processes make them in the same order
+
+    def __init__(self) -> None:
+        from jax._src import distributed
+
+        self.client: Any = distributed.global_state.client
+        _Watch.number += 1
+        self.prefix, self.me = f"hybridvlm/together/{_Watch.number}", jax.process_index()
+        self.ended, self.missed = threading.Event(), 0
+        threading.Thread(target=self._look, name="together", daemon=True).start()
+
+    def _keys(self, kind: str) -> dict[int, str]:
+        found = self.client.key_value_dir_get(f"{self.prefix}/{kind}/")
+        return {int(key.rsplit("/", 1)[-1]): value for key, value in found}
+
+    def failed(self) -> dict[int, str]:
+        """Reasons of the other processes that have failed; none where the service no longer answers."""
+        try:
+            found = {index: reason for index, reason in self._keys("failed").items() if index != self.me}
+        except jax.errors.JaxRuntimeError:
+            self.missed += 1
+            return {}
+        self.missed = 0
+        return found
+
+    def _set(self, kind: str, text: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.client.key_value_set(f"{self.prefix}/{kind}/{self.me}", text, allow_overwrite=True)
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know, and wait until they have ended or are about to."""
+        self._set("failed", f"{type(error).__name__}: {error}")
+        until = time.monotonic() + HEARD
+        while time.monotonic() < until:
+            try:
+                if len(self._keys("failed") | self._keys("heard")) == jax.process_count():
+                    break
+            except jax.errors.JaxRuntimeError:
+                return
+            time.sleep(0.1)
+        self._last()
+
+    def _last(self) -> None:
+        """Process 0 holds the service, without which JAX aborts the others: it goes after them."""
+        if self.me == 0:
+            time.sleep(1.0)
+
+    def close(self) -> None:
+        self.ended.set()
+
+    def _look(self) -> None:
+        others: dict[int, str] = {}
+        while not others and self.missed < 5:
+            if self.ended.wait(POLL):
+                return
+            others = self.failed()
+        if self.ended.wait(GRACE):
+            return
+        text = _reasons(others) if others else "process 0 no longer answers"
+        print(f"error: {text}", file=sys.stderr)
+        self._set("heard", "")
+        self._last()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+_watch: _Watch | None = None
+
+
+def _reasons(failed: Mapping[int, str]) -> str:
+    return "; ".join(f"process {index}: {text}" for index, text in sorted(failed.items()))

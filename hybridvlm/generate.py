@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction
-from hybridvlm.conversation import Answer, Conversation
+from hybridvlm.conversation import Answer, Conversation, check_question
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl import Prefilled
 from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
 from hybridvlm.nn.caches import Cache
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.thinking import ThinkBudget, Thought, opens, read_reply, think, think_budget
+from hybridvlm.thinking import begin as start_thought
 
 _COMPILES = [0]
 
@@ -75,12 +77,14 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Where decoding stands: token [B], chosen and not yet in the caches; done [B]; place [], how many were chosen; caches."""
+    """Where decoding stands: token [B], chosen and not yet in the caches; done [B]; place [], how many were chosen; caches;
+    thought, where a budget for reasoning is kept."""
 
     token: jax.Array
     done: jax.Array
     place: jax.Array
     caches: Any
+    thought: Thought | None = None
 
 
 def decode(
@@ -94,10 +98,13 @@ def decode(
     sampling: Sampling,
     limit: jax.Array | None = None,
     family: ModuleType = nemotron_vl,
+    budget: ThinkBudget | None = None,
+    inside: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Decoding]:
     """Generate up to `max_new` tokens: logits [B,V] after the prompt, caches with that much room, seeds [B] int32.
 
-    limit []: fewer of them, by a number that need not be known when this is compiled.
+    limit []: fewer of them, by a number that need not be known when this is compiled. budget: reasoning has tokens of its own,
+    and `limit` counts those of the answer alone, over all pieces; inside [B] bool: the prompt opened the reasoning.
     Without logits, `caches` is the Decoding that an earlier call came to, and the answer goes on from there. Returns tokens
     [B,max_new] (pad_id behind the end), lengths [B], the stop token not counted, and where it stands. An example's random
     numbers depend on its own seed and step alone, so it gets in a batch what it gets by itself. Ends early once all have
@@ -109,26 +116,38 @@ def decode(
     base = jax.vmap(jax.random.key)(seeds)
     begin = jnp.int32(0) if logits is not None else caches.place
 
-    def pick(place, logits, done, out, length):
+    answer = jnp.int32(max_new) if limit is None else limit
+
+    def pick(place, logits, done, out, length, thought):
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(base, place), sampling)
-        done = done | jnp.any(token[:, None] == stops, axis=1)
+        if budget is None:
+            done = done | jnp.any(token[:, None] == stops, axis=1)
+        else:
+            token, thought, ended = think(budget, thought, token, stops)
+            done = done | ended
         out = out.at[:, place - begin].set(jnp.where(done, config.pad_id, token))
-        return token, done, out, length + ~done
+        length = length + ~done
+        if budget is not None:
+            done = done | (thought.said >= answer)
+        return token, done, out, length, thought
 
     def body(state):
-        place, token, done, out, length, caches = state
+        place, token, done, out, length, thought, caches = state
         logits, caches = one(token, caches)
-        return place + 1, *pick(place, logits, done, out, length), caches
+        return place + 1, *pick(place, logits, done, out, length, thought), caches
 
     out, length = jnp.full((b, max_new), config.pad_id, jnp.int32), jnp.zeros((b,), jnp.int32)
     if logits is not None:
-        state = (begin + 1, *pick(begin, logits, jnp.zeros((b,), bool), out, length), caches)
+        thought = None
+        if budget is not None:
+            thought = start_thought(budget, jnp.zeros((b,), bool) if inside is None else jnp.asarray(inside))
+        state = (begin + 1, *pick(begin, logits, jnp.zeros((b,), bool), out, length, thought), caches)
     else:
-        state = (begin, caches.token, caches.done, out, length, caches.caches)
-    limit = max_new if limit is None else jnp.minimum(limit, max_new)
-    state = jax.lax.while_loop(lambda s: (s[0] - begin < limit) & ~jnp.all(s[2]), body, state)
-    place, token, done, out, length, caches = state
-    return out, length, Decoding(token, done, place, caches)
+        state = (begin, caches.token, caches.done, out, length, caches.thought, caches.caches)
+    steps = max_new if budget is not None else jnp.minimum(answer, max_new)
+    state = jax.lax.while_loop(lambda s: (s[0] - begin < steps) & ~jnp.all(s[2]), body, state)
+    place, token, done, out, length, thought, caches = state
+    return out, length, Decoding(token, done, place, caches, thought)
 
 
 @dataclasses.dataclass
@@ -142,13 +161,18 @@ class Timing:
 
 @dataclasses.dataclass
 class Generation:
-    """What generate() gives: token ids and their text per example, the prefill's result, the plan, seconds per phase."""
+    """What generate() gives: token ids and their text per example, the prefill's result, the plan, seconds per phase.
+
+    text is the answer alone; thinking: the reasoning before it, per example; unfinished: whether that never came to an end,
+    so that there is no answer."""
 
     tokens: list[list[int]]
     text: list[str]
     prefilled: Prefilled
     plan: ReductionPlan | None
     timing: Timing
+    thinking: list[str] = dataclasses.field(default_factory=list)
+    unfinished: list[bool] = dataclasses.field(default_factory=list)
 
 
 class Model:
@@ -249,6 +273,7 @@ class Model:
 
         The options are those of `Conversation` and of its `ask`, which an Answer's `conversation` takes further questions by.
         """
+        check_question(question)
         own = {name: options.pop(name) for name in Conversation.OPTIONS if name in options}
         return Conversation(self, video, **own).ask(question, **options)
 
@@ -301,30 +326,45 @@ class Model:
         max_new: int | None = None,
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
+        think_tokens: int | None = None,
     ) -> Generation:
-        """Answer a batch. visual [B,F,m,D] from encode(); seeds: one per example, for sampling (default: all 0)."""
+        """Answer a batch. visual [B,F,m,D] from encode(); seeds: one per example, for sampling (default: all 0).
+
+        think_tokens: the most tokens of reasoning, beside the max_new of the answer (default: max_new is for both)."""
         max_new = self.buckets.max_new if max_new is None else max_new
         if not 1 <= max_new <= self.buckets.max_new:
             raise ValueError(f"max_new must lie in 1..{self.buckets.max_new} (Buckets.max_new), got {max_new}")
         sampling = Sampling() if sampling is None else sampling
+        budget = think_budget(self, think_tokens)
+        opened = self.opened(batch)
         seeds = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
         timing = Timing()
         start = time.perf_counter()
-        prefill = self._prefill_program(batch, visual, plan, self.buckets.max_new)
+        most = self.buckets.max_new + (0 if budget is None else budget.room)
+        prefill = self._prefill_program(batch, visual, plan, most)
         timing.compile = time.perf_counter() - start
         start = time.perf_counter()
         prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
         timing.prefill = time.perf_counter() - start
         args = (self.params, prefilled.logits, prefilled.decoder.caches, seeds, np.int32(max_new))
+        args += () if budget is None else (np.asarray(opened),)
         start = time.perf_counter()
-        program = self._decode_program(*args, max_new=self.buckets.max_new, sampling=sampling)
+        program = self._decode_program(*args, max_new=most, sampling=sampling, budget=budget)
         timing.compile += time.perf_counter() - start
         start = time.perf_counter()
         tokens, lengths = jax.device_get(program(*args))
         timing.decode = time.perf_counter() - start
         ids = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-        text = [self.tokenizer.decode(row) if self.tokenizer is not None else "" for row in ids]
-        return Generation(ids, text, prefilled, plan, timing)
+        replies = [read_reply(self.tokenizer, *row) for row in zip(ids, opened, strict=True)]
+        text, thinking, unfinished = (list(part) for part in zip(*replies, strict=True))
+        return Generation(ids, text, prefilled, plan, timing, thinking, unfinished)
+
+    def opened(self, batch: Batch) -> list[bool]:
+        """Of each prompt, whether it ends inside reasoning that the reply has to end."""
+        if not hasattr(self.tokenizer, "chat"):
+            return [False] * len(batch.input_ids)
+        ids, segment = jax.device_get((batch.input_ids, batch.segment))
+        return [opens(self.tokenizer, row[real > 0]) for row, real in zip(ids, segment, strict=True)]
 
     def warm_up(
         self,
@@ -356,10 +396,12 @@ class Model:
                 self.generate(rows, visual, plan, sampling=sampling)
         return self.compile_seconds - before
 
-    def _decode_program(self, *args, max_new: int, sampling: Sampling, whole: bool = True):
+    def _decode_program(
+        self, *args, max_new: int, sampling: Sampling, whole: bool = True, budget: ThinkBudget | None = None
+    ):
         """whole: tokens and lengths alone, without the caches behind them."""
 
-        def run(params, logits, caches, seeds, limit):
+        def run(params, logits, caches, seeds, limit, inside=None):
             out = decode(
                 params,
                 self.config,
@@ -370,10 +412,12 @@ class Model:
                 limit=limit,
                 sampling=sampling,
                 family=self.family,
+                budget=budget,
+                inside=inside,
             )
             return out[:2] if whole else out
 
-        return self.program("decode", run, (max_new, sampling, whole), *args, donate=() if whole else (2,))
+        return self.program("decode", run, (max_new, sampling, whole, budget), *args, donate=() if whole else (2,))
 
     def decode(
         self,
@@ -383,13 +427,20 @@ class Model:
         *,
         max_new: int,
         sampling: Sampling | None = None,
+        budget: ThinkBudget | None = None,
+        inside: Sequence[bool] | None = None,
+        answer: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, Decoding]:
         """Up to `max_new` tokens, and where decoding then stands: see `decode` of this file. For answers in pieces.
 
+        With a budget, `answer` is the most tokens behind the reasoning, over all pieces, and `inside` says which prompts opened it.
         `caches` may not be used again: their memory goes over to the new ones."""
         sampling = Sampling() if sampling is None else sampling
-        args = (self.params, logits, caches, seeds, np.int32(max_new))
-        tokens, lengths, state = self._decode_program(*args, max_new=max_new, sampling=sampling, whole=False)(*args)
+        args = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
+        if budget is not None and logits is not None:
+            args += (np.asarray([False] * len(seeds) if inside is None else inside, bool),)
+        program = self._decode_program(*args, max_new=max_new, sampling=sampling, whole=False, budget=budget)
+        tokens, lengths, state = program(*args)
         return *jax.device_get((tokens, lengths)), state
 
     def extend(self, ids: np.ndarray, segment: np.ndarray, caches: Any) -> tuple[jax.Array, Any]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import typing
 from collections.abc import Sequence
 from typing import Any
 
+THINKING = {"auto": None, "on": True, "off": False}
+
 
 class InputError(ValueError):
     """Something in the options or the input files that no run can start with."""
+
+
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that ask a model: whether it reasons before it answers, and how long."""
+    switch = "reasoning before an answer, by the chat template's switch (default: what the template does by itself)"
+    budget = "most tokens of reasoning; then it is ended, and the answer has its own (default: one limit for both)"
+    parser.add_argument("--thinking", default="auto", choices=tuple(THINKING), help=switch)
+    parser.add_argument("--think-tokens", type=int, metavar="N", help=budget)
 
 
 def split(text: str) -> list[str]:

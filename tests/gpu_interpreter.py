@@ -1,8 +1,8 @@
-"""Mosaic GPU kernels run on the CPU: jax's interpreter for them, with what it lacks in jax 0.10 and our kernels use.
+"""Mosaic GPU kernels run on the CPU: jax's interpreter for them, with what it lacks and our kernels use (jax 0.10 to 0.12).
 
 Its own: grids, warpgroups as threads, barriers (a wrong number of arrivals hangs or raises), TMA copies, scoped memory that
-starts as NaN, `wgmma` of two matrices in shared memory, loops and conditions. Added here: layout casts, `plgpu.load`, slices
-that start at a computed place, and `wgmma` with a left operand in registers or a transposed one.
+starts as NaN, `wgmma` of two matrices in shared memory, loops and conditions. Added here: slices that start at a computed
+place, `wgmma` with a left operand in registers or a transposed one, and, of jax 0.10, layout casts and `plgpu.load`.
 Beyond both: copies happen at once (a missing wait or fence is not seen), layouts, swizzles, registers and the rounding
 of approximate functions. Those are for the compiler, and for a real card.
 """
@@ -24,6 +24,7 @@ from jax._src.state import types as state_types
 from hybridvlm.ops.platforms import compiling_for
 
 _interpreter_interpret = jaxpr_interpret.JaxprInterpreter.interpret
+JAX_0_10 = jax.__version_info__ < (0, 11)
 
 
 @contextlib.contextmanager
@@ -33,8 +34,10 @@ def interpreted():
     with (
         mock.patch.object(thread_map, "_run_jaxpr", _run_jaxpr),
         mock.patch.object(thread_map, "thread_map", _thread_map),
-        mock.patch.object(interpreter, "interpret", _interpret),
-        mock.patch.object(interpreter, "_interpret_wgmma_ref_p", _wgmma),
+        mock.patch.object(interpreter, "interpret", _interpret if JAX_0_10 else _interpreter_interpret),
+        mock.patch.object(interpreter, "_interpret_wgmma_ref_p", _wgmma_0_10)
+        if JAX_0_10
+        else mock.patch.object(gpu_callbacks, "wgmma", gpu_callbacks.fail_on_exception(_wgmma)),
         mock.patch.object(gpu_callbacks, "_validate_transforms", lambda transforms: None),
         compiling_for("gpu"),
         force_gpu_interpret_mode(InterpretGPUParams()),
@@ -70,7 +73,9 @@ def _run_equation(eqn, given):
     params = eqn.params
     match eqn.primitive.name:
         case "io_callback":
-            return [np.asarray(v) for v in params["callback"](*map(np.asarray, given))]
+            # scalars as jax.Array: so they come where jax itself calls
+            given = [jax.numpy.asarray(v) if np.ndim(v) == 0 else np.asarray(v) for v in given]
+            return [np.asarray(v) for v in params["callback"](*given)]
         case "layout_cast":
             return given
         case "jit" | "pjit":
@@ -86,11 +91,13 @@ def _run_equation(eqn, given):
                 carry = _run_jaxpr(body.jaxpr, body.consts, *given[n : n + m], *carry)
             return carry
         case "scan":
-            body, n, m = params["jaxpr"], params["num_consts"], params["num_carry"]
-            assert len(given) == n + m, "kernels scan over nothing but a count"
+            body = params["jaxpr"]
+            body, constants = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
+            n = params["num_consts"] if JAX_0_10 else len(params["ft_in"].unpack()[0])
+            assert len(given) - n == len(body.outvars), "kernels scan over nothing but a count"
             carry = given[n:]
             for _ in range(params["length"]):
-                carry = _run_jaxpr(body.jaxpr, body.consts, *given[:n], *carry)
+                carry = _run_jaxpr(body, constants, *given[:n], *carry)
             return carry
     out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(params))
     return out if eqn.primitive.multiple_results else [out]
@@ -106,7 +113,37 @@ def _interpret(self, jaxpr, token, *args):
     return _interpreter_interpret(self, jaxpr.replace(eqns=eqns), token, *args)
 
 
-def _wgmma(self, eqn, token, get_invals):
+def _factor(content, transforms):
+    """A factor of a product as it is multiplied: in float32, turned around where its reference says so."""
+    turned = any(isinstance(t, state_types.TransposeTransform) for t in transforms)
+    content = np.asarray(content).astype(np.float32)
+    return content.T if turned else content
+
+
+def _wgmma(*, token, mesh_location, thread, source_info=None, acc_dtype=None, **operands):
+    memory = gpu_callbacks._get_shared_memory()
+    where = {"logging_info": gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)}
+
+    def place(name):
+        """Where an operand lies: its key in memory and the range there, and its transforms."""
+        given = tuple(operands[f"{name}_transforms"])
+        plain = tuple(t for t in given if not isinstance(t, state_types.TransposeTransform))
+        plain = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(plain))
+        key = gpu_callbacks.HostAllocationKey.from_array(operands[f"{name}_allocation_key_as_array"])
+        return key, memory.access(key, plain) if hasattr(memory, "access") else utils.to_range(plain)
+
+    def read(name):
+        return memory.get_buffer_content(*place(name), thread, **where)[0]
+
+    left = operands["a_allocation_key_as_array"]  # itself, where it is in registers
+    left = _factor(left if np.ndim(left) == 2 else read("a"), operands["a_transforms"])
+    right = _factor(read("b"), operands["b_transforms"])
+    total = read("acc") + np.asarray(jax.numpy.dot(left, right))
+    memory.store_buffer_content(*place("acc"), total, thread, **where)
+    return token
+
+
+def _wgmma_0_10(self, eqn, token, get_invals):
     acc, left, right, *leaves = get_invals()
     trees = [eqn.params[f"{name}_transforms_tree"] for name in ("acc", "a", "b")]
     transforms = []
@@ -115,7 +152,6 @@ def _wgmma(self, eqn, token, get_invals):
         transforms.append(() if tree is None else jax.tree.unflatten(tree, leaves[:count]))
         leaves = leaves[count:]
     in_registers = not isinstance(eqn.invars[1].aval, state_types.AbstractRef)
-    transposed = [any(isinstance(t, state_types.TransposeTransform) for t in ts) for ts in transforms]
     indices = [tuple(t for t in ts if not isinstance(t, state_types.TransposeTransform)) for ts in transforms]
 
     def run(token, device_id, thread_id, acc, left, right, indices):
@@ -126,9 +162,8 @@ def _wgmma(self, eqn, token, get_invals):
         def read(key, place):
             return memory.get_buffer_content(gpu_callbacks.HostAllocationKey.from_array(key), place, thread)[0]
 
-        factors = np.asarray(left) if in_registers else read(left, ranges[1]), read(right, ranges[2])
-        factors = [f.astype(np.float32) for f in factors]
-        factors = [f.T if turned else f for f, turned in zip(factors, transposed[1:], strict=True)]
+        factors = left if in_registers else read(left, ranges[1]), read(right, ranges[2])
+        factors = [_factor(f, ts) for f, ts in zip(factors, transforms[1:], strict=True)]
         total = read(acc, ranges[0]) + np.asarray(jax.numpy.dot(*factors))
         memory.store_buffer_content(gpu_callbacks.HostAllocationKey.from_array(acc), ranges[0], total, thread)
         return token

@@ -5,27 +5,27 @@ import re
 import numpy as np
 import pytest
 
+from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, load_model_config
 from hybridvlm.models import qwen_vl
 from hybridvlm.models.media import Clip
+from hybridvlm.models.text import plain
 
 QWEN2, QWEN3 = load_model_config("qwen2_vl_7b"), load_model_config("qwen3_vl_8b")
 SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>|<\|vision_start\|>|<\|vision_end\|>)")
 
 
-class Words:
+class Words(PublishedTokenizer):
     """A tokenizer that keeps what it is given: one id per special token and per other character, and a plain chat."""
 
+    def __init__(self):
+        super().__init__(None)
+
     def encode(self, text):
-        ids = []
+        ids, text = [], plain(text)
         for piece in SPECIAL.split(text):
             ids += [ord("\ue100") + len(piece)] if SPECIAL.fullmatch(piece) else [ord(letter) for letter in piece]
         return ids
-
-    def chat(self, messages, template):
-        import jinja2
-
-        return jinja2.Environment().from_string(template).render(messages=messages, add_generation_prompt=True)
 
 
 def shown(layout):

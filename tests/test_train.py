@@ -480,11 +480,11 @@ def test_a_save_that_fails_in_the_background_is_heard_of_and_leaves_nothing(tmp_
         return State({"a/b": jnp.asarray(np.random.default_rng(0).normal(size=count), jnp.float32)}, {}, {})
 
     kept, (soft, hard) = Checkpoints(tmp_path, settings().checkpoints), resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept.save(1, state(10), {})
+    kept.save_state(1, state(10), {})
     kept.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))  # as a full disk, for large files alone
     try:
-        kept.save(2, state(1 << 20), {})
+        kept.save_state(2, state(1 << 20), {})
         with pytest.raises(ValueError, match="File too large"):
             for _ in range(3000):
                 kept.check()
@@ -494,7 +494,7 @@ def test_a_save_that_fails_in_the_background_is_heard_of_and_leaves_nothing(tmp_
     assert kept.whole() == 1
     kept.close()
     again = Checkpoints(tmp_path, settings().checkpoints)
-    again.save(2, state(1 << 20), {})
+    again.save_state(2, state(1 << 20), {})
     again.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 

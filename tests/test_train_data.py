@@ -253,8 +253,13 @@ def test_earlier_turns_are_part_of_the_prompt():
     def turn(a, b):
         return [{"from": "human", "value": a}, {"from": "gpt", "value": b}]
 
-    video, turns = read_line({"video": "v", "conversations": turn("<video>one?", "1") + turn("two?", "2")})
-    assert video == "v" and turns == (("one?", "1"), ("two?", "2"))
+    spoken = turn("<video>one?", "1") + turn("two?", "2")
+    video, talk = read_line({"video": "v", "conversations": spoken})
+    assert video == "v" and talk == ((("one?", "1"), ("two?", "2")), "")
+    said = "Be brief."
+    first = {"from": "system", "value": said}
+    for line in ({"conversations": [first, *spoken]}, {"conversations": spoken, "system": said}):
+        assert read_line({"video": "v", **line})[1] == (talk.turns, said)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +271,12 @@ def test_earlier_turns_are_part_of_the_prompt():
         (
             {"video": "v", "conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]},
             "one after",
+        ),
+        ({"video": "v", "conversations": [{"from": "system", "value": "x"}]}, "one after the other"),
+        ({"video": "v", "question": "a", "answer": "b", "system": 3}, "must be a text"),
+        (
+            {"video": "v", "conversations": [{"from": "human", "value": "x"}, {"from": "system", "value": "y"}]},
+            "one after the other",
         ),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from vamba_oracle import forward
 
 from hybridvlm.bench import vamba as bench
+from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig, load_model_config
 from hybridvlm.models import family_of, qwen_vl, vamba
 from hybridvlm.models.media import Clip
@@ -310,17 +311,17 @@ def test_gradients_through_pieces():
 # -- a batch: words and frames to logits --------------------------------------------------------------------------------
 
 
-class Letters:
+class Letters(PublishedTokenizer):
     """A tokenizer of single characters and the special tokens of the chat template."""
+
+    def __init__(self):
+        super().__init__(None, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
 
     def encode(self, text):
         return [1 + ord(c) % 60 for c in text]
 
     def decode(self, ids):
         return "".join(chr(64 + i) for i in ids)
-
-    def chat(self, messages, template):
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
 def asked(question, frames, seed=0):

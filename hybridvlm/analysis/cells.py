@@ -91,7 +91,7 @@ class CellPlanner(Planner):
             return reduction, self._made(reduction, bucket)
 
     def _made(self, reduction: Reduction, bucket: Bucket) -> ReductionPlan:
-        plan = self.model.plan(reduction, *bucket)
+        plan = self.model.plan(reduction, bucket.frames, bucket.text)
         if plan is None:
             raise BudgetError(f"{reduction.method} drops nothing, so that it is no cell; dense runs anyway", 1.0, 1.0)
         return plan

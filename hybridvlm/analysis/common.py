@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.checkpoints import folder
-from hybridvlm.config import MIXERS, Reduction
-from hybridvlm.conversation import FRAMES
-from hybridvlm.eval.evaluate import most_frames
+from hybridvlm.config import MIXERS, ModelConfig, Reduction
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.eval.tasks import Task, TaskOptions, build_task
 from hybridvlm.generate import Model
 from hybridvlm.models import nemotron_vl, qwen_vl
+from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, user_message
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.video import read_clip
+from hybridvlm.video import default_frames, most_frames, shown_clip
 
 Row = dict[str, Any]
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#994f00", "#006cd1", "#777777", "#000000")
@@ -209,19 +208,20 @@ def questions(model: Model, options: argparse.Namespace) -> list[list[Asked]]:
 
 
 def _on_file(model: Model, options: argparse.Namespace) -> list[Asked]:
-    config, family = model.config, model.family
-    clip = read_clip(
-        options.video,
-        lambda *size: family.frame_size(config, *size),
-        frames=min(options.frames or FRAMES, most_frames(model)),
-    )
-    out: list[Asked] = []
-    for question in options.question:
+    family, most = model.family, most_frames(model.config, model.buckets)
+    frames = min(options.frames or default_frames(model.config, model.buckets), most)
+    clip, config = shown_clip(family, model.config, options.video, frames=frames)
+    return _on_clip(model, str(options.video), clip, config, options.question)
+
+
+def _on_clip(model: Model, video: str, clip: Clip, config: ModelConfig, questions: Sequence[str]) -> list[Asked]:
+    family, out = model.family, list[Asked]()
+    for question in questions:
         messages = [user_message(question, model.style, [clip.kind])]
         layout = family.prompt(config, model.tokenizer, messages, [clip], style=model.style)
         batch, frames, _ = family.make_batch(config, [layout], model.buckets)
         visual = out[0].visual if out else model.encode(family.pixels(config, [clip], frames))
-        out.append(Asked(str(options.video), question, batch, visual))
+        out.append(Asked(video, question, batch, visual))
     return out
 
 
@@ -229,16 +229,14 @@ def _on_task(model: Model, options: argparse.Namespace) -> Iterator[list[Asked]]
     if options.task == "needle":
         yield from _on_needle(model, options)
         return
-    task: Task = build_task(options.task, TaskOptions(model.config, options.frames, most_frames(model)))
+    task: Task = build_task(options.task, TaskOptions(model.config, options.frames, model.buckets))
     problems = task.check()
     if problems:
         raise ValueError("\n".join(problems))
     for video in task.videos[: options.videos]:
-        pixels, seconds = task.frames(video)
-        visual = model.encode(np.asarray(pixels)[None])
+        clip, config = task.clip(video)
         own = [sample for sample in task.samples if sample.video == video][: options.per_video]
-        prompts = [task.prompt(sample) for sample in own]
-        yield [Asked(video, q, model.batch([q], [seconds], None)[0], visual) for q in prompts]
+        yield _on_clip(model, video, clip, config, [task.prompt(sample) for sample in own])
 
 
 def _on_needle(model: Model, options: argparse.Namespace) -> Iterator[list[Asked]]:

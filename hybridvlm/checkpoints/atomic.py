@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hybridvlm.files import runs
+
 
 @contextmanager
 def whole_folder(path: str | pathlib.Path, ours: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
@@ -45,7 +47,7 @@ def _sweep(path: pathlib.Path) -> None:
     """Remove what processes of this host that no longer run left beside `path`; of others nothing is known."""
     for left in path.parent.iterdir():
         owner = re.match(rf"{re.escape(f'.{path.name}.')}(\d+)-{re.escape(_host())}\.", left.name)
-        if owner and not _runs(int(owner[1])):
+        if owner and not runs(int(owner[1])):
             old = left / "old"
             if old.exists() and not path.exists():  # killed between the two renames: the old one comes back
                 os.replace(old, path)
@@ -54,13 +56,3 @@ def _sweep(path: pathlib.Path) -> None:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

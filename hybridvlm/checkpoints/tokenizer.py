@@ -1,48 +1,68 @@
-"""Tokenizer and chat template out of a checkpoint's own files. Templates run in Jinja's sandbox, nothing else is executed."""
+"""Tokenizer and chat template out of a checkpoint's own files. Templates run in a bounded sandbox, nothing else is executed."""
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
 import pathlib
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hybridvlm.checkpoints.special_tokens import (
+    ADDED,
+    CONFIG,
+    MAP,
+    NAMES,
+    TOKENIZER,
+    PlainText,
+    control_tokens,
+    read_object,
+    read_tokenizer,
+)
+from hybridvlm.checkpoints.template_limits import TooMuch
 from hybridvlm.checkpoints.tensors import CheckpointError
+from hybridvlm.models.prompt import Part, parts_of
+from hybridvlm.models.text import TRUSTED, Text, concatenate, media_in, medium, origin_of, person, plain, trusted
 
 if TYPE_CHECKING:
-    import jinja2
     from tokenizers import Tokenizer
 
-TOKENIZER = "tokenizer.json"
-FILES = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json")
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+FILES = (TOKENIZER, CONFIG, TEMPLATE, "chat_template.json", MAP, ADDED)
+# What a template writes for a medium when it is given content parts. The families put their own marks around a medium's tokens
+_MEDIUM = re.compile(
+    r"(?:<\|vision_start\|>)?<\|(?:image|video)_pad\|>(?:<\|vision_end\|>)?|(?:<img>)?<(?:image|video)>(?:</img>)?"
+)
 
 
 class PublishedTokenizer:
-    """Text <-> ids by a checkpoint's tokenizer.json (attribute `tokenizer`), and conversations by its chat template."""
+    """Text <-> ids by a checkpoint's tokenizer.json (attribute `tokenizer`), and conversations by its chat template.
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, special: Mapping[str, str] | None = None):
+    allow_special_tokens: whether control tokens (`<|im_end|>`) in what people write are control tokens, instead of plain text.
+    source: what messages call the template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        special: Mapping[str, str] | None = None,
+        *,
+        allow_special_tokens: bool = False,
+        source: str = "",
+    ):
         self.tokenizer, self.template, self.special = tokenizer, template, dict(special or {})
+        self.allow_special_tokens, self.source = allow_special_tokens, source
         self.folder: pathlib.Path | None = None
+        self._plain: PlainText | None = None
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> PublishedTokenizer:
-        """Read tokenizer.json, and what there is of tokenizer_config.json and a chat template."""
-        from tokenizers import Tokenizer
-
+        """Read tokenizer.json, and what there is of the files that name special tokens and of chat templates."""
         folder = pathlib.Path(folder)
-        file = folder / TOKENIZER
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {TOKENIZER}")
-        try:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception for whatever it cannot read
-            raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
-        config = _read(folder / "tokenizer_config.json")
-        special = {name: _content(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
-        found = cls(tokenizer, _template(folder, config), special)
+        tokenizer, special = read_tokenizer(folder)
+        template, source = _template(folder)
+        found = cls(tokenizer, template, special, source=source)
         found.folder = folder
         return found
 
@@ -55,8 +75,16 @@ class PublishedTokenizer:
         return self.size
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; special tokens in it are recognised, and none is added."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids of a text; no special token is added.
+
+        Special tokens in a plain string, and in the trusted parts of a `Text`, are recognised. In what a person wrote
+        (`models.text.person`) they are plain text, unless `allow_special_tokens` is set.
+        """
+        if self.allow_special_tokens or set(origin_of(text)) <= {TRUSTED} or not isinstance(text, Text):
+            return self.tokenizer.encode(plain(text), add_special_tokens=False).ids
+        if self._plain is None:
+            self._plain = PlainText(self.tokenizer, control_tokens(self.tokenizer, self.template))
+        return self._plain.encode(text)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids."""
@@ -69,22 +97,74 @@ class PublishedTokenizer:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], default: str = "") -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        default: str = "",
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        whole: bool = False,
+    ) -> Text:
         """Messages as the checkpoint's chat template writes them, or `default` where it has none, up to where the answer begins.
 
-        ValueError for a template that fails, or that the sandbox stops.
-        """
-        import jinja2
+        A message's content is text or a list of parts, {"type": "text", "text": ...} or {"type": "video" | "image"}; the places of
+        media are kept in the result (`models.text.cut_at_media`). The template gets a message's text as one string, or its parts
+        where it would leave something out of a string.
 
-        text = self.template or default
-        if not text:
+        template_options: further variables of the template, such as {"enable_thinking": False}; a template ignores those that it
+        does not know. whole: refuse a template that leaves out a text or a medium. ValueError for a template that fails, or that
+        the sandbox stops, and for an option that would take the place of the messages or of a special token.
+        """
+        given = {"add_generation_prompt": True, **{name: trusted(token) for name, token in self.special.items()}}
+        taken = sorted(set(template_options or ()) & {"messages", *given, *NAMES})
+        if taken:
+            raise ValueError(f"template_options may not set {', '.join(taken)}: the template is given its own")
+        if not self.template and not default:
             raise ValueError("the checkpoint has no chat template, and its family none either")
-        try:
-            return _compiled(text).render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self.special
+        given = {"tools": None, "documents": None, **(template_options or {}), **given}
+        spoken = parts_of(messages)
+        probes = _probes(spoken)
+        failures: list[ValueError] = []
+        for form in (_as_text, _as_parts, _as_text_parts):
+            try:
+                tried = self._rendered(probes, form, given, default)
+            except ValueError as error:
+                if isinstance(error.__cause__, TooMuch):
+                    raise
+                failures.append(error)
+                continue
+            if _complete(tried, probes):
+                return self._rendered(spoken, form, given, default)
+        if failures and (whole or len(failures) == 3):
+            raise failures[0]
+        if whole:
+            raise ValueError(
+                f"the chat template leaves out a text or a medium of the messages, or repeats a medium, whether it is given their "
+                f"content as text or in parts; it cannot be used (template {self._source()})"
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        return self._rendered(spoken, _as_text, given, default)
+
+    def _source(self) -> str:
+        return (self.source or "given") if self.template else "of the model's family"
+
+    def _rendered(
+        self,
+        spoken: list[tuple[str, list[Part]]],
+        form: Callable[[list[Part]], Any],
+        given: Mapping[str, Any],
+        default: str,
+    ) -> Text:
+        from hybridvlm.checkpoints import template
+
+        shown = [{"role": person(role), "content": form(parts)} for role, parts in spoken]
+        try:
+            text = template.render(self.template or default, {**given, "messages": shown})
+        except Exception as error:  # whatever a stranger's template may raise
+            told = " ".join(str(error).split())[:400]
+            raise ValueError(
+                f"the chat template failed: {type(error).__name__}: {told} (template {self._source()})"
+            ) from error
+        return _with_media(text) if form is _as_parts else text
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write a tokenizer.json, and beside it the other files that it was read with."""
@@ -93,50 +173,85 @@ class PublishedTokenizer:
         for name in FILES[1:]:
             if self.folder is not None and (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, path.parent / name)
+        if self.folder is not None and (self.folder / TEMPLATES).is_dir():
+            shutil.copytree(self.folder / TEMPLATES, path.parent / TEMPLATES, dirs_exist_ok=True)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+# -- messages -----------------------------------------------------------------------------------------------------------
+
+
+def _probes(spoken: list[tuple[str, list[Part]]]) -> list[tuple[str, list[Part]]]:
+    """The same messages with a word in the place of each text, to see whether a template writes it."""
+    probes = []
+    for row, (role, parts) in enumerate(spoken):
+        words = [person(f"probe{row}x{column}x") for column in range(len(parts))]
+        probes.append(
+            (
+                role,
+                [(k, w if k == "text" and text.strip() else text) for (k, text), w in zip(parts, words, strict=True)],
+            )
+        )
+    return probes
+
+
+def _complete(text: Text, probes: list[tuple[str, list[Part]]]) -> bool:
+    """Whether every word is in a text, and every medium once and in order."""
+    found = plain(text).casefold()
+    words = [piece for _, parts in probes for kind, piece in parts if kind == "text" and piece.strip()]
+    media = [number for _, parts in probes for _, piece in parts for number in media_in(piece)]
+    return media_in(text) == media and all(plain(word) in found for word in words)
+
+
+def _as_text(parts: list[Part]) -> Text:
+    return concatenate(piece for _, piece in parts)
+
+
+def _as_parts(parts: list[Part]) -> list[dict[str, Any]]:
+    return [{"type": trusted(k)} | ({"text": piece} if k == "text" else {}) for k, piece in parts]
+
+
+def _as_text_parts(parts: list[Part]) -> list[dict[str, Any]]:
+    return [{"type": trusted("text"), "text": piece} for _, piece in parts]
+
+
+def _with_media(text: Text) -> Text:
+    """The places of media where a template wrote its own marks for them."""
+    pieces, at, count = [], 0, 0
+    for found in _MEDIUM.finditer(text):
+        if set(origin_of(text)[found.start() : found.end()]) == {TRUSTED}:
+            pieces += [text[at : found.start()], medium(count)]
+            at, count = found.end(), count + 1
+    return concatenate([*pieces, text[at:]])
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+
+
+def _template(folder: pathlib.Path) -> tuple[str | None, str]:
+    """The chat template and the file that it is of: of a file of its own, or of tokenizer_config.json; of several the one called
+    "default", or the only one."""
+    file = folder / TEMPLATE
+    if file.is_file():
+        return _text(file), str(file)
+    named = {path.stem: (_text(path), str(path)) for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    for name in ("chat_template.json", CONFIG):
+        file = folder / name
+        found = read_object(file).get("chat_template")
+        if isinstance(found, list):
+            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        if isinstance(found, str):
+            found = {"default": found}
+        if not isinstance(found, dict | None) or not all(isinstance(held, str) for held in (found or {}).values()):
+            raise CheckpointError(f"{file}: its chat template is not text but {type(found).__name__}")
+        named = {**{key: (held, str(file)) for key, held in (found or {}).items()}, **named}
+    if "default" not in named and len(named) > 1:
+        told = ", ".join(map(str, named))
+        raise CheckpointError(f"{folder} has several chat templates ({told}) and none of them is called default")
+    return named.get("default") or next(iter(named.values()), (None, ""))
+
+
+def _text(file: pathlib.Path) -> str:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _template(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: of a file of its own, or of tokenizer_config.json; of several the one called "default"."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(found, list):
-        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
-        found = named[0].get("template") if named else None
-    if found is not None and not isinstance(found, str):
-        raise CheckpointError(f"{folder}: its chat template is not text but {type(found).__name__}")
-    return found
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(text: str) -> jinja2.Template:
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-    }
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    return environment.from_string(text)
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8 text: {error}") from error

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
+from hybridvlm.options import add_thinking
 
 METHODS = "none,str,random-input,uniform-input,saliency,fastv"
 EXAMPLES = """\
@@ -35,7 +39,11 @@ set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Pro
 fields of a JSONL task, one question a line:
 {fields}
 
-files in --output: results.json (rows and metadata), report.md with two pictures, samples.jsonl (one line per answer).
+A reply that reasons first is read behind its closing tag; --think-tokens gives the reasoning tokens of its own. Questions on a file
+that turns out damaged are not asked: they are counted apart, and the accuracy is that of the others.
+
+files in --output: results.json (rows and metadata), report.md with two pictures, samples.jsonl (one line per answer); .lock while
+a run is at work in there.
 exit code: 0 done; 1 a run failed, what was answered before is kept; 2 a wrong option or input, nothing was started."""
 
 
@@ -55,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
     add("--limit", type=int, default=300, help="first N questions of each task, 0 for all (default: 300)")
-    add("--frames", type=int, help="frames per video (default: 64 for needle, the most the model takes for files)")
+    add("--frames", type=int, help="frames per video (default: 64 for needle, as many as ask looks at for files)")
     sampling = "frames of video files: uniform (first to last), middle (of equal spans), fps:R (default: uniform)"
     add("--sampling", default="uniform", metavar="RULE", help=sampling)
     add("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
@@ -73,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth: " + _keys(Schedule))
     add("--compare", metavar="METHOD", help="method that all others are paired with (default: str, if it runs)")
     add("--prompt", default="{question}", metavar="TEXT", help=prompt)
+    add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
+    add_thinking(parser)
     add("--list", action="store_true", help="list methods and tasks, and stop")
     return parser
 
@@ -97,34 +107,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print(listing())
         return 0
+    try:
+        return _run(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
+    except KeyboardInterrupt:
+        return _fail("stopped; what was answered is kept, and the same command goes on from there", 130)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
     from jax.errors import JaxRuntimeError
 
     from hybridvlm.distributed import OtherProcessFailed, agree, initialize
-    from hybridvlm.eval.evaluate import prepare
+    from hybridvlm.eval.evaluate import Evaluation, prepare
+    from hybridvlm.files import FolderBusy, folder_lock
     from hybridvlm.reduction import PlanMismatch
 
-    evaluation = None
-    try:
-        initialize()
-        ready = failure = None
+    failures = (PlanMismatch, JaxRuntimeError, OSError, ValueError, OtherProcessFailed, FolderBusy, MemoryError)
+
+    def together(step: Callable[[], Any]) -> Any:
+        """What a step gives; where it fails in one process, all of them raise."""
+        result = failure = None
         try:
-            ready = prepare(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
-        except (OSError, ValueError) as error:
+            result = step()
+        except failures as error:
             failure = error
         agree(failure)
-        evaluation = ready
-        evaluation.run()
-    except (PlanMismatch, JaxRuntimeError, OSError, ValueError, OtherProcessFailed) as error:
-        if evaluation is None:
-            return _fail(error, 2)
-        return _fail(error, 1, f"what was answered before is kept in {evaluation.store.path}")
-    except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("stopped; start the same command again to go on"), 130)
+        return result
+
+    evaluation = None
+    with contextlib.ExitStack() as held:
+        try:
+            process = initialize()
+            checked = together(lambda: prepare(options))
+            lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
+            together(lambda: held.enter_context(lock))
+            evaluation = together(lambda: Evaluation(checked, command))
+            evaluation.run()
+        except failures as error:
+            if evaluation is None:
+                return _fail(_told(error), 2)
+            return _fail(f"{_told(error)}\nwhat was answered before is kept in {evaluation.store.path}", 1)
     return 0
 
 
-def _fail(error: BaseException, code: int, more: str = "") -> int:
-    for line in [*(str(error).splitlines() or [type(error).__name__]), more]:
+def _told(error: BaseException) -> str:
+    """An error in words, with the way out where the machine is at its end."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first = (str(error).splitlines() or [""])[0]
+        return f"out of memory{': ' * bool(first)}{first}; take a smaller --batch-size or fewer --frames"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}); free some space and start the same command again"
+    return str(error) or type(error).__name__
+
+
+def _fail(text: str, code: int) -> int:
+    for line in text.splitlines():
         if line:
             print(f"error: {line}", file=sys.stderr)
     return code

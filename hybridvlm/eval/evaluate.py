@@ -16,11 +16,13 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.distributed import agree, gather, here
 from hybridvlm.eval import report, statistics
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
-from hybridvlm.eval.runner import DENSE, Planner, Runner, Variant, expand, fingerprint, versions
+from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.generate import Model
-from hybridvlm.options import InputError, override, split
+from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.reduction import BudgetError
+from hybridvlm.thinking import switch, think_budget
+from hybridvlm.video import most_frames
 
 
 def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduction:
@@ -37,15 +39,20 @@ def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduct
     )
 
 
-def most_frames(model: Model) -> int:
-    """The most frames that a model can be shown: by its buckets, and by its table of times if it has one."""
-    largest = model.buckets.frames[-1]
-    table = model.config.vision.max_frames if model.config.vision is not None else 0
-    return min(largest, table) if table else largest
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Options that have proved sound, and what was loaded for them."""
+
+    options: argparse.Namespace
+    model: Model
+    tasks: Sequence[Task]
+    variants: Sequence[Variant]
+    planner: Planner
+    folder: pathlib.Path
 
 
-def prepare(options: argparse.Namespace, command: str) -> Evaluation:
-    """Check options, model, tasks, videos and plans; ValueError or OSError, in one line each, for what cannot run."""
+def prepare(options: argparse.Namespace) -> Checked:
+    """Check options, model, tasks and videos; ValueError or OSError, in one line each, for what cannot run."""
     methods, budgets = split(options.methods), split(options.budgets)
     try:
         shares = [float(budget) for budget in budgets]
@@ -67,19 +74,29 @@ def prepare(options: argparse.Namespace, command: str) -> Evaluation:
     model = folder.load(options.model, dtype=options.dtype)
     model.buckets = override(model.buckets, options.buckets, "--buckets")
     base = base_reduction(options, model.reduction)
+    switch(model, THINKING[options.thinking])
+    think_budget(model, options.think_tokens)
+    if options.system and not hasattr(model.tokenizer, "chat"):
+        raise InputError(f"{model.name} knows no conversation; leave --system out")
     tasks = _tasks(options, model)
-    return Evaluation(options, command, model, tasks, variants, Planner(model, base, options.match_flops))
+    default = pathlib.Path("results") / f"{model.name}-{'+'.join(task.name for task in tasks)}"
+    home = options.output or default
+    if home.exists() and not home.is_dir():
+        raise InputError(f"--output {home} is a file; give a folder")
+    return Checked(options, model, tasks, variants, Planner(model, base, options.match_flops), home)
 
 
 def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
-    most = most_frames(model)
+    if model.config.vision is None:
+        raise InputError(f"{model.name} reads text alone and cannot be asked about videos")
+    most = most_frames(model.config, model.buckets)
     if options.frames is not None and options.frames > most:
         raise InputError(
             f"--frames {options.frames} is over the most that {model.name} can be shown, {most} (frame buckets "
             f"{model.buckets.frames}, its table of times has {model.config.vision.max_frames or 'no'} rows)"
         )
     settings = TaskOptions(
-        model.config, options.frames, most, options.split, options.limit, options.prompt, options.sampling
+        model.config, options.frames, model.buckets, options.split, options.limit, options.prompt, options.sampling
     )
     names = split(options.tasks)
     if not names:
@@ -95,35 +112,27 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
 
 
 class Evaluation:
-    """One call of the command, once its input has proved sound."""
+    """One call of the command, once its input has proved sound and its folder is held.
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        command: str,
-        model: Model,
-        tasks: Sequence[Task],
-        variants: Sequence[Variant],
-        planner: Planner,
-    ):
-        self.options, self.command, self.model, self.tasks = options, command, model, tasks
-        self.planner, self.notes = planner, list[str]()
+    ValueError where no method but dense can meet its budget, or the folder holds what is no answer of this library.
+    """
+
+    def __init__(self, checked: Checked, command: str):
+        self.options, self.command, self.model, self.tasks = checked.options, command, checked.model, checked.tasks
+        self.planner, self.folder, self.notes = checked.planner, checked.folder, list[str]()
+        options, model, tasks = checked.options, checked.model, checked.tasks
         self.runners: list[Runner] = []
-        default = pathlib.Path("results") / f"{model.name}-{'+'.join(task.name for task in tasks)}"
-        self.folder = options.output or default
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"--output {self.folder} is a file; give a folder")
         self.process = here()
         self.store = SampleStore(self.folder / "samples.jsonl", self.process)
+        asking = Asking(options.system, THINKING[options.thinking], options.think_tokens)
         self.weights = fingerprint(model.params)
         for task in tasks:
             runner = Runner(
-                model, task, [], planner, self.store,
-                batch_size=options.batch_size, weights=self.weights, dtype=options.dtype,
+                model, task, [], self.planner, self.store,
+                batch_size=options.batch_size, weights=self.weights, dtype=options.dtype, asking=asking,
             )  # fmt: skip
-            runner.variants += self._possible(runner, variants)
+            runner.variants += self._possible(runner, checked.variants)
             self.runners.append(runner)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def _possible(self, runner: Runner, variants: Sequence[Variant]) -> list[Variant]:
         """The variants whose plans can be settled; the others are named. InputError if none but dense is left."""
@@ -157,8 +166,6 @@ class Evaluation:
         Of several processes each answers its share of the batches, and process 0 writes and prints for all. Where one fails, all
         raise; what was answered stays in their files.
         """
-        for task in self.tasks:
-            self._note(*task.notes)
         self.store.join()
         names = json.loads(gather(json.dumps([runner.run_id for runner in self.runners]).encode())[0])
         for runner, name in zip(self.runners, names, strict=True):
@@ -174,8 +181,7 @@ class Evaluation:
             failure = error
         agree(failure)
         self.store.join()
-        for task in self.tasks:
-            self._note(*task.notes)
+        self._note(*self._remarks())
         if self.process.first:
             self._write()
         agree(None)  # no part goes before all of it is written
@@ -206,6 +212,18 @@ class Evaluation:
         for line in report.warnings_of(results["rows"], results["details"]):
             print(f"warning: {line}")
         print(f"\n{self.folder / 'report.md'}")
+
+    def _remarks(self) -> list[str]:
+        """What was said of the videos: by the decoder, and of those that could not be read."""
+        lines = []
+        for runner in self.runners:
+            for variant in runner.variants:
+                for sample in runner.task.samples:
+                    record = self.store.get(runner.key(variant, sample))
+                    lines += record.get("remarks", []) + [record["failure"]] * ("failure" in record)
+            for video in runner.task.videos:
+                lines += runner.task.remarks(video)
+        return list(dict.fromkeys(lines))
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""
@@ -253,6 +271,9 @@ class Evaluation:
             "dtype": self.options.dtype,
             "batch_size": self.options.batch_size,
             "frames": self.options.frames,
+            "system": self.options.system,
+            "thinking": self.options.thinking,
+            "think_tokens": self.options.think_tokens,
             "sampling": self.options.sampling,
             "seed": self.options.seed,
             "split": self.options.split,

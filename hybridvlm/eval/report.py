@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridvlm.eval.results import write_atomic
+from hybridvlm.thinking import UNFINISHED
 
 PICTURES = {
     "accuracy_vs_retention.png": (
@@ -40,6 +41,10 @@ def _range(interval: Sequence[float] | None, sign: bool = False) -> str:
     return "-" if interval is None else f"[{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]"
 
 
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
@@ -57,17 +62,18 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "method": name(row),
         "budget": f"{row['budget']:g}",
         "accuracy %": f"{_percent(row['accuracy'])} {_range(row['ci95'])}",
-        "to dense, points": "" if dense else f"{100 * row['delta']:+.1f} {_range(row['delta_ci95'], sign=True)}",
-        "McNemar p": "" if dense else f"{row['mcnemar_p']:.2g}",
+        "to dense, points": "" if dense else f"{_points(row['delta'])} {_range(row['delta_ci95'], sign=True)}",
+        "McNemar p": "" if dense else _number(row["mcnemar_p"], ".2g"),
         "two-hop %": _percent(row["accuracy_two_hop"]),
         "kept %: mean / final": f"{_percent(row['retention_mean'])} / {_percent(row['retention_final'])}",
         "prefill ms": _number(row["prefill_ms"], ".1f"),
         "speed-up": _number(row["speedup"], ".2f") + ("" if row["speedup"] is None else "x"),
-        "FLOPs say": f"{row['flop_speedup']:.2f}x",
+        "FLOPs say": _number(row["flop_speedup"], ".2f") + ("" if row["flop_speedup"] is None else "x"),
         "decode ms": _number(row["decode_ms"], ".1f"),
         "peak MiB": _number(None if memory is None else memory / 2**20, ".0f"),
         "compiles": _number(row["compiles"], "d"),
         "no answer": str(row["parse_failures"]),
+        "not asked": str(row["unanswered"]),
     }
 
 
@@ -93,10 +99,20 @@ def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]
     lines = []
     for row, extra in zip(rows, details, strict=True):
         label = f"{row['task']}: {name(row)} at {row['budget']:g}"
-        if row["method"] != "none" and extra["predictions_changed"] == 0:
+        if row["unanswered"]:
+            lines.append(
+                f"{label}: {row['unanswered']} questions are on files that could not be read; they are not among the {row['n']} "
+                "that the accuracy is of"
+            )
+        if row["method"] != "none" and row["n"] and extra["predictions_changed"] == 0:
             lines.append(f"{label} gave the same {row['n']} replies as dense; check that it did anything at all")
         if row["parse_failures"]:
             lines.append(f"{label}: {row['parse_failures']} of {row['n']} replies were no answer; they count as wrong")
+        if extra["thinking_unfinished"]:
+            lines.append(
+                f"{label}: {extra['thinking_unfinished']} of those replies {UNFINISHED}; give more by --think-tokens or "
+                "--buckets max_new=N, or turn it off by --thinking off"
+            )
         if row["n"] >= 20 and extra["most_common_reply"] > 0.9:
             lines.append(
                 f"{label}: one reply makes up {extra['most_common_reply']:.0%} of all; the model may not be looking"
@@ -117,10 +133,10 @@ def markdown(results: dict[str, Any]) -> str:
         videos = mine[0][1]["videos"]
         parts.append(f"## {task}: {mine[0][0]['n']} questions on {videos} videos")
         parts.append(_markdown([cells(row) for row, _ in mine]))
-        types = list(mine[0][0]["by_type"])
+        types = list(dict.fromkeys(t for row, _ in mine for t in row["by_type"]))
         table = [
             {"accuracy % by type": f"{name(row)} {row['budget']:g}"}
-            | {f"{t} (n={extra['n_by_type'][t]})": _percent(row["by_type"][t]) for t in types}
+            | {f"{t} (n={extra['n_by_type'].get(t, 0)})": _percent(row["by_type"].get(t)) for t in types}
             for row, extra in mine
         ]
         parts.append(_markdown(table))
@@ -161,7 +177,8 @@ def _legend(details: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     clocks = "; ".join(f"run {run}: {', '.join(dict.fromkeys(names))}" for run, names in runs.items())
     lines = [
         "Accuracy and its differences carry 95% intervals clustered by video. McNemar's test is exact and takes "
-        "questions as independent. A reply that is no answer counts as wrong; nothing is guessed.",
+        "questions as independent. A reply that is no answer counts as wrong; nothing is guessed. "
+        "Questions on files that could not be read are not asked, and are not counted in the accuracy.",
         f"Prefill and decode are medians over batches of {meta['batch_size']}, in milliseconds per question, device "
         "work awaited; prefill runs from embeddings to the first token's logits, scoring and compaction included, the "
         f"vision tower apart ({_number(meta['encode_ms'], '.1f')} ms per video). Compilation and each program's first "
@@ -185,7 +202,8 @@ def picture(rows: Sequence[dict[str, Any]], axis: str, label: str) -> bytes:
     for panel, task in zip(panels, tasks, strict=True):
         for number, method in enumerate(methods):
             points = sorted(
-                (r for r in rows if r["task"] == task and name(r) == method and r[axis]), key=lambda r: r[axis]
+                (r for r in rows if r["task"] == task and name(r) == method and r[axis] and r["n"]),
+                key=lambda r: r[axis],
             )
             if not points:
                 continue

@@ -16,6 +16,7 @@ from typing import Any
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval import statistics
 from hybridvlm.eval.tasks import Task
+from hybridvlm.files import parse_json
 from hybridvlm.reduction import ReductionPlan
 
 # the keys of a row of results.json, in this order; scripts may rely on them
@@ -41,6 +42,7 @@ ROW_KEYS = (
     "peak_bytes",
     "compiles",
     "parse_failures",
+    "unanswered",
 )
 Record = dict[str, Any]
 
@@ -90,9 +92,11 @@ class SampleStore:
         """Take up records that another file or process holds; ValueError for lines that are none, with their `source`."""
         for number, line in enumerate(lines.splitlines(), 1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 key = record["key"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+                if not isinstance(key, str):
+                    raise TypeError(key)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"{source}, line {number} is no sample of this library; move the file or choose another --output"
                 ) from None
@@ -119,9 +123,15 @@ class SampleStore:
     def append(self, records: Iterable[Record]) -> None:
         """Add records and hand them to the operating system before returning."""
         records = list(records)
-        with open(self.own, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-            file.flush()
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        with open(self.own, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)  # no half a line where the disk is full
+                raise
         for record in records:
             self._add(record, record["key"])
 
@@ -153,7 +163,7 @@ def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None
 
 def _batches(records: Sequence[Record], run: str | None) -> dict[int, Record]:
     """One record for every batch of a run: the clock's readings belong to the batch."""
-    return {record["batch"]: record for record in records if record["run"] == run}
+    return {record["batch"]: record for record in records if record["run"] == run and "batch" in record}
 
 
 def build_row(
@@ -168,9 +178,14 @@ def build_row(
 
     variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced.
     """
-    answers = [store.get(key("row", sample)) for sample in task.samples]
-    dense = [store.get(key("dense", sample)) for sample in task.samples]
-    clusters = [sample.video for sample in task.samples]
+    pairs = [(s, store.get(key("row", s)), store.get(key("dense", s))) for s in task.samples]
+    # questions on films that could not be read are neither right nor wrong: they are counted apart
+    pairs = [pair for pair in pairs if not any("failure" in record for record in pair[1:])]
+    unanswered = len(task.samples) - len(pairs)
+    if not pairs:
+        return _empty_row(task, method, budget, unanswered)
+    samples, answers, dense = (list(part) for part in zip(*pairs, strict=True))
+    clusters = [sample.video for sample in samples]
     correct, reference = [r["correct"] for r in answers], [r["correct"] for r in dense]
     keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in dense}
     timed = [r for r in store.records if r["key"] in keys]
@@ -184,10 +199,10 @@ def build_row(
     itself = keys == dense_keys
     delta = statistics.difference(correct, reference, clusters)
     types: dict[str, list[bool]] = {}
-    for sample, right in zip(task.samples, correct, strict=True):
+    for sample, right in zip(samples, correct, strict=True):
         types.setdefault(sample.type or "all", []).append(right)
-    two_hop = [right for sample, right in zip(task.samples, correct, strict=True) if sample.two_hop]
-    used = [plans[sample.id] for sample in task.samples]
+    two_hop = [right for sample, right in zip(samples, correct, strict=True) if sample.two_hop]
+    used = [plans[sample.id] for sample in samples]
     mean, final = (sum(1.0 if p is None else getattr(p, f"retention_{of}") for p in used) for of in ("mean", "final"))
     work = sum(1.0 if p is None else p.flop_ratio for p in used)
     different = list(dict.fromkeys(p for p in used if p is not None))
@@ -213,6 +228,7 @@ def build_row(
         "peak_bytes": max((r["peak_bytes"] for r in batches.values()), default=None),
         "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
         "parse_failures": sum(r["parsed"] is None for r in answers),
+        "unanswered": unanswered,
     }
     changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, dense, strict=True))
     replies: dict[str, int] = {}
@@ -226,6 +242,7 @@ def build_row(
         "n_by_type": {kind: len(rights) for kind, rights in types.items()},
         "n_two_hop": len(two_hop),
         "predictions_changed": changed,
+        "thinking_unfinished": sum("no_answer" in r for r in answers),
         "most_common_reply": max(replies.values()) / len(answers),
         "timing_run": run,
         "timed_batches": len(both),
@@ -234,6 +251,15 @@ def build_row(
     }
     assert tuple(row) == ROW_KEYS
     return row, extra
+
+
+def _empty_row(task: Task, method: str, budget: float, unanswered: int) -> tuple[Record, Record]:
+    """The row of a task none of whose films could be read."""
+    row = dict.fromkeys(ROW_KEYS) | {"task": task.name, "method": method, "budget": budget, "n": 0, "by_type": {}}
+    extra = {"task": task.name, "method": method, "budget": budget, "videos": 0, "n_by_type": {}, "n_two_hop": 0}
+    extra |= {"predictions_changed": 0, "thinking_unfinished": 0, "most_common_reply": 0.0, "timing_run": None}
+    extra |= {"timed_batches": 0, "plans": [], "explained": []}
+    return row | {"parse_failures": 0, "unanswered": unanswered}, extra
 
 
 def compare(
@@ -245,7 +271,7 @@ def compare(
         pairs = [
             (a["correct"], b["correct"], sample.video)
             for sample, a, b in zip(task.samples, records, others, strict=True)
-            if subset == "all" or sample.two_hop
+            if (subset == "all" or sample.two_hop) and "failure" not in a and "failure" not in b
         ]
         if not pairs:
             continue

@@ -15,7 +15,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,11 +25,29 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.generate import Generation, Model, compile_count
+from hybridvlm.models.prompt import Layout, user_message
 from hybridvlm.reduction import ReductionPlan, parse_method
+from hybridvlm.thinking import UNFINISHED, switch, think_budget
+from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 MATCHED = 0.02  # relative error of predicted FLOPs up to which --match-flops counts as met
-Bucket = tuple[int, int]  # frames, text
+
+
+class Bucket(NamedTuple):
+    """The static shape of a batch: frames and text tokens, (height, width) of the frames, and whether of videos or images."""
+
+    frames: int
+    text: int
+    size: tuple[int, int] = (0, 0)
+    kind: str = "video"
+
+    def config(self, model: Model) -> Any:
+        """The model's config for clips of this size."""
+        vision = model.config.vision
+        if vision is None or self.size in ((0, 0), tuple(vision.image_size)):
+            return model.config
+        return dataclasses.replace(model.config, vision=dataclasses.replace(vision, image_size=self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +113,8 @@ class Planner:
             if self.match not in (None, variant.method) and variant != DENSE and not variant.fixed:
                 _, goal = self(Variant(self.match, variant.budget), bucket)
                 reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
-            self._plans[variant, bucket] = reduction, self.model.plan(reduction, *bucket)
+            config = bucket.config(self.model)
+            self._plans[variant, bucket] = reduction, self.model.plan_for(config, reduction, bucket.frames, bucket.text)
         return self._plans[variant, bucket]
 
     def unmatched(self, variant: Variant, bucket: Bucket) -> str | None:
@@ -135,6 +154,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are put, beside their text: a system message, the template's switch for reasoning (None: as it is), and
+    the most tokens of reasoning (None: one limit for it and the answer)."""
+
+    system: str = ""
+    thinking: bool | None = None
+    think_tokens: int | None = None
+
+
 def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
     """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
     plan = generation.plan
@@ -164,16 +193,20 @@ class Runner:
         weights: str = "",
         dtype: str = "float32",
         cache_bytes: int = CACHE_BYTES,
+        asking: Asking = Asking(),
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.task, self.planner, self.store = model, task, planner, store
         self.variants = [DENSE, *(v for v in variants if v != DENSE)]
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.asking, self._switch = asking, switch(model, asking.thinking)
+        think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.encode_ms: list[float] = []
+        template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
-            "model": to_dict(model.config),
+            "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
             "weights": weights or fingerprint(model.params),
             "dtype": dtype,
             "buckets": to_dict(model.buckets),
@@ -182,22 +215,52 @@ class Runner:
             "tokenizer": hashlib.sha256(model.tokenizer.tokenizer.to_str().encode()).hexdigest()
             if model.tokenizer
             else None,
+            "template": template if hasattr(model.tokenizer, "chat") else None,
+            "asking": dataclasses.asdict(asking),
             "library": versions()["hybridvlm"],
         }
         self._keys: dict[tuple[Variant, str], str] = {}
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket]] = set()
-        self._warm_encode: set[int] = set()
+        self._warm_encode: set[Bucket] = set()
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
+        self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
+        self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
         self.buckets = {sample.id: self._bucket(sample) for sample in task.samples}
 
     def _bucket(self, sample: Sample) -> Bucket:
         try:
-            layout = self.model.layout(self.task.prompt(sample), self.task.seconds(sample.video))
-            return self.model.buckets.pick("frames", layout.frames), self.model.buckets.pick("text", layout.text)
+            clip, config = self.task.clip(sample.video, pixels=False)
+            layout = self.layout(sample)
+            pick = self.model.buckets.pick
+            return Bucket(
+                pick("frames", layout.frames), pick("text", layout.text), tuple(config.vision.image_size), clip.kind
+            )
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
+
+    def layout(self, sample: Sample, factors: tuple[int, int, int] = (1, 1, 1)) -> Layout:
+        """A sample's prompt, as `Conversation` lays out the first question on a video."""
+        if (sample.id, factors) not in self._layouts:
+            if len(self._layouts) > 4 * self.batch_size:
+                self._layouts.clear()
+            self._layouts[sample.id, factors] = self._layout(sample, factors)
+        return self._layouts[sample.id, factors]
+
+    def _layout(self, sample: Sample, factors: tuple[int, int, int]) -> Layout:
+        model, (clip, config) = self.model, self.task.clip(sample.video, pixels=False)
+        system = [{"role": "system", "content": self.asking.system}] if self.asking.system else []
+        asked = user_message(self.task.prompt(sample), model.style, [clip.kind])
+        return model.family.prompt(
+            config,
+            model.tokenizer,
+            self._switch.messages([*system, asked]),
+            [clip],
+            style=model.style,
+            factors=factors,
+            template_options=self._switch.options,
+        )
 
     def key(self, variant: Variant, sample: Sample) -> str:
         """What a stored answer must share with this run to stand for it: configuration, weights, plan, sample."""
@@ -208,7 +271,11 @@ class Runner:
                 self._settings[variant, bucket] = _digest(
                     [self._common, bucket, None if plan is None else plan.to_dict()]
                 )
-            asked = [dataclasses.asdict(sample), self.task.prompt(sample), self.task.identity(sample.video)]
+            asked = [
+                dataclasses.asdict(sample) | {"video": ""},
+                self.task.prompt(sample),
+                self.task.identity(sample.video),
+            ]
             self._keys[variant, sample.id] = _digest([self._settings[variant, bucket], asked])
         return self._keys[variant, sample.id]
 
@@ -235,13 +302,19 @@ class Runner:
         Raises PlanMismatch if a run kept something else than its plan says; what was answered before is in the store.
         """
         for number, (bucket, samples), missing in self._missing():
-            rows = samples + samples[-1:] * (self.batch_size - len(samples))  # one shape, so one program
-            seconds = [self.task.seconds(sample.video) for sample in rows]
-            tokens = [self._encoded(sample.video, bucket[0]) for sample in rows]
-            visual = jax.block_until_ready(jax.device_put(np.stack(tokens)))
+            encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
+            unread = [sample for sample in samples if encoded[sample.id] is None]
+            read = [sample for sample in samples if encoded[sample.id] is not None]
+            if read:
+                rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
+                tokens = [encoded[sample.id] for sample in rows]
+                visual = jax.block_until_ready(jax.device_put(np.stack(tokens)))
             for variant in self.variants:
-                if missing[variant] or variant == DENSE:  # dense goes along, so that every clock has its counterpart
-                    records = self._answer(variant, bucket, number, samples, rows, seconds, visual)
+                # dense goes along, so that every clock has its counterpart
+                if missing[variant] or variant == DENSE:
+                    records = [self._unanswered(variant, sample) for sample in unread]
+                    if read:
+                        records += self._answer(variant, bucket, number, read, rows, visual)
                     self.store.append(records)
                     progress(len(missing[variant]), variant.label)
 
@@ -261,21 +334,23 @@ class Runner:
         number: int,
         samples: Sequence[Sample],
         rows: Sequence[Sample],
-        seconds: Sequence[Sequence[float]],
         visual: jax.Array,
     ) -> list[dict[str, Any]]:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
         reduction, plan = self.planner(variant, bucket)
         compiled = compile_count()
-        batch, plan = self.model.batch([self.task.prompt(sample) for sample in rows], seconds, reduction)
+        config, options = bucket.config(self.model), {"think_tokens": self.asking.think_tokens}
+        batch, plan = self.model.batch_for(
+            config, lambda factors: [self.layout(sample, factors) for sample in rows], reduction
+        )
         batch = jax.block_until_ready(jax.device_put(batch))
         if (variant, bucket) not in self._warm:
-            self.model.generate(batch, visual, plan)
+            self.model.generate(batch, visual, plan, **options)
             self._warm.add((variant, bucket))
-        generation = self.model.generate(batch, visual, plan)
+        generation = self.model.generate(batch, visual, plan, **options)
         self.model.verify(generation)
-        m = self.model.config.vision.tokens_per_frame
-        shares = achieved(generation, [len(stamps) * m for stamps in seconds])
+        m = config.vision.tokens_per_frame
+        shares = achieved(generation, [self.layout(sample).frames * m for sample in rows])
         per = 1e3 / len(rows)
         clock = {
             "prefill_ms": generation.timing.prefill * per,
@@ -288,37 +363,65 @@ class Runner:
         out = []
         for row, sample in enumerate(samples):
             parsed = self.task.parse(generation.text[row], sample)
-            out.append(
-                {
-                    "key": self.key(variant, sample),
-                    "task": self.task.name,
-                    "method": variant.method,
-                    "budget": variant.budget,
-                    "id": sample.id,
-                    "video": sample.video,
-                    "type": sample.type,
-                    "answer": sample.answer,
-                    "prediction": generation.text[row],
-                    "parsed": parsed,
-                    "correct": self.task.correct(parsed, sample),
-                    "retention": shares[row],
-                    **clock,
-                }
-            )
+            record = self._record(variant, sample) | {
+                "prediction": generation.text[row],
+                "parsed": parsed,
+                "correct": self.task.correct(parsed, sample),
+                "retention": shares[row],
+                **clock,
+            }
+            if generation.thinking[row]:
+                record["thinking"] = generation.thinking[row]
+            if generation.unfinished[row]:
+                record["no_answer"] = UNFINISHED
+            out.append(record)
         return out
 
-    def _encoded(self, video: str, frames: int) -> np.ndarray:
-        """Visual tokens [F,m,D] of a video, F the bucket; what is behind its own frames is never looked at."""
-        if (video, frames) in self._visual:
-            self._visual.move_to_end((video, frames))
-            return self._visual[video, frames]
-        pixels, _ = self.task.frames(video)
+    def _record(self, variant: Variant, sample: Sample) -> dict[str, Any]:
+        """What is known of an answer before it is given."""
+        record = {
+            "key": self.key(variant, sample),
+            "task": self.task.name,
+            "method": variant.method,
+            "budget": variant.budget,
+            "id": sample.id,
+            "video": sample.video,
+            "type": sample.type,
+            "answer": sample.answer,
+        }
+        remarks = self.task.remarks(sample.video)
+        return record | {"remarks": remarks} if remarks else record
+
+    def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
+        """The record of a question whose video cannot be read: it is neither right nor wrong."""
+        nothing = {"prediction": None, "parsed": None, "correct": None, "retention": None, "run": self.run_id}
+        return self._record(variant, sample) | nothing | {"failure": self._unread[sample.video]}
+
+    def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
+        """Visual tokens [F,m,D] of a video, F the bucket's frames; what is behind its own frames is never looked at.
+
+        None for a film that turns out damaged: its reason is kept, and its questions are not answered. A file that has gone
+        meanwhile raises VideoError.
+        """
+        if video in self._unread:
+            return None
+        if (video, bucket.frames) in self._visual:
+            self._visual.move_to_end((video, bucket.frames))
+            return self._visual[video, bucket.frames]
+        try:
+            clip, config = self.task.clip(video)
+        except VideoError as error:
+            if self.task.gone(video):
+                raise
+            self._unread[video] = str(error)
+            return None
+        pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()
-        tokens = np.asarray(jax.device_get(self.model.encode(pixels[None])))[0]
-        if frames in self._warm_encode:
+        tokens = np.asarray(jax.device_get(self.model.encode(pixels)))[0]
+        if bucket in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
-        self._warm_encode.add(frames)
-        self._visual[video, frames] = tokens
+        self._warm_encode.add(bucket)
+        self._visual[video, bucket.frames] = tokens
         self._held += tokens.nbytes
         while self._held > self.cache_bytes and len(self._visual) > self.batch_size:
             self._held -= self._visual.popitem(last=False)[1].nbytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -198,12 +198,16 @@ def prompt(
     *,
     style: PromptStyle | None = None,
     factors: tuple[int, int, int] = (1, 1, 1),
+    template_options: Mapping[str, Any] | None = None,
 ) -> Layout:
-    """Messages and their clips, in order, as one prompt. factors: (frames, rows, columns) that an avgpool plan merges into one."""
+    """Messages and their clips, in order, as one prompt. factors: (frames, rows, columns) that an avgpool plan merges into one.
+
+    template_options: further variables of the chat template.
+    """
     pieces = Pieces(tokenizer)
     style = style_for(config) if style is None else style
     v = config.vision
-    for part in render(tokenizer, messages, CHAT):
+    for part in render(tokenizer, messages, CHAT, template_options=template_options):
         if isinstance(part, str):
             pieces.text(part)
             continue

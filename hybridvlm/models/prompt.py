@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from hybridvlm.config import Buckets
+from hybridvlm.models.text import Text, concatenate, cut_at_media, medium, person
 
 Message = Mapping[
     str, Any
@@ -78,7 +78,7 @@ class Pieces:
         self.frames = 0
 
     def text(self, piece: str) -> None:
-        """Add text, tokenised by itself; nothing for an empty one."""
+        """Add text, tokenised by itself; nothing for an empty one. Control tokens in a `Text` count where they are trusted."""
         new = self.tokenizer.encode(piece) if piece else []
         self.ids.extend(new)
         self.frame.extend([-1] * len(new))
@@ -112,48 +112,61 @@ def video_pieces(
     pieces.text(style.after)
 
 
-_MARK = re.compile("\ue000(\\d+)\ue001")
-
-
 def user_message(question: str, style: PromptStyle, kinds: Sequence[str] = ("video",)) -> Message:
     """One question about media of these kinds, put the way `style` has it."""
     media = [{"type": kind} for kind in kinds]
     return {"role": "user", "content": [*media, {"type": "text", "text": style.question.format(question=question)}]}
 
 
-def render(tokenizer: Any, messages: Sequence[Message], template: str) -> list[str | int]:
-    """Messages as the chat template writes them, cut where media stand: text, and the number of each medium in order.
+Part = tuple[str, Text]  # the type of a part of a content, and a person's words or the place of a medium
 
-    A tokenizer without `chat` belongs to a model that knows no conversation: one user message, nothing around it. ValueError
-    for an unknown kind of content (sound among them), or a conversation where there is none.
-    """
-    count, plain = 0, []
+
+def parts_of(messages: Sequence[Message]) -> list[tuple[str, list[Part]]]:
+    """(role, parts) of every message, media numbered in order; ValueError for a kind of content that is not supported."""
+    spoken, count = [], 0
     for message in messages:
+        parts: list[Part] = []
         content = message["content"]
-        words = []
         for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if item["type"] == "text":
-                if _MARK.search(item["text"]):
-                    raise ValueError("a message holds characters that mark the place of media (U+E000, U+E001)")
-                words.append(item["text"])
+                parts.append(("text", item["text"] if isinstance(item["text"], Text) else person(item["text"])))
             elif item["type"] in ("video", "image"):
-                words.append(f"\ue000{count}\ue001")
+                parts.append((item["type"], medium(count)))
                 count += 1
             else:
                 raise ValueError(
                     f"content of type {item['type']!r} is not supported; give video, image and text"
                     + (" (sound is not read: take the pictures alone)" if item["type"] == "audio" else "")
                 )
-        plain.append({"role": message["role"], "content": "".join(words)})
+        spoken.append((message["role"], parts))
+    return spoken
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: str,
+    *,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[Text | int]:
+    """Messages as the chat template writes them, cut where media stand: text, and the number of each medium in order.
+
+    template_options: further variables of the chat template, such as {"enable_thinking": False}. A tokenizer without `chat`
+    belongs to a model that knows no conversation: one user message, nothing around it. ValueError for an unknown kind of
+    content (sound among them), or a conversation where there is none.
+    """
+    spoken = parts_of(messages)
     if hasattr(tokenizer, "chat"):
-        text = tokenizer.chat(plain, template)
-    elif len(plain) == 1 and plain[0]["role"] == "user":
-        text = plain[0]["content"]
+        text = tokenizer.chat(messages, template, template_options=template_options, whole=True)
+    elif template_options:
+        raise ValueError(
+            f"template_options {sorted(template_options)} are for a chat template, and this model has none"
+        )
+    elif len(spoken) == 1 and spoken[0][0] == "user":
+        text = concatenate(piece for _, piece in spoken[0][1])
     else:
         raise ValueError("this model knows no conversation: give one user message at a time")
-    parts: list[str | int] = [
-        int(part) if place % 2 else part for place, part in enumerate(_MARK.split(text)) if place % 2 or part
-    ]
+    parts, count = cut_at_media(text), sum(kind != "text" for _, own in spoken for kind, _ in own)
     found = [part for part in parts if isinstance(part, int)]
     if found != list(range(count)):
         raise ValueError(

@@ -26,7 +26,9 @@ from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import Prefilled
 from hybridvlm.models.prompt import Batch, Layout, Message, Pieces
-from hybridvlm.models.qwen_names import config_from_hf, table
+from hybridvlm.models.qwen_config import config_from_hf
+from hybridvlm.models.qwen_names import table
+from hybridvlm.models.text import trusted
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import Decoder, DecoderOutput, plane_after, unstack
@@ -225,17 +227,18 @@ def prompt(
     *,
     style: Any = None,
     factors: tuple[int, int, int] = (1, 1, 1),
+    template_options: Mapping[str, Any] | None = None,
 ) -> QwenLayout:
     """Lay one conversation out, with at most one clip in it.
 
     factors: (frames, rows, columns) that an average-pooling plan makes one. `style` has no part here: the chat template and, for
-    Qwen3-VL, the frames' times are all the text there is around a question.
+    Qwen3-VL, the frames' times are all the text there is around a question. template_options: further variables of that template.
     """
     if len(clips) > 1:
         raise ValueError(
             f"a prompt of this family takes one video or image, got {len(clips)}; ask about them one by one"
         )
-    pieces, pending, grid = Pieces(tokenizer), "", (0, 0)
+    pieces, pending, grid = Pieces(tokenizer), trusted(""), (0, 0)
     times = config.generation == 3
 
     def frames(clip: Clip) -> None:
@@ -248,17 +251,17 @@ def prompt(
         patch = config.vision.temporal_patch
         starts = range(0, len(clip.seconds), patch)
         if not times or clip.kind == "image":
-            pieces.text(pending + VISION_START)
+            pieces.text(pending + trusted(VISION_START))
         for number in range(0, len(starts), factors[0]):
             if times and clip.kind == "video":
                 first, last = starts[number], min(starts[number] + patch, len(clip.seconds)) - 1
                 mean = (clip.seconds[first] + clip.seconds[last]) / 2
-                pieces.text(f"{pending}<{mean:.1f} seconds>{VISION_START}")
-                pending = VISION_END
+                pieces.text(pending + trusted(f"<{mean:.1f} seconds>{VISION_START}"))
+                pending = trusted(VISION_END)
             pieces.visual(grid[0] * grid[1], min(factors[0], len(starts) - number))
-        pending = VISION_END
+        pending = trusted(VISION_END)
 
-    for part in prompts.render(tokenizer, messages, CHAT_3 if times else CHAT):
+    for part in prompts.render(tokenizer, messages, CHAT_3 if times else CHAT, template_options=template_options):
         if isinstance(part, int):
             if part >= len(clips):
                 raise ValueError(f"the messages name {part + 1} videos or images, but {len(clips)} clips were given")
@@ -372,7 +375,8 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
         if visual is not None:
             flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
             order = jnp.clip(jnp.cumsum(whole.visual, axis=1) - 1, 0, flat.shape[1] - 1)[..., None]
-            for k in range(visual.shape[-1] // config.width - 1):
+            planes = visual.shape[-1] // config.width - 1
+            for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
                 plane = flat[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
                 plane = jnp.where(whole.visual[..., None], jnp.take_along_axis(plane, order, axis=1), 0)
                 extra[plane_after(2 * k + 1)] = plane  # behind the MLP of published layer k

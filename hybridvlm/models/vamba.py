@@ -8,7 +8,7 @@ is refused there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,10 +138,13 @@ def prompt(
     *,
     style: PromptStyle | None = None,
     factors: tuple[int, int, int] = (1, 1, 1),
+    template_options: Mapping[str, Any] | None = None,
 ) -> QwenLayout:
     """Lay one conversation out as Qwen2-VL's, with at most one clip; `make_batch` takes the video out of the row."""
     clips = [looked_at(config, clip) for clip in clips]
-    return qwen_vl.prompt(config, tokenizer, messages, clips, style=style, factors=factors)
+    return qwen_vl.prompt(
+        config, tokenizer, messages, clips, style=style, factors=factors, template_options=template_options
+    )
 
 
 def make_batch(

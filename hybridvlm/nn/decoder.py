@@ -19,9 +19,10 @@ from hybridvlm.nn.mamba2 import MambaStack, mamba_layer, mamba_step
 from hybridvlm.nn.mlp import MlpStack, mlp_layer
 from hybridvlm.nn.moe import MoeStack, moe_layer
 from hybridvlm.nn.parallel import fetch
-from hybridvlm.nn.sequence import compact_row, row_shards, row_total
+from hybridvlm.nn.sequence import compact_row, row_shards, row_start, row_total, whole_row
 from hybridvlm.ops.norms import rms_norm
-from hybridvlm.ops.tokens import Tokens
+from hybridvlm.ops.segments import own_place
+from hybridvlm.ops.tokens import OWN_PLACE, Tokens
 
 Params = dict[str, Any]
 ScoreFn = Callable[[int, Any, Tokens], jax.Array]
@@ -309,6 +310,8 @@ def prefill(
     here = row_total(c, visual_counts(tokens, segments))
     if counts is None:
         counts = here
+    if segments > 1 and score_fn is not None:
+        tokens = _with_own_place(c, tokens)
     entries: list[Cache] = []
     survivors, kept, scores = [], [here], {}
     at = 0
@@ -353,6 +356,13 @@ def prefill(
         at = stop + 1
     tokens = tokens.replace(x=rms_norm(tokens.x, params["norm_f"], c.norm_eps))
     return DecoderOutput(tokens, tuple(entries) if caches else (), tuple(survivors), jnp.stack(kept), scores)
+
+
+def _with_own_place(c: ModelConfig, tokens: Tokens) -> Tokens:
+    """Packed rows, nothing dropped yet, with every token's place in its own sample: what a score by number has to go by."""
+    place, start = own_place(whole_row(c, tokens.segment)), row_start(c, tokens.length)
+    mine = jax.lax.dynamic_slice_in_dim(place, start, tokens.length, axis=1)
+    return tokens.replace(extra=tokens.extra | {OWN_PLACE: mine})
 
 
 def step(

@@ -6,6 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
+def own_place(segment: jax.Array) -> jax.Array:
+    """The place of every token in its own segment, counted from 0: segment [B,L] int32 -> [B,L] int32."""
+    place = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
+    first = jnp.diff(segment, axis=1, prepend=-1) != 0
+    return place - jax.lax.cummax(jnp.where(first, place, 0), axis=1)
+
+
 def segment_runs(segment: jax.Array, initial_segment: jax.Array | None = None) -> jax.Array:
     """Number of resets at or before each place: segment [B,L] int32 -> [B,L] int32.
 

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+OWN_PLACE = "own_place"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Tokens:
     x [B,L,D] embeddings; position [B,L] int32 (or [B,L,3]); segment [B,L] int32, 0 = padding; visual [B,L] bool;
     query [B,L] bool, the text after the last visual token; index [B,L] int32, place in the unreduced prompt;
     frame [B,L] int32, -1 for text; extra: arrays [B,L,...] that are carried along through every reduction.
+    Of packed rows extra[OWN_PLACE] [B,L] int32 is the place in the unreduced prompt of a token's own segment (`index`: in the row).
     """
 
     x: jax.Array
@@ -30,6 +33,11 @@ class Tokens:
     @property
     def length(self) -> int:
         return self.x.shape[1]
+
+    @property
+    def own_place(self) -> jax.Array:
+        """[B,L] int32: the place of every token in its own unreduced prompt, the same whether that is packed with others or not."""
+        return self.extra.get(OWN_PLACE, self.index)
 
     def replace(self, **changes) -> Tokens:
         return dataclasses.replace(self, **changes)

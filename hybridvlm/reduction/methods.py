@@ -226,14 +226,14 @@ def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, se
 
 @_register("random", "decoder", **_ALL)
 def random(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
-    """str's plan with random scores, drawn from (seed, layer, token index)"""
-    return scores.random_score(tokens.index, plan.seed, layer)
+    """str's plan with random scores, drawn from (seed, layer, place in the prompt)"""
+    return scores.random_score(tokens.own_place, plan.seed, layer)
 
 
 @_register("uniform", "decoder", **_ALL)
 def uniform(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """str's plan, keeping tokens evenly spread over the video"""
-    return scores.spread_score(tokens.index)
+    return scores.spread_score(tokens.own_place)
 
 
 @_register("saliency", "decoder", reads=FEATURES, **_ALL)
@@ -272,7 +272,7 @@ def pyramiddrop(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segme
 def timeviper_td(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """a uniform drop at an eighth of the depth, then equal steps by the last question token's attention"""
     if layer == plan.sites[0]:
-        return scores.spread_score(tokens.index)
+        return scores.spread_score(tokens.own_place)
     return _by_layer(aux, tokens, _LAST, plan, segments)
 
 

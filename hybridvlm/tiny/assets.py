@@ -5,10 +5,9 @@ the SHA-256 of their pixels, the last 6,000 are `val`. Sorting by content makes 
 image, the same whichever source they were read from, and puts equal images on the same side. Only the kept classes of
 `tiles` stay.
 
-The images of `val` and `test` ship with the package (`data/fashion_mnist.npz`, licence beside it). Training images are
-read from the Debian package `dataset-fashion-mnist`, else through tensorflow-datasets.
-
-`python -m hybridvlm.tiny.assets` makes the packaged file again from either source.
+All of them ship with the package (`data/fashion_mnist.npz`, licence beside it), so that nothing has to be installed or
+downloaded to train or to evaluate. `python -m hybridvlm.tiny.assets` makes that file again, from the Debian package
+`dataset-fashion-mnist` or else through tensorflow-datasets.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def check_split(split: str) -> None:
 def load_bank(split: str) -> Bank:
     """The images of `split` ("train", "val" or "test"): the packaged ones where they fit, else from a source."""
     check_split(split)
-    packaged = None if split == "train" else _read_packaged(split)
+    packaged = _read_packaged(split)
     return packaged if packaged is not None else read_source(split)
 
 
@@ -117,9 +116,9 @@ def _read_tfds(part: str, where: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
         " (`tfds.data_source('fashion_mnist')`, needs a network once) "
     )
     try:
-        import tensorflow_datasets as tfds
+        tfds = import_tfds()
     except ImportError as error:
-        raise ImagesMissing(f"{missing}is not installed") from error
+        raise ImagesMissing(f"{missing}cannot be used: {error}") from error
     # tfds has no common base class: OSError covers network and disk, RuntimeError and ValueError its own refusals
     errors = (OSError, RuntimeError, ValueError, ImportError, AttributeError, tfds.core.DatasetNotFoundError)
     try:
@@ -131,10 +130,23 @@ def _read_tfds(part: str, where: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     return images, np.array([int(row["label"]) for row in rows])
 
 
+def import_tfds() -> Any:
+    """The module tensorflow_datasets; ImportError that names what is missing, which is not always that package itself."""
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        lacks = error.name or "tensorflow_datasets"
+        if lacks == "tensorflow_datasets":
+            raise ImportError("it is not installed (`pip install tensorflow-datasets`)", name=lacks) from error
+        # some of its releases import packages that they do not declare, such as importlib_resources
+        raise ImportError(f"it needs the package {lacks!r} (`pip install {lacks}`): {error}", name=lacks) from error
+    return tensorflow_datasets
+
+
 def write(path: pathlib.Path = PATH, directory: str | pathlib.Path | None = None) -> int:
-    """Write the packaged images of `val` and `test` to `path`; returns the size in bytes."""
+    """Write the packaged images of all splits to `path`; returns the size in bytes."""
     arrays: dict[str, Any] = {"labels": np.array(tiles.KEPT_LABELS)}
-    for split in ("val", "test"):
+    for split in SPLITS:
         bank = read_source(split, directory)
         arrays |= {f"{split}_images": bank.images, f"{split}_start": bank.start}
     path.parent.mkdir(parents=True, exist_ok=True)

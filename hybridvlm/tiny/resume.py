@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.checkpoints.steps import Steps
 from hybridvlm.config import Buckets, ModelConfig, Reduction
 from hybridvlm.generate import Model
 from hybridvlm.models.wordlevel import WordLevel
@@ -17,52 +18,48 @@ from hybridvlm.tiny import vocabulary
 
 
 class Saved:
-    """A training run's folder of Orbax checkpoints, keyed by global step; the newest is kept, written whole or not at all.
+    """A training run's folder of checkpoints, by global step: the newest two, each written whole or not at all.
 
     recipe: everything that the run's numbers depend on, in words. ValueError if the folder holds a run of another recipe.
     """
 
     def __init__(self, folder: str | pathlib.Path, recipe: str, every: int = 100):
-        import orbax.checkpoint as ocp
-
         folder = pathlib.Path(folder)
-        note = folder.with_name(folder.name + ".recipe")
+        note = folder / "recipe.txt"
         if note.is_file() and note.read_text() != recipe:
             raise ValueError(
-                f"{folder} holds a run of another seed, recipe or start ({note}); remove both or choose another --work"
+                f"{folder} holds a run of another seed, recipe or start ({note}); remove it or choose another --work"
             )
         if not note.is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             note.write_text(recipe)
-        self._ocp, self.every = ocp, every
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
-        )
+        self.every, self._steps = every, Steps(folder)
 
     def save(self, step: int, params: Any, state: Any, *, now: bool = False) -> None:
         """Keep params and optimizer state after `step` global steps, every `every` steps or when told `now`."""
         if now or step % self.every == 0:
-            leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((params, state)))}
-            self._manager.save(step, args=self._ocp.args.StandardSave(leaves))
+            self._steps.save(step, _numbered((params, state)), {})
 
     def restore(self, params: Any, make_state: Callable[[Any, int], Any]) -> tuple[int | None, Any, Any]:
-        """(global step, params, optimizer state) of the newest checkpoint; (None, params, None) if there is none.
+        """(global step, params, optimizer state) of the newest checkpoint that is whole; (None, params, None) if there is none.
 
         make_state(params, step) builds an optimizer state of the right structure for that step.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        found = self._steps.restore(lambda step: _numbered((params, make_state(params, step))))
+        if found is None:
             return None, params, None
-        shape = (params, make_state(params, step))
-        template = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(shape))}
-        leaves = self._manager.restore(step, args=self._ocp.args.StandardRestore(template))
-        ordered = [jax.numpy.asarray(leaves[str(i)]) for i in range(len(leaves))]
-        params, state = jax.tree.unflatten(jax.tree.structure(shape), ordered)
+        step, leaves, _ = found
+        structure = jax.tree.structure((params, make_state(params, step)))
+        params, state = jax.tree.unflatten(structure, [leaves[name] for name in sorted(leaves)])
         return step, params, state
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        self._steps.wait()
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
+    return {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
 def write_checkpoint(

@@ -22,6 +22,8 @@ import numpy as np
 import optax
 
 from hybridvlm.config import MIXERS, ModelConfig, load_model_config
+from hybridvlm.errors import said
+from hybridvlm.files import folder_lock
 from hybridvlm.nn.decoder import DecoderOutput
 from hybridvlm.tiny import codes, needle, tower
 from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
@@ -214,24 +216,34 @@ def main(argv: list[str] | None = None) -> None:
         help="train the Transformer twin instead: every Mamba layer is an attention layer of about as many parameters",
     )
     args = parser.parse_args(argv)
+    work = args.work or args.output.with_name(args.output.name + ".run")
+    try:
+        with folder_lock(work, "the training of an embedded model"):
+            train(args.output, work, args.seed, transformer=args.transformer)
+    except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise SystemExit(f"error: {said(error)}") from None
+
+
+def train(output: pathlib.Path, work: pathlib.Path, seed: int, *, transformer: bool = False) -> None:
+    """All stages, or what is left of them by the checkpoints in `work`; the model is written to `output` at the end."""
     from hybridvlm.tiny.resume import Saved, write_checkpoint
 
-    config = load_model_config("tiny_transformer" if args.transformer else "tiny")
-    saved = Saved(args.work or args.output.with_name(args.output.name + ".run"), repr((args.seed, STAGES, config)))
+    config = load_model_config("tiny_transformer" if transformer else "tiny")
+    saved = Saved(work, repr((seed, STAGES, config)))
     begins = np.cumsum([0, *(stage.steps for stage in STAGES)]).tolist()
 
     def stage_of(step: int) -> int:
         return max(i for i, begin in enumerate(begins[:-1]) if begin <= step)
 
-    params = initial_params(config, tower.initial_tower(config, args.seed), args.seed)
+    params = initial_params(config, tower.initial_tower(config, seed), seed)
     done, params, state = saved.restore(params, lambda p, step: stage_optimizer(STAGES[stage_of(step)]).init(p))
     if done is None:
-        trained, done = tower.train_tower(config, args.seed), 0
+        trained, done = tower.train_tower(config, seed), 0
         read = tower.accuracy(trained, config, "val")
         print(
             "tower, validation cells: " + ", ".join(f"{name} {share:.4f}" for name, share in read.items()), flush=True
         )
-        params = initial_params(config, trained, args.seed)
+        params = initial_params(config, trained, seed)
         saved.save(0, params, stage_optimizer(STAGES[0]).init(params), now=True)
     if done:
         print(f"resuming after step {done} of {begins[-1]}")
@@ -239,21 +251,21 @@ def main(argv: list[str] | None = None) -> None:
         if done >= begins[i + 1]:
             continue
         start = max(done - begins[i], 0)
-        bank = make_bank(params, config, stage.frames, CELLS_PER_COLOUR if stage.frames > 8 else 1500, args.seed)
+        bank = make_bank(params, config, stage.frames, CELLS_PER_COLOUR if stage.frames > 8 else 1500, seed)
 
         def keep(step: int, params: dict, state: Any, i: int = i, stage: Stage = stage) -> None:
             if step < stage.steps:  # at a stage's end the optimizer starts anew, so its last state is not worth keeping
                 saved.save(begins[i] + step, params, state)
 
         params = train_stage(
-            params, config, stage, args.seed, bank=bank, start=start, state=state if start else None, on_step=keep
+            params, config, stage, seed, bank=bank, start=start, state=state if start else None, on_step=keep
         )
         if i + 1 < len(STAGES):
             saved.save(begins[i + 1], params, stage_optimizer(STAGES[i + 1]).init(params), now=True)
     saved.wait()
     # never reduced in training, but evaluated with the schedule that its benchmark asks for
     dense = dataclasses.replace(codes.reduction(), method="none", budget=1.0)
-    write_checkpoint(args.output, config, params, config.name, dense)
+    write_checkpoint(output, config, params, config.name, dense)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 EXAMPLES = """\
 examples:
-  python -m hybridvlm.train configs/train_tiny_reduced.yaml
-      the embedded model under the 25% plan
-  python -m hybridvlm.train configs/train_tiny_reduced.yaml --set reduction.reduction.budget=0.125 output=runs/eighth
+  python -m hybridvlm.train train_tiny_reduced
+      the embedded model under the 25% plan, by a config that comes with the package
+  python -m hybridvlm.train train_tiny_reduced --set reduction.reduction.budget=0.125 output=runs/eighth
       the same at 12.5%
   python -m hybridvlm.eval --model runs/tiny-reduced/export --split val --methods str
       what came out of it
@@ -19,8 +19,13 @@ A run goes on where it stopped when it is started again with the same config; a 
 
 files in output: run.json (the config), metrics.jsonl (a line per step), checkpoints/, export/ (for hybridvlm.load and hybridvlm.eval),
 lora/ (the factors, where a config has rank).
-exit code: 0 done; 1 the run failed, its last whole checkpoint is kept; 2 a wrong config or input, nothing was started;
-75 it was told to stop (SIGTERM), saved, and can be started again."""
+A run that is told to stop, by SIGTERM or Ctrl-C, ends its step, saves and leaves; a second Ctrl-C leaves at once. A checkpoint that was
+damaged on the disk is moved to checkpoints-damaged/, with a line that says why, and the run goes on from the newest one that is whole.
+exit code: 0 done; 1 the run failed, its last whole checkpoint is kept; 2 a wrong config or input, or another training holds the folder:
+nothing was started; 75 it was told to stop by SIGTERM, saved, and can be started again; 130 the same by SIGINT (Ctrl-C).
+
+A config in Python (.py) is run as a program, with all rights of whoever starts it: take such files from nobody whom you would not let
+type at your shell. JSON and YAML configs are data and run nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,28 +36,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="a .json, .yaml or .py file (hybridvlm/train/config.py says what it may hold)")
+    parser.add_argument(
+        "config",
+        help="a .json, .yaml or .py file (hybridvlm/train/config.py says what it may hold; a .py file is run as a program), "
+        "or the name of a config that comes with the package",
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="changes")
     args = parser.parse_args(argv)
 
     from hybridvlm import distributed
+    from hybridvlm.errors import said
+    from hybridvlm.files import FolderBusy
     from hybridvlm.train import config as configs
     from hybridvlm.train import loop
 
     started = False
     try:
-        config = configs.read(args.config, args.changes)
         distributed.initialize()
-        run = loop.Run(config, say=lambda text: print(text, flush=True))
-        started = True
-        loop.guarded(run)
+        with distributed.together(but=(loop.Stopped,)):
+            config = configs.read(args.config, args.changes)
+            run = loop.Run(config, say=lambda text: print(text, flush=True))
+            started = True
+            loop.guarded(run)
     except loop.Stopped as stop:
         print(stop, flush=True)
-        return loop.STOPPED
+        return stop.code
     except KeyboardInterrupt:
-        return _fail("stopped; start the same command again to go on from the last checkpoint", 130)
-    except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
-        return _fail(str(error) or type(error).__name__, 1 if started else 2)
+        return _fail("stopped; start the same command again to go on from the last checkpoint", loop.INTERRUPTED)
+    except FolderBusy as error:
+        return _fail(str(error), 2)
+    except (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        return _fail(said(error), 1 if started else 2)
     return 0
 
 
@@ -63,4 +77,6 @@ def _fail(text: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from hybridvlm.distributed import leave
+
+    leave(main())

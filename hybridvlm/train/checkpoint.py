@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hybridvlm import distributed
+from hybridvlm.checkpoints.steps import FOLDER, Steps
+from hybridvlm.files import parse_json
 from hybridvlm.models.names import flatten, unflatten
 from hybridvlm.train.config import FREE, Checkpointing, TrainConfig
 from hybridvlm.train.step import State
 
-NOTE, FOLDER = "run.json", "checkpoints"
+NOTE = "run.json"
 
 
 class OtherRun(ValueError):
     """The run folder belongs to a run of another config or other start weights."""
 
 
-def claim(folder: pathlib.Path, config: TrainConfig, start: dict[str, str]) -> None:
-    """Make `folder` that of this run, or see that it is; OtherRun names the first field that differs.
+def claim(folder: pathlib.Path, config: TrainConfig, start: dict[str, str], *, write: bool = True) -> None:
+    """Make `folder` that of this run, or see that it is.
 
-    start: what the run began with and the config does not say, checksums of weights and samples.
+    Args:
+        folder: the run's folder.
+        config: what the run is told.
+        start: what the run began with and the config does not say, checksums of weights and samples.
+        write: whether to leave a note there; else the folder is only looked at.
+
+    Raises:
+        OtherRun: it holds another run; the message names the first field that differs.
     """
     from hybridvlm.config import to_dict
 
     own = {name: value for name, value in to_dict(config).items() if name not in FREE} | start
     own = json.loads(json.dumps(own))
     note = folder / NOTE
+    held = None
     if note.is_file():
         try:
-            held = json.loads(note.read_text())
+            held = parse_json(note.read_bytes())
         except ValueError as error:
             raise OtherRun(f"{note} cannot be read ({error}); remove the folder or choose another output") from None
         different = _paths(own, held)
-        if different:
+        if [path for path, *_ in different] == ["steps"]:
+            if steps_matter(config, held["steps"]):
+                raise OtherRun(_other_steps(folder, config.steps, held["steps"]))
+        elif different:
             path, mine, theirs = different[0]
             raise OtherRun(
                 f"{folder} holds a run with {path} = {theirs!r}, this config says {mine!r} "
                 f"({len(different)} fields differ); remove the folder or choose another output"
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{NOTE}.part"
-    part.write_text(json.dumps(own, indent=1) + "\n")
-    part.replace(note)
+    elif any((folder / FOLDER).glob("[0-9]*")):
+        raise OtherRun(f"{folder} holds checkpoints but no {NOTE} that says of which run; choose another output")
+    if write and own != held:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{NOTE}.part"
+        part.write_text(json.dumps(own, indent=1) + "\n")
+        part.replace(note)
+
+
+def steps_matter(config: TrainConfig, other: int) -> bool:
+    """Whether a run of `other` steps differs from this config's in the steps that both have."""
+    o = config.optimizer
+    warmups = {min(o.warmup, steps - 1) for steps in (config.steps, other)}
+    return o.end != 1 or config.reduction.mode == "curriculum" or len(warmups) > 1
+
+
+def _other_steps(folder: pathlib.Path, now: int, held: int) -> str:
+    return (
+        f"{folder} holds a run with steps = {held}, this config says {now}: the rate (or a curriculum) is laid out over all steps, "
+        f"so that this would be another run. To train on, begin a new one from its result (--set model={folder / 'export'} "
+        "output=ANOTHER); only a run with optimizer.end=1, whose rate stays, goes on when steps is raised"
+    )
 
 
 def _paths(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
@@ -60,18 +88,6 @@ def _paths(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
     return [] if a == b else [(at, a, b)]
 
 
-def checksum(params: Any) -> str:
-    """A short text that changes with any weight, and not with the mesh that they lie on: of sums of their bits, whole numbers."""
-
-    def bits(a: jax.Array) -> jax.Array:
-        kind = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
-        return jnp.sum(jax.lax.bitcast_convert_type(a, kind), dtype=jnp.uint32)
-
-    sums = jax.device_get(jax.jit(lambda flat: {path: bits(a) for path, a in flat.items()})(dict(flatten(params))))
-    told = {path: int(value) for path, value in sorted(sums.items())}
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
 def _tree(state: State) -> dict[str, Any]:
     """The state as Orbax keeps it: parameters by their paths, the optimizer's arrays by number."""
     leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.optimizer))}
@@ -79,62 +95,28 @@ def _tree(state: State) -> dict[str, Any]:
     return tree | ({"ema": unflatten(state.ema)} if state.ema else {})
 
 
-class Checkpoints:
+class Checkpoints(Steps):
     """The checkpoints of a run folder, each whole or not there, by the number of steps done."""
 
     def __init__(self, folder: pathlib.Path, options: Checkpointing):
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
+        super().__init__(folder, keep=options.keep, keep_every=options.keep_every, asynchronous=options.asynchronous)
 
-        kept = [policies.LatestN(options.keep)]
-        if options.keep_every:
-            kept.append(policies.EveryNSteps(options.keep_every))
-        self._ocp = ocp
-        self.manager = ocp.CheckpointManager(
-            (folder / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                # the loop says when: at its own interval, at the end, and when it is told to stop
-                save_decision_policy=policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                enable_async_checkpointing=options.asynchronous,
-                cleanup_tmp_directories=True,  # what a killed run or a full disk left half done
-            ),
-        )
-
-    def latest(self) -> int | None:
-        """Steps done at the newest checkpoint, one under way included; None if there is none."""
-        return self.manager.latest_step()
-
-    def whole(self) -> int | None:
-        """Steps done at the newest checkpoint on disk, once what is under way has ended, well or badly."""
-        with contextlib.suppress(Exception):
-            self.wait()
-        self.manager.reload()
-        return self.manager.latest_step()
-
-    def save(self, step: int, state: State, about: dict[str, Any]) -> None:
+    def save_state(self, step: int, state: State, about: dict[str, Any]) -> None:
         """Start to keep the state after `step` steps with `about` (JSON; of this process)."""
-        if step in self.manager.all_steps():
-            return
-        processes = [json.loads(text) for text in distributed.gather(json.dumps(about).encode())]
-        args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(_tree(state)),
-            about=self._ocp.args.JsonSave({"processes": processes}),
-        )
-        self.manager.save(step, args=args)
+        if step not in self.manager.all_steps():
+            processes = [json.loads(text) for text in distributed.gather(json.dumps(about).encode())]
+            self.save(step, _tree(state), {"processes": processes})
 
-    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """(state, about) after `step` steps; arrays go where those of `like` lie, which may be another mesh than they came from."""
+    def restore_state(self, like: State, say: Callable[[str], None]) -> tuple[int, State, dict[str, Any]] | None:
+        """(steps done, state, about) of the newest step that is whole; arrays go where those of `like` lie.
 
-        def target(a: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
-
-        abstract = jax.tree.map(target, _tree(like))
-        args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardRestore(abstract), about=self._ocp.args.JsonRestore()
-        )
-        held = self.manager.restore(step, args=args)
-        tree, processes = held["state"], held["about"]["processes"]
+        None where there is none; what was damaged is told to `say`. ValueError for another number of processes.
+        """
+        found = self.restore(lambda step: _tree(like), say)
+        if found is None:
+            return None
+        step, tree, about = found
+        processes = about["processes"]
         if len(processes) != jax.process_count():
             raise ValueError(
                 f"the checkpoint of step {step} holds the data's position of {len(processes)} processes, and this run has "
@@ -143,20 +125,4 @@ class Checkpoints:
         leaves = [tree["optimizer"][key] for key in sorted(tree["optimizer"])]
         inner = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
         ema = dict(flatten(tree["ema"])) if like.ema else {}
-        return State(dict(flatten(tree["train"])), inner, ema), processes[jax.process_index()]
-
-    def wait(self) -> None:
-        """Until everything is on disk; raises what went wrong there."""
-        self.manager.wait_until_finished()
-
-    def check(self) -> None:
-        """Raise what went wrong with a save that has ended; one that is under way is left alone."""
-        if not self.manager.is_saving_in_progress():
-            self.manager.wait_until_finished()  # at once; `check_for_errors` does not hear of a save that failed at the end
-
-    def preempted(self, step: int) -> bool:
-        """Whether any process was told to stop (of several processes, which must agree on the step)."""
-        return jax.process_count() > 1 and self.manager.reached_preemption(step)
-
-    def close(self) -> None:
-        self.manager.close()
+        return step, State(dict(flatten(tree["train"])), inner, ema), processes[jax.process_index()]

@@ -1,4 +1,7 @@
-"""What a training run is told: frozen dataclasses, checked on construction, read from JSON, YAML or Python."""
+"""What a training run is told: frozen dataclasses, checked on construction, read from JSON, YAML or Python.
+
+A config in Python is a program: reading it runs it, with all rights of whoever starts the training. JSON and YAML are data.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from hybridvlm.config import Reduction, from_dict
+from hybridvlm.config import Reduction, config_folder, from_dict
+from hybridvlm.files import parse_json
 from hybridvlm.video import VideoInfo, sample_indices
 
 QUARTER = Reduction("str", 0.25)
@@ -339,31 +343,72 @@ def build(cls: type, data: dict[str, Any]) -> Any:
         nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         return build(nested[0], given) if nested and isinstance(given, dict) else given
 
-    return from_dict(cls, {key: value(key, given) for key, given in data.items()})
+    return from_dict(cls, {key: value(key, given) for key, given in data.items()}, kinds=False)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML of plain data, in which no key of a mapping stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} stands twice"
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _parsed(path: pathlib.Path) -> Any:
-    """What a config file holds, as plain data."""
+    """What a config file holds, as plain data; a .py file is run."""
     if path.suffix == ".py":
         found = runpy.run_path(str(path)).get("config")
         if not isinstance(found, TrainConfig):
             raise ValueError(f"{path} must define config = TrainConfig(...), got {type(found).__name__}")
         return dataclasses.asdict(found)
     if path.suffix in (".yaml", ".yml"):
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     raise ValueError(f"{path}: a training config is a .json, .yaml or .py file")
 
 
+def packaged() -> dict[str, pathlib.Path]:
+    """The training configs that come with the package, by name."""
+    return {path.stem: path for path in sorted(config_folder().glob("train_*.yaml"))}
+
+
+def _found(path: pathlib.Path) -> pathlib.Path:
+    """The file that a path or a name means: the one there, else a packaged config of that name, with or without configs/ before it."""
+    if path.is_file():
+        return path
+    held = packaged()
+    by_name = path.parent in (pathlib.Path(), pathlib.Path("configs")) and path.suffix in ("", ".yaml")
+    if by_name and path.stem in held:
+        return held[path.stem]
+    raise FileNotFoundError(
+        f"no training config at {path}; give a .json, .yaml or .py file, or the name of a packaged one: {', '.join(held)}"
+    )
+
+
 def read(path: str | pathlib.Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """The config of a file (.json, .yaml, or .py that defines `config`), with "key.key=value" changes; values are JSON or text."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no training config at {path}")
+    """The config of a file, or of a packaged one by its name.
+
+    Args:
+        path: .json, .yaml, or .py that defines `config`, which is run as a program; or a name such as "train_tiny_reduced".
+        changes: "key.key=value"; values are JSON or text.
+    """
+    path = _found(pathlib.Path(path))
     try:
         data = _parsed(path)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except (UnicodeDecodeError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        if path.suffix != ".json":
+            raise
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold the fields of TrainConfig, got {type(data).__name__}")

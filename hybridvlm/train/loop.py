@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import signal
 import threading
@@ -16,14 +18,16 @@ import numpy as np
 
 from hybridvlm import distributed, sharding
 from hybridvlm.checkpoints.folder import load, save_folder
+from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
+from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.generate import Model
 from hybridvlm.models.names import flatten, unflatten
 from hybridvlm.reduction import PlanMismatch
 from hybridvlm.reduction.flops import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.train import lora as adapters
-from hybridvlm.train.checkpoint import Checkpoints, checksum, claim
+from hybridvlm.train.checkpoint import Checkpoints, claim
 from hybridvlm.train.config import ReductionMode, TrainConfig
 from hybridvlm.train.log import Log, check_installed, memory_bytes, peak_flops
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
@@ -32,11 +36,16 @@ from hybridvlm.train.sources import Source, check_needle, make_source
 from hybridvlm.train.step import Fixed, State, Trainer, check_family
 
 TEACH = "teach"
-STOPPED = 75  # exit code of a run that saved and left because it was told to (EX_TEMPFAIL: start it again)
+# exit codes of a run that saved and left because it was told to: by SIGTERM (EX_TEMPFAIL: start it again), by SIGINT
+STOPPED, INTERRUPTED = 75, 130
 
 
 class Stopped(Exception):
-    """The run was told to stop, and saved."""
+    """The run was told to stop, and saved. code: the exit code that says by whom."""
+
+    def __init__(self, text: str, code: int = STOPPED):
+        super().__init__(text)
+        self.code = code
 
 
 class SaveFailed(RuntimeError):
@@ -96,14 +105,18 @@ class Run:
         self.trainer.check(model.params)
         if d.source == "needle":  # the source itself has to wait: its bank of cells takes the tower's time
             check_needle(config, model, self.shape, self.trainer.answer)
-        start, refused = {"weights": checksum(model.params)}, None
+        self.began = {"weights": checksum(model.params)}
         if d.source != "needle":
-            start["samples"] = self.source.digest
+            self.began["samples"] = self.source.digest
         self.log: Log
-        self.told_to_stop = threading.Event()
+        self.told_to_stop, self.interrupted = threading.Event(), False
+        self._claim(write=False)
+
+    def _claim(self, write: bool) -> None:
+        refused = None
         if jax.process_index() == 0:
             try:
-                claim(self.folder, config, start)
+                claim(self.folder, self.config, self.began, write=write)
             except (OSError, ValueError) as error:
                 refused = error
         distributed.agree(refused)
@@ -168,16 +181,34 @@ class Run:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self) -> pathlib.Path:
-        """All steps that are left, and the export; the path of the exported checkpoint."""
+        """All steps that are left, and the export; the path of the exported checkpoint.
+
+        FolderBusy where another training is at work in the folder.
+        """
+        with contextlib.ExitStack() as stack:
+            busy = None
+            if jax.process_index() == 0:
+                try:
+                    stack.enter_context(folder_lock(self.folder, "a training run"))
+                except (OSError, FolderBusy) as error:
+                    busy = error
+            distributed.agree(busy)
+            self._claim(write=True)
+            return self.export(self._train())
+
+    def _train(self) -> State:
         config = self.config
         state, fixed = self.trainer.start(self.model.params, getattr(self.source, "table", None))
         kept = Checkpoints(self.folder, config.checkpoints)
         try:
-            done, streams = kept.latest() or 0, self.streams()
-            if done:
-                state, about = kept.restore(done, state)
+            done, streams = 0, self.streams()
+            found = kept.restore_state(state, self.say)
+            if found is not None:
+                done, state, about = found
                 for name, stream in streams.items():
                     stream.restore(about[name])
+            if done > config.steps:
+                raise ValueError(f"{self.folder} is at step {done} already, and steps says {config.steps}; raise steps")
             self.log = Log(self.folder, config, done, self.say)
             self._announce(done, sum(a.size for a in state.train.values()))
             try:
@@ -187,7 +218,7 @@ class Run:
                 self.log.close()
         finally:
             kept.close()
-        return self.export(state)
+        return state
 
     def _announce(self, done: int, trained: int) -> None:
         self.log.say(
@@ -226,12 +257,13 @@ class Run:
                 self._saved(kept, lambda w=waiting: meter(*w), OSError)  # nothing is kept of a step that went wrong
                 waiting = None
                 about = {name: stream.state() for name, stream in streams.items()}
-                self._saved(kept, lambda s=step, a=about, now=state: kept.save(s + 1, now, a))
+                self._saved(kept, lambda s=step, a=about, now=state: kept.save_state(s + 1, now, a))
             else:
                 self._saved(kept, kept.check)
             if stop and not last:
                 self._saved(kept, kept.wait)
-                raise Stopped(f"told to stop: saved after step {step + 1} of {config.steps}; start it again to go on")
+                text = f"told to stop: saved after step {step + 1} of {config.steps}; start it again to go on"
+                raise Stopped(text, INTERRUPTED if self.interrupted else STOPPED)
         return state
 
     def _saved(self, kept: Checkpoints, action: Callable[[], None], kind: type[Exception] = Exception) -> None:
@@ -384,19 +416,37 @@ def _first_line(error: BaseException) -> str:
 def train(config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print) -> pathlib.Path:
     """Run a config, or what is left of it, in its output folder; returns the exported checkpoint.
 
-    Stopped after SIGTERM (only where this is the main thread); FloatingPointError for a loss that is not finite; SaveFailed for a
-    disk that is full; ValueError before any work for a config that cannot be run or a folder of another run.
+    Stopped after SIGTERM or SIGINT (only where this is the main thread); FloatingPointError for a loss that is not finite; SaveFailed
+    for a disk that is full; FolderBusy where another training is at work in the folder;
+    ValueError before any work for a config that cannot be run or a folder of another run.
     """
     return guarded(Run(config, model, say))
 
 
 def guarded(run: Run) -> pathlib.Path:
-    """`run.run()`, which SIGTERM brings to a good end."""
-    # of several processes JAX itself takes the signal, so that all of them learn of it (`Checkpoints.preempted`)
-    main = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-    before = signal.signal(signal.SIGTERM, lambda *_: run.told_to_stop.set()) if main else None
+    """`run.run()`, which SIGTERM and a first SIGINT (Ctrl-C) bring to a good end; a second SIGINT stops at once.
+
+    Of several processes an error in one ends all (`distributed.together`).
+    """
+    several, before = jax.process_count() > 1, {}
+
+    def stop(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            run.interrupted = True
+            run.say("interrupted: the step under way is ended and saved; once more stops at once")
+        if several:
+            # JAX itself takes this signal, so that all processes learn of it and agree on the step (`Checkpoints.preempted`)
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            run.told_to_stop.set()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
     try:
-        return run.run()
+        with distributed.together(but=(Stopped,)):
+            return run.run()
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,9 +14,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from hybridvlm.train.rows import Example, Shape, TooLong, check, packed, single
+from hybridvlm.errors import disk_full
+from hybridvlm.train.rows import Example, Shape, check, packed, single
 from hybridvlm.train.sources import Source
-from hybridvlm.video import VideoError
 
 
 class TooManyBad(RuntimeError):
@@ -45,7 +45,12 @@ class Reader:
         try:
             row = self.source.sample(int(number))
             self.check_row(row, name)
-        except (VideoError, OSError, TooLong) as error:
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # VideoError and TooLong among them; whatever a decoder finds wrong with one file
+            if disk_full(error):  # of a cache or a scratch folder: no fault of the sample's
+                raise
             self._pass_over(place, name, error)
             return None
         with self._lock:

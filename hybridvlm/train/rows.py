@@ -58,14 +58,15 @@ def example(
     question: str,
     answer: str,
     history: Sequence[tuple[str, str]] = (),
+    system: str = "",
 ) -> Example:
     """One sample's arrays [n]: ids, frame (-1 for text), label and question, as of TrainBatch, and `position` [n,3] in some families.
 
-    history: earlier turns, part of the prompt. The answer ends with the model's end token. Marked as question
-    is the text behind the video, but never the answer that is to be learnt: no selection may see it.
+    history: earlier turns, part of the prompt; system: a system message before all of them. The answer ends with the model's end
+    token. Marked as question is the text behind the video, but never the answer that is to be learnt: no selection may see it.
     """
     clips = [] if clip is None else [clip]
-    turns: list[Message] = []
+    turns: list[Message] = [{"role": "system", "content": system}] if system else []
     for place, (asked, told) in enumerate([*history, (question, answer)]):
         turns.append(user_message(asked, model.style, [c.kind for c in clips] if not place else []))
         turns.append({"role": "assistant", "content": told})

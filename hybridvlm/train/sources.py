@@ -8,22 +8,29 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
-import importlib.util
-import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from hybridvlm.files import parse_json
 from hybridvlm.generate import Model
 from hybridvlm.models.media import Clip, resize
+from hybridvlm.tiny.assets import import_tfds
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.features import FeatureCache
 from hybridvlm.train.rows import Example, Shape, check, example, pad
 from hybridvlm.video import decode_frames, frame_seconds, probe, sample_indices
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, the earlier ones first
+
+
+class Talk(NamedTuple):
+    """What is said about a video; system: a message before all turns, "" for none."""
+
+    turns: Turns
+    system: str = ""
 
 
 class Source(Protocol):
@@ -169,11 +176,11 @@ class Files:
         self.cache = FeatureCache(config.data.cache, model) if config.data.features == "cached" else None
 
     def arrays(
-        self, seconds: tuple[float, ...], identity: str, turns: Turns, frames: Callable[[], np.ndarray]
+        self, seconds: tuple[float, ...], identity: str, talk: Talk, frames: Callable[[], np.ndarray]
     ) -> Example:
         """A sample of the frames at `seconds`: frames() gives them [F,h,w,3], where no cached features of `identity` stand in."""
-        *history, (question, answer) = turns
-        row = example(self.model, Clip(seconds), question, answer, history)
+        *history, (question, answer) = talk.turns
+        row = example(self.model, Clip(seconds), question, answer, history, talk.system)
         patches = -(-len(seconds) // self.patch)
 
         def pixels() -> np.ndarray:
@@ -187,8 +194,9 @@ class Files:
 class JsonlSource(Files):
     """Lines {"video": path, "question", "answer"} or {"video": path, "conversations": [{"from": "human" | "gpt", "value"}, ...]}.
 
-    Paths are relative to the file. Every turn of a conversation is a sample of its own, with the earlier turns before it, as it is
-    when the model is asked. ValueError with the line for one that is not of this form; videos are only opened when read.
+    Either may have a "system" text, which a conversation may also begin with ({"from": "system", "value"}): it becomes the system
+    message. Paths are relative to the file. Every turn of a conversation is a sample of its own, with the earlier turns before it,
+    as it is when the model is asked. ValueError with the line for one that is not of this form; videos are only opened when read.
     """
 
     def __init__(self, config: TrainConfig, model: Model):
@@ -197,29 +205,34 @@ class JsonlSource(Files):
         if not path.is_file():
             raise FileNotFoundError(f"no training samples at {path}; give a JSONL file")
         self.folder = path.parent
-        self.samples: list[tuple[str, Turns]] = []
+        self.samples: list[tuple[str, Talk]] = []
         held = path.read_bytes()
         self.digest = hashlib.sha256(held).hexdigest()[:16]
         for number, line in enumerate(held.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
             if line.strip():
                 try:
-                    video, turns = read_line(json.loads(line))
-                    self._fits(turns)
+                    video, talk = read_line(parse_json(line))
+                    self._fits(talk)
                 except ValueError as error:  # what json and Unicode raise is one too
                     raise ValueError(f"{path}, line {number}: {error}") from None
-                self.samples += [(video, turns[: stop + 1]) for stop in range(len(turns))]
+                self.samples += [(video, Talk(talk.turns[: n + 1], talk.system)) for n in range(len(talk.turns))]
         if not self.samples:
             raise ValueError(f"{path} holds no samples")
 
-    def _fits(self, turns: Turns) -> None:
+    def _fits(self, talk: Talk) -> None:
         """ValueError for texts that are longer than a row, whatever the video: most that do not fit are known before the start."""
-        d = self.config.data
+        d, turns = self.config.data, talk.turns
+        if (talk.system or len(turns) > 1) and not hasattr(self.model.tokenizer, "chat"):
+            raise ValueError(
+                "this model knows no conversation: give one question and its answer, and no system message"
+            )
         room, most = d.text - (d.segments if d.segments > 1 else 0), d.answer or d.text
-        if sum(len(text.encode()) for turn in turns for text in turn) <= min(room, most):
+        if len(talk.system.encode()) + sum(len(text.encode()) for turn in turns for text in turn) <= min(room, most):
             return  # no token is shorter than a byte
         length = [[len(self.model.tokenizer.encode(text)) for text in turn] for turn in turns]
-        if sum(map(sum, length)) > room:
-            raise ValueError(f"{sum(map(sum, length))} text tokens, and a row has room for {room} (Data.text)")
+        whole = sum(map(sum, length)) + (len(self.model.tokenizer.encode(talk.system)) if talk.system else 0)
+        if whole > room:
+            raise ValueError(f"{whole} text tokens, and a row has room for {room} (Data.text)")
         said = max(answer for _, answer in length) + 1
         if said > most:
             raise ValueError(f"an answer of {said} tokens, and a row has room for {most} (Data.answer)")
@@ -231,38 +244,52 @@ class JsonlSource(Files):
         return self.samples[number][0]
 
     def sample(self, number: int) -> Example:
-        video, turns = self.samples[number]
+        video, talk = self.samples[number]
         path = self.folder / video
         chosen = sample_indices(probe(path), self.frames, self.config.data.rule, name=str(path))
         status = path.stat()
         identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{chosen.tolist()}"
         read = functools.partial(decode_frames, path, chosen, size=self.size, resize=resize)
-        return self.arrays(frame_seconds(path, chosen), identity, turns, read)
+        return self.arrays(frame_seconds(path, chosen), identity, talk, read)
 
 
-def read_line(line: Any) -> tuple[str, Turns]:
-    """(video, turns of question and answer) of one parsed line; ValueError for one of another form."""
+def read_line(line: Any) -> tuple[str, Talk]:
+    """(video, what is said about it) of one parsed line; ValueError for one of another form."""
     if not isinstance(line, dict) or not isinstance(line.get("video"), str) or not line["video"]:
         raise ValueError('needs "video", the path of a file')
+    system = line.get("system") or ""
+    if not isinstance(system, str):
+        raise ValueError(f'"system" must be a text, got {system!r}')
     if "conversations" not in line:
         asked, told = line.get("question"), line.get("answer")
         if not all(isinstance(text, str) and text.strip() for text in (asked, told)):
             raise ValueError('needs "question" and "answer", texts that are not empty, or "conversations"')
-        return line["video"], ((asked, told),)
+        return line["video"], Talk(((asked, told),), system)
     spoken = line["conversations"]
-    if not isinstance(spoken, list) or not spoken or len(spoken) % 2:
-        raise ValueError('"conversations" must be turns of "human" and "gpt", one after the other')
+    if not isinstance(spoken, list) or not spoken:
+        raise ValueError(_ORDER)
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in spoken):
+        raise ValueError('a turn of "conversations" must be {"from": ..., "value": text}')
+    if spoken[0].get("from") == "system":
+        if system:
+            raise ValueError('has two system messages: "system", and the first turn of "conversations"')
+        system, spoken = spoken[0]["value"], spoken[1:]
+    if not spoken or len(spoken) % 2:
+        raise ValueError(_ORDER)
     turns = []
     for human, model in zip(spoken[::2], spoken[1::2], strict=True):
-        if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in (human, model)):
-            raise ValueError('a turn of "conversations" must be {"from": ..., "value": text}')
         if human.get("from") not in ("human", "user") or model.get("from") not in ("gpt", "assistant"):
-            raise ValueError('"conversations" must be turns of "human" and "gpt", one after the other')
+            raise ValueError(_ORDER)
         question = human["value"].replace("<video>", "").replace("<image>", "").strip()
         if not question or not model["value"].strip():
             raise ValueError('a turn of "conversations" is empty')
         turns.append((question, model["value"].strip()))
-    return line["video"], tuple(turns)
+    return line["video"], Talk(tuple(turns), system.strip())
+
+
+_ORDER = (
+    '"conversations" must be turns of "human" and "gpt", one after the other, with at most one "system" before them'
+)
 
 
 class TfdsSource(Files):
@@ -274,10 +301,10 @@ class TfdsSource(Files):
     def __init__(self, config: TrainConfig, model: Model, source: Any = None):
         super().__init__(config, model)
         if source is None:
-            if importlib.util.find_spec("tensorflow_datasets") is None:
-                raise ValueError("Data.source 'tfds' needs the package tensorflow-datasets, which is not installed")
-            import tensorflow_datasets as tfds
-
+            try:
+                tfds = import_tfds()
+            except ImportError as error:
+                raise ValueError(f"Data.source 'tfds' cannot use tensorflow-datasets: {error}") from error
             d = config.data
             source = tfds.data_source(d.path, split=d.split, data_dir=d.folder or None)
         if not len(source):
@@ -301,7 +328,7 @@ class TfdsSource(Files):
             t.decode() if isinstance(t, bytes) else str(t) for t in (record["question"], record["answer"])
         )
         name = f"{self.name(number)}:{self.frames}"
-        return self.arrays(seconds, name, ((question, answer),), lambda: resize(shown, self.size))
+        return self.arrays(seconds, name, Talk(((question, answer),)), lambda: resize(shown, self.size))
 
     def _record(self, number: int) -> Any:
         record = self.source[number]

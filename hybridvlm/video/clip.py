@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
 from hybridvlm.models.media import Clip, resize
-from hybridvlm.video.decode import VideoError, decode_frames, frame_seconds, probe
+from hybridvlm.video import images
+from hybridvlm.video.decode import decode_frames, frame_seconds, probe
+from hybridvlm.video.images import read_image
+from hybridvlm.video.index import file_status
 from hybridvlm.video.sampling import sample_indices
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CLOCKS = ("exact", "milliseconds")
 # (height, width, frames, kind) of a source -> (height, width) of the frames that a model takes
 SizeOf = Callable[[int, int, int, str], tuple[int, int]]
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """An image file as uint8 RGB [1,h,w,3], turned the way its EXIF says. VideoError if it cannot be read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise VideoError(f"{path}: no such file")
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.uint8)[None]
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def read_clip(
@@ -41,12 +26,15 @@ def read_clip(
     frames: int = 32,
     rule: str = "uniform",
     clock: str = "exact",
+    pixels: bool = True,
 ) -> Clip:
     """The clip of a video file, an image file, frames [F,h,w,3] uint8 (one a second), one image [h,w,3], or a Clip as it is.
 
+    A file is known by what it holds: a picture is an image, an animated one (GIF, WebP, PNG, AVIF) a video.
     frames, rule: which frames of a file are taken, see `sample_indices`. clock: "exact" time stamps, as the file has them, or
     "milliseconds", frame number times a whole number of milliseconds, as vLLM and others count (and drift). Video frames
-    are scaled to size_of as they are decoded, an image is left to the model. VideoError for a file that gives nothing.
+    are scaled to size_of as they are decoded, an image is left to the model. pixels: False decodes no video and leaves the
+    clip's frames out. VideoError for a file that gives nothing.
     """
     if clock not in CLOCKS:
         raise ValueError(f"clock must be one of {CLOCKS}, got {clock!r}")
@@ -59,18 +47,19 @@ def read_clip(
         return Clip(source.seconds, resize(source.frames, size), "video", source.size, source.numbers, source.fps)
     if isinstance(source, np.ndarray):
         return _from_array(source, size_of)
-    if pathlib.Path(source).suffix.lower() in IMAGES:
+    file_status(source)
+    if images.kind(source) == "still":
         image = read_image(source)
-        return Clip((0.0,), image, "image", image.shape[1:3])
+        return Clip((0.0,), image if pixels else None, "image", image.shape[1:3])
     info = probe(source)
     numbers = sample_indices(info, frames, rule, str(source))
     size = size_of(info.height, info.width, len(numbers), "video")
-    pixels = decode_frames(source, numbers, size=size, resize=resize)
+    shown = decode_frames(source, numbers, size=size, resize=resize) if pixels else None
     if clock == "exact":
         seconds = frame_seconds(source, numbers)
     else:
         seconds = tuple(int(n) * int(1000 / info.fps) / 1000 for n in numbers)
-    return Clip(seconds, pixels, "video", (info.height, info.width), tuple(numbers.tolist()), info.fps)
+    return Clip(seconds, shown, "video", (info.height, info.width), tuple(numbers.tolist()), info.fps)
 
 
 def _from_array(source: np.ndarray, size_of: SizeOf) -> Clip:

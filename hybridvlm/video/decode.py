@@ -1,86 +1,58 @@
-"""Frames out of video files, exactly the ones asked for (PyAV).
+"""Frames out of video files, exactly the ones asked for (PyAV), and out of animated pictures (Pillow).
 
 `probe` and `decode_frames` count frames in display order. One pass over the packets, without decoding, gives every
-frame's time stamp and the key frames; decoding then runs forward through the asked frames and seeks only where a key
-frame lies between the present place and the next asked frame. A frame is recognised by its time stamp, never by
-counting after a seek. Files without usable time stamps are decoded from the start and counted.
+frame's time stamp and the key frames (`index`); decoding then runs forward through the asked frames and seeks only where a
+key frame lies between the present place and the next asked frame. A frame is recognised by its time stamp, never by
+counting after a seek. Where the clock starts anew in the middle of a file (recordings put behind one another), frames come
+in the file's order, their times run on, and the way to a key frame is read, not sought. Files without usable time stamps are
+decoded from the start and counted.
 
-A file of which only a part can be read is used as far as it decodes, with a VideoWarning; a file that gives no frame at
-all raises VideoError.
+Decoding is strict at first: a damaged picture is not made up. What is missing then is decoded again, one picture at a time,
+and what FFmpeg says to it is told. A file of which only a part can be read is used as far as it decodes, with a VideoWarning; a
+file that gives no frame at all raises VideoError.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import itertools
 import os
-import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import av
+from hybridvlm.models.media import resize as plain_resize
+from hybridvlm.video import container as films
+from hybridvlm.video import images
+from hybridvlm.video.errors import VideoError, VideoWarning
+from hybridvlm.video.index import Index, VideoInfo, index_of
 
-_PICTURES = ("_pipe", "image2")  # how FFmpeg's still-picture formats are called
-_CODING_ORDER = ("avi",)  # formats whose time stamps follow the order of coding; with B-frames display differs
-_MAX_SIDE = 1 << 14
-
-
-class VideoError(ValueError):
-    """A file that gives no frames; the text names the file and says why."""
-
-
-class VideoWarning(UserWarning):
-    """A file that gives fewer frames than it should, or than were asked for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """frames: how many can be read; fps: their mean rate; duration in seconds; width, height: displayed, in pixels."""
-
-    frames: int
-    fps: float
-    duration: float
-    width: int
-    height: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Index:
-    info: VideoInfo
-    quarter_turns: int  # counterclockwise, from stored to displayed
-    promised: int  # frames that the container says it holds, 0 where it does not say
-    seconds: float  # how long the container says it runs, sound included, 0 where it does not say
-    pts: np.ndarray | None  # time stamp of each frame in display order; None: count instead
-    tick: float  # seconds that a time stamp counts
-    key_pts: np.ndarray  # of the key frames, ascending
+_NEAR = 4  # frames; a key frame no further ahead is not sought
+Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Frames, rate, duration and displayed size of a video file.
 
     Raises VideoError for a file that is missing, empty, no video, or damaged so far that not one frame decodes; warns
-    (VideoWarning) where the file holds fewer frames than it promises.
+    (VideoWarning) where the file holds fewer frames than it promises, or FFmpeg complains of it.
     """
-    index = _index_of(path)
-    info = index.info
-    if index.promised > info.frames:
-        _warn(f"{path}: the file is incomplete, {info.frames} of {index.promised} frames can be read; using those")
-    elif info.duration < 0.9 * index.seconds:
-        _warn(f"{path}: pictures for {info.duration:.1f} of {index.seconds:.1f} s only; using {info.frames} frames")
-    return info
+    index = index_of(path)
+    for remark in index.remarks:
+        _warn(remark)
+    return index.info
 
 
 def frame_seconds(path: str | os.PathLike[str], indices: Sequence[int] | np.ndarray) -> tuple[float, ...]:
     """Time stamps of frames number `indices`, in seconds from the first frame: the file's own, whatever its rate does."""
-    index = _index_of(path)
+    index = index_of(path)
     numbers = np.asarray(indices, np.int64).reshape(-1)
-    if index.pts is None:
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= index.info.frames):
+        raise IndexError(f"{path} has frames 0..{index.info.frames - 1}, got {numbers.min()}..{numbers.max()}")
+    if index.seconds is None:
         return tuple((numbers / index.info.fps).tolist())
-    return tuple(((index.pts[numbers] - index.pts[0]) * index.tick).tolist())
+    return tuple(index.seconds[numbers].tolist())
 
 
 def decode_frames(
@@ -88,7 +60,7 @@ def decode_frames(
     indices: Sequence[int] | np.ndarray,
     *,
     size: tuple[int, int] | None = None,
-    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
+    resize: Resize | None = None,
 ) -> np.ndarray:
     """Frames number `indices` (display order, any order, repeats allowed) -> uint8 RGB [n,height,width,3].
 
@@ -97,7 +69,7 @@ def decode_frames(
     quick but no image processor's. A frame that does not decode is replaced by the nearest asked one that does, with a
     VideoWarning; VideoError if none does. IndexError for a number outside 0..frames-1.
     """
-    index = _index_of(path)
+    index = index_of(path)
     wanted = np.asarray(indices, np.int64).reshape(-1)
     if not len(wanted):
         raise ValueError("indices is empty; ask for at least one frame")
@@ -105,18 +77,21 @@ def decode_frames(
         raise IndexError(f"{path} has frames 0..{index.info.frames - 1}, got {wanted.min()}..{wanted.max()}")
     order, inverse = np.unique(wanted, return_inverse=True)
     height, width = size if size is not None else (index.info.height, index.info.width)
-    out = np.empty((len(order), height, width, 3), np.uint8)
-    found = np.zeros(len(order), bool)
-    _fill(path, index, order, out, found, resize)
-    if not found.all():  # a damaged stretch, or a seek that went wrong
-        _fill(path, index, order, out, found, resize, careful=True)
+    task = _Task(str(path), index, order, np.empty((len(order), height, width, 3), np.uint8), resize)
+    task.run()
+    out, found = task.out, task.found
     if not found.any():
-        raise VideoError(f"{path}: none of the {len(order)} asked frames could be decoded; the file is damaged")
+        said = films.quoted(task.complaints)
+        raise VideoError(f"{path}: none of the {len(order)} asked frames could be decoded; the file is damaged{said}")
     if not found.all():
-        _warn(f"{path}: {int((~found).sum())} of {len(order)} frames could not be decoded; the nearest ones stand in")
+        lost = f"{int((~found).sum())} of {len(order)} frames could not be decoded; the nearest ones stand in"
+        _warn(f"{path}: {lost}{films.quoted(task.complaints)}")
         good = np.flatnonzero(found)
         near = good[np.abs(order[good][None] - order[:, None]).argmin(1)]
         out[~found] = out[near[~found]]
+    elif task.doubtful:
+        doubt = f"{task.doubtful} of {len(order)} frames may show damage"
+        _warn(f"{path}: {doubt}{films.quoted(task.complaints)}")
     return out if np.array_equal(order, wanted) else out[inverse]
 
 
@@ -124,173 +99,191 @@ def _warn(text: str) -> None:
     warnings.warn(text, VideoWarning, stacklevel=3)
 
 
-def _index_of(path: str | os.PathLike[str]) -> _Index:
-    file = pathlib.Path(path)
-    if not file.exists():
-        raise VideoError(f"{path}: no such file")
-    if not file.is_file():
-        raise VideoError(f"{path}: not a file; give one video file")
-    status = file.stat()
-    if status.st_size == 0:
-        raise VideoError(f"{path}: the file is empty")
-    return _read_index(str(file), status.st_size, status.st_mtime_ns)
+class _Task:
+    """The frames `order` (ascending) of one file into `out`, marked in `found` as they come.
 
-
-def _open(path: str) -> tuple[Any, Any]:
-    """Container and video stream; the caller closes the container."""
-    import av
-
-    try:
-        container = av.open(path)
-    except av.FFmpegError as error:
-        reason = f"{error.strerror} (cut off, or not a video)" if error.strerror else type(error).__name__
-        raise VideoError(f"{path}: cannot be opened as a video: {reason}") from None
-    name = container.format.name
-    cover = av.stream.Disposition.attached_pic  # the cover picture of a music file
-    streams = [s for s in container.streams.video if not s.disposition & cover]
-    problem = None
-    if name == "tty":
-        problem = "is a text file, not a video"
-    elif name.endswith(_PICTURES):
-        problem = "is a still picture, not a video"
-    elif not streams:
-        problem = "has sound but no pictures" if container.streams.audio else "has no video stream"
-    elif streams[0].codec_context is None:
-        problem = "is coded in a way that this FFmpeg cannot decode"
-    if problem:
-        container.close()
-        raise VideoError(f"{path} {problem}")
-    streams[0].thread_type = "AUTO"
-    return container, streams[0]
-
-
-def _packets(container: Any, stream: Any) -> Iterator[av.Packet]:
-    """Packets of the stream up to its end or the first unreadable place, then the one that flushes the decoder."""
-    import av
-
-    try:
-        yield from container.demux(stream)
-    except av.FFmpegError:
-        yield av.Packet()
-
-
-def _readable(packet: av.Packet) -> bool:
-    return packet.size > 0 and not packet.is_corrupt
-
-
-def _decoded(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-    """Frames in display order; packets that do not decode are passed over."""
-    import av
-
-    for packet in _packets(container, stream):
-        if packet.size and not _readable(packet):
-            continue
-        try:
-            frames = stream.codec_context.decode(packet if packet.size else None)
-        except av.EOFError:
-            return
-        except av.FFmpegError:
-            continue
-        yield from (frame for frame in frames if not frame.is_corrupt)
-
-
-@functools.lru_cache(maxsize=16)
-def _read_index(path: str, size: int, mtime: int) -> _Index:
-    """One pass over the packets; size and mtime only make the cache notice a changed file."""
-    container, stream = _open(path)
-    with container:
-        seen = [(p.pts, p.is_keyframe) for p in _packets(container, stream) if _readable(p) and not p.is_discard]
-        base, rate, promised = stream.time_base, stream.average_rate or stream.guessed_rate, stream.frames
-        seconds = (container.duration or 0) / 1e6
-        stamped = container.format.name not in _CODING_ORDER
-    stamps = {pts: key for pts, key in seen if pts is not None}  # time stamp -> is it a key frame
-    usable = stamped and len(stamps) == len(seen) > 0
-
-    container, stream = _open(path)  # a second time: not every format can go back to its start
-    with container:
-        decoded = _decoded(container, stream)
-        first = next(decoded, None)
-        if first is None:
-            raise VideoError(f"{path}: not one frame could be decoded; the file is damaged or cut off")
-        if not 1 <= first.width <= _MAX_SIDE or not 1 <= first.height <= _MAX_SIDE:
-            raise VideoError(f"{path}: frames of {first.width}x{first.height} pixels; at most {_MAX_SIDE} a side")
-        turns = round(first.rotation / 90) % 4
-        frames = len(stamps) if usable else 1 + sum(1 for _ in decoded)
-    pts = np.array(sorted(stamps), np.int64) if usable else None
-    span = float((pts[-1] - pts[0]) * base) if pts is not None else 0.0  # seconds from the first frame to the last
-    fps = float(rate) if rate else (frames - 1) / span if span else 1.0
-    duration = span + 1 / fps if pts is not None else frames / fps
-    width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
-    info = VideoInfo(frames, fps, duration, width, height)
-    key_pts = np.array(sorted(t for t, key in stamps.items() if key), np.int64)
-    return _Index(info, turns, promised, seconds, pts, float(base or 0), key_pts)
-
-
-def _fill(
-    path: str | os.PathLike[str],
-    index: _Index,
-    order: np.ndarray,
-    out: np.ndarray,
-    found: np.ndarray,
-    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None,
-    careful: bool = False,
-) -> None:
-    """Decode the frames `order` (ascending) that are not yet `found` into `out`, marking them.
-
-    careful: from the start and with one thread; with several, an error in one packet can cost the frames beside it.
+    doubtful: how many were decoded behind something that was not; complaints: what FFmpeg said to it.
     """
-    todo = [int(i) for i in np.flatnonzero(~found)]
-    container, stream = _open(str(path))
-    if careful:
-        stream.codec_context.thread_count = 1
-    with container:
-        if index.pts is None:
-            frames = _decoded(container, stream)
-            last = -1
-            for place in todo:
-                for frame in frames:
-                    last += 1
-                    if last == order[place]:
-                        _store(frame, index.quarter_turns, out[place], resize)
-                        found[place] = True
-                        break
+
+    def __init__(self, path: str, index: Index, order: np.ndarray, out: np.ndarray, resize: Resize | None):
+        self.path, self.index, self.order, self.out, self.resize = path, index, order, out, resize
+        self.found = np.zeros(len(order), bool)
+        self.doubtful, self.complaints = 0, []  # type: tuple[int, list[str]]
+        self.reading = bool(index.shifts)  # a clock that restarts cannot be sought by
+        # keyless: a key frame did not come out, as where a container marks pictures that are none
+        self.keyless = self.from_start = False
+
+    def run(self) -> None:
+        if self.index.stream is None:
+            self._pictures()
             return
-        place_of = {int(index.pts[order[i]]): i for i in todo}
+        if self.index.pts is None:
+            self._pass(self._count)
+            return
+        self._walks(strict=True)
+        if self.found.all():
+            return
+        with films.listening() as said:
+            self._walks(threads=1, said=said)
+            if not self.found.all() and self.keyless:
+                self.from_start = True
+                self._walks(threads=1, said=said)
+            self.complaints = films.complaints(said)
+
+    def _walks(self, **options: Any) -> None:
+        try:
+            self._pass(self._walk, **options)
+        except _Astray:
+            self.reading = True
+            self._pass(self._walk, **options)
+
+    def _pass(self, how: Callable[[films.Reader], None], **options: Any) -> None:
+        """Open the file and decode what is not found yet."""
+        container, streams = films.open_film(self.path)
+        try:
+            stream = next((s for s in streams if s.index == self.index.stream), None)
+            if stream is None:
+                raise VideoError(f"{self.path}: changed while it was read")
+            how(films.Reader(container, stream, cut=self.index.cut, **options))
+        finally:
+            films.close(container)
+
+    def _keep(self, place: int, pixels: np.ndarray) -> None:
+        self.out[place] = pixels
+        self.found[place] = True
+
+    def _pictures(self) -> None:
+        shape = self.out.shape[1:3]
+        place_of = {int(number): place for place, number in enumerate(self.order)}
+        for number, pixels in enumerate(images.moving_frames(self.path, int(self.order[-1]))):
+            if number in place_of:
+                scaled = (self.resize or plain_resize)(pixels[None], shape)
+                self._keep(place_of[number], scaled[0])
+
+    def _count(self, reader: films.Reader) -> None:
+        frames = reader.frames(films.packets(reader.container, reader.stream))
+        last = -1
+        for place in np.flatnonzero(~self.found).tolist():
+            for frame in frames:
+                last += 1
+                if last == self.order[place]:
+                    self._keep(place, self._pixels(frame))
+                    break
+
+    def _walk(self, reader: films.Reader) -> None:
+        pts, keys = self.index.pts, self.index.key_pts
+        place_of = {int(pts[self.order[i]]): int(i) for i in np.flatnonzero(~self.found)}
         # here: time stamp of the last frame that came out; floor: of the key frame that was last sought, whatever comes
         # out before it (an open group of pictures) was decoded without its references
-        frames, floor = _decoded(container, stream), int(index.pts[0])
+        way = _Way(reader, self.index, self.reading)
+        frames, floor = way.start(), int(pts[0])
         here: int | None = None
         for target in sorted(place_of):
-            if found[place_of[target]] or (here is not None and here >= target):
+            if self.found[place_of[target]] or (here is not None and here >= target):
                 continue
-            before = np.searchsorted(index.key_pts, target, side="right")  # key frames up to the target
-            ahead = int(index.key_pts[before - 1]) if before else floor
-            if not careful and ahead > (floor if here is None else here):
-                container.seek(ahead, stream=stream, backward=True)
-                frames, floor = _decoded(container, stream), ahead
+            before = int(np.searchsorted(keys, target, side="right"))  # key frames up to the target
+            ahead = int(keys[before - 1]) if before else floor
+            past = floor if here is None else here
+            if before and ahead > past and not self.from_start and self._far(past, ahead):
+                sought = way.to(before - 1)
+                if sought is not None:
+                    frames, floor, here = sought, ahead, None
             for frame in frames:
                 if frame.pts is None:
                     continue
+                self.keyless |= here is None and frame.pts > floor
                 here = int(frame.pts)
                 asked = place_of.get(here)
-                if asked is not None and not found[asked] and here >= floor:
-                    _store(frame, index.quarter_turns, out[asked], resize)
-                    found[asked] = True
+                fresh = asked is not None and not self.found[asked] and here >= floor
+                # a strict pass leaves to the second what stands behind something that did not decode
+                if fresh and not (reader.strict and reader.trouble):
+                    self._keep(asked, self._pixels(frame))
+                    self.doubtful += reader.trouble
                 if here >= target:
                     break
+            self.keyless |= here is None
+
+    def _far(self, here: int, ahead: int) -> bool:
+        """Whether a key frame lies so far ahead that seeking beats decoding up to it."""
+        at, to = np.searchsorted(self.index.pts, [here, ahead])
+        return bool(to - at > _NEAR)
+
+    def _pixels(self, frame: Any) -> np.ndarray:
+        """Frame -> RGB, scaled and turned to fit the output."""
+        turn, (height, width) = self.index.turn, self.out.shape[1:3]
+        try:
+            if self.resize is not None:
+                pixels = films.turned(frame.to_ndarray(format="rgb24"), turn)
+                return self.resize(np.ascontiguousarray(pixels)[None], (height, width))[0]
+            if turn[0]:
+                height, width = width, height
+            return films.turned(frame.to_ndarray(format="rgb24", width=width, height=height), turn)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise VideoError(
+                f"{self.path}: frames of the format {frame.format.name} cannot be read: {error}"
+            ) from error
 
 
-def _store(
-    frame: Any,
-    quarter_turns: int,
-    target: np.ndarray,
-    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None,
-) -> None:
-    """Frame -> RGB, scaled and turned to fit `target` [height,width,3]."""
-    if resize is not None:
-        pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
-        target[:] = resize(np.ascontiguousarray(pixels)[None], target.shape[:2])[0]
-        return
-    height, width = target.shape[1::-1] if quarter_turns % 2 else target.shape[:2]
-    pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-    target[:] = np.rot90(pixels, quarter_turns)
+class _Astray(Exception):
+    """Seeking did not lead to the key frame that was sought."""
+
+
+class _Way:
+    """The way through a film's packets, from key frame to key frame.
+
+    reading: every packet up to the key frame is read and passed over, which is quick beside decoding them; else it is sought.
+    """
+
+    def __init__(self, reader: films.Reader, index: Index, reading: bool):
+        self.reader, self.index, self.reading = reader, index, reading
+        plain = films.packets(reader.container, reader.stream)
+        self.packets = self._numbered(plain) if reading else plain
+        self.number, self.skip = -1, 0
+
+    def start(self) -> Iterator[Any]:
+        return self.reader.frames(self.packets)
+
+    def to(self, key: int) -> Iterator[Any] | None:
+        """Frames from key frame number `key` on; None if the decoder, which is ahead of what comes out of it, has it already."""
+        stamp, place = int(self.index.key_pts[key]), int(self.index.key_place[key])
+        if not self.reading:
+            return self.reader.frames(self._sought(stamp, int(self.index.key_seek[key])), stamp)
+        if self.number >= place:
+            return None
+        self.reader.codec.flush_buffers()
+        self.skip = place
+        return self.reader.frames(self.packets, stamp)
+
+    def _sought(self, stamp: int, where: int) -> Iterator[Any]:
+        """Packets from the one that has this stamp on; some formats find a place before it, some none."""
+        import av
+
+        container, stream = self.reader.container, self.reader.stream
+        try:
+            container.seek(where, stream=stream, backward=True)
+        except av.FFmpegError:
+            raise _Astray from None
+        packets = films.packets(container, stream)
+        for packet in packets:
+            if packet.pts == stamp:
+                return itertools.chain([packet], packets)
+            if not packet.size or (packet.is_keyframe and packet.pts is not None and packet.pts > stamp):
+                break
+        raise _Astray
+
+    def _numbered(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """The file's packets, their stamps on one clock."""
+        starts = [*self.index.shifts, (1 << 62, 0)]
+        shift, part = 0, 0
+        for number, packet in enumerate(packets):
+            self.number = number
+            if packet.size:
+                while number >= starts[part][0]:
+                    shift, part = starts[part][1], part + 1
+                if number < self.skip:
+                    continue
+                if packet.pts is not None:
+                    packet.pts += shift
+                if packet.dts is not None:
+                    packet.dts += shift
+            yield packet

@@ -24,7 +24,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hybridvlm.video.decode import VideoInfo, VideoWarning
+from hybridvlm.video.errors import VideoWarning
+from hybridvlm.video.index import VideoInfo
 
 
 def _stretches(total: int, n: int) -> tuple[np.ndarray, np.ndarray]:

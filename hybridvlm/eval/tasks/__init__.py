@@ -1,7 +1,7 @@
-"""Tasks: samples with a right answer, the frames of their videos, and a parser that never guesses.
+"""Tasks: samples with a right answer, the clips of their videos, and a parser that never guesses.
 
-A task is the embedded benchmark (`needle`) or a JSONL file of questions on video files. Adding one is adding a class
-with `samples`, `seconds`, `frames` and `identity`, and its builder to TASKS.
+A task is the embedded benchmark (`needle`) or a JSONL file of questions on videos and images. Adding one is adding a class
+with `samples`, `clip` and `identity`, and its builder to TASKS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hybridvlm.config import ModelConfig
+from hybridvlm.config import Buckets, ModelConfig
+from hybridvlm.models.media import Clip
+from hybridvlm.thinking import split_reply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +35,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """What a task is built for: the model's config, frames per video (None: the task's own choice), the most that the
-    model can be shown, split of `needle`, most samples (0: all), the prompt template of JSONL questions, the rule that
-    picks frames of video files (`video.sampling`)."""
+    """What a task is built for: the model's config and buckets, frames per video (None: the task's own choice), split of
+    `needle`, most samples (0: all), the prompt template of JSONL questions, the rule that picks frames of video files
+    (`video.sampling`)."""
 
     config: ModelConfig
     frames: int | None = None
-    most_frames: int = 64
+    buckets: Buckets = Buckets()
     split: str = "test"
     limit: int = 0
     prompt: str = "{question}"
@@ -47,27 +49,42 @@ class TaskOptions:
 
 
 class Task(abc.ABC):
-    """Samples grouped by video, and where their frames come from."""
+    """Samples grouped by video, and what the model is shown of them."""
 
     name: str
     samples: tuple[Sample, ...]
-    notes: Sequence[str] = ()  # what a reader of the results must know of the videos
 
     def prompt(self, sample: Sample) -> str:
         """The text that the model is asked."""
         return sample.question
 
     @abc.abstractmethod
-    def seconds(self, video: str) -> list[float]:
-        """Time stamps, in seconds, of the frames that `frames` gives, without decoding them."""
+    def clip(self, video: str, pixels: bool = True) -> tuple[Clip, ModelConfig]:
+        """What the model is shown of a video, and its config for clips of that size, as `video.shown_clip` gives them.
 
-    @abc.abstractmethod
-    def frames(self, video: str) -> tuple[np.ndarray, list[float]]:
-        """(uint8 [F,h,w,3] at the model's image size, time stamps in seconds)."""
+        pixels: False leaves the frames out, and decodes nothing.
+        """
 
     @abc.abstractmethod
     def identity(self, video: str) -> str:
-        """A text that changes when the video or the choice of its frames does: part of a sample's key."""
+        """A text that changes when the video or the choice of its frames does: part of a sample's key. No path and no date."""
+
+    def seconds(self, video: str) -> list[float]:
+        """Time stamps, in seconds, of the frames that are shown."""
+        return list(self.clip(video, pixels=False)[0].seconds)
+
+    def frames(self, video: str) -> tuple[np.ndarray, list[float]]:
+        """(the frames that are shown, uint8 [F,h,w,3], and their time stamps in seconds)."""
+        clip, _ = self.clip(video)
+        return clip.frames, list(clip.seconds)
+
+    def remarks(self, video: str) -> list[str]:
+        """What the decoder complained of in a video so far."""
+        return []
+
+    def gone(self, video: str) -> bool:
+        """Whether a video that cannot be read is not there any more, rather than damaged."""
+        return False
 
     def check(self) -> list[str]:
         """One line for every video that cannot be used; asked before any work starts."""
@@ -98,8 +115,10 @@ _LETTER = re.compile(r"^\(?([A-Za-z])(?:\)|\.|:|\)\.|\):)?(?:\s+(.*))?$", re.DOT
 def parse_choice(text: str, options: Sequence[str]) -> str | None:
     """The option that a reply names: exactly its text, or its letter (A is the first; `B`, `(B)`, `B.`, `B) its text`).
 
-    Anything else is None: no part of a longer reply is searched and nothing is guessed.
+    What stands before a closing tag of reasoning does not count, and reasoning that never ends holds no answer. Anything else
+    is None: no part of a longer reply is searched and nothing is guessed.
     """
+    text = split_reply(text).text
     reply = plain(text)
     for option in options:
         if reply == plain(option):
@@ -115,8 +134,8 @@ def parse_choice(text: str, options: Sequence[str]) -> str | None:
 
 
 def parse_open(text: str) -> str | None:
-    """An open answer as it stands; None if there is nothing but spaces."""
-    return text.strip() or None
+    """An open answer as it stands behind any reasoning; None if there is nothing but spaces."""
+    return split_reply(text).text.strip() or None
 
 
 def letters(options: Sequence[str]) -> str:
@@ -142,7 +161,7 @@ TASKS: dict[str, tuple[Callable[[str, TaskOptions], Task], str]] = {
         "the embedded benchmark: 7 types of questions on 64-frame videos of real items, one and two look-ups",
     ),
 }
-FILE_TASK = "any JSONL file of questions on video files (fields: see --help)"
+FILE_TASK = "any JSONL file of questions on videos and images (fields: see --help)"
 
 
 def build_task(name: str, options: TaskOptions) -> Task:

@@ -1,20 +1,28 @@
-"""Questions on video files, listed in a JSONL file."""
+"""Questions on video and image files, listed in a JSONL file."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import dataclasses
+import functools
+import hashlib
 import json
+import os
 import pathlib
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, letters, plain
-from hybridvlm.video import VideoError, VideoWarning, decode_frames, probe, sample_indices
+from hybridvlm.files import parse_json
+from hybridvlm.models import family_for
+from hybridvlm.models.media import Clip
+from hybridvlm.video import VideoError, VideoWarning, default_frames, shown_clip
 
 FIELDS = """\
-  video     path of the video file, relative to the JSONL file (required)
+  video     path of the video or image file, relative to the JSONL file (required)
   question  text (required)
   answer    the right one: an option's text, or its letter; free text without options (required)
   options   list of at least two different texts
@@ -25,23 +33,30 @@ _KNOWN = {"video", "question", "answer", "options", "type", "two_hop", "id"}
 
 
 class JsonlTask(Task):
-    """A JSONL file, one question a line; frames by the rule of the options, evenly from first to last unless told.
+    """A JSONL file, one question a line (or one JSON array of them); frames by the rule of the options, evenly from first to last
+    unless told, and as many as `ask` looks at.
 
-    ValueError with file and line number for a line that is not a question; FileNotFoundError for a missing file.
+    Files that are one and the same, however their paths are written, are one video. ValueError with file and line number for a
+    line that is not a question; FileNotFoundError for a missing file.
     """
 
     def __init__(self, path: pathlib.Path, options: TaskOptions):
         if not path.is_file():
             raise FileNotFoundError(f"no questions at {path}; give a JSONL file, one question a line")
-        vision = options.config.vision
-        if vision is None:
+        if options.config.vision is None:
             raise ValueError(f"{path}: the model has no vision tower, it cannot be asked about videos")
         self.name, self._folder, self._template = path.stem, path.parent, options.prompt
-        self._size = tuple(vision.image_size)
-        self._count, self._rule = options.frames or options.most_frames, options.sampling
-        self._indices: dict[str, tuple[np.ndarray, list[float]]] = {}
-        self.notes: list[str] = []
-        samples = read_samples(path)[: options.limit or None]
+        self._config, self._family = options.config, family_for(options.config)
+        self._count = options.frames or default_frames(options.config, options.buckets)
+        self._rule = options.sampling
+        self._clips: dict[str, tuple[Clip, Any]] = {}
+        self._digests: dict[str, str] = {}
+        self._remarks: dict[str, list[str]] = {}
+        first: dict[Any, str] = {}  # file -> how it was written first
+        samples = []
+        for sample in read_samples(path)[: options.limit or None]:
+            video = first.setdefault(_file(self._folder / sample.video), sample.video)
+            samples.append(dataclasses.replace(sample, video=video))
         order = {video: i for i, video in enumerate(dict.fromkeys(sample.video for sample in samples))}
         samples.sort(key=lambda sample: order[sample.video])  # stable: a video's questions come together
         self.samples = tuple(samples)
@@ -53,66 +68,106 @@ class JsonlTask(Task):
     def prompt(self, sample: Sample) -> str:
         return self._template.format(question=sample.question, options=letters(sample.options))
 
-    def _choose(self, video: str) -> tuple[np.ndarray, list[float]]:
-        """(frame numbers, their seconds), settled once per video; what the decoder remarks is kept in `notes`."""
-        if video not in self._indices:
-            path = self._folder / video
-            with warnings.catch_warnings(record=True) as remarks:
-                warnings.simplefilter("always", VideoWarning)
-                info = probe(path)
-                indices = sample_indices(info, self._count, self._rule, name=str(path))
-            self.notes += [str(remark.message) for remark in remarks if issubclass(remark.category, VideoWarning)]
-            self._indices[video] = indices, [float(i) / info.fps for i in indices]
-        return self._indices[video]
+    def clip(self, video: str, pixels: bool = True) -> tuple[Clip, Any]:
+        """As `Task.clip`; VideoError for a file that gives no pictures. The choice of frames is settled once per video."""
+        if pixels:
+            found = self._shown(video, True)
+            planned, _ = self.clip(video, pixels=False)
+            if found[0].seconds != planned.seconds:
+                raise VideoError(
+                    f"{self._folder / video}: gives {len(found[0].seconds)} frames where {len(planned.seconds)} were announced"
+                )
+            return found
+        if video not in self._clips:
+            self._clips[video] = self._shown(video, False)
+        return self._clips[video]
+
+    def _shown(self, video: str, pixels: bool) -> tuple[Clip, Any]:
+        with self._listening(video):
+            return shown_clip(
+                self._family, self._config, self._folder / video, frames=self._count, rule=self._rule, pixels=pixels
+            )
+
+    @contextlib.contextmanager
+    def _listening(self, video: str) -> Iterator[None]:
+        """Keep what the decoder remarks on a video."""
+        kept = self._remarks.setdefault(video, [])
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", VideoWarning)
+            try:
+                yield
+            finally:
+                told = [str(remark.message) for remark in remarks if issubclass(remark.category, VideoWarning)]
+                kept += [text for text in dict.fromkeys(told) if text not in kept]
+
+    def remarks(self, video: str) -> list[str]:
+        return list(self._remarks.get(video, ()))
+
+    def gone(self, video: str) -> bool:
+        """Whether the file is not there any more: that is no fault of the film."""
+        return not (self._folder / video).is_file()
 
     def check(self) -> list[str]:
         problems = []
         for video in self.videos:
             try:
-                self._choose(video)
+                self.clip(video, pixels=False)
             except VideoError as error:
                 problems.append(str(error))
         return problems
 
-    def seconds(self, video: str) -> list[float]:
-        return self._choose(video)[1]
-
-    def frames(self, video: str) -> tuple[np.ndarray, list[float]]:
-        indices, seconds = self._choose(video)
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always", VideoWarning)
-            pixels = decode_frames(self._folder / video, indices, size=self._size)
-        fresh = [
-            str(r.message) for r in remarks if issubclass(r.category, VideoWarning) and str(r.message) not in self.notes
-        ]
-        self.notes += fresh
-        return pixels, seconds
-
     def identity(self, video: str) -> str:
-        status = (self._folder / video).stat()
-        return f"{status.st_size}:{status.st_mtime_ns}:{','.join(map(str, self._choose(video)[0]))}"
+        if video not in self._digests:
+            with open(self._folder / video, "rb") as file:
+                self._digests[video] = hashlib.file_digest(file, "sha256").hexdigest()
+        clip, config = self.clip(video, pixels=False)
+        return repr((self._digests[video], clip.kind, clip.numbers, clip.seconds, config.vision.image_size))
+
+
+def _file(path: pathlib.Path) -> Any:
+    """What two spellings of one file have in common."""
+    try:
+        status = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def read_samples(path: pathlib.Path) -> list[Sample]:
-    """The samples of a JSONL file; ValueError names file and line."""
+    """The samples of a JSONL file, or of a JSON array; ValueError names file and line (or place)."""
     samples: list[Sample] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    seen: dict[str, str] = {}
+    for number, place, parse in _rows(path):
         try:
-            sample = _sample(json.loads(line), number)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            sample = _sample(parse(), number)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, {place}: not JSON: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{path}, {place}: {error}") from None
         if sample.id in seen:
-            raise ValueError(f"{path}, line {number}: id {sample.id!r} is also that of line {seen[sample.id]}")
-        seen[sample.id] = number
+            raise ValueError(f"{path}, {place}: id {sample.id!r} is also that of {seen[sample.id]}")
+        seen[sample.id] = place
         samples.append(sample)
     if not samples:
         raise ValueError(f"{path} holds no question")
     return samples
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, str, Callable[[], Any]]]:
+    """(number, place for messages, function that parses it) of every question in a file."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if data.lstrip().startswith(b"["):
+        try:
+            listed = parse_json(data)
+        except ValueError as error:
+            if data.strip().endswith(b"]"):  # one array, and no lines
+                raise ValueError(f"{path} is no JSON array, as which it begins and ends: {error}") from None
+        else:
+            yield from ((number, f"entry {number}", lambda row=row: row) for number, row in enumerate(listed, 1))
+            return
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, f"line {number}", functools.partial(parse_json, line)
 
 
 def _sample(row: Any, number: int) -> Sample:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions
+from hybridvlm.models import family_for
+from hybridvlm.models.media import Clip
 from hybridvlm.tiny import needle, tiles
+from hybridvlm.video import shown_clip
 
 VIDEOS, PER_VIDEO = 256, 4
 
@@ -22,6 +25,7 @@ class Needle(Task):
             raise ValueError(
                 f"task needle has frames of {tiles.FRAME}x{tiles.FRAME} pixels, the model {size}; use --tasks FILE.jsonl"
             )
+        self._config, self._family = options.config, family_for(options.config)
         self.count = options.frames or needle.FRAMES
         self._source = f"{options.split}:{self.count}"
         videos = min(VIDEOS, -(-options.limit // PER_VIDEO)) if options.limit else VIDEOS
@@ -37,11 +41,11 @@ class Needle(Task):
                 samples.append(Sample(identity, name, text, answer, tuple(choices), kind, kind in needle.TWO_HOP))
         self.samples = tuple(samples[: options.limit or None])
 
-    def seconds(self, video: str) -> list[float]:
-        return [float(i) for i in range(self.count)]
-
-    def frames(self, video: str) -> tuple[np.ndarray, list[float]]:
-        return needle.render_video(self._videos[video]), self.seconds(video)
+    def clip(self, video: str, pixels: bool = True) -> tuple[Clip, Any]:
+        frames = needle.render_video(self._videos[video]) if pixels else None
+        seconds = tuple(float(i) for i in range(self.count))
+        source = Clip(seconds, frames, size=(tiles.FRAME, tiles.FRAME))
+        return shown_clip(self._family, self._config, source, frames=self.count, pixels=pixels)
 
     def identity(self, video: str) -> str:
         return self._source

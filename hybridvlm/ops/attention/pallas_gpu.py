@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hybridvlm.ops.attention import xla
 from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.mosaic import load_as
 from hybridvlm.ops.platforms import require_platform
 
 ROWS = 64  # rows of a tensor core instruction: what one warpgroup computes
@@ -122,7 +123,7 @@ def down(x, size: int):
 
 def across(ref, size: int, **options):
     """One value per column, read from memory: [size] -> [64,size]"""
-    return lax.broadcast_in_dim(plgpu.load(ref, (), layout=COLUMN, **options), (ROWS, size), [1])
+    return lax.broadcast_in_dim(load_as(ref, layout=COLUMN, **options), (ROWS, size), [1])
 
 
 def filled(shape: tuple[int, ...], value: float, layout):
@@ -289,7 +290,7 @@ def _launch(static: _Static, q, k, v, places):
             own = pl.ds(block * rows + w * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(q_g.at[bi, own, head], q_s.at[w], asked.at[w])
             if places_g:
-                segment, index = (plgpu.load(x.at[bi, own], (), layout=ROW, optimized=False) for x in places_g[::2])
+                segment, index = (load_as(x.at[bi, own], layout=ROW, optimized=False) for x in places_g[::2])
             plgpu.barrier_wait(asked.at[w])
 
             def masked(score, j, slot):
@@ -309,7 +310,7 @@ def _launch(static: _Static, q, k, v, places):
                 out, highest, total = carry
                 slot = slot_of(j - first)
                 plgpu.barrier_wait(loaded.at[slot])
-                score = product(q_s.at[w], plgpu.transpose_ref(k_s.at[slot], (1, 0)), columns)
+                score = product(q_s.at[w], k_s.at[slot].transpose((1, 0)), columns)
                 score = score * (static.scale * LOG2E)  # powers of 2 from here on
                 plain = (j >= whole) & (j < after)
                 score = lax.cond(plain, lambda score: score, lambda score: masked(score, j, slot), score)

@@ -31,6 +31,7 @@ from hybridvlm.ops.attention.pallas_gpu import (
     product,
     slot_of,
 )
+from hybridvlm.ops.mosaic import load_as
 from hybridvlm.ops.platforms import require_platform
 
 
@@ -160,16 +161,14 @@ def _launch_score(
         def _():
             plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(block * keys + w * ROWS, ROWS)
-            segment, index = (
-                plgpu.load(x.at[bi, mine], (), layout=ROW, optimized=False) for x in (kv_segment_g, kv_index_g)
-            )
+            segment, index = (load_as(x.at[bi, mine], layout=ROW, optimized=False) for x in (kv_segment_g, kv_index_g))
 
             def tile_step(tile, score):
                 def head_step(k_slot, first, member, weight):
                     slot = slot_of(first + member)
                     plgpu.barrier_wait(asked.at[slot])
                     own = k_s.at[k_slot, pl.ds(w * ROWS, ROWS)]
-                    raw = product(own, plgpu.transpose_ref(q_s.at[slot], (1, 0)), rows)
+                    raw = product(own, q_s.at[slot].transpose((1, 0)), rows)
                     # At most 0 for a key that is seen; held there, so that an unseen key cannot overflow.
                     power = jnp.minimum(raw * (scale * LOG2E) - across(lse_s.at[slot], rows) * LOG2E, 0.0)
                     plgpu.barrier_arrive(q_free.at[slot])

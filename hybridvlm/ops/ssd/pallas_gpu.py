@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hybridvlm.ops.mosaic import load_as
 from hybridvlm.ops.platforms import require_platform
 from hybridvlm.ops.ssd import xla
 
@@ -85,7 +86,7 @@ def _check(kind, p: int, n: int, states: int, chunk_size: int | None) -> None:
 
 def _shared_bytes(p: int, states: int) -> int:
     """What a block of the kernel below holds, and 4 KB for barriers and reductions; a chunk has as many tokens as states."""
-    stage = states * (2 * (p + 2 * states) + 4 * 4 + 4 * 2)
+    stage = states * (2 * (p + 2 * states) + 4 * 5 + 4 * 2)
     return STAGES * stage + 2 * 2 * states * p + 4096
 
 
@@ -131,9 +132,9 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
         "c_s": tile(chunk, n, wide, STAGES),
         "state_s": tile(n, p, narrow),
         "exchange_s": tile(chunk, p, narrow),
-        "vectors_s": [vector] * 4,
+        "vectors_s": [vector] * 5,
         "runs_s": None if runs is None else [places] * 2,
-        "loaded": plgpu.Barrier(num_arrivals=7 if runs is None else 9, num_barriers=STAGES),
+        "loaded": plgpu.Barrier(num_arrivals=8 if runs is None else 10, num_barriers=STAGES),
         "weighted": plgpu.Barrier(num_arrivals=warpgroups),
         "updated": plgpu.Barrier(num_arrivals=warpgroups),
     }
@@ -176,7 +177,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
             for step in range(min(STAGES, sizes.steps)):
                 load(jnp.int32(step))
 
-        start = plgpu.load(state_g.at[bi, group, own, member], (), layout=_MATRIX, optimized=False)
+        start = load_as(state_g.at[bi, group, own, member], layout=_MATRIX, optimized=False)
         state_s[own] = start.astype(kind)
         everyone(s["updated"])
 
@@ -185,19 +186,19 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
             if keep_states:
                 starts_g.at[step, bi, group, own, member][...] = state
             plgpu.barrier_wait(s["loaded"].at[slot])
-            total_s, dt_s, read_s, write_s = (v.at[slot] for v in s["vectors_s"])
+            whole_s, total_s, dt_s, read_s, write_s = (v.at[slot] for v in s["vectors_s"])
 
             def rows(v):
-                return plgpu.load(v.at[own], (), layout=_ROW)
+                return load_as(v.at[own], layout=_ROW)
 
             def down(v, width):
                 return lax.broadcast_in_dim(v, (ROWS, width), [0])
 
             def across(v_s):
-                return lax.broadcast_in_dim(plgpu.load(v_s, (), layout=_COLUMN), (ROWS, chunk), [1])
+                return lax.broadcast_in_dim(load_as(v_s, layout=_COLUMN), (ROWS, chunk), [1])
 
-            c_own = plgpu.load(c_s.at[slot, own], (), layout=_MATRIX)
-            mixed = product((c_own, plgpu.transpose_ref(b_s.at[slot], (1, 0))), columns=chunk)
+            c_own = load_as(c_s.at[slot, own], layout=_MATRIX)
+            mixed = product((c_own, b_s.at[slot].transpose((1, 0))), columns=chunk)
             at = [plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), i, layout=_MATRIX) for i in (0, 1)]
             seen = at[0] + w * ROWS >= at[1]
             if runs is not None:
@@ -205,12 +206,13 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
                 reader = rows(reader_s)
                 seen &= down(reader, chunk) == across(writer_s)
             # The mask comes before exp: above the diagonal the difference is positive and may overflow.
-            decay = jnp.exp(jnp.where(seen, down(rows(total_s), chunk) - across(total_s), -jnp.inf))
+            apart = [down(rows(v), chunk) - across(v) for v in (whole_s, total_s)]
+            decay = jnp.exp(jnp.where(seen, apart[0] + apart[1], -jnp.inf))
             mixed = (mixed * decay * across(dt_s)).astype(kind)
             read = (c_own.astype(jnp.float32) * down(rows(read_s), n)).astype(kind)
             y = product((mixed, x_s.at[slot]), (read, state_s), columns=p)
 
-            x_own = plgpu.load(x_s.at[slot, own], (), layout=_MATRIX).astype(jnp.float32)
+            x_own = load_as(x_s.at[slot, own], layout=_MATRIX).astype(jnp.float32)
             if d_g is not None:
                 skipped = d_g[head] * x_own
                 if runs is not None:
@@ -220,7 +222,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
             exchange_s[own] = (x_own * down(rows(write_s), p)).astype(kind)
             everyone(s["weighted"])
 
-            b_own = plgpu.transpose_ref(b_s.at[slot, :, own], (1, 0))
+            b_own = b_s.at[slot, :, own].transpose((1, 0))
             state = state * keep_g[step, bi, group, member] + product((b_own, exchange_s), columns=p)
             state_s[own] = state.astype(kind)
             everyone(s["updated"])
@@ -242,7 +244,14 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     out_type = [jax.ShapeDtypeStruct(x.shape, kind), jax.ShapeDtypeStruct(state.shape, jnp.float32)]
     if keep_states:
         out_type.append(jax.ShapeDtypeStruct((sizes.steps, *state.shape), jnp.float32))
-    operands = {"x": x, "b": b, "c": c, "vectors": [k.total, k.dt, k.read, k.write], "keep": k.keep, "state": state}
+    operands = {
+        "x": x,
+        "b": b,
+        "c": c,
+        "vectors": [k.whole, k.total, k.dt, k.read, k.write],
+        "keep": k.keep,
+        "state": state,
+    }
     if d is not None:
         operands["d"] = d.reshape(heads)
     if runs is not None:

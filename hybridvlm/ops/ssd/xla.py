@@ -51,12 +51,14 @@ class Sizes(NamedTuple):
 class Coefficients(NamedTuple):
     """Everything that depends on dt and A, float32, ordered by step: S steps, b = B * block chunks each.
 
-    total, minus, dt, read, write [S,b,G,R,C]: sum of log-decays up to and with a token; the same negated, so that
-    exp(t_i - t_j) reads two arrays (XLA's CPU loops that read one array at two places are not vectorised: 5 times
-    slower); its dt; the weight with which it reads the chunk's incoming state; the weight with which it enters the
-    outgoing one. keep [S,b,G,R]: what is left of the incoming state.
+    whole + total [S,b,G,R,C]: sum of log-decays up to and with a token, apart in an integer and the rest (see
+    `log_decays`); less_whole, minus: the same negated, so that exp(t_i - t_j) reads each array at one place (XLA's CPU loops
+    that read one array at two are not vectorised: 5 times slower); dt; read: the weight with which a token reads the
+    chunk's incoming state; write: that with which it enters the outgoing one. keep [S,b,G,R]: what is left of the incoming state.
     """
 
+    whole: jax.Array
+    less_whole: jax.Array
     total: jax.Array
     minus: jax.Array
     dt: jax.Array
@@ -96,6 +98,19 @@ def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: 
 
 # -- decays --
 
+LEAST = -128.0  # exp of it is 0 in float32: a logarithm of a decay need not be less
+
+
+def log_decays(dt, a):
+    """dt * a in an integer (without gradient) and the rest, within half of 0; not below LEAST.
+
+    One strong decay makes running sums so large that differences of sums behind it, which are small, lose their bits. Sums of
+    integers lose none, and those of the rest stay small.
+    """
+    log = jnp.maximum(dt * a, LEAST)
+    whole = jnp.round(lax.stop_gradient(log))
+    return whole, log - whole
+
 
 def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | None]:
     batch, _, heads = dt.shape
@@ -115,13 +130,15 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
 
     dt = by_step(windows(dt, 0.0).reshape(batch, -1, groups, heads // groups))
     dt = jnp.moveaxis(dt, 2, -1)  # [S,b,G,R,C]
-    total = jnp.cumsum(dt * a.reshape(groups, heads // groups, 1), axis=-1)
-    last = total[..., -1:]
+    whole, total = (jnp.cumsum(v, axis=-1) for v in log_decays(dt, a.reshape(groups, heads // groups, 1)))
     # The last token's own distance is 0 whatever t is; written so, its two gradients need not cancel.
-    to_end = jnp.concatenate([last - total[..., :-1], jnp.zeros_like(last)], axis=-1)
-    kept = last[..., 0]
+    to_end = (whole[..., -1:] - whole[..., :-1]) + (total[..., -1:] - total[..., :-1])
+    to_end = jnp.concatenate([to_end, jnp.zeros_like(total[..., -1:])], axis=-1)
+    sums = (whole, -whole, total, -total, dt)
+    total = whole + total
+    kept = total[..., -1]
     if run is None:
-        return Coefficients(total, -total, dt, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
+        return Coefficients(*sums, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
 
     run = windows(run, run[:, sizes.done - 1 : sizes.done])
     ends = run[:, sizes.chunk - 1 :: sizes.chunk]
@@ -140,7 +157,7 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     read = masked_exp((reader == before)[over_heads], total)
     write = dt * masked_exp((writer == ends)[over_heads], to_end)
     keep = masked_exp(before == ends, kept.reshape(sizes.steps, -1, heads)).reshape(kept.shape)
-    return Coefficients(total, -total, dt, read, write, keep), Runs(reader, writer)
+    return Coefficients(*sums, read, write, keep), Runs(reader, writer)
 
 
 # -- one step --
@@ -201,7 +218,8 @@ def _decays(k: Coefficients, runs: Runs | None):
     if runs is not None:
         seen = (seen & (runs.reader[:, :, None] == runs.writer[:, None, :]))[:, None, None]
     # The mask comes before exp: above the diagonal the difference is positive and may overflow.
-    return jnp.exp(k.total[..., :, None] + k.minus[..., None, :] + jnp.where(seen, 0.0, -jnp.inf))
+    whole = k.whole[..., :, None] + k.less_whole[..., None, :] + jnp.where(seen, 0.0, -jnp.inf)
+    return jnp.exp(whole + (k.total[..., :, None] + k.minus[..., None, :]))
 
 
 def _kept(k: Coefficients, state):
@@ -253,6 +271,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     size = x.shape[1]
     gexponent = gweights * k.dt[..., None, :] * jnp.tril(jnp.ones((size, size), jnp.float32), -1)
     gtotal, gminus = gexponent.sum(-1), gexponent.sum(-2)
+    none = jnp.zeros_like(gtotal)  # integers have none
 
     # Reading the incoming state.
     gread = _head_sums(gy * _by_group(_dot(c32, state, (3, 2), 2)))
@@ -269,7 +288,7 @@ def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate
     if d is not None:
         gx = gx + _skip(gy, d, runs)
         gd = _skip(gy * x, jnp.ones_like(d), runs).sum((0, 1, 4))
-    return gx, _by_group(gb), _by_group(gc), gd, Coefficients(gtotal, gminus, gdt, gread, gwrite, gkeep)
+    return gx, _by_group(gb), _by_group(gc), gd, Coefficients(none, none, gtotal, gminus, gdt, gread, gwrite, gkeep)
 
 
 def _dot_heads(v, state):

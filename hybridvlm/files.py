@@ -1,0 +1,201 @@
+"""Files that several processes share: a lock on a folder that names its holder, and JSON that means one thing only."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+LOCK = ".lock"
+BEAT = 30.0  # seconds between two signs of life of a holder
+SILENCE = 600.0  # without any for so long, a holder on another machine counts as gone
+
+
+class FolderBusy(RuntimeError):
+    """Another process holds the lock of a folder."""
+
+
+@contextlib.contextmanager
+def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Hold a folder (made where it is missing) for one run; of a run of several processes the first one alone calls this.
+
+    The file `.lock` in it names the holder. A lock whose process is gone is taken over: one of this machine at once, one of
+    another machine where it has given no sign of life for ten minutes.
+
+    Args:
+        path: the folder.
+        what: what the run is, such as "an evaluation", for whoever finds the folder held.
+
+    Raises:
+        FolderBusy: somebody else is at work in there; the message says who, since when, and the way out.
+    """
+    folder = pathlib.Path(path)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, token = folder / LOCK, uuid.uuid4().hex
+    _take(lock, _holder(what, token))
+    done = threading.Event()
+    beat = threading.Thread(target=_live, args=(lock, token, done), name="folder-lock", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beat.join()
+        if _read(lock).get("token") == token:
+            lock.unlink(missing_ok=True)
+        if made:  # a run that came to nothing leaves no empty folder
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _holder(what: str, token: str) -> dict[str, Any]:
+    return {
+        "what": what,
+        "host": _machine(),
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv),
+        "token": token,
+    }
+
+
+def _take(lock: pathlib.Path, holder: dict[str, Any]) -> None:
+    """Put the lock there whole, or raise FolderBusy."""
+    handle, new = tempfile.mkstemp(prefix=f"{lock.name}.", dir=lock.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(holder, file)
+        os.chmod(new, 0o644)
+        now = os.stat(new).st_mtime  # the clock of the file system, which machines share
+        for _ in range(20):
+            try:
+                # a link is made whole or not at all, and never over what stands there
+                os.link(new, lock)
+                return
+            except FileExistsError:
+                if _take_over(lock, new, now):
+                    return
+        raise FolderBusy(f"{lock.parent}: others take its lock again and again; give another folder")
+    finally:
+        pathlib.Path(new).unlink(missing_ok=True)
+
+
+def _take_over(lock: pathlib.Path, new: str, now: float) -> bool:
+    """Put `new` in the place of a stale lock: False where it has meanwhile gone, or was another's to replace."""
+    try:
+        with open(lock, "rb") as file, _alone(file.fileno()):
+            stat = os.fstat(file.fileno())
+            held = _read(lock)
+            if not os.path.samestat(stat, os.stat(lock)):
+                return False
+            if not _stale(held, now - stat.st_mtime):
+                raise FolderBusy(_busy(lock, held))
+            os.replace(new, lock)
+            return True
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(handle: int) -> Iterator[None]:
+    """Of several that find the same stale lock, one at a time; where the file system knows such a thing."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    yield  # closing the file lets go
+
+
+def _stale(held: dict[str, Any], silent: float) -> bool:
+    if held.get("host") == _machine() and isinstance(held.get("pid"), int):
+        born = _born(held["pid"])
+        # numbers of processes are used again: then the start is another one
+        return not runs(held["pid"]) or (None not in (born, held.get("born")) and born != held["born"])
+    return silent > SILENCE
+
+
+def _busy(lock: pathlib.Path, held: dict[str, Any]) -> str:
+    if not held:
+        return f"{lock.parent} is held by an unknown process; if none works in there, remove {lock}"
+    host = str(held.get("host")).split()[0]
+    return (
+        f"{lock.parent} is in use: {held.get('what')} (process {held.get('pid')} on {host}, since {held.get('since')}: "
+        f"{held.get('command')}); wait for it, choose another folder, or, if it no longer runs, remove {lock}"
+    )
+
+
+def _live(lock: pathlib.Path, token: str, done: threading.Event) -> None:
+    while not done.wait(BEAT):
+        with contextlib.suppress(OSError):
+            if _read(lock).get("token") == token:
+                os.utime(lock)
+
+
+def _read(lock: pathlib.Path) -> dict[str, Any]:
+    try:
+        held = json.loads(lock.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _machine() -> str:
+    """This machine, and the world of process numbers on it: containers may share a name and not their numbers."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space}".strip()
+
+
+def _born(process: int) -> int | None:
+    """When a process of this machine began, in the kernel's ticks; None where that cannot be told."""
+    try:
+        text = pathlib.Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def runs(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON document, with or without a byte-order mark. ValueError for one that is none, or names a key of an object twice."""
+    data = text.encode() if isinstance(text, str) else text
+    try:
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found

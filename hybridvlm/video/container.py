@@ -1,0 +1,313 @@
+"""Opening film files with FFmpeg (PyAV): which formats, which stream, and what FFmpeg has to say about a file.
+
+Files come from strangers. Only formats that hold a film in one file are opened (no playlists, no series of pictures, no
+descriptions of streams), through no protocol but `file`, and by their absolute path, so that no name is taken for an address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridvlm.video.errors import VideoError
+from hybridvlm.video.images import motion_jpeg
+
+if TYPE_CHECKING:
+    import av
+
+# FFmpeg's names of the formats that hold a film in one file
+FORMATS = (
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf"),
+    *(
+        "ogg",
+        "mxf",
+        "nut",
+        "rm",
+        "wtv",
+        "dv",
+        "h261",
+        "h263",
+        "h264",
+        "hevc",
+        "vvc",
+        "m4v",
+        "av1",
+        "obu",
+        "ivf",
+        "mjpeg",
+    ),
+    "yuv4mpegpipe",
+)
+PLAIN = "MP4/MOV, Matroska/WebM, AVI, MPEG, FLV, ASF/WMV, Ogg, MXF and raw streams"
+_PLAYLISTS = ("concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest")
+_PICTURES = ("_pipe", "image2")  # how FFmpeg's still-picture formats are called
+_ASIDE = ("attached_pic", "timed_thumbnails", "still_image", "dependent", "metadata")
+MAX_SIDE = 1 << 14  # pixels
+
+
+# -- what FFmpeg says ---------------------------------------------------------------------------------------------------
+
+
+class _Ears:
+    """FFmpeg's log is one for the process: switched on while anyone listens, left alone where the user has switched it on."""
+
+    def __init__(self) -> None:
+        self.lock, self.count = threading.Lock(), 0
+        self.level: int | None = None
+        self.repeats, self.sink = True, None
+
+    def open(self) -> None:
+        from av import logging
+
+        with self.lock:
+            self.count += 1
+            if self.count > 1:
+                return
+            self.level, self.repeats = logging.get_level(), logging.get_skip_repeated()
+            logging.set_skip_repeated(False)  # else a second file's like complaint would be lost
+            if self.level is None:
+                # what other threads' decoders say meanwhile goes nowhere, as without a listener
+                self.sink = logging.Capture(local=False)
+                self.sink.__enter__()
+                logging.set_level(logging.ERROR)
+
+    def close(self) -> None:
+        from av import logging
+
+        with self.lock:
+            self.count -= 1
+            if self.count:
+                return
+            logging.set_skip_repeated(self.repeats)
+            if self.level is None:
+                logging.set_level(None)
+                self.sink.__exit__(None, None, None)
+
+
+_EARS = _Ears()
+Said = list[tuple[int, str, str]]  # (level, who, what)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Said]:
+    """The list to which FFmpeg's messages of this thread are added as they come; decoders have to run on one thread."""
+    from av import logging
+
+    _EARS.open()
+    try:
+        with logging.Capture() as said:
+            yield said
+    finally:
+        _EARS.close()
+
+
+def complaints(said: Said, who: Sequence[str] = ()) -> list[str]:
+    """The errors among messages, each text once; of those in `who` alone, if given."""
+    from av import logging
+
+    texts = (text.strip() for level, name, text in said if level <= logging.ERROR and (not who or name in who))
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def quoted(texts: Sequence[str]) -> str:
+    """Complaints as the end of a message, "" for none."""
+    more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
+    return f" (FFmpeg: {texts[0]}{more})" if texts else ""
+
+
+# -- opening ------------------------------------------------------------------------------------------------------------
+
+
+def open_film(path: str) -> tuple[Any, list[Any]]:
+    """Container, and the video streams that may be the film; the caller closes the container (`close`)."""
+    import av
+
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
+    with listening() as said:
+        try:
+            # FFmpeg would take it for one picture, by its name
+            known = "mjpeg" if motion_jpeg(path) else None
+            container = av.open(os.path.abspath(path), "r", known, options, metadata_errors="replace")
+        except av.FFmpegError as error:
+            raise VideoError(f"{path}{_refusal(error, said)}") from None
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:  # of PyAV, not of FFmpeg
+            raise VideoError(f"{path}: cannot be opened as a video: {type(error).__name__}: {error}") from error
+    pictured = [s for s in container.streams.video if not _aside(s)]
+    streams = [s for s in pictured if s.codec_context is not None]
+    problem = None
+    if not pictured:
+        problem = "has sound but no pictures" if container.streams.audio else "has no video stream"
+    elif not streams:
+        problem = "is coded in a way that this FFmpeg cannot decode"
+    elif max(max(s.width, s.height) for s in streams) > MAX_SIDE:
+        problem = f"has frames of {streams[0].width}x{streams[0].height} pixels; at most {MAX_SIDE} a side"
+    if problem:
+        container.close()
+        raise VideoError(f"{path} {problem}")
+    return container, streams
+
+
+def close(container: Any) -> None:
+    """Close a container whose decoders may be at work.
+
+    They are stopped first: freeing a decoder holds Python's lock, and a worker that has to say something waits for it.
+    """
+    for stream in container.streams:
+        if stream.codec_context is not None:
+            stream.codec_context.flush_buffers()
+    container.close()
+
+
+def _refusal(error: Any, said: Said) -> str:
+    names = [name for _, name, text in said if "not on whitelist" in text]
+    if not names:
+        reason = f"{error.strerror} (cut off, or not a video)" if error.strerror else type(error).__name__
+        return f": cannot be opened as a video: {reason}"
+    name = names[0]
+    if name.endswith(_PICTURES):
+        return f" is a still picture ({name.removesuffix('_pipe')}), not a video"
+    if name in _PLAYLISTS:
+        return f" is a list of other files or addresses ({name}), not a video; give the film itself"
+    if name == "tty":
+        return " is a text file, not a video"
+    return f" is of the format {name}, not a video of a format that is read here: {PLAIN}"
+
+
+def _aside(stream: Any) -> bool:
+    """Whether a stream says of itself that it is a cover, a preview or a part of another picture."""
+    import av
+
+    flags = av.stream.Disposition(0)
+    for name in _ASIDE:
+        flags |= getattr(av.stream.Disposition, name)
+    return bool(stream.disposition & flags)
+
+
+def choose(streams: Sequence[Any], counts: Sequence[int], spans: Sequence[float]) -> int:
+    """Which stream is the film: not a thumbnail (few frames, or over soon) and no small preview of another stream.
+
+    counts, spans: each stream's frames and seconds. Of those left the default one, then the one of most frames, then the
+    largest, then the first. Writers mark the first stream as default unless told otherwise, so that mark alone says little.
+    """
+    import av
+
+    area = [s.width * s.height for s in streams]
+    films = [i for i in range(len(streams)) if 2 * counts[i] >= max(counts) or 2 * spans[i] >= max(spans) > 0]
+    films = [i for i in films if counts[i] > 1] or films
+    films = [i for i in films if 2 * area[i] >= max(area[j] for j in films)]
+
+    def rank(i: int) -> tuple[bool, int, int, int]:
+        return bool(streams[i].disposition & av.stream.Disposition.default), counts[i], area[i], -i
+
+    return max(films, key=rank)
+
+
+# -- what is in it ------------------------------------------------------------------------------------------------------
+
+
+def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> Iterator[av.Packet]:
+    """Packets of the streams up to the end or the first unreadable place, then the empty ones that flush the decoders.
+
+    ended: gets the reason, where that place is not the end.
+    """
+    import av
+
+    try:
+        for packet in container.demux(streams):
+            if packet.size or packet.dts is None:  # an empty one on the way would end the decoding
+                yield packet
+    except av.FFmpegError as error:
+        if ended is not None:
+            ended.append(error.strerror or type(error).__name__)
+        yield av.Packet()
+
+
+class Reader:
+    """Decodes one stream of an open film, forward from where it stands.
+
+    strict: the decoder gives up a damaged picture instead of inventing what is missing. threads: 0 lets FFmpeg choose. cut:
+    stamps of damaged packets that are left out; None: all of those that are said to be damaged.
+    After each frame `trouble` says whether something before it did not decode, since the last key frame; `harmed`, whether
+    anything did not at all, and `lost`, how many times a picture was given up.
+    """
+
+    def __init__(
+        self,
+        container: Any,
+        stream: Any,
+        *,
+        strict: bool = False,
+        threads: int = 0,
+        said: Said | None = None,
+        cut: frozenset[int] | None = None,
+    ):
+        self.container, self.stream, self.codec = container, stream, stream.codec_context
+        if strict:
+            self.codec.options = {"err_detect": "crccheck+explode"}
+        if threads:
+            self.codec.thread_count = threads
+        else:
+            stream.thread_type = "AUTO"
+        self.said, self.strict, self.cut = said, strict, cut
+        self.trouble, self.harmed, self.lost = False, False, 0
+        # which packet an error belongs to is known where decoding is not spread over threads
+        self.single = threads == 1
+
+    def frames(self, source: Iterator[av.Packet], floor: int | None = None) -> Iterator[av.VideoFrame]:
+        """Frames in display order out of packets; what does not decode is passed over.
+
+        floor: the key frame's time stamp from which decoding starts; what is shown before it lacks its references.
+        """
+        import av
+
+        self.trouble = False
+        for packet in source:
+            if packet.size and packet.is_corrupt and (self.cut is None or packet.pts in self.cut):
+                continue
+            early = self.single and floor is not None and packet.pts is not None and packet.pts < floor
+            heard = len(self.said) if self.said is not None else 0
+            try:
+                frames = self.codec.decode(packet if packet.size else None)
+            except av.EOFError:
+                return
+            except av.FFmpegError:
+                frames = []
+                if not early:
+                    self.trouble = self.harmed = True
+                    self.lost += 1
+            except (ValueError, RuntimeError) as error:
+                raise VideoError(f"{self.container.name}: cannot be decoded: {error}") from error
+            if self.said is not None and len(self.said) > heard and complaints(self.said[heard:]) and not early:
+                self.trouble = self.harmed = True
+            for frame in frames:
+                if frame.is_corrupt:
+                    self.trouble = self.harmed = True
+                    self.lost += 1
+                    continue
+                if frame.key_frame:
+                    self.trouble = False
+                yield frame
+
+
+def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How a frame is to be shown, by its display matrix: (rows and columns swapped, then mirrored left-right, up-down)."""
+    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    if data is None or len(bytes(data)) < 36:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32, 5).astype(np.int64).tolist()
+    # a place (x, y) is shown at (a x + c y, b x + d y)
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, a < 0, d < 0
+    return True, c < 0, b < 0
+
+
+def turned(pixels: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
+    """A picture [h,w,3] as `turn_of` says."""
+    swap, left_right, up_down = turn
+    pixels = pixels.swapaxes(0, 1) if swap else pixels
+    return pixels[:: -1 if up_down else 1, :: -1 if left_right else 1]

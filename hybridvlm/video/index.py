@@ -1,0 +1,397 @@
+"""What a film file holds: one pass over its packets, without decoding, gives every frame's time stamp and the key frames."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from hybridvlm.video import container as films
+from hybridvlm.video import images
+from hybridvlm.video.errors import VideoError
+
+_CODING_ORDER = ("avi",)  # formats whose time stamps follow the order of coding; with B-frames display differs
+_DECODING_CLOCK = ("mpegts", "mpeg", "flv")  # formats that store when a picture is to be decoded
+_JUMP = 60.0  # seconds: a broadcast's clock that leaps further has been set anew
+_REORDER = 16  # frames: no codec shows a picture further from its place in the file
+_NEAR = 3  # packets around the place where parts are put together
+_SPAN = 0.9  # of the promised length; a film that gives less is incomplete
+_ASPECTS = (1 / 16, 16)  # of a pixel; beyond, the number is taken for a mistake
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """frames: how many can be read; fps: their mean rate, measured; duration in seconds, the last frame's own included;
+    width, height: displayed, in square pixels."""
+
+    frames: int
+    fps: float
+    duration: float
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """A film's frames in display order.
+
+    remarks: what a reader should be told. turn: see `container.turn_of`. pts: time stamp of each frame, on a clock that never
+    restarts; None: no usable stamps, count instead. seconds: of each frame from the first, None: even. tick: seconds that a stamp
+    counts. key_pts, key_seek, key_place: stamps of the key frames, ascending, what to seek them by, and their packets' numbers
+    in the file. shifts: (number
+    of the first packet, what to add to its stamps) of each part whose clock starts anew. stream: its number in the
+    container; None: a moving picture that Pillow reads. cut: stamps of packets that the end of the file cuts off, None: all damaged
+    ones are to be left out.
+    """
+
+    info: VideoInfo
+    remarks: tuple[str, ...]
+    turn: tuple[bool, bool, bool]
+    pts: np.ndarray | None
+    seconds: np.ndarray | None
+    tick: float
+    key_pts: np.ndarray
+    key_seek: np.ndarray
+    key_place: np.ndarray
+    shifts: tuple[tuple[int, int], ...]
+    stream: int | None
+    cut: frozenset[int] | None = None
+
+
+def index_of(path: str | os.PathLike[str]) -> Index:
+    """The index of a file, kept until the file changes. VideoError for a file that is none, or gives no frame."""
+    status = file_status(path)
+    return _read_index(os.path.abspath(path), str(path), status.st_size, status.st_mtime_ns)
+
+
+def file_status(path: str | os.PathLike[str]) -> os.stat_result:
+    """VideoError unless `path` is a file that holds something."""
+    file = pathlib.Path(path)
+    try:
+        if not file.exists():
+            raise VideoError(f"{path}: no such file")
+        if not file.is_file():
+            raise VideoError(f"{path}: not a file; give one video file")
+        status = file.stat()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise error if isinstance(error, VideoError) else VideoError(f"{path}: {error}") from error
+    if status.st_size == 0:
+        raise VideoError(f"{path}: the file is empty")
+    return status
+
+
+@dataclasses.dataclass
+class _Seen:
+    """The packets of one stream, in the file's order: (pts, dts, duration, key frame?, hidden?, damaged?)."""
+
+    number: int
+    tick: float
+    rows: list[tuple[int | None, int | None, int, bool, bool, bool]] = dataclasses.field(default_factory=list)
+
+    def column(self, at: int) -> list[Any]:
+        return [row[at] for row in self.rows]
+
+    @property
+    def count(self) -> int:
+        return sum(not row[4] for row in self.rows)
+
+    @property
+    def span(self) -> float:
+        stamps = [row[0] if row[0] is not None else row[1] for row in self.rows if not row[4]]
+        known = [stamp for stamp in stamps if stamp is not None]
+        return (max(known) - min(known)) * self.tick if known else 0.0
+
+
+@functools.lru_cache(maxsize=16)
+def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
+    """name: how the caller calls the file; the path itself, size and mtime make the cache notice another or a changed one."""
+    shape = images.kind(name)
+    if shape == "still":
+        raise VideoError(f"{name} is a still picture, not a video; ask about it as an image")
+    if shape == "moving":
+        return _moving_picture(name)
+    with films.listening() as said:
+        container, streams = films.open_film(name)
+        try:
+            seen = {s.index: _Seen(s.index, float(s.time_base or 0)) for s in streams}
+            ended: list[str] = []
+            for p in films.packets(container, *streams, ended=ended):
+                if p.size > 0:
+                    row = p.pts, p.dts, p.duration or 0, p.is_keyframe, p.is_discard, p.is_corrupt
+                    seen[p.stream_index].rows.append(row)
+            found = [seen[s.index] for s in streams]
+            chosen = films.choose(streams, [f.count for f in found], [f.span for f in found])
+            track = found[chosen]
+            facts = _Facts.of(container, streams[chosen], track)
+        finally:
+            films.close(container)
+    # what the decoders say while the streams are looked at is no matter: a film may begin anywhere
+    complaints = films.complaints(said, (facts.format,)) or ended
+    stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER else None
+
+    # a second time: not every format can go back to its start
+    container, streams = films.open_film(name)
+    try:
+        stream = next(s for s in streams if s.index == track.number)
+        reader = films.Reader(container, stream)
+        decoded = reader.frames(films.packets(container, stream))
+        first = next(decoded, None)
+        if first is None:
+            raise VideoError(f"{name}: not one frame could be decoded; the file is damaged or cut off")
+        if not 1 <= first.width <= films.MAX_SIDE or not 1 <= first.height <= films.MAX_SIDE:
+            raise VideoError(f"{name}: frames of {first.width}x{first.height} pixels; at most {films.MAX_SIDE} a side")
+        turn = films.turn_of(first)
+        frames = len(stamps.pts) if stamps is not None else 1 + sum(1 for _ in decoded)
+        if stamps is None and reader.lost:
+            complaints.append(f"{reader.lost} of {frames + reader.lost} pictures do not decode")
+    finally:
+        films.close(container)
+    return _assemble(name, facts, track, stamps, frames, _shown_size(first, facts.aspect, turn), turn, complaints)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What a container says about itself and the chosen stream."""
+
+    format: str
+    broadcast: bool  # whether its clock may leap
+    tick: float
+    rate: float  # frames a second as declared, 0: not
+    promised: int  # frames, 0: not said
+    seconds: float  # how long the stream runs, 0: not said
+    aspect: float  # of a stored pixel, width to height
+
+    @classmethod
+    def of(cls, container: Any, stream: Any, track: _Seen) -> _Facts:
+        name = container.format.name
+        alone = len(container.streams) == 1
+        promised, seconds = 0, 0.0
+        if name.startswith("mov"):
+            # the index behind the edit list, where the count of stored samples includes those that nobody is to see
+            if stream.frames > track.count:
+                promised = sum(not entry.is_discard for entry in stream.index_entries)
+        elif stream.duration:
+            seconds = stream.duration * track.tick
+        else:
+            seconds = _clock(stream.metadata.get("DURATION", "")) or (alone and (container.duration or 0) / 1e6) or 0.0
+        if name in ("mpegts", "mpeg"):  # an estimate, out of the last time stamp
+            seconds = 0.0
+        rate = stream.average_rate or stream.guessed_rate
+        aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+        if not _ASPECTS[0] <= aspect <= _ASPECTS[1]:
+            aspect = 1.0
+        jumps = name in ("mpegts", "mpeg")
+        return cls(name, jumps, track.tick, float(rate or 0), promised, seconds, aspect)
+
+
+def _clock(text: str) -> float:
+    """Seconds of a text such as 00:01:02.345, 0 for any other."""
+    try:
+        hours, minutes, seconds = text.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stamps:
+    """pts, length: each shown frame's stamp (ascending) and duration in ticks (0: not said)."""
+
+    pts: np.ndarray
+    length: np.ndarray
+    key_pts: np.ndarray
+    key_seek: np.ndarray
+    key_place: np.ndarray
+    shifts: tuple[tuple[int, int], ...]
+    cut: frozenset[int]
+
+
+def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
+    """Time stamps on one clock for the whole file; None where packets have none, or share one."""
+    shown = np.array([not row[4] for row in track.rows], bool)
+    whole = len(track.rows)
+    while whole and track.rows[whole - 1][5]:
+        whole -= 1
+    shown[whole:] = False
+    if not shown.any() or any(row[0] is None for row, seen in zip(track.rows, shown, strict=True) if seen):
+        return None
+    pts = np.array([0 if row[0] is None else row[0] for row in track.rows], np.int64)
+    key = np.array(track.column(3), bool) & shown
+    starts = [] if facts.format.startswith("mov") else _restarts(facts, track, pts, key, shown)
+    gap = _gap(np.unique(pts[shown]))
+    shifts, end = [], None
+    for begin, stop in zip([0, *starts], [*starts, len(pts)], strict=True):
+        part = pts[begin:stop][shown[begin:stop]]
+        if end is not None:
+            shift = end + gap - int(part.min())
+            pts[begin:stop] += shift
+            shifts.append((begin, shift))
+        end = int(part.max()) + (shifts[-1][1] if shifts else 0)
+    order = np.argsort(pts[shown], kind="stable")
+    ascending = pts[shown][order]
+    if (np.diff(ascending) == 0).any():
+        return None
+    cut = frozenset(pts[whole:].tolist())
+    length = np.array(track.column(2), np.int64)[shown][order]
+    keys = np.flatnonzero(key)
+    keys = keys[np.argsort(pts[keys], kind="stable")]
+    seek = pts[keys]
+    if facts.format in _DECODING_CLOCK:  # these are sought by the time of decoding
+        seek = np.array([track.rows[k][1] if track.rows[k][1] is not None else pts[k] for k in keys], np.int64)
+    return _Stamps(ascending, length, pts[keys], seek, keys, tuple(shifts), cut)
+
+
+def _gap(pts: np.ndarray) -> int:
+    """The usual distance of two stamps (ascending)."""
+    return max(1, int(np.median(np.diff(pts)))) if len(pts) > 1 else 1
+
+
+def _restarts(facts: _Facts, track: _Seen, pts: np.ndarray, key: np.ndarray, shown: np.ndarray) -> list[int]:
+    """Packets at which the clock starts anew: parts put behind one another, a counter that ran over or was reset."""
+    if facts.format in _DECODING_CLOCK and all(row[1] is not None for row in track.rows):
+        step = np.diff(np.array(track.column(1), np.int64))
+        anew = step < 0
+        if facts.broadcast:
+            anew |= step * facts.tick > _JUMP
+        places = np.flatnonzero(anew) + 1
+    else:
+        # a key frame that is to be shown long before what stands ahead of it in the file
+        window = _REORDER * _gap(np.unique(pts[shown]))
+        places, high = [], None
+        for place in np.flatnonzero(shown).tolist():
+            if high is not None and key[place] and high - pts[place] > window:
+                places.append(place)
+                high = pts[place]
+            high = pts[place] if high is None else max(high, pts[place])
+    # a part of which nothing is shown has no clock to speak of
+    out: list[int] = []
+    for place in (int(p) for p in places):
+        if shown[(out[-1] if out else 0) : place].any() and shown[place:].any():
+            out.append(place)
+    return out
+
+
+def _shown_size(frame: Any, aspect: float, turn: tuple[bool, bool, bool]) -> tuple[int, int]:
+    """(height, width) as displayed: pixels that are not square are stretched along their longer side, then turned."""
+    width, height = frame.width, frame.height
+    if aspect > 1:
+        width = max(1, round(width * aspect))
+    elif aspect < 1:
+        height = max(1, round(height / aspect))
+    if max(width, height) > films.MAX_SIDE:
+        width, height = frame.width, frame.height
+    return (width, height) if turn[0] else (height, width)
+
+
+def _assemble(
+    name: str,
+    facts: _Facts,
+    track: _Seen,
+    stamps: _Stamps | None,
+    frames: int,
+    size: tuple[int, int],
+    turn: tuple[bool, bool, bool],
+    complaints: list[str],
+) -> Index:
+    pts = seconds = None
+    nothing = np.zeros(0, np.int64)
+    if stamps is not None:
+        pts, whole = stamps.pts, not complaints
+        seconds = (pts - pts[0]) * facts.tick
+        span = float(seconds[-1])
+        duration = span + _last(facts, stamps, span, whole)
+    else:
+        # counted; their times are those of the packets, in ascending order, if every one gave a frame
+        clock = [row[1] for row in track.rows if not row[4]]
+        if len(clock) == frames and None not in clock and len(set(clock)) == frames:
+            ticks = np.array(sorted(clock), np.int64)
+            seconds = (ticks - ticks[0]) * facts.tick
+            gap = _gap(ticks) * facts.tick
+            duration = float(seconds[-1]) + (gap if frames > 1 or not facts.rate else 1 / facts.rate)
+        else:
+            lengths = [row[2] for row in track.rows if row[2]]
+            rate = 1 / (float(np.median(lengths)) * facts.tick) if lengths and facts.tick else facts.rate or 1.0
+            duration = frames / rate
+    fps = frames / duration
+    # a declared rate that the stamps bear out, but for their rounding, is the exact one
+    if facts.rate and abs(frames / facts.rate - duration) <= 2.5 * facts.tick:
+        fps = facts.rate
+        duration = frames / fps
+    remarks = _remarks(name, facts, track, frames, duration, seconds, complaints, stamps)
+    info = VideoInfo(frames, fps, duration, size[1], size[0])
+    keys = (nothing, nothing, nothing, ())
+    if stamps is not None:
+        keys = stamps.key_pts, stamps.key_seek, stamps.key_place, stamps.shifts
+    cut = None if stamps is None else stamps.cut
+    return Index(info, remarks, turn, pts, seconds, facts.tick, *keys, track.number, cut)
+
+
+def _last(facts: _Facts, stamps: _Stamps, span: float, whole: bool) -> float:
+    """How long the last frame is shown: its own length where the file says it, else as long as frames usually are."""
+    usual = _gap(stamps.pts) * facts.tick if len(stamps.pts) > 1 else 0.0
+    own = int(stamps.length[-1]) * facts.tick
+    rest = facts.seconds - span
+    # what the container leaves for it counts where it is no longer than the film's other pictures are at most, as with
+    # slides; a longer rest speaks of a film that was cut off
+    longest = float(np.diff(stamps.pts).max()) * facts.tick if len(stamps.pts) > 1 else rest
+    if whole and own < rest <= 1.01 * longest:
+        return rest
+    return own or usual or (1 / facts.rate if facts.rate else 1.0)
+
+
+def _remarks(
+    name: str,
+    facts: _Facts,
+    track: _Seen,
+    frames: int,
+    duration: float,
+    seconds: np.ndarray | None,
+    complaints: list[str],
+    stamps: _Stamps | None,
+) -> tuple[str, ...]:
+    remarks = []
+    start = min((row[0] for row in track.rows if row[0] is not None), default=0) * facts.tick
+    reached = duration + max(0.0, start)  # a promised length counts from 0, or from the first picture
+    if facts.promised > frames:
+        text = f"the file is incomplete, {frames} of {facts.promised} frames can be read; using those"
+        remarks.append(text + films.quoted(complaints))
+    elif facts.seconds and reached < _SPAN * facts.seconds:
+        text = f"the file is incomplete, pictures for {duration:.1f} of {facts.seconds:.1f} s; using {frames} frames"
+        remarks.append(text + films.quoted(complaints))
+    elif complaints:
+        holes = _missing(seconds)
+        lost = f"about {holes} frames are missing" if holes else "frames may be missing or damaged"
+        remarks.append(f"the file is damaged, {lost}; using {frames} frames{films.quoted(complaints)}")
+    else:
+        restarts = [place for place, _ in stamps.shifts] if stamps else []
+        near = {place + step for place in restarts for step in range(-_NEAR, _NEAR + 1)}
+        # where parts are put together packets look damaged and are not
+        harmed = sum(row[5] for place, row in enumerate(track.rows) if place not in near)
+        if harmed:
+            remarks.append(f"the file is damaged in {harmed} of {len(track.rows)} packets; using {frames} frames")
+    return tuple(f"{name}: {remark}" for remark in remarks)
+
+
+def _missing(seconds: np.ndarray | None) -> int:
+    """Frames that fit into the holes of a film of an even rate; 0 for one whose rate varies."""
+    if seconds is None or len(seconds) < 8:
+        return 0
+    gaps = np.diff(seconds)
+    usual = float(np.median(gaps))
+    if usual <= 0 or (np.abs(gaps - usual) < 0.2 * usual).mean() < 0.8:
+        return 0
+    return int((np.round(gaps[gaps > 1.5 * usual] / usual) - 1).sum())
+
+
+def _moving_picture(name: str) -> Index:
+    lengths, size, complaint = images.lengths(name)
+    pts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    duration = float(np.sum(lengths)) / 1000
+    info = VideoInfo(len(pts), len(pts) / duration, duration, size[1], size[0])
+    remarks = (f"{name}: the file is damaged, {len(pts)} frames can be read: {complaint}",) if complaint else ()
+    nothing = np.zeros(0, np.int64)
+    return Index(info, remarks, (False, False, False), pts, pts / 1000, 1e-3, nothing, nothing, nothing, (), None)
