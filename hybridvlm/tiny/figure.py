@@ -239,8 +239,8 @@ def draw(shown: Trace, ablations: Sequence[str | pathlib.Path], layers: Sequence
         rows, columns, left=0.117, right=0.628, top=0.828, bottom=0.075, wspace=0.05, hspace=0.06
     )
     _draw_trace(figure, grid, shown, layers, columns)
-    heading = {"fontsize": 18, "fontweight": "bold"}
-    quiet = {"fontsize": 14.5, "color": "#555"}
+    heading: dict[str, Any] = {"fontsize": 18, "fontweight": "bold"}
+    quiet: dict[str, Any] = {"fontsize": 14.5, "color": "#555"}
     figure.text(0.012, 0.955, "Which image tiles (visual tokens) are left, layer by layer", **heading)
     figure.text(0.012, 0.920, f"Q: {shown.question}    A: {shown.answer}", fontsize=16, family="monospace")
     colour, frame = shown.question.split()[0].split("@t")
