@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -238,8 +239,8 @@ def draw(shown: Trace, ablations: Sequence[str | pathlib.Path], layers: Sequence
         rows, columns, left=0.117, right=0.628, top=0.828, bottom=0.075, wspace=0.05, hspace=0.06
     )
     _draw_trace(figure, grid, shown, layers, columns)
-    heading = {"fontsize": 18, "fontweight": "bold"}
-    quiet = {"fontsize": 14.5, "color": "#555"}
+    heading: dict[str, Any] = {"fontsize": 18, "fontweight": "bold"}
+    quiet: dict[str, Any] = {"fontsize": 14.5, "color": "#555"}
     figure.text(0.012, 0.955, "Which image tiles (visual tokens) are left, layer by layer", **heading)
     figure.text(0.012, 0.920, f"Q: {shown.question}    A: {shown.answer}", fontsize=16, family="monospace")
     colour, frame = shown.question.split()[0].split("@t")
@@ -274,7 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 10, 18], help="layers to show the rest after")
     parser.add_argument("--ablations", nargs="+", default=list(ABLATIONS), help="results of `analyze ablate`")
     args = parser.parse_args(arguments)
-    read_ablations(args.ablations)  # before the model runs
+    try:  # before the model runs
+        read_ablations(args.ablations)
+    except FileNotFoundError as error:
+        print(f"hybridvlm.tiny.figure: {error}", file=sys.stderr)
+        return 2
     picture = draw(trace(args.model, args.budget, args.split, 8), args.ablations, args.layers)
     output = pathlib.Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
