@@ -36,10 +36,11 @@ class Answer:
     """One answer and what it took.
 
     text, and the tokens of the whole reply. thinking: the reasoning before the text; unfinished: whether it never came to an
-    end, so that there is no answer, and text is all that was said. frames looked at. stages: (first layer, last layer, visual tokens) of every run of layers
-    that see the same tokens. seconds by phase, device work awaited (video, compile, encode, prefill, decode; a phase that
-    was not needed is missing). continued: whether it went on from the caches. survivors: bool [F,rows,cols], the visual
-    tokens that entered the last layer. plan: of the reduction, if there is one. conversation takes the next question.
+    end, so that there is no answer, and text is all that was said. frames looked at. stages: (first layer, last layer,
+    visual tokens) of every run of layers that see the same tokens. seconds by phase, device work awaited (video, compile,
+    encode, prefill, decode; a phase that was not needed is missing). continued: whether it went on from the caches.
+    survivors: bool [F,rows,cols], the visual tokens that entered the last layer. plan: of the reduction, if there is one.
+    conversation takes the next question.
     """
 
     text: str
