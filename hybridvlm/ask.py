@@ -64,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
     add("--reduction", default=None, help="method to drop visual tokens by, such as str or evs:0.5+str:0.5")
     add("--budget", type=float, default=None, help="share of visual tokens under --reduction (default: 0.25)")
     add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
+    add(
+        "--allow-special-tokens",
+        action="store_true",
+        help="control tokens in what people write count",
+    )
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")
     add_thinking(parser)
@@ -142,6 +147,7 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.checkpoints.folder import load
     from hybridvlm.conversation import Conversation, check_question
+    from hybridvlm.models.prompt import allow_special_tokens
     from hybridvlm.video.sheet import contact_sheet
 
     check_question(args.question)
@@ -153,6 +159,8 @@ def _answer(args: argparse.Namespace) -> int:
     model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
     if model.tokenizer is None:
         raise FileNotFoundError(f"{args.model} has no tokenizer.json: text can be neither read nor written")
+    if args.allow_special_tokens:
+        allow_special_tokens(model.tokenizer)
     reduction = None
     if args.reduction not in (None, "none"):
         own = model.reduction or Reduction()

@@ -7,57 +7,23 @@ H heads, K kv heads, P head width, G SSM groups, N SSM state, C chunk, F frames,
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
 import pathlib
-from typing import Any, TypeVar
+
+from hybridvlm.plain import from_dict as from_dict
+from hybridvlm.plain import to_dict as to_dict
 
 MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
+MOST_LAYERS = 1 << 14  # two for each layer of a Transformer; no model comes near it
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp", MOE: "moe"}
 MIXERS = (MAMBA, ATTENTION)
-
-ConfigT = TypeVar("ConfigT")
-
-
-def from_dict(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
-    """Build the dataclass `cls` from a plain dict (as read from JSON); nested dataclasses are built too.
-
-    Raises ValueError for a key that `cls` does not have, with the nearest name it has.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = {}
-    for key, value in data.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(fields)}"
-            raise ValueError(f"{cls.__name__} has no key {key!r}{hint}")
-        nested = _NESTED.get((cls.__name__, key))
-        if nested is not None and isinstance(value, dict):
-            value = from_dict(nested, value)
-        elif isinstance(value, list):
-            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        values[key] = value
-    return cls(**values)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain dict of a config dataclass, ready for JSON (infinities become the strings that float() reads)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(v) for v in value]
-        return repr(value) if isinstance(value, float) and math.isinf(value) else value
-
-    return plain(dataclasses.asdict(config))
 
 
 def _positive(owner: str, **values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
             raise ValueError(f"{owner}.{name} must be a whole number of at least 1, got {value!r}")
 
 
@@ -108,7 +74,10 @@ class VisionConfig:
             raise ValueError(
                 f"VisionConfig.activation must be 'gelu', 'gelu_tanh' or 'quick_gelu', got {self.activation!r}"
             )
-        _positive("VisionConfig", patch_size=self.patch_size, width=self.width, downsample=self.downsample)
+        sizes = ("patch_size", "width", "layers", "heads", "temporal_patch", "downsample")
+        _positive("VisionConfig", **{name: getattr(self, name) for name in sizes})
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"VisionConfig.image_size must be (height, width) above 0, got {self.image_size}")
         step = self.patch_size * self.downsample
         if any(side % step for side in self.image_size):
             raise ValueError(
@@ -159,7 +128,11 @@ class ModelConfig:
     chunk_size: int = 0  # SSD chunk; 0 takes the platform's measured choice (results do not depend on it)
     dt_floor: float = 0.0  # only for parity with transformers' NemotronH prefill, which floors dt at 1e-3
     qk_norm: bool = False  # RMSNorm on q and k per head
+    dt_ceiling: float = 0.0  # most that dt may be; 0: no limit
+    mamba_bias: bool = False  # on in_proj and out_proj
     attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o_proj
+    mlp_bias: bool = False  # on every projection of an MLP without gate, shared experts and latent projections included
     rope_theta: float = 0.0  # base of the rotary embedding; 0 means none, as in Nemotron-H
     rope_sections: tuple[int, ...] = ()  # M-RoPE: pairs of channels that follow time, row and column; () means one axis
     rope_interleaved: bool = False  # M-RoPE: the axes take turns (Qwen3-VL) instead of standing one after the other
@@ -182,7 +155,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.pattern) - set(KINDS))
-        if unknown or not self.pattern:
+        if unknown or not self.pattern or len(self.pattern) > MOST_LAYERS:
+            unknown = unknown or (f"{len(self.pattern)} layers" if self.pattern else "")
             raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {unknown or 'an empty pattern'}")
         _positive(
             "ModelConfig",
@@ -275,9 +249,6 @@ class QwenConfig(ModelConfig):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"QwenConfig.{name} must be (least, most), got {getattr(self, name)}")
-        planes = len(self.vision.deepstack) if self.vision is not None else 0
-        if planes > self.count(ATTENTION):
-            raise ValueError(f"QwenConfig: {planes} DeepStack planes for {self.count(ATTENTION)} decoder layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -434,15 +405,6 @@ class Reduction:
             raise ValueError(f"Reduction.budget must lie in (0, 1], got {self.budget!r}")
         if self.kind not in BUDGET_KINDS:
             raise ValueError(f"Reduction.kind must be one of {BUDGET_KINDS}, got {self.kind!r}")
-
-
-_NESTED: dict[tuple[str, str], type] = {
-    ("ModelConfig", "vision"): VisionConfig,
-    ("VambaConfig", "vision"): VisionConfig,
-    ("QwenConfig", "vision"): VisionConfig,
-    ("Reduction", "schedule"): Schedule,
-    ("Reduction", "score"): ScoreOptions,
-}
 
 
 _CONFIGS: dict[str, type[ModelConfig]] = {"nemotron_vl": ModelConfig, "vamba": VambaConfig, "qwen_vl": QwenConfig}

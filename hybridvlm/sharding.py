@@ -55,6 +55,8 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "decoder/norm_f": (None,),
     "decoder/mamba/norm": ("layer", None),
     "decoder/mamba/in_proj": ("layer", "share", "ssm"),
+    "decoder/mamba/in_bias": ("layer", "ssm"),
+    "decoder/mamba/out_bias": ("layer", None),
     "decoder/mamba/conv_weight": ("layer", None, "ssm"),
     "decoder/mamba/conv_bias": ("layer", "ssm"),
     "decoder/mamba/A_log": ("layer", "ssm"),
@@ -70,12 +72,15 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "decoder/attention/q_bias": ("layer", "heads"),
     "decoder/attention/k_bias": ("layer", "heads"),
     "decoder/attention/v_bias": ("layer", "heads"),
+    "decoder/attention/o_bias": ("layer", None),
     "decoder/attention/q_norm": ("layer", None),
     "decoder/attention/k_norm": ("layer", None),
     "decoder/mlp/norm": ("layer", None),
     "decoder/mlp/up_proj": ("layer", "share", "mlp"),
     "decoder/mlp/gate_proj": ("layer", "share", "mlp"),
     "decoder/mlp/down_proj": ("layer", ("mlp", "share"), None),
+    "decoder/mlp/up_bias": ("layer", "mlp"),
+    "decoder/mlp/down_bias": ("layer", None),
     "decoder/moe/norm": ("layer", None),
     "decoder/moe/router": ("layer", None, None),
     "decoder/moe/router_bias": ("layer", None),
@@ -85,6 +90,10 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "decoder/moe/shared_down_proj": ("layer", ("mlp", "share"), None),
     "decoder/moe/latent_in_proj": ("layer", "share", None),
     "decoder/moe/latent_out_proj": ("layer", "share", None),
+    "decoder/moe/shared_up_bias": ("layer", "mlp"),
+    "decoder/moe/shared_down_bias": ("layer", None),
+    "decoder/moe/latent_in_bias": ("layer", None),
+    "decoder/moe/latent_out_bias": ("layer", None),
     "vision/*": (),
     "projector/*": (),
 }
@@ -176,6 +185,20 @@ def _one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 
 
 DEFAULT_RULES = ShardingRules()
+
+
+def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter at `path` lies on the mesh, its columns in the whole model's order; a dimension that does not come out even,
+    and anything that no rule is for, is whole on every device."""
+    try:
+        spec = DEFAULT_RULES.spec(path, shape, mesh)
+    except ValueError:
+        spec = P()
+    cut = []
+    for size, axes in zip(shape, spec, strict=False):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        cut.append(axes if size % math.prod(mesh.shape.get(name, 1) for name in names) == 0 else None)
+    return NamedSharding(mesh, P(*cut))
 
 
 def make_mesh(

@@ -299,10 +299,12 @@ def test_faulty_checkpoint_is_described():
 def test_unsupported_configs_are_refused():
     hf = json.loads((GOLDENS / "nemotron_h" / "config.json").read_text())
     assert config_from_hf(hf).pattern == "M-M*-M-"
-    assert config_from_hf(hf | {"hybrid_override_pattern": "M*"}).pattern == "M*"
+    # a list of kinds counts before a pattern
+    assert config_from_hf(hf | {"hybrid_override_pattern": "M*"}).pattern == "M-M*-M-"
+    assert config_from_hf(hf | {"hybrid_override_pattern": "M*", "layers_block_type": None}).pattern == "M*"
     with pytest.raises(ValueError, match="sparse"):
         config_from_hf(hf | {"layers_block_type": ["linear_attention", "sparse"]})
     with pytest.raises(ValueError, match="mlp_hidden_act = 'silu'"):
         config_from_hf(hf | {"mlp_hidden_act": "silu"})
     with pytest.raises(ValueError, match="time_step_limit"):
-        config_from_hf(hf | {"time_step_limit": [0.0, 0.1]})
+        config_from_hf(hf | {"time_step_limit": [0.5, 0.1]})

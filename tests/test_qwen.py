@@ -17,7 +17,7 @@ from hybridvlm.checkpoints.hf import params_from_tensors
 from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, load_model_config, to_dict
 from hybridvlm.models import family_of, qwen_vl
 from hybridvlm.models.names import flatten
-from hybridvlm.models.qwen_names import pixel_limits
+from hybridvlm.models.qwen_config import pixel_limits
 from hybridvlm.models.qwen_vl import QwenBatch, rope_positions
 from hybridvlm.reduction.plan import make_plan
 from hybridvlm.reduction.scores import spread_score
@@ -430,7 +430,10 @@ def test_config_goes_through_json_and_published_fields():
     flat["rope_theta"] = 10000.0
     assert qwen_vl.config_from_hf(flat) == qwen_vl.config_from_hf(raw)
     for change, message in (
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None},
+            "use_sliding_window",
+        ),
         ({"rope_scaling": {"type": "yarn"}}, "yarn"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
@@ -466,8 +469,15 @@ def test_pixel_limits_of_a_checkpoints_own_files():
             limits(2, preprocessor=bad)
 
 
-def test_tied_heads_need_no_tensor_and_ignore_one():
+def test_tied_heads_need_no_tensor_and_drop_none():
     config = dataclasses.replace(load("qwen2_vl")[0], tie_embeddings=True)
     tensors = load_file(GOLDENS / "qwen2_vl" / "weights.safetensors")
-    for held in (tensors, {key: x for key, x in tensors.items() if key != "lm_head.weight"}):
+    embed = next(x for key, x in tensors.items() if key.endswith("embed_tokens.weight"))
+    bare = {key: x for key, x in tensors.items() if key != "lm_head.weight"}
+    for held in (bare, bare | {"lm_head.weight": embed.copy()}):
         assert "lm_head" not in params_from_tensors(qwen_vl.table(config), held)
+    with pytest.raises(ValueError, match=r"lm_head\.weight has other values"):
+        params_from_tensors(qwen_vl.table(config), tensors)
+    # saved under the head's name alone
+    moved = {("lm_head.weight" if key.endswith("embed_tokens.weight") else key): x for key, x in bare.items()}
+    np.testing.assert_array_equal(params_from_tensors(qwen_vl.table(config), moved)["embed"], embed)

@@ -1,18 +1,21 @@
 """Checkpoint folders of three kinds behind one door, `load`: the library's own, Orbax's, and published ones.
 
 The library's own: a folder with config.json, model.safetensors and tokenizer.json. config.json is a family's config with
-{"format": "hybridvlm", "version": 1, "family": ...} (nemotron_vl if it says nothing), and optional sections "reduction" (what
-the model was tuned under), "style" (the text around the frames) and "buckets". Tensor names are the paths of the
+{"format": "hybridvlm", "version": 1, "family": ...} (nemotron_vl if it says nothing), "tokenizer": false for a model that
+has none, and optional sections "reduction" (what the model was tuned under), "style" (the text around the frames) and
+"buckets". Tensor names are the paths of the
 parameters, joined by "/".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
-import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -22,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.checkpoints.atomic import whole_folder
-from hybridvlm.checkpoints.hf import CONFIG, Place, read_json, read_params
+from hybridvlm.checkpoints.hf import CONFIG, Place, check_finite, own_head, read_json, read_params
 from hybridvlm.checkpoints.orbax import is_orbax, read_about, restore_orbax, save_orbax
 from hybridvlm.checkpoints.tensors import CheckpointError, TensorFolder
 from hybridvlm.checkpoints.tokenizer import TOKENIZER, PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, from_dict, to_dict
 from hybridvlm.generate import Model
 from hybridvlm.models import family, family_of, nemotron_vl
+from hybridvlm.models.config_fields import token_ids
 from hybridvlm.models.names import FLOAT32, flatten, unflatten
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.wordlevel import WordLevel
@@ -45,6 +49,14 @@ SECTIONS = {"reduction": Reduction, "style": PromptStyle, "buckets": Buckets}
 PUBLISHED_BUCKETS = Buckets(frames=(1, 2, 4, 8, 16, 32, 64, 128), text=(64, 256, 1024, 4096), max_new=256)
 _DATA = pathlib.Path(__file__).parent.parent / "tiny" / "data"
 PACKAGED = {"tiny": _DATA / "tiny", "tiny-reduced": _DATA / "tiny-reduced"}
+SETTINGS = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+)  # beside the weights
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
@@ -99,7 +111,7 @@ def save_folder(path: str | pathlib.Path, model: Model, *, storage: str = "float
         tensors[name] = np.ascontiguousarray(array)
     check_tensors({n: a.shape for n, a in tensors.items()}, expected_shapes(model.config, model.family), "the model")
     config = {"format": FORMAT, "version": VERSION, "family": model.family.NAME, **to_dict(model.config)}
-    config |= _sections(model)
+    config |= _sections(model) | ({} if model.tokenizer is not None else {"tokenizer": False})
 
     with whole_folder(path, lambda old: (old / CONFIG).is_file()) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -125,19 +137,51 @@ def resolve(name_or_path: str | pathlib.Path, revision: str | None = None) -> pa
     FileNotFoundError names what there is.
     """
     packaged = PACKAGED.get(str(name_or_path))
-    path = packaged or pathlib.Path(name_or_path)
+    path = packaged or pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} goes with an id of the hub, and {path} is a folder")
         return path
     name = str(name_or_path)
-    if packaged is None and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if packaged is None and isinstance(name_or_path, str) and not _is_path(name):
         return _download(name, revision)
     known = ", ".join(PACKAGED)
-    what = "is packaged but not installed" if packaged else "is neither a checkpoint folder nor a packaged name"
+    what = "is packaged but not installed" if packaged else "is no folder here, and no packaged name"
+    if path.is_file():
+        what = "is a file; give the checkpoint's folder"
     raise FileNotFoundError(
         f"{name!r} {what} (packaged: {known}; or the path of a folder with {CONFIG}, or owner/name on the hub)"
     )
+
+
+# where people keep their own: "runs/tiny" is a folder that is missing, and asked of nobody
+LOCAL = frozenset(
+    (
+        "runs",
+        "run",
+        "results",
+        "checkpoints",
+        "checkpoint",
+        "ckpt",
+        "ckpts",
+        "models",
+        "model",
+        "weights",
+        "outputs",
+        "output",
+    )
+    + ("out", "data", "tmp", "cache", "experiments", "exp", "logs", "work", "saved", "build", "dist", "tests")
+)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that is no folder can only be meant as one: anything but owner/name as the hub has them, or below a folder
+    that is here or that is called as such folders are."""
+    owner, _, rest = name.partition("/")
+    plain = re.fullmatch(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?", owner, re.ASCII) and re.fullmatch(
+        r"[\w.-]+", rest, re.ASCII
+    )
+    return not plain or set(rest) <= {"."} or owner.lower() in LOCAL or pathlib.Path(owner).exists()
 
 
 def _download(name: str, revision: str | None) -> pathlib.Path:
@@ -146,10 +190,10 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"{name!r} is no folder here, and could not be had from the hub{at}: {str(error).splitlines()[0]}"
+            f"{name!r} is no folder here, and could not be had from the hub{at}: {(str(error) or 'no answer').splitlines()[0]}"
         ) from error
 
 
@@ -160,7 +204,7 @@ def read_config(path: pathlib.Path) -> tuple[ModuleType, Any, dict[str, Any]]:
     version = data.get("version")
     if version != VERSION:
         raise CheckpointError(f"{file} has version {version!r}, this library reads version {VERSION}; update hybridvlm")
-    return _built(file, {name: value for name, value in data.items() if name not in ("format", "version")})
+    return _built(file, {name: value for name, value in data.items() if name not in ("format", "version", "tokenizer")})
 
 
 def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, Any, dict[str, Any]]:
@@ -191,9 +235,9 @@ def read_weights(
         if str(stored) not in STORAGE:
             raise CheckpointError(f"{file}: {name} is stored as {stored}; this format holds {' or '.join(STORAGE)}")
         array = tensors[name]
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{file}: {name} holds {np.sum(~np.isfinite(array))} values that are not finite")
-        array = jnp.asarray(array, jnp.float32 if name.rsplit("/", 1)[-1] in FLOAT32 else dtype)
+        kind = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
+        check_finite(array, f"{file}: {name}", kind)
+        array = jnp.asarray(array, kind)
         flat[name] = array if place is None else jax.device_put(array, place(name, array.shape))
     return unflatten(flat)
 
@@ -220,6 +264,17 @@ def load(
     if dtype is not None:
         dtype = _floating(dtype)
     path = resolve(name_or_path, revision)
+    try:
+        return _load(path, mesh, dtype, reduction, buckets, cache)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise CheckpointError(
+                f"{path}: its weights do not fit in memory; take dtype 'bfloat16', or a mesh of more devices"
+            ) from error
+        raise
+
+
+def _load(path, mesh, dtype, reduction, buckets, cache) -> Model:
     place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, place, reduction, buckets)
@@ -231,7 +286,7 @@ def load(
         raise CheckpointError(f'{path / CONFIG} is not a checkpoint of this library: it has no "format": "{FORMAT}"')
     kind, config, sections = read_config(path)
     tokenizer = _tokenizer(path, config)
-    if tokenizer is None:
+    if tokenizer is None and read_json(path / CONFIG).get("tokenizer") is not False:
         raise FileNotFoundError(f"no tokenizer at {path / TOKENIZER}")
     params = read_weights(path, config, dtype, kind, place)
     return _model(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
@@ -248,18 +303,11 @@ def _floating(dtype: Any) -> np.dtype:
 
 
 def _placing(mesh: jax.sharding.Mesh) -> Place:
-    """The mesh's places by the default rules; an axis that does not divide evenly is left whole."""
-    from hybridvlm.sharding import DEFAULT_RULES
+    """The mesh's places by the default rules."""
+    from hybridvlm.sharding import sharding_of, tensor_size
 
-    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
-        cut = []
-        for size, axes in zip(shape, DEFAULT_RULES.spec(path), strict=False):
-            names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-            parts = math.prod(mesh.shape.get(name, 1) for name in names)
-            cut.append(axes if size % parts == 0 else None)
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
-
-    return place
+    tensor_size(mesh)  # refuses an axis that no rule knows
+    return functools.partial(sharding_of, mesh)
 
 
 def _model(name, kind, config, params, tokenizer, sections, reduction, buckets) -> Model:
@@ -278,7 +326,8 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
     file = path / TOKENIZER
     if not file.is_file():
         return None
-    closed = (read_json(file).get("model") or {}).get("type") == "WordLevel"
+    model = read_json(file).get("model")
+    closed = isinstance(model, dict) and model.get("type") == "WordLevel"
     tokenizer = WordLevel.from_file(file) if closed else PublishedTokenizer.from_folder(path)
     if tokenizer.size > config.vocab_size:
         raise CheckpointError(
@@ -302,23 +351,18 @@ def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
         kind = family_of(raw)
         tensors = TensorFolder(path)
         config = kind.config_from_hf(raw, tensors.shapes())
-    except KeyError as error:
-        raise CheckpointError(f"{path / CONFIG} has no {error}, which this family needs") from error
     except CheckpointError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:  # a field of another kind than it should be
-        raise CheckpointError(f"{path}: {error}") from error
+    except (ValueError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {str(error) or type(error).__name__}") from error
     if cache is not None and pathlib.Path(cache).exists() and not is_orbax(pathlib.Path(cache)):
         raise ValueError(f"cache {cache} exists and is not an Orbax copy of a checkpoint; choose another folder")
     name = path.name
     if path.parent.name == "snapshots":  # the hub's cache: .../models--owner--name/snapshots/commit
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
     config = dataclasses.replace(config, name=config.name or name, eos_ids=_stops(path, config.eos_ids))
+    if own_head(kind.table(config), tensors):
+        config = dataclasses.replace(config, tie_embeddings=False)
     table = kind.table(config)
     tokenizer = _tokenizer(path, config)
     style = kind.style_for(config)
@@ -351,13 +395,23 @@ def _stops(path: pathlib.Path, own: tuple[int, ...]) -> tuple[int, ...]:
     """What ends an answer: config.json's tokens and those that generation_config.json adds."""
     file = path / "generation_config.json"
     more = read_json(file).get("eos_token_id") if file.is_file() else None
-    return tuple(dict.fromkeys([*own, *([more] if isinstance(more, int) else more or ())]))
+    try:
+        return tuple(dict.fromkeys([*own, *token_ids("eos_token_id", more)]))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _source(path: pathlib.Path, tensors: TensorFolder, dtype: Any) -> dict[str, Any]:
-    """What a converted copy must share with a checkpoint to stand for it: its files and their times, and the dtype."""
-    processors = (PROCESSORS, *(file for _, file in PREPROCESSORS.values()))
-    settings = (CONFIG, *processors, TOKENIZER, "generation_config.json")
-    files = [*(path / name for name in settings if (path / name).is_file()), *(path / name for name in tensors.files())]
-    stamps = {file.name: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files}
+    """What a converted copy must share with a checkpoint to stand for it, and the dtype.
+
+    Sizes and times of its weights, and the contents of every file beside them that a model may be read from, tokenizers and
+    chat templates included: whatever appears, goes or changes makes a new copy.
+    """
+    stamps: dict[str, Any] = {}
+    for name in tensors.files():
+        about = os.stat(path / name)
+        stamps[name] = [about.st_size, about.st_mtime_ns]
+    for form in SETTINGS:
+        for file in sorted(path.glob(form)):
+            stamps[file.relative_to(path).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
     return {"path": str(path.resolve()), "files": stamps, "dtype": str(jnp.dtype(dtype)) if dtype is not None else None}

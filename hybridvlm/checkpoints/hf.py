@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,19 +24,32 @@ from hybridvlm.checkpoints.tensors import INDEX, CheckpointError, TensorFolder, 
 from hybridvlm.models.names import FLOAT32, Job, Shape, Table, Turn, unflatten
 
 CONFIG = "config.json"
+MOST_FAULTS = 200  # that a message lists
+# what some releases save beside the parameters: tables that follow from the config, and the heads that predict further tokens
+CONSTANT = re.compile(
+    r"(?:^|\.)(?:\w*inv_freq|rotary\w*\.\w+_cached|position_ids|num_batches_tracked|mtp(?:_\w+)?\..*)$"
+)
 PIECE_BYTES = 64 << 20  # that are read at once; a smaller array is put together on the host
 SHARD_BYTES = 4 << 30  # of a written file
 Place = Callable[[str, Shape], jax.sharding.Sharding]  # flat name and shape of an array -> where it lives
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file that holds one table; CheckpointError if it does not."""
+    """A JSON file that holds one table; CheckpointError if it does not, or has a key twice."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is in one table twice")
+        return found
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=table)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{path} is not JSON: {str(error) or type(error).__name__}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return data
@@ -44,11 +58,44 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 # -- which tensor goes where ------------------------------------------------------------------------------------------
 
 
-class _Sources:
-    """A checkpoint's tensors under the names of a table, checked for one: every fault is collected, by name."""
+_EXPONENT = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
+_BLOCK = 1 << 20  # values that are looked at at once, so that it costs no memory
 
-    def __init__(self, table: Table, tensors: Mapping[str, np.ndarray]):
+
+def check_finite(values: np.ndarray, name: str, kind: Any = None) -> None:
+    """CheckpointError, by name, for NaN and infinities in a stored tensor, and for values that `kind` has no room for."""
+    kind = np.dtype(np.float32 if kind is None else kind)
+    narrow = values.dtype == np.float64 != kind or (kind == np.float16 and values.dtype != np.float16)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    for at in range(0, flat.size, _BLOCK):
+        part = flat[at : at + _BLOCK]
+        exponent = np.uint16(0x7F80) if part.dtype == jnp.bfloat16 else _EXPONENT[part.dtype.itemsize]
+        odd = (part.view(exponent.dtype) & exponent) == exponent
+        if odd.any():
+            raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity); take another copy of it")
+        if narrow and np.abs(part.astype(np.float64)).max() > float(jnp.finfo(kind).max):
+            raise CheckpointError(
+                f"{name} holds values that {kind} has no room for; take dtype 'bfloat16' or 'float32'"
+            )
+
+
+def own_head(table: Table, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether `table` makes head and embedding one where the checkpoint holds two different ones.
+
+    transformers then takes both as they are, whatever the config says, and so must a table without the tie.
+    """
+    return _Sources(table, tensors).own_head()
+
+
+class _Sources:
+    """A checkpoint's tensors under the names of a table, checked for one: every fault is collected, by name.
+
+    kind: what they are to be cast to (default: as stored), which must have room for their values.
+    """
+
+    def __init__(self, table: Table, tensors: Mapping[str, np.ndarray], kind: Any = None):
         self.table, self.tensors = table, tensors
+        self.kind = None if kind is None else np.dtype(kind)
         streamed = isinstance(tensors, TensorFolder)
         self.shapes = tensors.shapes() if streamed else {name: np.shape(x) for name, x in tensors.items()}
         self.dtypes = tensors.dtypes() if streamed else {name: np.asarray(x).dtype for name, x in tensors.items()}
@@ -61,11 +108,30 @@ class _Sources:
                 if name in self.found:
                     self.faults[f"twice: {name}, as {self.found[name][0]} and as {stored}"] = None
                 self.found[name] = (stored, part, len(names))
+        if table.tied and table.tied[0] not in self.found and table.tied[1] in self.found:
+            # saved under the head's name alone: one matrix serves as both, whatever it is called
+            self.found[table.tied[0]] = self.found.pop(table.tied[1])
+
+    def own_head(self) -> bool:
+        """Whether the table ties the head to the embedding and the checkpoint holds a head with other values."""
+        if not self.table.tied or any(name not in self.found for name in self.table.tied):
+            return False
+        embed, head = (self.found[name][0] for name in self.table.tied)
+        shape = self.shapes[embed]
+        if shape != self.shapes[head] or not shape:
+            return True
+        step = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * self.dtypes[embed].itemsize))
+        return any(
+            not np.array_equal(*(np.asarray(self._read(name, at, min(at + step, shape[0]))) for name in (embed, head)))
+            for at in range(0, shape[0], step)
+        )
 
     def check(self) -> None:
         """ValueError with every tensor that is missing, has another shape than the config says, or no place to go."""
         used: set[str] = set()
         for job in self.table.jobs:
+            if len(self.faults) > MOST_FAULTS:  # of another model altogether
+                break
             shape = job[1].shape(job[0])
             if stacked := self._stacked(job):
                 for name, expected in stacked:
@@ -75,12 +141,20 @@ class _Sources:
                 used.add(self._check_one(name, shape))
                 if scale in self.found:
                     used.add(self._check_one(scale, shape[:1]))
+                if len(self.faults) > MOST_FAULTS:
+                    break
+        if self.table.tied and self.table.tied[1] in self.found:
+            used.add(self.found[self.table.tied[1]][0])
+            if not self.faults and self.own_head():
+                head, embed = (self.found[name][0] for name in reversed(self.table.tied))
+                self.faults[f"tied: {head} has other values than {embed}, and the config makes them one"] = None
         for name, (stored, _, _) in self.found.items():
-            if stored not in used and not self.table.idle(name):
+            needless = stored in used or self.table.idle(name) or CONSTANT.search(stored)
+            if len(self.faults) <= MOST_FAULTS and not needless:
                 self.faults[f"no place for: {stored}"] = None
         if self.faults:
-            lines = "\n  ".join(self.faults)
-            raise CheckpointError(f"the checkpoint does not fit the config {self.table.who}:\n  {lines}")
+            lines = [*self.faults][:MOST_FAULTS] + ["and more"] * (len(self.faults) > MOST_FAULTS)
+            raise CheckpointError("\n  ".join([f"the checkpoint does not fit {self.table.who}:", *lines]))
 
     def _stacked(self, job: Job) -> list[tuple[str, Shape]]:
         """(name, shape) of the tensors that hold all experts of a layer, where the checkpoint has those."""
@@ -107,23 +181,28 @@ class _Sources:
         c, row, _ = job
         height = row.shape(c)[0]
         stacked = self._stacked(job)
+        kind = None if row.target.rsplit("/", 1)[-1] in FLOAT32 else self.kind
         for place, name, scale in self.table.pieces(job):
             if stacked:
                 layer, expert = place
-                yield place, functools.partial(self._expert_rows, stacked[layer][0], expert)
+                yield place, functools.partial(self._expert_rows, stacked[layer][0], expert, kind)
             else:
-                yield place, functools.partial(self._rows, name, scale if scale in self.found else "", height)
+                yield place, functools.partial(self._rows, name, scale if scale in self.found else "", height, kind)
 
-    def _rows(self, name: str, scale: str, height: int, start: int, stop: int) -> np.ndarray:
+    def _rows(self, name: str, scale: str, height: int, kind: Any, start: int, stop: int) -> np.ndarray:
         stored, part, _ = self.found[name]
         rows = self._read(stored, part * height + start, part * height + stop)
         if scale:
             factor = self._read(self.found[scale][0], start, stop)
             rows = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1))
+        check_finite(rows, stored, kind)
         return rows
 
-    def _expert_rows(self, name: str, expert: int, start: int, stop: int) -> np.ndarray:
-        return self._read(self.found[name][0], expert, expert + 1)[0, start:stop]
+    def _expert_rows(self, name: str, expert: int, kind: Any, start: int, stop: int) -> np.ndarray:
+        stored = self.found[name][0]
+        rows = self._read(stored, expert, expert + 1)[0, start:stop]
+        check_finite(rows, stored, kind)
+        return rows
 
     def _read(self, stored: str, start: int, stop: int) -> np.ndarray:
         if isinstance(self.tensors, TensorFolder):
@@ -145,7 +224,7 @@ def params_from_tensors(table: Table, tensors: Mapping[str, np.ndarray], *, dtyp
 
     dtype: cast to it (default: as stored). CheckpointError lists every tensor that is missing, misshapen or has no place.
     """
-    sources = _Sources(table, tensors)
+    sources = _Sources(table, tensors, dtype)
     sources.check()
     return unflatten(
         {job[1].target: _on_host(sources, job, np.dtype(dtype or sources.dtype(job))) for job in table.jobs}
@@ -164,7 +243,7 @@ def read_params(
 
     place: where each array lives (default: the default device). progress: called with each array's name before it is read.
     """
-    sources = _Sources(table, tensors)
+    sources = _Sources(table, tensors, dtype)
     sources.check()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {}

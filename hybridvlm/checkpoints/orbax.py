@@ -83,4 +83,14 @@ def restore_orbax(
             kind = held[name].dtype if keep or dtype is None else jnp.dtype(dtype)
             return jax.ShapeDtypeStruct(shape, kind, sharding=here if place is None else place(name, shape))
 
-        return checkpointer.restore(path / PARAMS, unflatten({n: target(n, s) for n, s in shapes.items()}))
+        params = checkpointer.restore(path / PARAMS, unflatten({n: target(n, s) for n, s in shapes.items()}))
+    for name, leaf in flatten(params).items():
+        if not bool(_finite(leaf)):
+            raise CheckpointError(
+                f"{path}: {name} holds values that are not finite (NaN or infinity)"
+                + ("" if dtype is None else f", or that {jnp.dtype(dtype)} has no room for")
+            )
+    return params
+
+
+_finite = jax.jit(lambda x: jnp.isfinite(x).all())

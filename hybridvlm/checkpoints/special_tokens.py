@@ -52,13 +52,11 @@ def read_tokenizer(folder: pathlib.Path) -> tuple[Tokenizer, dict[str, str]]:
     try:
         own = [dict(entry) for entry in raw.get("added_tokens") or ()]
         held = {entry["content"]: entry for entry in own}
-        more = {**_added(folder, {*special.values(), *also}), **_decoder(folder)}
+        added, decoder = _added(folder, {*special.values(), *also}), _decoder(folder)
+        for one, other in ((held, added), (held, decoder), (added, decoder)):
+            _agree(folder, one, other)
+        more = {**added, **decoder}
         missing = {token: entry for token, entry in more.items() if token not in held}
-        for token, entry in more.items():
-            if token in held and held[token]["id"] != entry["id"]:
-                raise CheckpointError(
-                    f"{folder}: {token!r} has the id {held[token]['id']} in {TOKENIZER} and {entry['id']} in {entry['file']}"
-                )
         probe = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []})) if missing else None
         if probe is not None:
             raw["added_tokens"] = _merged(folder, own, missing, probe.get_vocab(), len(probe.get_vocab()))
@@ -74,14 +72,22 @@ def read_tokenizer(folder: pathlib.Path) -> tuple[Tokenizer, dict[str, str]]:
         raise
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise CheckpointError(f"{file} is not a tokenizer: {str(error)[:400] or type(error).__name__}") from error
-    # named tokens of the model's own vocabulary, which the file does not list as added
+    # named tokens of the model's own vocabulary, which the file does not list as added: marks, and no ordinary "!" of a text
     listed = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     bare = [token for token in dict.fromkeys([*special.values(), *also]) if token not in listed]
-    bare = [token for token in bare if token and tokenizer.token_to_id(token) is not None]
+    bare = [token for token in bare if _MARKUP.fullmatch(token) and tokenizer.token_to_id(token) is not None]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in bare])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, special
+
+
+def _agree(folder: pathlib.Path, one: Mapping[str, dict], other: Mapping[str, dict]) -> None:
+    """CheckpointError for a token that two files give different ids."""
+    for token in one.keys() & other.keys():
+        if one[token]["id"] != other[token]["id"]:
+            told = (f"{entry['id']} in {entry.get('file', TOKENIZER)}" for entry in (one[token], other[token]))
+            raise CheckpointError(f"{folder}: {token!r} has the id {' and '.join(told)}")
 
 
 def _named(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:

@@ -7,33 +7,33 @@ ended with a ValueError where it takes more than a few seconds, steps or charact
 
 from __future__ import annotations
 
-import contextvars
 import datetime
 import functools
-import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2 import filters, nodes
+from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, SecurityError
 from jinja2.utils import Namespace
 
-from hybridvlm.models.text import LIMIT, Text, concatenate, person, plain, trusted
-
-SOURCE = 1 << 17  # characters of a template
-SECONDS = 5.0  # of processor time, of this thread alone
-STEPS = 1 << 21  # passes of loops, calls, operators
-CHARACTERS = 1 << 26  # of all texts that are made
-WEIGHT, DEPTH = (
-    1 << 21,
-    64,
-)  # elements and characters in a list or mapping, with all that it holds, and how deep it goes
-BITS = 4096  # of a whole number
-ARGUMENT = 1 << 16  # a number that a filter or a text's method is given
+from hybridvlm.checkpoints.template_filters import JINJA, OWN, bounded_filter, joined_filter
+from hybridvlm.checkpoints.template_limits import (
+    BITS,
+    ELEMENTS,
+    SOURCE,
+    Budget,
+    Counted,
+    TooMuch,
+    admit,
+    budget,
+    small,
+    weigh,
+    written,
+)
+from hybridvlm.models.text import LIMIT, Text, concatenate, plain, trusted
 
 _METHODS = {
     str: (
@@ -51,37 +51,13 @@ _METHODS = {
 }
 
 
-class TooMuch(ValueError):
-    """A template takes more than a chat template needs."""
-
-
-class _Budget:
-    """What one rendering may still take."""
-
-    def __init__(self) -> None:
-        self.steps, self.characters, self.end = STEPS, CHARACTERS, time.thread_time() + SECONDS
-
-    def spend(self, steps: int = 1, characters: int = 0) -> None:
-        self.steps -= steps
-        self.characters -= characters
-        if self.steps < 0:
-            raise TooMuch(f"it takes more than {STEPS} steps")
-        if self.characters < 0:
-            raise TooMuch(f"it writes more than {CHARACTERS} characters")
-        if (not self.steps & 63 or characters > 4096 or steps > 64) and time.thread_time() > self.end:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds")
-
-
-_budget: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
-
-
 def render(source: str, variables: Mapping[str, Any]) -> Text:
     """What a template makes of variables. Any exception is the template's; those of `TooMuch` are ours."""
-    token = _budget.set(_Budget())
+    token = budget.set(Budget())
     try:
         return _compiled(source).render(dict(variables))
     finally:
-        _budget.reset(token)
+        budget.reset(token)
 
 
 @functools.lru_cache(maxsize=8)
@@ -89,83 +65,6 @@ def _compiled(source: str) -> jinja2.Template:
     if len(source) > SOURCE:
         raise TooMuch(f"it has {len(source)} characters; at most {SOURCE}")
     return _environment().from_string(source)
-
-
-# -- bounds -------------------------------------------------------------------------------------------------------------
-
-
-def _admit(value: Any) -> Any:
-    """A value that an operation made, if it is not too large; plain strings become a person's text, iterators lists."""
-    if isinstance(value, str):
-        _budget.get().spend(characters=len(value))
-        return value if isinstance(value, Text) else Text(value)
-    if isinstance(value, int):
-        if value.bit_length() > BITS:
-            raise TooMuch(f"it makes a number of {value.bit_length()} bits; at most {BITS}")
-    elif isinstance(value, list | tuple | dict | range | Namespace):
-        _weigh(value)
-    elif isinstance(value, Iterator):
-        return _admit(list(_iterate(value)))
-    return value
-
-
-def _weigh(value: Any) -> None:
-    """Refuse what is too large or too deep when it is written out: a list that holds one list twice counts it twice."""
-    weight, seen, stack = 0, 0, [(value, 0)]
-    while stack:
-        item, depth = stack.pop()
-        weight, seen = weight + 1, seen + 1
-        if isinstance(item, str | range):
-            weight += len(item)
-        elif isinstance(item, list | tuple):
-            weight += len(item)
-            stack += [(inner, depth + 1) for inner in item] if weight <= WEIGHT else []
-        elif isinstance(item, dict | Namespace):
-            held = item if isinstance(item, dict) else item._Namespace__attrs
-            weight += len(held)
-            stack += [(inner, depth + 1) for pair in held.items() for inner in pair] if weight <= WEIGHT else []
-        if weight > WEIGHT or depth > DEPTH:
-            raise TooMuch(
-                f"it makes a list or mapping of more than {WEIGHT} elements and characters, or {DEPTH} levels"
-            )
-    _budget.get().spend(1 + seen // 8)
-
-
-def _iterate(values: Iterable[Any]) -> Iterator[Any]:
-    spend = _budget.get().spend
-    for value in values:
-        spend()
-        yield Text(value) if type(value) is str else value
-
-
-class _Counted:
-    """What a loop goes over, each pass of which is counted."""
-
-    def __init__(self, values: Any):
-        self.values = values
-
-    def __iter__(self) -> Iterator[Any]:
-        return _iterate(self.values)
-
-    def __len__(self) -> int:  # TypeError where the values have none, and Jinja then counts them itself
-        return len(self.values)
-
-
-def _small(*values: Any) -> None:
-    for value in values:
-        if isinstance(value, int | float) and abs(value) > ARGUMENT:
-            raise TooMuch(f"a filter or method is given {str(value)[:20]}; at most {ARGUMENT}")
-
-
-def _written(value: Any) -> Text:
-    """A value as output has it."""
-    if isinstance(value, str):
-        return value if isinstance(value, Text) else Text(value)
-    if isinstance(value, Namespace):
-        raise SecurityError("a namespace cannot be written")
-    if isinstance(value, list | tuple | dict | range):
-        _weigh(value)
-    return _admit(str(value))
 
 
 # -- the language -------------------------------------------------------------------------------------------------------
@@ -255,15 +154,15 @@ class _Formatter(SandboxedFormatter):
                 name, automatic = f"{automatic}{name}", automatic + 1
             if "{" in (spec or ""):
                 raise SecurityError("a format within a format")
-            value = _admit(self.get_field(name, values, named)[0])
+            value = admit(self.get_field(name, values, named)[0])
             if conversion not in (None, "s"):
                 value = self.convert_field(value, conversion)
             if spec:
                 digits = "".join(letter if letter.isdigit() else " " for letter in spec).split()
-                _small(*map(int, digits))
+                small(*map(int, digits))
                 pieces.append(format(plain(value) if isinstance(value, str) else value, spec))
             else:
-                pieces.append(_written(value))
+                pieces.append(written(value))
         return concatenate(pieces)
 
 
@@ -272,37 +171,37 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     literal = staticmethod(functools.lru_cache(maxsize=1024)(trusted))
-    admit, written, counted = staticmethod(_admit), staticmethod(_written), staticmethod(_Counted)
+    admit, written, counted = staticmethod(admit), staticmethod(written), staticmethod(Counted)
 
     def joined(self, parts: Iterable[Any]) -> Text:
         """Values one after the other, as `~` has them."""
-        return _admit(concatenate(map(_written, parts)))
+        return admit(concatenate(map(written, parts)))
 
     def concat(self, pieces: Iterable[str]) -> Text:
-        return _admit(concatenate(pieces))
+        return admit(concatenate(pieces))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:
-        _budget.get().spend()
+        budget.get().spend()
         if isinstance(getattr(__function, "__self__", None), str | list | tuple):
-            _small(*args, *kwargs.values())
+            small(*args, *kwargs.values())
             args = tuple(Text(value) if type(value) is str else value for value in args)
-        return _admit(super().call(__context, __function, *args, **kwargs))
+        return admit(super().call(__context, __function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _budget.get().spend()
+        budget.get().spend()
         left, right = (Text(value) if type(value) is str else value for value in (left, right))
         if operator == "*":
             for many, times in ((left, right), (right, left)):
                 if isinstance(many, str | list | tuple) and isinstance(times, int):
-                    if len(many) * times > (LIMIT if isinstance(many, str) else WEIGHT):
+                    if len(many) * times > (LIMIT if isinstance(many, str) else ELEMENTS):
                         raise TooMuch(f"it repeats {len(many)} elements {str(times)[:20]} times")
-                    return _admit(many * times)
+                    return admit(many * times)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             if abs(left) > 1 and right > BITS:
                 raise TooMuch(f"it raises a number to the power of {str(right)[:20]}")
         elif operator == "%" and isinstance(left, str):
-            _weigh(right)
-        return _admit(super().call_binop(context, operator, left, right))
+            weigh(right)
+        return admit(super().call_binop(context, operator, left, right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return self._given(super().getattr(Text(obj) if type(obj) is str else obj, attribute))
@@ -341,7 +240,7 @@ class _Namespace(Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         _public(name)
-        Namespace.__setitem__(self, name, _admit(value))
+        Namespace.__setitem__(self, name, admit(value))
 
 
 def _public(name: Any) -> None:
@@ -349,129 +248,7 @@ def _public(name: Any) -> None:
         raise SecurityError(f"a namespace has no attribute {str(name)[:40]!r}")
 
 
-# -- filters and functions ----------------------------------------------------------------------------------------------
-
-
-def _bounded(function: Callable[..., Any], *, skip: int = 0) -> Callable[..., Any]:
-    """A filter with its arguments and its result bounded; `skip` arguments are Jinja's own."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        _budget.get().spend()
-        value = args[skip] if len(args) > skip else None
-        if isinstance(value, Iterator | range | _Counted):
-            value = list(_iterate(value))
-        _small(*args[skip + 1 :], *kwargs.values())
-        if isinstance(value, str | list | tuple | dict):
-            _budget.get().spend(1 + len(value) // 64)
-        if len(args) > skip:
-            args = (*args[:skip], Text(value) if type(value) is str else value, *args[skip + 1 :])
-        return _admit(function(*args, **kwargs))
-
-    return run
-
-
-def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
-    if abs(precision) > 300:
-        raise TooMuch(f"round to {precision} places")
-    return filters.do_round(value, precision, method)
-
-
-def _join(value: Iterable[Any], d: str = "", attribute: Any = None, *, get: Callable[[Any], Any]) -> Text:
-    return _written(d).join([_written(item if attribute is None else get(item)) for item in value])
-
-
-@jinja2.pass_environment
-def _joined(environment: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> Text:
-    get = filters.make_attrgetter(environment, attribute) if attribute is not None else lambda item: item
-    return _join(value, d, attribute, get=get)
-
-
-def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
-    space = _written(width) if isinstance(width, str) else trusted(" ") * width
-    lines = concatenate((_written(value), trusted("\n"))).splitlines()
-    rest = [line if not line and not blank else concatenate((space, line)) for line in lines[1:]]
-    head = concatenate((space, lines[0])) if first else lines[0]
-    return trusted("\n").join([head, *rest])
-
-
-def _truncate(value: Any, length: int = 255, killwords: bool = False, end: str = "...", leeway: int = 5) -> Text:
-    text, end = _written(value), _written(end)
-    if len(text) <= length + leeway:
-        return text
-    short = text[: max(0, length - len(end))]
-    return concatenate((short if killwords else short.rsplit(" ", 1)[0], end))
-
-
-def _wordwrap(value: Any, width: int = 79, **options: Any) -> str:
-    if len(value) > ARGUMENT:
-        raise TooMuch(f"wordwrap of {len(value)} characters")
-    return filters.do_wordwrap(jinja2.Environment(), plain(_written(value)), width, **options)
-
-
-def _escape(value: Any) -> Text:
-    text = _written(value)
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&#39;"), ('"', "&#34;")):
-        text = text.replace(old, new)
-    return text
-
-
-def _sum(value: Iterable[Any], start: Any = 0) -> Any:
-    for item in value:
-        if not isinstance(item, int | float):
-            raise TypeError(f"sum takes numbers, got {type(item).__name__}")
-        start = _admit(start + item)
-    return start
-
-
-def _format(value: Any, *args: Any, **kwargs: Any) -> Text:
-    _weigh(kwargs or args)
-    return _written(value) % (kwargs or args)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    if isinstance(indent, int) and indent > 64:
-        raise TooMuch(f"tojson with an indent of {indent}")
-    _weigh(value)
-    return person(
-        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    )
-
-
-_OWN = {
-    "capitalize": lambda value: _written(value).capitalize(),
-    "center": lambda value, width=80: _written(value).center(width),
-    "e": _escape,
-    "escape": _escape,
-    "format": _format,
-    "indent": _indent,
-    "lower": lambda value: _written(value).lower(),
-    "replace": lambda value, old, new, count=None: _written(value).replace(
-        _written(old), _written(new), -1 if count is None else count
-    ),
-    "round": _round,
-    "safe": lambda value: value,
-    "string": _written,
-    "sum": _sum,
-    "title": lambda value: _written(value)._mapped(filters.do_title),
-    "tojson": _tojson,
-    "trim": lambda value, chars=None: _written(value).strip(chars),
-    "truncate": _truncate,
-    "upper": lambda value: _written(value).upper(),
-    "wordwrap": _wordwrap,
-}
-# Jinja's own that do nothing but choose and order
-_JINJA = (
-    *("abs", "batch", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items", "last"),
-    *("length", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"),
-    *("sort", "unique", "wordcount"),
-)
+# -- functions ------------------------------------------------------------------------------------------------------------
 
 
 def _refuse(message: Any) -> None:
@@ -490,11 +267,15 @@ def _environment() -> _Environment:
         trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     own = environment.filters
-    jinjas = {name: _bounded(own[name], skip=int(hasattr(own[name], "jinja_pass_arg"))) for name in _JINJA}
+    jinjas = {
+        name: bounded_filter(own[name], skip=int(hasattr(own[name], "jinja_pass_arg")), letters=letters)
+        for letters, names in JINJA.items()
+        for name in names
+    }
     environment.filters = {
-        **{name: _bounded(function) for name, function in _OWN.items()},
+        **{name: bounded_filter(function) for name, function in OWN.items()},
         **jinjas,
-        "join": _bounded(_joined, skip=1),
+        "join": bounded_filter(joined_filter, skip=1),
     }
     ranged = environment.globals["range"]
     environment.globals = {

@@ -11,12 +11,14 @@ import json
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTERS = "adapter*.safetensors"
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -39,7 +41,7 @@ class CheckpointError(ValueError):
 
 
 class _File:
-    """One safetensors file: its header, checked against the file's length, and its tensors' places."""
+    """One safetensors file: its header, checked as the format's own library checks it, and its tensors' places."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.handle = path, path.open("rb", buffering=0)
@@ -47,17 +49,13 @@ class _File:
         length = int.from_bytes(self.handle.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER):
             raise self._unreadable("its header is cut off or longer than the file")
-        try:
-            header = json.loads(self.handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise self._unreadable(f"its header is not JSON: {error}") from error
-        if not isinstance(header, dict):
-            raise self._unreadable("its header is not a table of tensors")
-        header.pop("__metadata__", None)
+        header = self._header(self.handle.read(length))
         self.begin = 8 + length
         self.places: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
-        cut = []
+        spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
+            if not name.isprintable():
+                raise self._unreadable(f"a tensor's name is no printable text: {name!r:.80}")
             try:
                 kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
                 if any(type(number) is not int for number in (*shape, first, last)):
@@ -66,16 +64,53 @@ class _File:
                 raise self._unreadable(f"the entry of {name} is not dtype, shape and two offsets") from error
             if not isinstance(kind, str) or kind not in DTYPES:
                 raise CheckpointError(
-                    f"{path}: {name} is stored as {kind}; supported: {', '.join(DTYPES)}. Take an unquantised checkpoint"
+                    f"{path}: {name} is stored as {kind!s:.40}; supported: {', '.join(DTYPES)}. Take an unquantised checkpoint"
                 )
-            if min((0, *shape)) < 0 or first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
-                raise self._unreadable(f"{name} of shape {list(shape)} {kind} cannot fill bytes {first} to {last}")
-            if self.begin + last > size:
-                cut.append(name)
+            negative = min((0, *shape)) < 0 or first < 0
+            if negative or max((0, *shape)) >= 1 << 63 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
+                raise self._unreadable(
+                    f"{name} of shape {list(shape)!s:.80} {kind} cannot fill bytes {first} to {last}"
+                )
+            spans.append((first, last, name))
             self.places[name] = (DTYPES[kind], shape, self.begin + first)
+        self._check_spans(sorted(spans), size - self.begin)
+
+    def _header(self, data: bytes) -> dict[str, object]:
+        """The table of tensors; not JSON's other encodings, nor a name twice, nor metadata other than words."""
+
+        def table(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            found = dict(pairs)
+            if len(found) < len(pairs):
+                names = [name for name, _ in pairs]
+                raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is in it twice")
+            return found
+
+        try:
+            if data[:1] != b"{":
+                raise ValueError("it does not begin with {")
+            header = json.loads(data.decode("utf-8"), object_pairs_hook=table)
+            json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise self._unreadable(f"its header is not JSON: {str(error) or type(error).__name__}") from error
+        words = header.pop("__metadata__", None)
+        if words is not None and not (isinstance(words, dict) and all(isinstance(v, str) for v in words.values())):
+            raise self._unreadable("its __metadata__ is not a table of words")
+        return header
+
+    def _check_spans(self, spans: list[tuple[int, int, str]], held: int) -> None:
+        """Tensors lie one behind another, from the first byte to the last: no holes, nothing shared, nothing behind."""
+        at, before = 0, "the header"
+        for first, last, name in spans:
+            if first != at:
+                what = "overlaps with" if first < at else "leaves a hole behind"
+                raise self._unreadable(f"{name} at bytes {first} to {last} {what} {before}")
+            at, before = last, name
+        cut = sorted(name for _, last, name in spans if last > held)
         if cut:
             more = f" and {len(cut) - 4} more" if len(cut) > 4 else ""
-            raise CheckpointError(f"{path} is truncated: it ends inside or before {', '.join(sorted(cut)[:4])}{more}")
+            raise CheckpointError(f"{self.path} is truncated: it ends inside or before {', '.join(cut[:4])}{more}")
+        if at < held:
+            raise self._unreadable(f"{held - at} bytes behind its last tensor belong to none")
 
     def _unreadable(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a readable safetensors file: {why}")
@@ -99,25 +134,40 @@ class _File:
 class TensorFolder(Mapping[str, np.ndarray]):
     """The tensors of a checkpoint as a read-only mapping; a tensor is read from disk when it is asked for.
 
-    path: a .safetensors file, or a folder that holds one, or several with model.safetensors.index.json. FileNotFoundError if
-    there is none, or if the index or a file that it names is missing; CheckpointError for a file that cannot be read.
+    path: a .safetensors file, or a folder that holds one, or several with model.safetensors.index.json. A whole
+    model.safetensors is what counts, whatever lies beside it, as transformers has it; an adapter is never applied, and a
+    warning says so. FileNotFoundError if there is none, or if the index or a file that it names is missing; CheckpointError
+    for a file that cannot be read.
     """
 
     def __init__(self, path: str | pathlib.Path):
         path = pathlib.Path(path)
         index, promised = path / INDEX, {}
+        adapters = sorted(file.name for file in path.glob(ADAPTERS)) if path.is_dir() else []
         if path.is_file():
             files = [path]
+        elif (path / WHOLE).is_file():
+            files = [path / WHOLE]
         elif index.is_file():
             promised = _read_index(index)
             files = [path / name for name in sorted(set(promised.values()))]
         else:
-            files = sorted(path.glob("*.safetensors"))
+            files = sorted(file for file in path.glob("*.safetensors") if file.name not in adapters)
             if len(files) > 1:
                 raise FileNotFoundError(
                     f"{path} holds {len(files)} safetensors files and no {INDEX}, which says what belongs together"
                 )
         missing = [str(file) for file in files if not file.is_file()]
+        if adapters and not files:
+            raise CheckpointError(
+                f"{path} holds an adapter alone ({', '.join(adapters[:4])}): merge it into its base model and save that"
+            )
+        if adapters:
+            warnings.warn(
+                f"{path}: {', '.join(adapters[:4])} is an adapter, which is not applied; the model is "
+                f"{', '.join(file.name for file in files[:4])} alone. Merge it first if it is wanted",
+                stacklevel=2,
+            )
         if missing or not files:
             pickles = sorted(file.name for form in _PICKLES for file in path.glob(form)) if path.is_dir() else []
             if pickles and not missing:
@@ -173,8 +223,8 @@ class TensorFolder(Mapping[str, np.ndarray]):
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, RecursionError, MemoryError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not an index of tensors: {type(error).__name__} {error}") from error
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(

@@ -19,6 +19,7 @@ from hybridvlm.checkpoints.special_tokens import (
     read_object,
     read_tokenizer,
 )
+from hybridvlm.checkpoints.template_limits import TooMuch
 from hybridvlm.checkpoints.tensors import CheckpointError
 from hybridvlm.models.prompt import Part, parts_of
 from hybridvlm.models.text import TRUSTED, Text, concatenate, media_in, medium, origin_of, person, plain, trusted
@@ -32,6 +33,8 @@ FILES = (TOKENIZER, CONFIG, TEMPLATE, "chat_template.json", MAP, ADDED)
 _MEDIUM = re.compile(
     r"(?:<\|vision_start\|>)?<\|(?:image|video)_pad\|>(?:<\|vision_end\|>)?|(?:<img>)?<(?:image|video)>(?:</img>)?"
 )
+_PROBE = "probe{}x{}x"
+_DUMPED = re.compile(r"""['"]text['"]: *['"]probe\d+x\d+x""")
 
 
 class PublishedTokenizer:
@@ -128,6 +131,8 @@ class PublishedTokenizer:
             try:
                 tried = self._rendered(probes, form, given, default)
             except ValueError as error:
+                if isinstance(error.__cause__, TooMuch):
+                    raise
                 failures.append(error)
                 continue
             if _complete(tried, probes):
@@ -181,7 +186,7 @@ def _probes(spoken: list[tuple[str, list[Part]]]) -> list[tuple[str, list[Part]]
     """The same messages with a word in the place of each text, to see whether a template writes it."""
     probes = []
     for row, (role, parts) in enumerate(spoken):
-        words = [person(f"probe{row}x{column}x") for column in range(len(parts))]
+        words = [person(_PROBE.format(row, column)) for column in range(len(parts))]
         probes.append(
             (
                 role,
@@ -196,7 +201,8 @@ def _complete(text: Text, probes: list[tuple[str, list[Part]]]) -> bool:
     found = plain(text).casefold()
     words = [piece for _, parts in probes for kind, piece in parts if kind == "text" and piece.strip()]
     media = [number for _, parts in probes for _, piece in parts for number in media_in(piece)]
-    return media_in(text) == media and all(plain(word) in found for word in words)
+    dumped = _DUMPED.findall(found)  # a list of parts that was written as Python or JSON has it
+    return media_in(text) == media and not dumped and all(plain(word) in found for word in words)
 
 
 def _as_text(parts: list[Part]) -> Text:

@@ -80,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth: " + _keys(Schedule))
     add("--compare", metavar="METHOD", help="method that all others are paired with (default: str, if it runs)")
     add("--prompt", default="{question}", metavar="TEXT", help=prompt)
+    add(
+        "--allow-special-tokens",
+        action="store_true",
+        help="control tokens in what people write count",
+    )
     add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
     add_thinking(parser)
     add("--list", action="store_true", help="list methods and tasks, and stop")

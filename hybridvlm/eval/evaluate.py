@@ -19,6 +19,7 @@ from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.generate import Model
+from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.reduction import BudgetError
 from hybridvlm.thinking import switch, think_budget
@@ -74,6 +75,8 @@ def prepare(options: argparse.Namespace) -> Checked:
     model = folder.load(options.model, dtype=options.dtype)
     model.buckets = override(model.buckets, options.buckets, "--buckets")
     base = base_reduction(options, model.reduction)
+    if options.allow_special_tokens:
+        allow_special_tokens(model.tokenizer)
     switch(model, THINKING[options.thinking])
     think_budget(model, options.think_tokens)
     if options.system and not hasattr(model.tokenizer, "chat"):

@@ -212,6 +212,7 @@ class Runner:
             "buckets": to_dict(model.buckets),
             "style": to_dict(model.style),
             "task": task.name,
+            "allow_special_tokens": bool(getattr(model.tokenizer, "allow_special_tokens", False)),
             "tokenizer": hashlib.sha256(model.tokenizer.tokenizer.to_str().encode()).hexdigest()
             if model.tokenizer
             else None,

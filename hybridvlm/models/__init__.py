@@ -37,12 +37,15 @@ def family_of(raw: Mapping[str, Any]) -> ModuleType:
     """The family of a published config.json (parsed), by its `architectures` and `model_type`."""
     if "vision_mamba_mixer_config" in raw:  # VAMBA has the names of Qwen2-VL, which it was made from, and this
         return family("vamba")
-    for kind in [*(raw.get("architectures") or ()), raw.get("model_type")]:
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json: architectures must be a list of words, got {repr(names)[:60]}")
+    for kind in [*names, raw.get("model_type")]:
         for name in FAMILIES:
             if kind in family(name).MODEL_TYPES:
                 return family(name)
     known = sorted(kind for name in FAMILIES for kind in family(name).MODEL_TYPES)
     raise ValueError(
-        f"config.json: architectures {raw.get('architectures')} and model_type {raw.get('model_type')!r} belong to no family; "
+        f"config.json: architectures {str(names)[:60]} and model_type {repr(raw.get('model_type'))[:60]} belong to no family; "
         f"supported: {', '.join(known)}"
     )

@@ -93,7 +93,8 @@ def _swap(name: str, template: str, to: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """jobs: every array of a config. renames: (regex, replacement) from any known spelling to the table's; publish: from the
-    table's to the published one. idle: whether a tensor that no row asks for may be there unused. who: for messages."""
+    table's to the published one. idle: whether a tensor that no row asks for may be there unused. who: for messages. tied: the
+    table's names of embedding and head, where the config makes them one."""
 
     jobs: tuple[Job, ...]
     renames: tuple[tuple[str, str], ...] = ()
@@ -101,6 +102,7 @@ class Table:
     fused: tuple[Fused, ...] = ()
     idle: Callable[[str], bool] = lambda name: False
     who: str = "the config"
+    tied: tuple[str, ...] = ()
 
     def canonical(self, name: str) -> tuple[str, ...]:
         """The table's spelling of a tensor's name (several for a fused tensor, in order); an unknown one stays as it is."""

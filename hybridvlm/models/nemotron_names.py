@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from hybridvlm.config import ModelConfig, VisionConfig
 from hybridvlm.models.names import CONV, LINEAR, SAME, Fused, Job, Row, Shape, Table, Turn, jobs_of
@@ -72,6 +73,15 @@ def _attention_rows(name: str, heads: str) -> tuple[Row, ...]:
     )
 
 
+def _expert_bias(name: str, source: str, shape: Callable[[ModelConfig], Shape], latent: bool = False) -> tuple[Row]:
+    """The bias of a projection beside the experts; `latent`: one that only a config with expert_latent has."""
+
+    def when(c: ModelConfig) -> bool:
+        return c.mlp_bias and (not latent or c.expert_latent > 0)
+
+    return (Row(_E + name, f"{_L}mixer.{source}.bias", shape, when=when),)
+
+
 def _inside(c: ModelConfig) -> int:
     return c.expert_latent or c.width
 
@@ -80,6 +90,8 @@ DECODER: dict[str, tuple[Row, ...]] = {
     "M": (
         Row(_M + "norm", _L + "norm.weight", _width),
         Row(_M + "in_proj", _L + "mixer.in_proj.weight", lambda c: (c.in_proj_width, c.width), LINEAR),
+        Row(_M + "in_bias", _L + "mixer.in_proj.bias", lambda c: (c.in_proj_width,), when=lambda c: c.mamba_bias),
+        Row(_M + "out_bias", _L + "mixer.out_proj.bias", _width, when=lambda c: c.mamba_bias),
         Row(_M + "conv_weight", _L + "mixer.conv1d.weight", lambda c: (c.conv_width, 1, c.conv_kernel), CONV),
         Row(_M + "conv_bias", _L + "mixer.conv1d.bias", lambda c: (c.conv_width,), when=lambda c: c.conv_bias),
         Row(_M + "A_log", _L + "mixer.A_log", lambda c: (c.mamba_heads,)),
@@ -99,6 +111,8 @@ DECODER: dict[str, tuple[Row, ...]] = {
         Row(_F + "norm", _L + "norm.weight", _width),
         Row(_F + "up_proj", _L + "mixer.up_proj.weight", lambda c: (c.mlp_width, c.width), LINEAR),
         Row(_F + "down_proj", _L + "mixer.down_proj.weight", lambda c: (c.width, c.mlp_width), LINEAR),
+        Row(_F + "up_bias", _L + "mixer.up_proj.bias", lambda c: (c.mlp_width,), when=lambda c: c.mlp_bias),
+        Row(_F + "down_bias", _L + "mixer.down_proj.bias", _width, when=lambda c: c.mlp_bias),
     ),
     "E": (
         Row(_E + "norm", _L + "norm.weight", _width),
@@ -146,6 +160,10 @@ DECODER: dict[str, tuple[Row, ...]] = {
             LINEAR,
             when=lambda c: c.expert_latent > 0,
         ),
+        *_expert_bias("shared_up_bias", "shared_experts.up_proj", lambda c: (c.shared_width,)),
+        *_expert_bias("shared_down_bias", "shared_experts.down_proj", _width),
+        *_expert_bias("latent_in_bias", "fc1_latent_proj", lambda c: (c.expert_latent,), latent=True),
+        *_expert_bias("latent_out_bias", "fc2_latent_proj", _width, latent=True),
     ),
 }
 
@@ -223,16 +241,14 @@ def table(config: ModelConfig | VisionConfig) -> Table:
         if vision.kind != "radio":
             raise ValueError(f"only towers of kind 'radio' have published names, got kind {vision.kind!r}")
         jobs += jobs_of(vision, RADIO_TOP) + jobs_of(vision, RADIO_BLOCK, range(vision.layers))
-    tied = isinstance(config, ModelConfig) and config.tie_embeddings
+    tied = ("backbone.embeddings.weight", "lm_head.weight") if getattr(config, "tie_embeddings", False) else ()
 
     def idle(name: str) -> bool:
-        """What a checkpoint may hold unused: constants of the config, a tied head, a video patch embedding, sound."""
-        if name == "lm_head.weight":
-            return tied
+        """What a checkpoint may hold unused: constants of the config, a video patch embedding, sound."""
         if name == "patch_generator.video_embedder.weight":
             return vision is not None and vision.temporal_patch == 1
         return re.match(rf"^(?:input_conditioner\.\w+$|summary_idxs$|(?:{_SOUND})\.)", name) is not None
 
     whole = isinstance(config, ModelConfig) and vision is not None
-    who = getattr(config, "name", "") or type(config).__name__
-    return Table(tuple(jobs), RENAMES, PUBLISH if whole else (), FUSED, idle, who)
+    who = f"the config {getattr(config, 'name', '') or type(config).__name__}"
+    return Table(tuple(jobs), RENAMES, PUBLISH if whole else (), FUSED, idle, who, tied)

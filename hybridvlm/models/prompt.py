@@ -175,6 +175,18 @@ def render(
     return parts
 
 
+def allow_special_tokens(tokenizer: Any) -> None:
+    """Let control tokens (`<|im_end|>`) in what people write be control tokens from now on, instead of plain text.
+
+    ValueError for a tokenizer whose vocabulary is closed: it takes none in a text.
+    """
+    if not hasattr(tokenizer, "allow_special_tokens"):
+        raise ValueError(
+            "allow_special_tokens: this model's vocabulary is closed, and no text of it has special tokens"
+        )
+    tokenizer.allow_special_tokens = True
+
+
 def make_batch(
     layouts: Sequence[Layout], buckets: Buckets, tokens_per_frame: int, group: int = 1
 ) -> tuple[Batch, int, int]:

@@ -1,4 +1,4 @@
-"""The published config.json and tensor names of Qwen2-VL and Qwen3-VL, and their places in our config and parameters.
+"""The published tensor names of Qwen2-VL and Qwen3-VL, and their places in our parameters.
 
 Both spellings are known: `visual.*`, `model.layers.*` (Qwen2-VL as published) and `model.visual.*`, `model.language_model.*`
 (Qwen3-VL, and what newer releases of transformers save).
@@ -6,7 +6,6 @@ Both spellings are known: `visual.*`, `model.layers.*` (Qwen2-VL as published) a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +69,7 @@ LAYER: tuple[Row, ...] = (
     *_heads("k", "kv_heads"),
     *_heads("v", "kv_heads"),
     Row(f"{_A}o_proj", f"{_L}self_attn.o_proj.weight", lambda c: (c.width, c.attention_heads * c.head_dim), LINEAR),
+    Row(f"{_A}o_bias", f"{_L}self_attn.o_proj.bias", _width, when=lambda c: c.output_bias),
     Row(f"{_F}norm", f"{_L}post_attention_layernorm.weight", _width),
     Row(f"{_F}gate_proj", f"{_L}mlp.gate_proj.weight", lambda c: (c.mlp_width, c.width), LINEAR),
     Row(f"{_F}up_proj", f"{_L}mlp.up_proj.weight", lambda c: (c.mlp_width, c.width), LINEAR),
@@ -177,173 +177,6 @@ def table(c: QwenConfig) -> Table:
         renames=RENAMES,
         publish=PUBLISH[c.generation],
         fused=FUSED,
-        idle=lambda name: name == "lm_head.weight" and c.tie_embeddings,
+        tied=("embed_tokens.weight", "lm_head.weight") if c.tie_embeddings else (),
         who=f"the config {c.name}" if c.name else "the config",
-    )
-
-
-# -- config.json --------------------------------------------------------------------------------------------------------
-
-# What is computed and no other way: key -> values that mean it (a missing key means the first).
-FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "use_sliding_window": (False, None),
-    "attention_dropout": (0.0, 0),
-    "mlp_bias": (False,),
-}
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# least and most pixels of an image, of a video frame, and most of a whole video: the published preprocessor files, and
-# qwen-vl-utils for videos
-PIXELS: dict[int, dict[str, Any]] = {
-    2: {
-        "image_pixels": QwenConfig.image_pixels,
-        "frame_pixels": QwenConfig.frame_pixels,
-        "video_pixels": QwenConfig.video_pixels,
-    },
-    3: {"image_pixels": (65536, 16777216), "frame_pixels": (4096, 768 * 32**2), "video_pixels": 25165824},
-}
-
-
-def pixel_limits(raw: Mapping[str, Any], generation: int) -> dict[str, Any]:
-    """The limits of a checkpoint's own processor files (in `raw` under "preprocessor" and "video_preprocessor"), else the
-    published defaults.
-
-    A video's file speaks of one frame in Qwen2-VL and of all frames together in Qwen3-VL. Where there is none, a video's frame
-    lies within the image's limits, too. ValueError for a limit that is not a whole number, or limits the wrong way round.
-    """
-    limits, film = dict(PIXELS[generation]), raw.get("video_preprocessor")
-    limits["image_pixels"] = _, most = _edges("preprocessor_config.json", raw, "preprocessor", limits["image_pixels"])
-    low, high = limits["frame_pixels"]
-    if not film:
-        return limits | {"frame_pixels": (min(low, most), min(high, most))}
-    where = "video_preprocessor_config.json", raw, "video_preprocessor"
-    if generation == 2:
-        return limits | {"frame_pixels": _edges(*where, (low, high))}
-    low, together = _edges(*where, (low, limits["video_pixels"]))
-    if tokens := film.get("max_video_tokens"):
-        vision = raw["vision_config"]
-        high = tokens * (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
-    return limits | {"frame_pixels": (low, max(low, min(high, together))), "video_pixels": together}
-
-
-def _edges(file: str, raw: Mapping[str, Any], section: str, default: tuple[int, int]) -> tuple[int, int]:
-    """(least, most) pixels that a processor's file allows, under its old names or its new ones."""
-    own = raw.get(section) or {}
-    size = own.get("size") if isinstance(own.get("size"), Mapping) else {}
-    found = []
-    for old, new, usual in (("min_pixels", "shortest_edge", default[0]), ("max_pixels", "longest_edge", default[1])):
-        value = next((v for v in (own.get(old), size.get(new)) if v is not None), usual)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{file}: {old} (or size.{new}) must be a whole number of at least 1, got {value!r}")
-        found.append(value)
-    if found[0] > found[1]:
-        raise ValueError(f"{file}: at least {found[0]} pixels and at most {found[1]} cannot both be kept")
-    return found[0], found[1]
-
-
-def _number(value: Any) -> float:
-    return float(value["__float__"] if isinstance(value, Mapping) else value)
-
-
-def text_fields(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> dict[str, Any]:
-    """The fields of a ModelConfig that a Qwen decoder's config.json decides. ValueError names an option that is not supported."""
-    text = {**raw, **(raw.get("text_config") or {})}
-    for key, allowed in FIXED.items():
-        if text.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"config.json: {key} = {text[key]!r} is not supported; supported: {list(allowed)}")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"config.json: rotary embedding of type {kind!r} is not supported; supported: default, mrope")
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    eos = text.get("eos_token_id")
-    vocab = text["vocab_size"]
-    for stored, shape in (shapes or {}).items():
-        if stored.endswith("embed_tokens.weight"):
-            vocab = shape[0]
-    pad = text.get("pad_token_id")
-    pad = text.get("bos_token_id") if pad is None else pad  # one and the same token in the published tokenizers
-    return {
-        "pattern": "*-" * text["num_hidden_layers"],
-        "width": text["hidden_size"],
-        "vocab_size": vocab,
-        "attention_heads": heads,
-        "kv_heads": text.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "mlp_width": text["intermediate_size"],
-        "mlp_gated": True,
-        "rope_theta": _number(rope.get("rope_theta", text.get("rope_theta", 1e6))),
-        "rope_sections": tuple(rope.get("mrope_section") or (head_dim // 2, 0, 0)),
-        "rope_interleaved": bool(rope.get("mrope_interleaved", False)),
-        "norm_eps": _number(text.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        "eos_ids": () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-        "pad_id": pad if pad is not None and pad < vocab else 0,
-    }
-
-
-def vision_fields(raw: Mapping[str, Any], generation: int) -> VisionConfig:
-    """The tower of a config.json's `vision_config`. ValueError names an option that is not supported."""
-    v = raw["vision_config"]
-    act = v.get("hidden_act", "quick_gelu" if generation == 2 else "gelu_pytorch_tanh")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"config.json: vision hidden_act {act!r} is not supported; supported: {sorted(ACTIVATIONS)}")
-    theta = (v.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    if theta != 10000.0 or v.get("in_channels", v.get("in_chans", 3)) != 3:
-        raise ValueError(
-            f"config.json: vision rope_theta {theta} with {v.get('in_channels')} channels is not supported; "
-            "supported: 10000.0 with 3"
-        )
-    width = v["embed_dim"] if generation == 2 else v["hidden_size"]
-    merge, patch = v["spatial_merge_size"], v["patch_size"]
-    side = 0
-    if generation == 3:
-        side = math.isqrt(v["num_position_embeddings"])
-        if side**2 != v["num_position_embeddings"]:
-            raise ValueError(f"config.json: num_position_embeddings {v['num_position_embeddings']} is not a square")
-    square = max(1, 448 // (merge * patch)) * merge * patch  # stands until a clip brings its own size
-    return VisionConfig(
-        kind="qwen",
-        image_size=(square, square),
-        patch_size=patch,
-        width=width,
-        layers=v["depth"],
-        heads=v["num_heads"],
-        mlp_width=v["intermediate_size"] if generation == 3 else round(width * v["mlp_ratio"]),
-        position_rows=side,
-        prefix_tokens=0,
-        temporal_patch=v["temporal_patch_size"],
-        norm_eps=1e-6,
-        downsample=merge,
-        projector_width=width * merge**2,
-        pixel_mean=(0.5, 0.5, 0.5) if generation == 3 else VisionConfig.pixel_mean,
-        pixel_std=(0.5, 0.5, 0.5) if generation == 3 else VisionConfig.pixel_std,
-        activation=ACTIVATIONS[act],
-        patch_bias=generation == 3,
-        deepstack=tuple(v.get("deepstack_visual_indexes") or ()),
-    )
-
-
-def config_from_hf(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> QwenConfig:
-    """QwenConfig of a published config.json (parsed), flat or with text_config.
-
-    shapes: the checkpoint's tensor shapes by name; given, the rows of the embedding decide the vocabulary.
-    ValueError names an option that is not supported.
-    """
-    kind = raw.get("model_type")
-    if kind not in ("qwen2_vl", "qwen3_vl"):
-        raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: qwen2_vl, qwen3_vl")
-    generation = 2 if kind == "qwen2_vl" else 3
-    fields = text_fields(raw, shapes)
-    text = raw.get("text_config") or raw
-    if generation == 3 and text.get("attention_bias"):
-        raise ValueError("config.json: attention_bias true is not supported for qwen3_vl; supported: false")
-    return QwenConfig(
-        **fields,
-        generation=generation,
-        attention_bias=generation == 2,
-        qk_norm=generation == 3,
-        vision=vision_fields(raw, generation) if raw.get("vision_config") else None,
-        **pixel_limits(raw, generation),
     )

@@ -26,7 +26,8 @@ from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import Prefilled
 from hybridvlm.models.prompt import Batch, Layout, Message, Pieces
-from hybridvlm.models.qwen_names import config_from_hf, table
+from hybridvlm.models.qwen_config import config_from_hf
+from hybridvlm.models.qwen_names import table
 from hybridvlm.models.text import trusted
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
@@ -374,7 +375,8 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
         if visual is not None:
             flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
             order = jnp.clip(jnp.cumsum(whole.visual, axis=1) - 1, 0, flat.shape[1] - 1)[..., None]
-            for k in range(visual.shape[-1] // config.width - 1):
+            planes = visual.shape[-1] // config.width - 1
+            for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
                 plane = flat[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
                 plane = jnp.where(whole.visual[..., None], jnp.take_along_axis(plane, order, axis=1), 0)
                 extra[plane_after(2 * k + 1)] = plane  # behind the MLP of published layer k

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 LIMIT = 1 << 24  # characters of one text
+PIECES = 1 << 18  # that one is cut into
 TRUSTED, PERSON = "t", "p"  # origins; that of medium number n is chr(_MEDIA + n)
 _MEDIA = 0x100
 _PLACE = "\ufffc"  # what stands for a medium; the same character in a person's text is only a character
@@ -64,15 +65,15 @@ class Text(str):
         return found
 
     def split(self, sep: str | None = None, maxsplit: int = -1) -> list[Text]:
-        pieces = str.split(self, sep, maxsplit)
+        pieces = _few(str.split(self, sep, maxsplit))
         return self._cut(pieces) if sep is None else self._apart(pieces, len(sep))
 
     def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[Text]:
-        pieces = str.rsplit(self, sep, maxsplit)
+        pieces = _few(str.rsplit(self, sep, maxsplit))
         return self._cut(pieces) if sep is None else self._apart(pieces, len(sep))
 
     def splitlines(self, keepends: bool = False) -> list[Text]:
-        lines = self._apart(str.splitlines(self, True), 0)
+        lines = self._apart(_few(str.splitlines(self, True)), 0)
         return lines if keepends else [line[: len(own)] for line, own in zip(lines, str.splitlines(self), strict=True)]
 
     def partition(self, sep: str) -> tuple[Text, Text, Text]:
@@ -123,19 +124,14 @@ class Text(str):
 
     def replace(self, old: str, new: str, count: int = -1) -> Text:
         found = len(self) + 1 if not old else str.count(self, old)
-        found = found if count < 0 else min(count, found)
+        found = _pieces(found if count < 0 else min(count, found))
         bounded(len(self) + found * (len(new) - len(old)))
-        pieces: list[str] = []
-        if not old:
-            for place in range(found):
-                pieces += [new, self[place : place + 1]]
-            return concatenate([*pieces, self[found:]])
-        at = 0
-        for _ in range(found):
-            stop = str.index(self, old, at)
-            pieces += [self[at:stop], new]
+        origin, fresh, at = [], origin_of(new), 0
+        for number in range(found):
+            stop = str.index(self, old, at) if old else number
+            origin += [self._origin[at:stop], fresh]
             at = stop + len(old)
-        return concatenate([*pieces, self[at:]])
+        return Text(str.replace(self, old, new, count), "".join([*origin, self._origin[at:]]))
 
     # -- one character at a time ----------------------------------------------------------------------------------
 
@@ -235,6 +231,17 @@ def bounded(length: int) -> int:
     if length > LIMIT:
         raise ValueError(f"a text of {length} characters; at most {LIMIT}")
     return length
+
+
+def _pieces(count: int) -> int:
+    if count > PIECES:
+        raise ValueError(f"a text of {count} pieces; at most {PIECES}")
+    return count
+
+
+def _few(pieces: list[str]) -> list[str]:
+    _pieces(len(pieces))
+    return pieces
 
 
 def plain(text: str) -> str:

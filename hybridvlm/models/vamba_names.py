@@ -5,21 +5,22 @@ Text and tower have the names of Qwen2-VL; every layer has cross-attention, a Ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hybridvlm.config import VambaConfig
+from hybridvlm.models import config_defaults as defaults
+from hybridvlm.models.config_fields import Fields, section, shown
 from hybridvlm.models.names import CONV, LINEAR, Row, Shape, Table, Turn, jobs_of
+from hybridvlm.models.qwen_config import pixel_limits, text_fields, vision_fields
 from hybridvlm.models.qwen_names import (
     FUSED,
     PUBLISH,
     RENAMES,
-    pixel_limits,
-    text_fields,
     text_jobs,
-    vision_fields,
     vision_jobs,
 )
 
@@ -66,12 +67,12 @@ def table(c: VambaConfig) -> Table:
         renames=RENAMES,
         publish=PUBLISH[c.generation],
         fused=FUSED,
-        idle=lambda name: name == "lm_head.weight" and c.tie_embeddings,
+        tied=("embed_tokens.weight", "lm_head.weight") if c.tie_embeddings else (),
         who=f"the config {c.name}" if c.name else "the config",
     )
 
 
-# What is computed and no other way: key -> values that mean it (a missing key means the first).
+# What is computed and no other way, and what else means it.
 FIXED: dict[str, tuple[Any, ...]] = {
     "cross_attn_use_position_embeddings": (False,),
     "cross_attn_use_layer_norm": (False,),
@@ -95,42 +96,41 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = 
     shapes: the checkpoint's tensor shapes by name; given, they decide the size of the SSM state (the paper says 64, the code's
     default is 128) and of the vocabulary. ValueError names an option that is not supported.
     """
-    mixer = raw.get("vision_mamba_mixer_config")
-    if not isinstance(mixer, Mapping):
+    if section(raw, "vision_mamba_mixer_config") is None:
         raise ValueError(
             "config.json has no vision_mamba_mixer_config: it is not VAMBA's (Qwen2-VL has the same model_type)"
         )
-    for where, fixed, prefix in ((raw, FIXED, ""), (mixer, FIXED_MIXER, "vision_mamba_mixer_config.")):
+    text, own = text_fields(raw, shapes), Fields({"": raw}, defaults.VAMBA)
+    width = text["width"]
+    table = {"vision_mamba_mixer_config.": section(raw, "vision_mamba_mixer_config")}
+    mixer = Fields(table, defaults.VAMBA_MIXER | {"hidden_dim": width})
+    for fields, fixed in ((own, FIXED), (mixer, FIXED_MIXER)):
         for key, allowed in fixed.items():
-            if where.get(key, allowed[0]) not in allowed:
-                raise ValueError(
-                    f"config.json: {prefix}{key} = {where[key]!r} is not supported; supported: {list(allowed)}"
-                )
-    low, high = (float(x) for x in mixer.get("dt_limit", (0.0, float("inf"))))
-    if (low, high) != (0.0, float("inf")):
-        raise ValueError(f"config.json: dt_limit {[low, high]} is not supported; supported: [0, Infinity]")
-    inner = mixer.get("expand", 2) * raw["hidden_size"]
-    head, groups = mixer.get("headdim", 64), mixer.get("ngroups", 1)
-    state = mixer.get("d_state", 128)
+            fields.only(key, *allowed)
+    if mixer.numbers("dt_limit", 2) != (0.0, math.inf):
+        given = shown(mixer.get("dt_limit")[1])
+        raise ValueError(f"config.json: dt_limit {given} is not supported; supported: [0, Infinity]")
+    head, groups, expand = mixer.count("headdim"), mixer.count("ngroups"), mixer.count("expand", 1, 64)
+    inner, state = expand * width, mixer.count("d_state")
     for stored, shape in (shapes or {}).items():
-        if stored.endswith("layers.0.vision_mixer.mixer.conv1d.weight"):
+        if stored.endswith("layers.0.vision_mixer.mixer.conv1d.weight") and shape:
             state = (shape[0] - inner) // (2 * groups)
-    if mixer.get("hidden_dim", raw["hidden_size"]) != raw["hidden_size"] or inner % head:
+    if mixer.count("hidden_dim") != width or inner % head:
         raise ValueError(
-            f"config.json: the video's blocks must have the text's width {raw['hidden_size']} and whole heads, got "
-            f"hidden_dim {mixer.get('hidden_dim')}, expand {mixer.get('expand')}, headdim {head}"
+            f"config.json: the video's blocks must have the text's width {width} and whole heads, got "
+            f"hidden_dim {mixer.count('hidden_dim')}, expand {expand}, headdim {head}"
         )
     return VambaConfig(
-        **text_fields(raw, shapes),
+        **text,
         attention_bias=True,
         mamba_heads=inner // head,
         mamba_head_dim=head,
         ssm_groups=groups,
         ssm_state=state,
-        conv_kernel=mixer.get("d_conv", 4),
-        conv_bias=mixer.get("conv_bias", True),
+        conv_kernel=mixer.count("d_conv", 1, 64),
+        conv_bias=mixer.flag("conv_bias"),
         image_pixels=pixel_limits(raw, 2)["image_pixels"],
-        alpha_balancing=raw.get("use_alpha_balancing", True),
-        vision=vision_fields(raw, 2) if raw.get("vision_config") else None,
-        name=raw.get("_name_or_path") or "",
+        alpha_balancing=own.flag("use_alpha_balancing"),
+        vision=vision_fields(raw, 2, shapes),
+        name=raw["_name_or_path"] if isinstance(raw.get("_name_or_path"), str) else "",
     )

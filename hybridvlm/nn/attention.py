@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import AttentionCache, attention_cache
+from hybridvlm.nn.linear import biased
 from hybridvlm.nn.parallel import own_channels, total
 from hybridvlm.nn.qwen import join_heads, project_heads
 from hybridvlm.nn.sequence import pick_rows, row_shards, row_start, whole_row
@@ -22,7 +23,7 @@ Params = dict[str, jax.Array]
 
 class AttentionStack(nn.Module):
     """The parameters of all attention layers, stacked: norm [n,D] · q_proj [n,D,H*P] · k_proj, v_proj [n,D,K*P] · o_proj [n,H*P,D]
-    · with qk_norm also q_norm, k_norm [n,P] · with attention_bias also q_bias, k_bias, v_bias."""
+    · with qk_norm also q_norm, k_norm [n,P] · with attention_bias also q_bias, k_bias, v_bias · with output_bias o_bias [n,D]."""
 
     config: ModelConfig
 
@@ -47,6 +48,8 @@ class AttentionStack(nn.Module):
             p["q_bias"] = self.param("q_bias", zeros, (n, q_width))
             p["k_bias"] = self.param("k_bias", zeros, (n, kv_width))
             p["v_bias"] = self.param("v_bias", zeros, (n, kv_width))
+        if c.output_bias:
+            p["o_bias"] = self.param("o_bias", nn.initializers.zeros, (n, c.width))
         return p
 
 
@@ -58,7 +61,7 @@ def _qkv(p: Params, c: ModelConfig, x: jax.Array, position: jax.Array | None) ->
 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, out: jax.Array) -> jax.Array:
     out = own_channels(c, out.reshape(*out.shape[:2], -1))
-    return residual + total(c, join_heads(p, out)).astype(residual.dtype)
+    return residual + biased(total(c, join_heads(p, out)), p.get("o_bias")).astype(residual.dtype)
 
 
 def gather_queries(query: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:

@@ -70,7 +70,7 @@ def _reordered(
         return params
     order: dict[tuple[str, str], np.ndarray] = {}
     if config.count(MAMBA):
-        order["mamba", "in_proj"] = _packed(config, devices, ("z", "x", "b", "c", "dt"))
+        order["mamba", "in_proj"] = order["mamba", "in_bias"] = _packed(config, devices, ("z", "x", "b", "c", "dt"))
         order["mamba", "conv_weight"] = order["mamba", "conv_bias"] = _packed(config, devices, ("x", "b", "c"))
     if sharing > 1:
         for name, heads in (("q", config.attention_heads), ("k", config.kv_heads), ("v", config.kv_heads)):

@@ -14,10 +14,15 @@ _CUT_BYTES = 1 << 20  # a smaller weight is read before a second thread has star
 _CUT_MULTIPLE = 16  # columns: whole vector registers
 
 
-def linear(x: jax.Array, weight: Weight) -> jax.Array:
-    """x [...,D] times weight [D,W], or the pieces of one that `cut_columns` gave, in x.dtype."""
+def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
+    """x [...,D] times weight [D,W], or the pieces of one that `cut_columns` gave, in x.dtype; with bias [W] that is added."""
     pieces = weight if isinstance(weight, tuple) else (weight,)
-    return jnp.concatenate([x @ w.astype(x.dtype) for w in pieces], axis=-1)
+    return biased(jnp.concatenate([x @ w.astype(x.dtype) for w in pieces], axis=-1), bias)
+
+
+def biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x [...,W] plus bias [W] in x.dtype, or x where there is none."""
+    return x if bias is None else x + bias.astype(x.dtype)
 
 
 def cut_columns(weight: jax.Array) -> Weight:

@@ -11,7 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import MambaCache
-from hybridvlm.nn.linear import linear
+from hybridvlm.nn.linear import biased, linear
 from hybridvlm.nn.parallel import group_mean, total
 from hybridvlm.nn.sequence import halo, incoming_state, row_shards
 from hybridvlm.ops.conv1d import causal_conv1d
@@ -28,7 +28,7 @@ class MambaStack(nn.Module):
     """The parameters of all Mamba-2 layers, stacked on a leading axis; calling it returns them as a dict.
 
     norm [n,D] · in_proj [n,D,z+x+B+C+dt] · conv_weight [n,W,channels] · conv_bias · A_log, D, dt_bias [n,H] ·
-    gate_norm [n,H*P] · out_proj [n,H*P,D]
+    gate_norm [n,H*P] · out_proj [n,H*P,D] · with mamba_bias in_bias [n,z+x+B+C+dt], out_bias [n,D]
     """
 
     config: ModelConfig
@@ -62,6 +62,9 @@ class MambaStack(nn.Module):
         }
         if c.conv_bias:
             p["conv_bias"] = self.param("conv_bias", nn.initializers.zeros, (n, c.conv_width))
+        if c.mamba_bias:
+            p["in_bias"] = self.param("in_bias", nn.initializers.zeros, (n, c.in_proj_width))
+            p["out_bias"] = self.param("out_bias", nn.initializers.zeros, (n, c.width))
         return p
 
 
@@ -70,11 +73,12 @@ def _project(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Ar
     h, weight = rms_norm(x, p["norm"], c.norm_eps), p["in_proj"]
     cuts = (c.mamba_width, c.mamba_width + c.conv_width)
     if platform() != "tpu" or x.shape[1] == 1:
-        return tuple(jnp.split(linear(h, weight), cuts, axis=-1))
+        return tuple(jnp.split(linear(h, weight, p.get("in_bias")), cuts, axis=-1))
     # A cut of the result is a copy of it, a cut of the weight is read in place: a third less memory for a layer on TPU. Left to
     # itself the compiler turns the whole stack of weights about before the first layer (6.5 GB of the 12B model, and 21 ms).
     weight = with_layout_constraint(weight, Layout((0, 1)))
-    return tuple(linear(h, piece) for piece in jnp.split(weight, cuts, axis=-1))
+    biases = jnp.split(p["in_bias"], cuts) if c.mamba_bias else (None, None, None)
+    return tuple(linear(h, *pair) for pair in zip(jnp.split(weight, cuts, axis=-1), biases, strict=True))
 
 
 def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, real: jax.Array):
@@ -89,6 +93,8 @@ def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, 
     dt = jax.nn.softplus(raw_dt.astype(jnp.float32) + p["dt_bias"].astype(jnp.float32))
     if c.dt_floor:
         dt = jnp.maximum(dt, c.dt_floor)
+    if c.dt_ceiling:
+        dt = jnp.minimum(dt, c.dt_ceiling)
     dt = jnp.where(real[..., None], dt, 0.0)
     decay = -jnp.exp(p["A_log"].astype(jnp.float32))
     return x, b.reshape(*lead, *groups), cc.reshape(*lead, *groups), dt, decay
@@ -97,7 +103,7 @@ def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     whole = functools.partial(group_mean, c)
     y = gated_rms_norm(y, z, p["gate_norm"], c.ssm_groups, c.norm_eps, whole)
-    return residual + total(c, linear(y, p["out_proj"])).astype(residual.dtype)
+    return residual + biased(total(c, linear(y, p["out_proj"])), p.get("out_bias")).astype(residual.dtype)
 
 
 def mamba_layer(

@@ -1,4 +1,4 @@
-"""The MLP layer without bias: up, relu squared, down (Nemotron-H), or SwiGLU (Qwen)."""
+"""The MLP layer: up, relu squared, down (Nemotron-H), or SwiGLU (Qwen)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.linear import linear
+from hybridvlm.nn.linear import biased, linear
 from hybridvlm.nn.parallel import total
 from hybridvlm.nn.qwen import swiglu
 from hybridvlm.ops.norms import rms_norm
@@ -17,7 +17,7 @@ Params = dict[str, jax.Array]
 
 class MlpStack(nn.Module):
     """The parameters of all MLP layers, stacked: norm [n,D] · up_proj [n,D,mlp_width] · down_proj [n,mlp_width,D] · with mlp_gated
-    also gate_proj [n,D,mlp_width]."""
+    also gate_proj [n,D,mlp_width] · with mlp_bias up_bias [n,mlp_width], down_bias [n,D]."""
 
     config: ModelConfig
 
@@ -32,6 +32,9 @@ class MlpStack(nn.Module):
         }
         if c.mlp_gated:
             p["gate_proj"] = self.param("gate_proj", dense, (n, c.width, c.mlp_width))
+        elif c.mlp_bias:
+            p["up_bias"] = self.param("up_bias", nn.initializers.zeros, (n, c.mlp_width))
+            p["down_bias"] = self.param("down_bias", nn.initializers.zeros, (n, c.width))
         return p
 
 
@@ -40,5 +43,5 @@ def mlp_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
     h = rms_norm(x, p["norm"], c.norm_eps)
     if c.mlp_gated:
         return x + total(c, swiglu(p, h)).astype(x.dtype)
-    up = jnp.square(nn.relu(linear(h, p["up_proj"])))
-    return x + total(c, linear(up, p["down_proj"])).astype(x.dtype)
+    up = jnp.square(nn.relu(linear(h, p["up_proj"], p.get("up_bias"))))
+    return x + biased(total(c, linear(up, p["down_proj"])), p.get("down_bias")).astype(x.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import MOE, ModelConfig
-from hybridvlm.nn.linear import linear
+from hybridvlm.nn.linear import biased, linear
 from hybridvlm.nn.parallel import total
 from hybridvlm.ops.norms import rms_norm
 
@@ -23,7 +23,7 @@ class MoeStack(nn.Module):
 
     norm [n,D] · router [n,D,E] · router_bias [n,E] · up [n,E,I,expert_width] · down [n,E,expert_width,I] ·
     shared_up_proj [n,D,shared_width] · shared_down_proj [n,shared_width,D] · with expert_latent also
-    latent_in_proj [n,D,I], latent_out_proj [n,I,D].
+    latent_in_proj [n,D,I], latent_out_proj [n,I,D] · with mlp_bias shared_up_bias, shared_down_bias, latent_in_bias, latent_out_bias.
     """
 
     config: ModelConfig
@@ -46,6 +46,11 @@ class MoeStack(nn.Module):
         if c.expert_latent:
             p["latent_in_proj"] = self.param("latent_in_proj", dense, (n, c.width, inside))
             p["latent_out_proj"] = self.param("latent_out_proj", dense, (n, inside, c.width))
+        if c.mlp_bias:
+            widths = {"shared_up_bias": c.shared_width, "shared_down_bias": c.width}
+            widths |= {"latent_in_bias": inside, "latent_out_bias": c.width} if c.expert_latent else {}
+            for name, wide in widths.items():
+                p[name] = self.param(name, nn.initializers.zeros, (n, wide))
         return p
 
 
@@ -100,9 +105,11 @@ def moe_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
     """
     h = rms_norm(x, p["norm"], c.norm_eps).reshape(-1, x.shape[-1])
     chosen, weights = route(p, c, h)
-    inside = linear(h, p["latent_in_proj"]) if c.expert_latent else h
+    inside = linear(h, p["latent_in_proj"], p.get("latent_in_bias")) if c.expert_latent else h
     out = experts(p, c, inside, chosen, weights)
     if c.expert_latent:
         out = linear(out, p["latent_out_proj"])
-    out = out + linear(_relu2(linear(h, p["shared_up_proj"])), p["shared_down_proj"])
-    return x + total(c, out).reshape(x.shape).astype(x.dtype)
+    out = out + linear(_relu2(linear(h, p["shared_up_proj"], p.get("shared_up_bias"))), p["shared_down_proj"])
+    # what every device has whole comes behind the sum over them
+    out = biased(biased(total(c, out), p.get("latent_out_bias")), p.get("shared_down_bias"))
+    return x + out.reshape(x.shape).astype(x.dtype)

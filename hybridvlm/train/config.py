@@ -77,7 +77,9 @@ class Data:
     sample_frames: most frames of a sample (0: `frames`). answer: most answer
     tokens of a sample (0: `text`). features: "pixels" (through the vision tower in every step) or "cached" (made once by the
     frozen tower: kept in `cache` for files, a bank of `bank` cells per border colour for needle). types: question types of
-    needle. rule: which frames of a file (`video.sampling`). bad_share: of corrupt samples among those seen, above which the run stops.
+    needle. rule: which frames of a file (`video.sampling`). allow_special_tokens: let control tokens in the samples' texts
+    (`<|im_end|>`, and marks such as `<think>` in answers) be control tokens, instead of plain text.
+    bad_share: of corrupt samples among those seen, above which the run stops.
     """
 
     source: str = "needle"
@@ -95,6 +97,7 @@ class Data:
     bank: int = 4000
     types: tuple[str, ...] = ()
     rule: str = "uniform"
+    allow_special_tokens: bool = False
     shuffle: bool = True
     threads: int = 2
     prefetch: int = 2
@@ -343,7 +346,7 @@ def build(cls: type, data: dict[str, Any]) -> Any:
         nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         return build(nested[0], given) if nested and isinstance(given, dict) else given
 
-    return from_dict(cls, {key: value(key, given) for key, given in data.items()})
+    return from_dict(cls, {key: value(key, given) for key, given in data.items()}, kinds=False)
 
 
 class _Yaml(yaml.SafeLoader):

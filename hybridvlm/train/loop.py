@@ -23,6 +23,7 @@ from hybridvlm.config import Buckets, Reduction
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.generate import Model
 from hybridvlm.models.names import flatten, unflatten
+from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.reduction import PlanMismatch
 from hybridvlm.reduction.flops import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
@@ -86,6 +87,8 @@ class Run:
         check_installed(config.logging)
         self.mesh = self._mesh()
         self.model = model = load(config.model, mesh=self.mesh) if model is None else model
+        if config.data.allow_special_tokens:
+            allow_special_tokens(model.tokenizer)
         check_family(model.family)
         for reduction in (*reductions(config.reduction), config.export.reduction):
             _taken(model, reduction)

@@ -12,6 +12,7 @@ import numpy as np
 from hybridvlm.generate import Model
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, Message, user_message
+from hybridvlm.models.text import person
 
 Example = dict[str, np.ndarray]
 
@@ -71,7 +72,7 @@ def example(
         turns.append(user_message(asked, model.style, [c.kind for c in clips] if not place else []))
         turns.append({"role": "assistant", "content": told})
     layout = model.family.prompt(model.config, model.tokenizer, turns[:-1], clips, style=model.style)
-    said = np.asarray([*model.tokenizer.encode(answer), *model.config.eos_ids[:1]], np.int32)
+    said = np.asarray([*model.tokenizer.encode(person(answer)), *model.config.eos_ids[:1]], np.int32)
     return arrange(layout.ids, layout.frame, said, getattr(layout, "position", None))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from hybridvlm.files import parse_json
 from hybridvlm.generate import Model
 from hybridvlm.models.media import Clip, resize
+from hybridvlm.models.text import person
 from hybridvlm.tiny.assets import import_tfds
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.features import FeatureCache
@@ -229,8 +230,8 @@ class JsonlSource(Files):
         room, most = d.text - (d.segments if d.segments > 1 else 0), d.answer or d.text
         if len(talk.system.encode()) + sum(len(text.encode()) for turn in turns for text in turn) <= min(room, most):
             return  # no token is shorter than a byte
-        length = [[len(self.model.tokenizer.encode(text)) for text in turn] for turn in turns]
-        whole = sum(map(sum, length)) + (len(self.model.tokenizer.encode(talk.system)) if talk.system else 0)
+        length = [[len(self.model.tokenizer.encode(person(text))) for text in turn] for turn in turns]
+        whole = sum(map(sum, length)) + (len(self.model.tokenizer.encode(person(talk.system))) if talk.system else 0)
         if whole > room:
             raise ValueError(f"{whole} text tokens, and a row has room for {room} (Data.text)")
         said = max(answer for _, answer in length) + 1

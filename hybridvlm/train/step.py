@@ -7,7 +7,6 @@ batch: every loss on answer tokens is a sum over the batch's answer tokens by th
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,20 +51,6 @@ class Fixed:
     frozen: Flat
     teacher: Flat
     table: jax.Array | None
-
-
-def sharding_of(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
-    """Where the parameter at `path` lies on the mesh, its columns in the whole model's order; a dimension that does not come out even,
-    and anything that no rule is for, is whole on every device."""
-    try:
-        spec = sharding.DEFAULT_RULES.spec(path, shape, mesh)
-    except ValueError:
-        spec = jax.sharding.PartitionSpec()
-    cut = []
-    for size, axes in zip(shape, spec, strict=False):
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        cut.append(axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
 
 
 def check_family(family: Any) -> None:
@@ -121,7 +106,7 @@ class Trainer:
         ema = jax.tree.map(lambda a: jnp.array(a, copy=True), train) if c.optimizer.ema else {}
         state = State(train, jax.jit(self.optimizer.init)(train), ema)
         if self.mesh is not None and table is not None:
-            table = jax.device_put(np.asarray(table), sharding_of(self.mesh, "", table.shape))
+            table = jax.device_put(np.asarray(table), sharding.sharding_of(self.mesh, "", table.shape))
         return self._placed(state), Fixed(self._placed(frozen), self._placed(teacher), table)
 
     def _placed(self, tree: Any) -> Any:
@@ -131,7 +116,7 @@ class Trainer:
 
         def place(path: tuple, leaf: jax.Array) -> jax.Array:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-            return jax.device_put(leaf, sharding_of(self.mesh, keys[-1] if keys else "", leaf.shape))
+            return jax.device_put(leaf, sharding.sharding_of(self.mesh, keys[-1] if keys else "", leaf.shape))
 
         return jax.tree_util.tree_map_with_path(place, tree)
 

@@ -1,0 +1,150 @@
+"""The filters of chat templates: Jinja's, with bounded arguments and results, on texts that keep their origin."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jinja2
+from jinja2 import filters
+
+from hybridvlm.checkpoints.template_limits import (
+    ARGUMENT,
+    Counted,
+    TooMuch,
+    admit,
+    budget,
+    iterate,
+    small,
+    weigh,
+    written,
+)
+from hybridvlm.models.text import LIMIT, Text, concatenate, person, plain, trusted
+
+
+def bounded_filter(function: Callable[..., Any], *, skip: int = 0, letters: int = LIMIT) -> Callable[..., Any]:
+    """A filter with its arguments and its result bounded; `skip` arguments are Jinja's own, `letters` a text may have."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        budget.get().spend()
+        value = args[skip] if len(args) > skip else None
+        if isinstance(value, str) and len(value) > letters:
+            raise TooMuch(f"a filter is given a text of {len(value)} characters; at most {letters}")
+        if isinstance(value, Iterator | range | Counted):
+            value = list(iterate(value))
+        small(*args[skip + 1 :], *kwargs.values())
+        if isinstance(value, str | list | tuple | dict):
+            budget.get().spend(1 + len(value) // 64)
+        if len(args) > skip:
+            args = (*args[:skip], Text(value) if type(value) is str else value, *args[skip + 1 :])
+        return admit(function(*args, **kwargs))
+
+    return run
+
+
+def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
+    if abs(precision) > 300:
+        raise TooMuch(f"round to {precision} places")
+    return filters.do_round(value, precision, method)
+
+
+def _join(value: Iterable[Any], d: str = "", attribute: Any = None, *, get: Callable[[Any], Any]) -> Text:
+    return written(d).join([written(item if attribute is None else get(item)) for item in value])
+
+
+@jinja2.pass_environment
+def joined_filter(environment: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> Text:
+    get = filters.make_attrgetter(environment, attribute) if attribute is not None else lambda item: item
+    return _join(value, d, attribute, get=get)
+
+
+def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
+    space = written(width) if isinstance(width, str) else trusted(" ") * width
+    lines = concatenate((written(value), trusted("\n"))).splitlines()
+    rest = [line if not line and not blank else concatenate((space, line)) for line in lines[1:]]
+    head = concatenate((space, lines[0])) if first else lines[0]
+    return trusted("\n").join([head, *rest])
+
+
+def _truncate(value: Any, length: int = 255, killwords: bool = False, end: str = "...", leeway: int = 5) -> Text:
+    text, end = written(value), written(end)
+    if len(text) <= length + leeway:
+        return text
+    short = text[: max(0, length - len(end))]
+    return concatenate((short if killwords else short.rsplit(" ", 1)[0], end))
+
+
+def _wordwrap(value: Any, width: int = 79, **options: Any) -> str:
+    if len(value) > ARGUMENT:
+        raise TooMuch(f"wordwrap of {len(value)} characters")
+    return filters.do_wordwrap(jinja2.Environment(), plain(written(value)), width, **options)
+
+
+def _escape(value: Any) -> Text:
+    text = written(value)
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&#39;"), ('"', "&#34;")):
+        text = text.replace(old, new)
+    return text
+
+
+def _sum(value: Iterable[Any], start: Any = 0) -> Any:
+    for item in value:
+        if not isinstance(item, int | float):
+            raise TypeError(f"sum takes numbers, got {type(item).__name__}")
+        start = admit(start + item)
+    return start
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> Text:
+    weigh(kwargs or args)
+    return written(value) % (kwargs or args)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    if isinstance(indent, int) and indent > 64:
+        raise TooMuch(f"tojson with an indent of {indent}")
+    weigh(value)
+    return person(
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
+
+
+OWN = {
+    "capitalize": lambda value: written(value).capitalize(),
+    "center": lambda value, width=80: written(value).center(width),
+    "e": _escape,
+    "escape": _escape,
+    "format": _format,
+    "indent": _indent,
+    "lower": lambda value: written(value).lower(),
+    "replace": lambda value, old, new, count=None: written(value).replace(
+        written(old), written(new), -1 if count is None else count
+    ),
+    "round": _round,
+    "safe": lambda value: value,
+    "string": written,
+    "sum": _sum,
+    "title": lambda value: written(value)._mapped(filters.do_title),
+    "tojson": _tojson,
+    "trim": lambda value, chars=None: written(value).strip(chars),
+    "truncate": _truncate,
+    "upper": lambda value: written(value).upper(),
+    "wordwrap": _wordwrap,
+}
+# Jinja's own that do nothing but choose and order: those that look at a value, and those that go through a text letter by letter
+JINJA = {
+    LIMIT: ("abs", "count", "d", "default", "first", "float", "int", "items", "last", "length", "reverse"),
+    ARGUMENT: (
+        *("batch", "dictsort", "groupby", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"),
+        *("slice", "sort", "unique", "wordcount"),
+    ),
+}
