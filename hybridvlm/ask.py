@@ -93,8 +93,6 @@ def report(answer: Answer, model: Model) -> str:
         lines[0] += f"; no answer: the reply {UNFINISHED} (--think-tokens gives it some of its own, --max-new more)"
     if answer.continued:
         lines[0] += "; went on from the caches"
-    if answer.thinking:
-        lines.insert(0, f"thinking: {answer.thinking}")
     if plan is not None:
         before = plan.keep(0, first) if plan.drops_input else first
         lines.append(f"{plan.method}: predicted decoder FLOPs {plan.flop_ratio:.3f} of dense ({before} enter layer 0)")

@@ -36,10 +36,11 @@ class Answer:
     """One answer and what it took.
 
     text, and the tokens of the whole reply. thinking: the reasoning before the text; unfinished: whether it never came to an
-    end, so that there is no text. frames looked at. stages: (first layer, last layer, visual tokens) of every run of layers
-    that see the same tokens. seconds by phase, device work awaited (video, compile, encode, prefill, decode; a phase that
-    was not needed is missing). continued: whether it went on from the caches. survivors: bool [F,rows,cols], the visual
-    tokens that entered the last layer. plan: of the reduction, if there is one. conversation takes the next question.
+    end, so that there is no answer, and text is all that was said. frames looked at. stages: (first layer, last layer,
+    visual tokens) of every run of layers that see the same tokens. seconds by phase, device work awaited (video, compile,
+    encode, prefill, decode; a phase that was not needed is missing). continued: whether it went on from the caches.
+    survivors: bool [F,rows,cols], the visual tokens that entered the last layer. plan: of the reduction, if there is one.
+    conversation takes the next question.
     """
 
     text: str
@@ -305,6 +306,7 @@ class Conversation:
         """Tokens of the answer, and where decoding stands; in pieces where somebody watches. opened: the prompt began reasoning."""
         model, seeds = self.model, np.asarray([seed], np.int32)
         tokens: list[int] = []
+        answering = False
         shown, state, left = "", None, max_new + (0 if self.budget is None else self.budget.room)
         while left:
             piece = left if show is None else min(PIECE, left)
@@ -324,7 +326,11 @@ class Conversation:
             left -= piece
             done = left == 0 or bool(state.done[0])
             if show is not None:
-                text = read_reply(model.tokenizer, tokens, opened).text
+                text, thinking, unfinished = read_reply(model.tokenizer, tokens, opened)
+                if thinking and not unfinished and not answering:  # the reasoning was shown as it came
+                    answering = True
+                    show("\n" * bool(shown))
+                    shown = ""
                 if text.startswith(shown) and (done or not text.endswith(_UNFINISHED)):
                     show(text[len(shown) :])
                     shown = text

@@ -164,7 +164,7 @@ class Generation:
     """What generate() gives: token ids and their text per example, the prefill's result, the plan, seconds per phase.
 
     text is the answer alone; thinking: the reasoning before it, per example; unfinished: whether that never came to an end,
-    so that there is no answer."""
+    so that there is no answer, and text is all that was said."""
 
     tokens: list[list[int]]
     text: list[str]

@@ -20,7 +20,7 @@ UNFINISHED = "ran out of thinking tokens"
 
 class Reply(NamedTuple):
     """A reply in its parts: text is the answer, thinking the reasoning before it; unfinished: the reasoning never ended, and
-    there is no answer."""
+    there is no answer (text is then what was said, if it is not empty)."""
 
     text: str
     thinking: str = ""
@@ -50,7 +50,8 @@ def read_reply(tokenizer: Any, ids: Sequence[int], opened: bool = False) -> Repl
     before, rest = ([], ids) if at is None else (ids[:at], ids[at + len(close) :])
     reply = split_reply(tokenizer.decode(rest), opened and at is None)
     if _last(rest, open_) is not None or reply.unfinished:
-        return Reply("", split_reply(tokenizer.decode(ids), True).thinking, True)
+        whole = tokenizer.decode(ids)
+        return Reply(whole, split_reply(whole, True).thinking, True)
     if at is None:
         return reply
     return Reply(reply.text.lstrip(), (split_reply(tokenizer.decode(before), True).thinking + reply.thinking).strip())

@@ -364,7 +364,7 @@ class Runner:
         }
         out = []
         for row, sample in enumerate(samples):
-            parsed = self.task.parse(generation.text[row], sample)
+            parsed = None if generation.unfinished[row] else self.task.parse(generation.text[row], sample)
             record = self._record(variant, sample) | {
                 "prediction": generation.text[row],
                 "parsed": parsed,
