@@ -1,4 +1,4 @@
-"""Under a JAX that is too old for kernels: what was asked for by name is refused with the version, defaults go over to XLA and say so."""
+"""Under a JAX too old for kernels: one that is asked for is refused with the version, defaults go over to XLA and say so."""
 
 import sys
 import tomllib
