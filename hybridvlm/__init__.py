@@ -2,7 +2,7 @@
 
     import hybridvlm as hv
     model = hv.load("tiny-reduced")
-    answer = model.ask("clip.mp4", "red@t12 none what ?", reduction=hv.Reduction("str", budget=0.25))
+    answer = model.ask("clip.mp4", "red@t12 none what ?", reduction="str", budget=0.25)
 
 Names are loaded when they are first used: importing the package is quick and starts no device.
 """
@@ -28,6 +28,8 @@ _HOME = {
     "ShardingRules": "sharding",
     "make_mesh": "sharding",
     "make_plan": "reduction.plan",
+    "register_method": "reduction.methods",
+    "init": "generate",
     "Model": "generate",
     "Answer": "conversation",
     "Conversation": "conversation",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hybridvlm.config import BUDGET_KINDS, Reduction
+from hybridvlm.config import BUDGET_KINDS
 from hybridvlm.errors import said
 from hybridvlm.options import THINKING, add_thinking
 
@@ -155,16 +155,12 @@ def _answer(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
-    budget = 0.25 if args.budget is None else args.budget
     model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
     if model.tokenizer is None:
         raise FileNotFoundError(f"{args.model} has no tokenizer.json: text can be neither read nor written")
     if args.allow_special_tokens:
         allow_special_tokens(model.tokenizer)
-    reduction = None
-    if args.reduction not in (None, "none"):
-        own = model.reduction or Reduction()
-        reduction = Reduction(args.reduction, budget, args.kind or own.kind, own.schedule, own.score, own.seed)
+    reduction = None if args.reduction is None else model.reduction_for(args.reduction, args.budget, args.kind)
     talks = hasattr(model.tokenizer, "chat")
     room = 2 * model.buckets.text[0] + model.buckets.max_new if args.follow_up and talks else 0
     conversation = Conversation(

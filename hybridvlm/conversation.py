@@ -31,7 +31,7 @@ PIECE = 8  # tokens that are decoded before they are shown
 _UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a letter
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Answer:
     """One answer and what it took.
 
@@ -58,6 +58,11 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        kept = f", {self.stages[-1][2]} of {self.stages[0][2]} visual tokens at the end" if self.stages else ""
+        took = sum(self.seconds.values())
+        return f"Answer({self.text!r}, {self.frames} frames{kept}, {took:.2f} s)"
+
 
 @dataclasses.dataclass
 class _Held:
@@ -76,22 +81,25 @@ def asks(plan: ReductionPlan | None) -> bool:
 
 
 def check_question(question: str) -> None:
-    """ValueError for a question that asks nothing."""
-    if not isinstance(question, str) or not question.strip():
+    """ValueError for a question that asks nothing, TypeError for what is no text."""
+    if not isinstance(question, str):
+        raise TypeError(
+            f"the question must be one text, got {type(question).__name__}; ask several one after the other"
+        )
+    if not question.strip():
         raise ValueError(f"the question is empty; it must be a text, got {question!r}")
 
 
 class Conversation:
     """Questions to `model` about `video`: a path, frames [F,h,w,3] uint8, a Clip, or None for text alone.
 
-    frames, rule, clock: which frames of a file, see `video.read_clip`. reduction: a method and its budget (default: none).
+    frames, rule, clock: which frames of a file, see `video.read_clip`. reduction: a method and its budget (default: none), or a
+    method's name, such as "str", with `budget` beside it: see `Model.reduction_for`.
     system: a system message, for models that know conversations. room: cache slots for later turns, beside those of the
     answer. thinking: True or False turns reasoning on or off where the chat template has a switch for it, None leaves it to
     the template. think_tokens: the most tokens of reasoning, beside the answer's own; then the closing tag is put.
     ValueError for a reduction that the family does not take, or a switch that the template does not have.
     """
-
-    OPTIONS = ("frames", "rule", "clock", "reduction", "system", "room", "thinking", "think_tokens")
 
     def __init__(
         self,
@@ -101,12 +109,19 @@ class Conversation:
         frames: int | None = None,
         rule: str = "uniform",
         clock: str = "exact",
-        reduction: Reduction | None = None,
+        reduction: Reduction | str | None = None,
+        budget: float | None = None,
         system: str = "",
         room: int = 0,
         thinking: bool | None = None,
         think_tokens: int | None = None,
     ):
+        if isinstance(reduction, str):
+            reduction = model.reduction_for(reduction, budget)
+        elif budget is not None:
+            raise ValueError("budget goes with a method's name, such as reduction='str'; a Reduction has its own")
+        if not isinstance(reduction, Reduction | None):
+            raise TypeError(f"reduction must be a Reduction or a method's name such as 'str', got {reduction!r}")
         if reduction is not None and reduction.method != "none" and model.family.METHODS is not None:
             for name, _ in methods.parse_method(reduction.method):
                 if name not in model.family.METHODS:

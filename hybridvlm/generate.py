@@ -15,11 +15,12 @@ import numpy as np
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction
 from hybridvlm.conversation import Answer, Conversation, check_question
-from hybridvlm.models import nemotron_vl
+from hybridvlm.models import family_for, nemotron_vl
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl import Prefilled
 from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
 from hybridvlm.nn.caches import Cache, check_room
+from hybridvlm.reduction.methods import parse_method
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.thinking import ThinkBudget, Thought, opens, read_reply, think, think_budget
 from hybridvlm.thinking import begin as start_thought
@@ -200,6 +201,15 @@ class Model:
         self.compile_seconds = 0.0  # that this model's programs took to compile
         self.latest: dict[str, Any] = {}  # the compiled program that ran last, by phase: encode, prefill, decode
 
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        count = sum(leaf.size for leaf in leaves)
+        size = sum(leaf.nbytes for leaf in leaves)
+        return (
+            f"Model({self.name or 'unnamed'!r}, family {self.family.NAME}, {len(self.config.pattern)} layers, {count:,} parameters, "
+            f"{size / 1e9:.2f} GB, frames up to {self.buckets.frames[-1]})"
+        )
+
     # -- programs ---------------------------------------------------------------------------------------------------
 
     def program(self, name: str, function, static: tuple, *args, donate: tuple[int, ...] = ()):
@@ -268,14 +278,77 @@ class Model:
             batch, _, _ = self.family.make_batch(config, layouts(plan.pool_factors), buckets, plan.pool_factors)
         return batch, plan
 
-    def ask(self, video: Any, question: str, **options: Any) -> Answer:
-        """Answer a question about a video or image: a path, frames [F,h,w,3] uint8, or a Clip; None for text alone.
+    def reduction_for(self, method: str, budget: float | None = None, kind: str | None = None) -> Reduction | None:
+        """The Reduction of a method's name, under the checkpoint's own schedule, score options and seed; None for "none".
 
-        The options are those of `Conversation` and of its `ask`, which an Answer's `conversation` takes further questions by.
+        Args:
+            method: a name such as "str", or a composition such as "evs:0.5+str:0.5".
+            budget: share of the visual tokens (default: 0.25).
+            kind: how it is counted, of `BUDGET_KINDS` (default: the checkpoint's own).
+
+        Raises:
+            ValueError: for an unknown method (with near names) or a budget outside (0, 1].
+        """
+        parse_method(method)
+        if method == "none":
+            return None
+        own = self.reduction or Reduction()
+        budget = 0.25 if budget is None else budget
+        return dataclasses.replace(own, method=method, budget=budget, kind=kind or own.kind)
+
+    def ask(
+        self,
+        video: Any,
+        question: str,
+        *,
+        frames: int | None = None,
+        rule: str = "uniform",
+        clock: str = "exact",
+        reduction: Reduction | str | None = None,
+        budget: float | None = None,
+        system: str = "",
+        room: int = 0,
+        thinking: bool | None = None,
+        think_tokens: int | None = None,
+        max_new: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        show: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question about a video or an image; the Answer's `conversation` takes further questions.
+
+        Args:
+            video: a path, frames [F,h,w,3] uint8 (an array, or a list of frames), a Clip, or None for text alone.
+            question: one text.
+            frames: most frames of a file to look at (default: 32, or what the model was made for).
+            rule: which frames of a file, see `hybridvlm.video.sample_indices`.
+            clock: time stamps of a file, "exact" or "milliseconds".
+            reduction: what to drop: a `Reduction`, or a method's name such as "str" (see `reduction_for`).
+            budget: share of the visual tokens, with a method's name (default: 0.25).
+            system: a system message, for models that know conversations.
+            room: cache slots for later turns, beside those of the answer.
+            thinking: True or False turns reasoning on or off, where the chat template has a switch for it.
+            think_tokens: most tokens of reasoning, beside the answer's own.
+            max_new: most tokens of the answer (default: Buckets.max_new).
+            sampling: how tokens are chosen (default: greedy).
+            seed: of sampling.
+            show: called with each new piece of text as it comes.
         """
         check_question(question)
-        own = {name: options.pop(name) for name in Conversation.OPTIONS if name in options}
-        return Conversation(self, video, **own).ask(question, **options)
+        conversation = Conversation(
+            self,
+            video,
+            frames=frames,
+            rule=rule,
+            clock=clock,
+            reduction=reduction,
+            budget=budget,
+            system=system,
+            room=room,
+            thinking=thinking,
+            think_tokens=think_tokens,
+        )
+        return conversation.ask(question, max_new=max_new, sampling=sampling, seed=seed, show=show)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -474,3 +547,17 @@ class Model:
             drops = np.asarray(generation.plan.drops, int)
             entering = [int((drops < layer).sum()) for layer in range(generation.plan.layers)]
             generation.plan.verify(kept[entering, :, 0], counts[..., 0])
+
+
+def init(config: ModelConfig, seed: int = 0, *, tokenizer: Any = None, buckets: Buckets = Buckets()) -> Model:
+    """A model of one's own with random parameters.
+
+    Args:
+        config: a family's config, such as a `ModelConfig`, or one of `load_model_config`.
+        seed: of the parameters.
+        tokenizer: what turns text into ids and back; without one the model takes and gives ids alone.
+        buckets: lengths that programs are compiled for.
+    """
+    family = family_for(config)
+    params = family.init(config, jax.random.key(seed))
+    return Model(config, params, tokenizer, buckets=buckets, style=family.style_for(config), family=family)

@@ -38,15 +38,6 @@ from hybridvlm.reduction.plan import ReductionPlan
 
 AXES = ("data", "fsdp", "sequence", "tensor")  # devices of the last one are neighbours
 
-# Methods whose score of a token hangs on the question and that token alone, so that each stretch of a row ranks its own after an
-# attention layer. Any other is given the whole row on every device.
-LOCAL_SCORES = frozenset(
-    (
-        *("str", "str-attention", "str-calibrated", "oneshot-attention", "fastv", "pyramiddrop", "timeviper-td"),
-        *("random", "uniform"),
-    )
-)
-
 # Path of a parameter -> its logical axes, of which a dimension may have two; "*" ends a path whose every parameter is whole on
 # each device.
 TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
@@ -284,10 +275,8 @@ def prefill(
         raise ValueError(NO_CACHES)
     local = dataclasses.replace(local, shared=_shared(specs, rules, mesh), row_axis=row or "", shards=shards)
     if score_fn is not None:
-        # what stands for the plan's own score may look at anything
-        own = plan is not None and getattr(score_fn, "__module__", None) == methods.__name__
         score = score or (ScoreOptions() if plan is None else plan.score)
-        score_fn = _joined(score_fn, config, local, score, plan.decoder_method if own else "")
+        score_fn = _joined(score_fn, config, local, score, getattr(score_fn, "method", None))
     if counts is None:
         counts = visual_counts(tokens, segments)
     length = tokens.length
@@ -366,11 +355,15 @@ def _filled(tokens: Tokens, length: int) -> Tokens:
 
 
 def _joined(
-    score_fn: Callable, config: ModelConfig, local: LocalConfig, options: ScoreOptions, method: str = ""
+    score_fn: Callable,
+    config: ModelConfig,
+    local: LocalConfig,
+    options: ScoreOptions,
+    method: methods.Method | None = None,
 ) -> Callable:
     """score_fn on a device's own heads and groups, then the mean or the largest over devices, as the options ask for; and of
-    a row that is cut, on the whole of it where the score of `method` ("": any function) needs that."""
-    reads = methods.get_method(method).reads if method else methods.QUERIES
+    a row that is cut, on the whole of it where the score of `method` (None: any function, which may look at anything) needs that."""
+    reads = methods.QUERIES if method is None else method.reads
     if reads == methods.LAST_QUERY:
         options = ScoreOptions(queries="last")  # whatever the plan's are
     by_head = local.devices > 1 and reads in (methods.QUERIES, methods.LAST_QUERY)
@@ -388,7 +381,7 @@ def _joined(
     over = {MAMBA: options.groups, ATTENTION: options.heads}
 
     def of_row(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
-        if local.shards == 1 or (isinstance(aux, AttentionAux) and method in LOCAL_SCORES):
+        if local.shards == 1 or (isinstance(aux, AttentionAux) and method is not None and method.token_local):
             return score_fn(layer, aux, tokens)
         start = row_start(local, tokens.length)
         gather = lambda a: whole_row(local, a)  # noqa: E731

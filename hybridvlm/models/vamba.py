@@ -40,9 +40,7 @@ __all__ = ["at_size", "config_from_hf", "encode", "table"]
 NAME = "vamba"
 MODEL_TYPES = ()  # it has the names of Qwen2-VL; hybridvlm.models.family_of knows it by its vision_mamba_mixer_config
 Config = VambaConfig
-METHODS = tuple(
-    name for name, method in methods.METHODS.items() if "mamba" not in name
-)  # its text enters no Mamba block
+METHODS = methods.AttentionMethods()  # its text enters no Mamba block
 CHAT = qwen_vl.CHAT
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import functools
+import importlib.metadata
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -38,6 +41,8 @@ class Method:
     place: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
     schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
     reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
+    token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
+    shard of a row that is cut over devices ranks its own; any other method is given the whole row on every device.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Method:
     curve: Callable[[Schedule, int], schedules.Curve] | None = None
     reads: str = INDEX_ONLY
     where: str = ""
+    token_local: bool = False
 
     @property
     def scheduled(self) -> bool:
@@ -70,8 +76,69 @@ def _register(name: str, place: str, **fields: Any) -> Callable[[Callable[..., A
     return add
 
 
+def register_method(
+    name: str, *, reads: str = QUERIES, after: Sequence[str] = MIXERS, token_local: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a score function of one's own a reduction method: a decorator.
+
+    The method is then known by its name wherever a method is named: `Reduction`, plans, `ask`, `eval`, `train`. It drops on the
+    reduction's `Schedule`, as `str` does. A package offers its methods to the command line by an entry point in the group
+    "hybridvlm.methods" that names a module which registers them.
+
+    The function takes (layer, aux, tokens, plan, segments) and returns scores [B,L] float32; of each example (and segment) the
+    visual tokens of highest score stay, ties go to the earlier. `aux` is what the layer tells beside its output: `AttentionAux` (q
+    of the question's rows, k, log-sum-exp) or `MambaAux` (b, c, dt, log_decay). `tokens` is its output. It is traced by JAX. The
+    first line of its docstring is what `eval --list` shows.
+
+    Args:
+        name: of the method; letters, digits, "-" and "_".
+        reads: what the score looks at: "index" (places alone), "features" (tokens, not the question), "queries" (the
+            question) or "last query". Plans predict the cost of scoring by it, and conversations reuse caches by it.
+        after: the kinds of layers after which it may drop, of "M" and "*".
+        token_local: see `Method`.
+
+    Raises:
+        ValueError: for a name that is taken or cannot be one, or other values of `reads` and `after`.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+        raise ValueError(f"register_method: a name is letters, digits, '-' and '_', got {name!r}")
+    if name in METHODS:
+        raise ValueError(f"register_method: there is a method {name!r} already; take another name")
+    if reads not in (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY):
+        raise ValueError(
+            f"register_method: reads must be one of {[INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY]}, got {reads!r}"
+        )
+    kinds = tuple(after)
+    if not kinds or not set(kinds) <= set(MIXERS):
+        raise ValueError(f"register_method: after must name kinds of layers of {list(MIXERS)}, got {after!r}")
+    return _register(
+        name,
+        "decoder",
+        reads=reads,
+        sites=_after(kinds),
+        curve=_scheduled,
+        where=" or ".join(kinds),
+        token_local=token_local,
+    )
+
+
+@functools.cache
+def load_entry_points() -> None:
+    """Import what installed packages offer in the group "hybridvlm.methods", once. ValueError names one that cannot be."""
+    for point in importlib.metadata.entry_points(group="hybridvlm.methods"):
+        try:
+            point.load()
+        except Exception as error:
+            raise ValueError(
+                f"the methods of entry point {point.name!r} ({point.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}; mend or uninstall that package"
+            ) from error
+
+
 def get_method(name: str) -> Method:
     """The method called `name`; ValueError with the names there are, and the nearest one, if there is none."""
+    if name not in METHODS:
+        load_entry_points()
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -81,6 +148,7 @@ def get_method(name: str) -> Method:
 
 def describe_methods() -> str:
     """All methods, one per line with what they do: for --help."""
+    load_entry_points()
     wide = max(map(len, METHODS))
     return "\n".join(f"  {m.name:<{wide}}  {m.summary}" for m in METHODS.values())
 
@@ -114,8 +182,24 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
     return tuple(parts)
 
 
+class AttentionMethods(Collection[str]):
+    """Names of the methods that can drop after attention layers, or before the decoder: what a model takes whose visual tokens
+    are scored by attention alone. Methods that are registered later are among them."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in METHODS if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        method = METHODS.get(str(name))
+        return method is not None and (method.place != "decoder" or ATTENTION in method.where)
+
+
 def score_fn(plan: ReductionPlan, *, segments: int = 1) -> ScoreFn:
-    """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer.
+    """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer; its attribute
+    `method` says what it reads.
 
     `tokens` are the layer's output; `segments` is the largest segment number in a row (1 unless examples are packed).
     """
@@ -124,6 +208,7 @@ def score_fn(plan: ReductionPlan, *, segments: int = 1) -> ScoreFn:
     def score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
         return method.function(layer, aux, tokens, plan, segments)
 
+    score.method = method  # type: ignore[attr-defined]
     return score
 
 
@@ -193,13 +278,15 @@ def none(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: in
     return jnp.zeros(tokens.segment.shape, jnp.float32)
 
 
-@_register("str", "decoder", reads=QUERIES, **_ALL)
+@_register("str", "decoder", token_local=True, reads=QUERIES, **_ALL)
 def str_all(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """progressive: after every attention and Mamba layer, by the question's attention weights or c.b"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 
-@_register("str-attention", "decoder", reads=QUERIES, sites=_after((ATTENTION,)), curve=_scheduled, where="*")
+@_register(
+    "str-attention", "decoder", token_local=True, reads=QUERIES, sites=_after((ATTENTION,)), curve=_scheduled, where="*"
+)
 def str_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """as str, but scores and drops only after attention layers"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
@@ -214,6 +301,7 @@ def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segment
 @_register(
     "str-calibrated",
     "decoder",
+    token_local=True,
     reads=QUERIES,
     sites=calibrated.trusted_sites,
     curve=calibrated.trusted_curve,
@@ -224,13 +312,13 @@ def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, se
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 
-@_register("random", "decoder", **_ALL)
+@_register("random", "decoder", token_local=True, **_ALL)
 def random(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """str's plan with random scores, drawn from (seed, layer, place in the prompt)"""
     return scores.random_score(tokens.own_place, plan.seed, layer)
 
 
-@_register("uniform", "decoder", **_ALL)
+@_register("uniform", "decoder", token_local=True, **_ALL)
 def uniform(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """str's plan, keeping tokens evenly spread over the video"""
     return scores.spread_score(tokens.own_place)
@@ -242,7 +330,15 @@ def saliency(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments
     return scores.saliency_score(tokens, segments)
 
 
-@_register("fastv", "decoder", reads=LAST_QUERY, sites=_first(ATTENTION, 2), where="the first * from 2 on", **_ONE)
+@_register(
+    "fastv",
+    "decoder",
+    token_local=True,
+    reads=LAST_QUERY,
+    sites=_first(ATTENTION, 2),
+    where="the first * from 2 on",
+    **_ONE,
+)
 def fastv(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """one drop after the first attention layer from layer 2 on, by the last question token's attention"""
     return _by_layer(aux, tokens, _LAST, plan, segments)
@@ -251,6 +347,7 @@ def fastv(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: i
 @_register(
     "pyramiddrop",
     "decoder",
+    token_local=True,
     reads=LAST_QUERY,
     sites=_attention_layers,
     curve=lambda schedule, layers: schedules.geometric_curve,
@@ -264,6 +361,7 @@ def pyramiddrop(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segme
 @_register(
     "timeviper-td",
     "decoder",
+    token_local=True,
     reads=LAST_QUERY,
     sites=_shallow_then_attention,
     curve=lambda schedule, layers: schedules.staircase_curve(schedule.floor),
@@ -282,7 +380,15 @@ def oneshot_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, seg
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 
-@_register("oneshot-attention", "decoder", reads=QUERIES, sites=_first(ATTENTION), where="the first *", **_ONE)
+@_register(
+    "oneshot-attention",
+    "decoder",
+    token_local=True,
+    reads=QUERIES,
+    sites=_first(ATTENTION),
+    where="the first *",
+    **_ONE,
+)
 def oneshot_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
     """one drop after the first attention layer, by str's score"""
     return _by_layer(aux, tokens, plan.score, plan, segments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,8 @@ def read_clip(
             return source
         size = size_of(*(source.size if all(source.size) else source.frames.shape[1:3]), len(source.seconds), "video")
         return Clip(source.seconds, resize(source.frames, size), "video", source.size, source.numbers, source.fps)
+    if isinstance(source, list | tuple) or (hasattr(source, "__array__") and not isinstance(source, np.ndarray)):
+        source = _stacked(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, size_of)
     file_status(source)
@@ -60,6 +63,14 @@ def read_clip(
     else:
         seconds = tuple(int(n) * int(1000 / info.fps) / 1000 for n in numbers)
     return Clip(seconds, shown, "video", (info.height, info.width), tuple(numbers.tolist()), info.fps)
+
+
+def _stacked(source: Any) -> np.ndarray:
+    """Frames in a list, or an array of another library, as one array."""
+    try:
+        return np.asarray(source)
+    except ValueError as error:
+        raise ValueError(f"frames must all be of one size and uint8 [h,w,3]: {error}") from None
 
 
 def _from_array(source: np.ndarray, size_of: SizeOf) -> Clip:
