@@ -8,11 +8,15 @@ import io
 import json
 import pathlib
 import re
+import shlex
 import subprocess
 
 import pytest
 
+from hybridvlm.config import config_names
+from hybridvlm.reduction import parse_method
 from hybridvlm.tiny import figure
+from hybridvlm.train import config as train_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -90,35 +94,64 @@ def test_files_and_modules_that_are_named_exist():
 
 
 class Parsed(Exception):
-    """A command line was taken."""
+    """A command line was taken; its argument is what the parser made of it, and nothing runs."""
+
+
+def parsed(monkeypatch, words: list[str]) -> argparse.Namespace | None:
+    """What a program's own parser makes of ["module", *arguments]; None where the program answered without one."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse(self, *args, **kwargs):
+        raise Parsed(real(self, *args, **kwargs))
+
+    package = importlib.util.find_spec(words[0]).submodule_search_locations is not None
+    module = importlib.import_module(f"{words[0]}.__main__" if package else words[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        try:
+            assert module.main(words[1:]) == 0, f"refused: {words}"
+        except Parsed as taken:
+            return taken.args[0]
+    return None
+
+
+def inline_commands(text: str) -> list[list[str]]:
+    """Arguments of every `python -m hybridvlm.NAME ...` in running text that has any, and no placeholder such as N or DIR."""
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"(?<!`)`([^`]*python -m hybridvlm\.[^`]*)`", outside)
+    whole = [words for words in map(shlex.split, found) if words[0] == "python" and len(words) > 3]
+    return [words[1:] for words in whole if not any(re.fullmatch(r"[A-Z]+|…|\.\.\.", word) for word in words[3:])]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_are_taken(name, monkeypatch):
-    real = argparse.ArgumentParser.parse_args
-
-    def parse(self, *args, **kwargs):
-        real(self, *args, **kwargs)
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    for words in commands((ROOT / name).read_text()):
+    text = (ROOT / name).read_text()
+    for words in [*commands(text), *inline_commands(text)]:
         assert words[0] == "-m", words
-        module = (
-            words[1]
-            if importlib.util.find_spec(words[1]).submodule_search_locations is None
-            else f"{words[1]}.__main__"
-        )
-        errors = io.StringIO()
+        shown, errors = f"{name}: {' '.join(words)}", io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                importlib.import_module(module).main(words[2:])
-            taken = False
-        except Parsed:
-            taken = True
-        except SystemExit:
-            taken = False
-        assert taken, f"{name}: {' '.join(words)}\n{errors.getvalue()}"
+                options = parsed(monkeypatch, words[1:])
+        except SystemExit as end:
+            assert end.code == 0, f"{shown}\n{errors.getvalue()}"
+            continue
+        if not name.startswith(".github"):  # those show commands with names of the reader's own
+            check_names(options, words[1], shown)
+
+
+def check_names(options: argparse.Namespace | None, module: str, shown: str) -> None:
+    """That methods, packaged models and configs which a command names exist."""
+    for field in ("methods", "reduction"):
+        value = getattr(options, field, None)
+        for method in value.split(",") if isinstance(value, str) else ():
+            parse_method(method)
+    model = getattr(options, "model", None)
+    if isinstance(model, str) and "/" not in model:
+        assert model in ("tiny", "tiny-reduced", *config_names()), shown
+    config = getattr(options, "config", None)
+    if module == "hybridvlm.train" and isinstance(config, str):
+        changes = [change for change in options.changes if not change.startswith("model=")]
+        train_config.read(config if pathlib.Path(config).suffix == "" else str(ROOT / config), changes)
 
 
 def test_a_wrong_command_would_be_found():
@@ -126,7 +159,18 @@ def test_a_wrong_command_would_be_found():
         ["-m", "hybridvlm.eval", "--budgets", "0.1"],
         ["-m", "hybridvlm.eval", "--budgets", "0.2"],
     ]
+    assert inline_commands("`python -m hybridvlm.eval` and `python -m hybridvlm.ask a 'b c'`") == [
+        ["-m", "hybridvlm.ask", "a", "b c"]
+    ]
     assert commands("```bash\npip install . && X=1 python -m a 'b c'  # d\n```\n") == [["-m", "a", "b c"]]
+
+
+def test_a_command_with_a_wrong_word_is_seen(monkeypatch):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, ["hybridvlm.eval", "--modle", "tiny"])
+    options = parsed(monkeypatch, ["hybridvlm.eval", "--methods", "fastvv"])
+    with pytest.raises(ValueError, match="unknown reduction method 'fastvv'"):
+        check_names(options, "hybridvlm.eval", "")
 
 
 @pytest.mark.parametrize("name", ["README.md", "hybridvlm/models/README.md", "hybridvlm/reduction/README.md"])
