@@ -115,6 +115,13 @@ def test_what_cannot_be_registered_is_refused(registry, name, options, words):
     assert set(METHODS) == before
 
 
+def test_a_cell_that_is_run_again_defines_its_method_anew(registry):
+    first, second = add_latest(), add_latest()
+    assert first is not second and METHODS["latest"].function is second
+    with pytest.raises(ValueError, match="already"):
+        hv.register_method("latest")(lambda *_: None)
+
+
 def test_packages_bring_methods_by_entry_point(registry, monkeypatch):
     point = types.SimpleNamespace(name="theirs", value="their.module", load=lambda: add_latest("theirs"))
     monkeypatch.setattr(

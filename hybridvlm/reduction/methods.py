@@ -98,12 +98,10 @@ def register_method(
         token_local: see `Method`.
 
     Raises:
-        ValueError: for a name that is taken or cannot be one, or other values of `reads` and `after`.
+        ValueError: for a name that another function has or that cannot be one, or other values of `reads` and `after`.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise ValueError(f"register_method: a name is letters, digits, '-' and '_', got {name!r}")
-    if name in METHODS:
-        raise ValueError(f"register_method: there is a method {name!r} already; take another name")
     if reads not in (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY):
         raise ValueError(
             f"register_method: reads must be one of {[INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY]}, got {reads!r}"
@@ -111,7 +109,7 @@ def register_method(
     kinds = tuple(after)
     if not kinds or not set(kinds) <= set(MIXERS):
         raise ValueError(f"register_method: after must name kinds of layers of {list(MIXERS)}, got {after!r}")
-    return _register(
+    add = _register(
         name,
         "decoder",
         reads=reads,
@@ -120,6 +118,16 @@ def register_method(
         where=" or ".join(kinds),
         token_local=token_local,
     )
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        there = METHODS[name].function if name in METHODS else None
+        origin = (function.__module__, function.__qualname__)
+        # a notebook cell that is run again defines its function anew
+        if there is not None and (there.__module__, there.__qualname__) != origin:
+            raise ValueError(f"register_method: there is a method {name!r} already; take another name")
+        return add(function)
+
+    return checked
 
 
 @functools.cache
