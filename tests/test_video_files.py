@@ -849,9 +849,9 @@ def test_what_is_lost_while_a_film_is_opened_is_told(tmp_path, codec, size):
 def test_pictures_that_are_missing_at_the_start_are_told(tmp_path):
     """The first cluster is overwritten by what has to be passed over: FFmpeg says nothing, the index knows of it."""
     path = film(
-        tmp_path / "a.mkv", 48, gop=4, seconds=[5 + i / 12 for i in range(48)], muxer={"cluster_time_limit": "300"}
+        tmp_path / "a.mkv", 36, gop=4, seconds=[5 + i / 12 for i in range(36)], muxer={"cluster_time_limit": "300"}
     )
-    assert probe(path).frames == 48
+    assert probe(path).frames == 36
     data = bytearray(path.read_bytes())
     clusters = [at for at in range(len(data)) if data[at : at + 4] == b"\x1f\x43\xb6\x75"]
     gap = clusters[3] - clusters[0]
@@ -859,7 +859,7 @@ def test_pictures_that_are_missing_at_the_start_are_told(tmp_path):
     data[clusters[0] : clusters[0] + 9] = b"\xec\x01" + (gap - 9).to_bytes(7, "big")
     (tmp_path / "bad.mkv").write_bytes(data)
     with pytest.warns(VideoWarning, match=r"bad\.mkv: .*the index knows of pictures that begin \d"):
-        assert probe(tmp_path / "bad.mkv").frames < 48
+        assert probe(tmp_path / "bad.mkv").frames < 36
 
 
 @pytest.mark.parametrize("offset", [1.0, 1.5, 31.0])
@@ -896,7 +896,7 @@ def test_a_second_film_behind_the_first_is_missed(tmp_path, name, codec):
 def ghost(path, codec, pix_fmt):
     """Four pictures of a black mark on a transparent ground that is black underneath."""
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=12)
+        stream = out.add_stream(codec, rate=12, options={"auto-alt-ref": "0"} if codec == "libvpx" else {})
         stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
         for i in range(4):
             frame = av.VideoFrame.from_ndarray(np.asarray(mark("RGBA")), format="rgba").reformat(format=pix_fmt)
