@@ -799,8 +799,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypat
         )
         monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
         for call in (read_image, lambda p: read_clip(p, as_is), probe):
-            with pytest.raises(VideoError, match=rf"{side}\.png: has .* pixels"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with pytest.raises(VideoError, match=rf"{side}\.png: has .* pixels, more than"):
                 call(path)
 
 
@@ -826,3 +825,167 @@ def test_a_picture_with_broken_notes_is_read(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pillow's own remark
         assert corners(read_image(tmp_path / "a.jpg")[0]) == "RGBW"
+
+
+# -- what is easily missed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codec", "size"), [("libx265", 700), ("libx264", 500)])
+def test_what_is_lost_while_a_film_is_opened_is_told(tmp_path, codec, size):
+    """Damage in the first kilobytes, which FFmpeg reads, and complains of, before the first packet is asked for."""
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = film(tmp_path / "a.mkv", 36, codec=codec, picture=films.noisy, width=128, height=96, options=options)
+    with av.open(str(path)) as container:
+        places = [p.pos for p in container.demux(video=0) if p.size]
+
+    def cut(data):
+        del data[places[0] + 200 : places[0] + 200 + size]
+
+    bad = harmed(path, tmp_path / "bad.mkv", cut)
+    with pytest.warns(VideoWarning, match=r"bad\.mkv: the file is (damaged|incomplete).*FFmpeg: "):
+        assert probe(bad).frames < 36
+
+
+def test_pictures_that_are_missing_at_the_start_are_told(tmp_path):
+    """The first cluster is overwritten by what has to be passed over: FFmpeg says nothing, the index knows of it."""
+    path = film(
+        tmp_path / "a.mkv", 36, gop=4, seconds=[5 + i / 12 for i in range(36)], muxer={"cluster_time_limit": "300"}
+    )
+    assert probe(path).frames == 36
+    data = bytearray(path.read_bytes())
+    clusters = [at for at in range(len(data)) if data[at : at + 4] == b"\x1f\x43\xb6\x75"]
+    gap = clusters[3] - clusters[0]
+    # an EBML Void of that length
+    data[clusters[0] : clusters[0] + 9] = b"\xec\x01" + (gap - 9).to_bytes(7, "big")
+    (tmp_path / "bad.mkv").write_bytes(data)
+    with pytest.warns(VideoWarning, match=r"bad\.mkv: .*the index knows of pictures that begin \d"):
+        assert probe(tmp_path / "bad.mkv").frames < 36
+
+
+@pytest.mark.parametrize("offset", [1.0, 1.5, 31.0])
+def test_parts_whose_clock_runs_on_are_whole(tmp_path, offset):
+    parts = [transport(tmp_path / f"{i}.ts", 12 * i, i * offset) for i in range(2)]
+    assert every(joined(tmp_path / "joined.ts", *parts))[1] == list(range(24))
+
+
+def test_a_broadcast_that_lost_packets_is_damaged(tmp_path):
+    path = transport(tmp_path / "a.ts", 0, 0.0, 36, picture=films.noisy, width=128, height=96)
+    for name, begin, size in (("bytes.ts", 0.33, 700), ("packets.ts", 0.5, 188 * 6)):
+
+        def cut(data, begin=begin, size=size):
+            at = int(len(data) * begin) // 188 * 188
+            del data[at : at + size]
+
+        with pytest.warns(VideoWarning, match=f"{name}: the file is damaged"):
+            probe(harmed(path, tmp_path / name, cut))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mov", "mpeg4"), ("fragments.mp4", "libx264"), ("a.asf", "mpeg4"), ("a.nut", "mpeg4")],
+)
+def test_a_second_film_behind_the_first_is_missed(tmp_path, name, codec):
+    muxer = {"movflags": "frag_keyframe+empty_moov"} if name == "fragments.mp4" else {}
+    parts = [film(tmp_path / f"{i}{name}", 12, first=12 * i, codec=codec, muxer=muxer) for i in range(2)]
+    assert probe(parts[0]).frames == 12
+    size = parts[0].stat().st_size
+    with pytest.warns(VideoWarning, match=rf"joined-.*: a second film begins at byte {size} of"):
+        probe(joined(tmp_path / f"joined-{name}", *parts))
+
+
+def ghost(path, codec, pix_fmt):
+    """Four pictures of a black mark on a transparent ground that is black underneath."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=12, options={"auto-alt-ref": "0"} if codec == "libvpx" else {})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(np.asarray(mark("RGBA")), format="rgba").reformat(format=pix_fmt)
+            frame.pts, frame.time_base = i, Fraction(1, 12)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("a.avi", "png", "rgba"),
+        ("a.mov", "qtrle", "argb"),
+        ("a.webm", "libvpx-vp9", "yuva420p"),
+        ("a.mkv", "libvpx", "yuva420p"),
+    ],
+)
+def test_transparent_films_stand_on_white(tmp_path, name, codec, pix_fmt):
+    path = ghost(tmp_path / name, codec, pix_fmt)
+    for shown in (decode_frames(path, [0, 3]), read_clip(path, lambda *_: (24, 32), frames=2).frames):
+        height, width = shown.shape[1:3]
+        assert shown[:, height // 2, width // 2].max() < 20
+        assert shown[:, 2, 2].min() > 235
+
+
+def test_a_fourth_channel_that_was_never_filled_hides_nothing(tmp_path):
+    pixels = np.dstack([quarters(), np.zeros((48, 64), np.uint8)])
+    frame = film_container.on_white(av.VideoFrame.from_ndarray(pixels, format="rgba"))
+    assert corners(frame.to_ndarray(format="rgb24")) == "RGBW"
+
+
+@pytest.mark.parametrize("extra", [{}, {"kmin": 0}, {"minimize_size": True}])
+def test_animated_webp_of_opaque_parts_stands_on_white(tmp_path, extra):
+    """Cropped to what is opaque, its frames carry no mark of transparency; what they leave free is transparent."""
+    shown = []
+    for i in range(5):
+        picture = np.zeros((48, 64, 4), np.uint8)
+        picture[12:36, 4 + 4 * i : 12 + 4 * i] = 200, 0, 0, 255
+        shown.append(Image.fromarray(picture, "RGBA"))
+    path = tmp_path / "a.webp"
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=100, lossless=True, **extra)
+    frames = decode_frames(path, range(5))
+    assert frames[:, 2, 2].min() == 255
+    assert [frames[i, 24, 8 + 4 * i].tolist() for i in range(5)] == [[200, 0, 0]] * 5
+    with pytest.warns(VideoWarning, match="the first"):
+        assert read_image(path)[0, 2, 2].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize(
+    "head", [b"%PDF-1.4\n1 0 obj\n<< /Filter /DCTDecode >>\nstream\n", b"<html><body>", b"PK\x03\x04" + bytes(26)]
+)
+def test_a_jpeg_in_another_file_is_no_film(tmp_path, head):
+    Image.fromarray(films.noisy(0)).save(tmp_path / "a.jpg", quality=95)
+    (tmp_path / "a.bin").write_bytes(head + 3 * (tmp_path / "a.jpg").read_bytes() + b"\nendstream\n%%EOF")
+    for call in (probe, lambda p: read_clip(p, as_is)):
+        with pytest.raises(VideoError, match=r"a\.bin"):
+            call(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("name", ["img%d.png", "a?b.jpg", "x[1]*.png"])
+def test_a_film_under_the_name_of_a_series_of_pictures(tmp_path, name):
+    shutil.move(film(tmp_path / "a.mkv", 12), tmp_path / name)
+    assert every(tmp_path / name)[1] == list(range(12))
+
+
+def test_deep_png_with_a_transparent_colour(tmp_path):
+    import zlib
+
+    values = np.full((48, 64, 3), (40000, 300, 65000), np.uint16)
+    values[12:36, 16:48] = 0
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)),
+        (b"tRNS", struct.pack(">HHH", 40000, 300, 65000)),
+    ]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    shown = read_image(tmp_path / "a.png")[0]
+    assert (shown[2, 2].tolist(), shown[24, 32].tolist()) == ([255] * 3, [0] * 3)
+
+
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(24000, 1001)])
+def test_a_rate_out_of_milliseconds_is_exact(tmp_path, rate):
+    """An MP4 put into Matroska: stamps and lengths become whole milliseconds, and no rate is declared."""
+    source = film(tmp_path / "a.mp4", 39, fps=rate, seconds=[i / rate for i in range(39)])
+    assert probe(trimmed(source, tmp_path / "b.mkv", 0)).fps == pytest.approx(float(rate), rel=1e-9)

@@ -7,6 +7,7 @@ descriptions of streams), through no protocol but `file`, and by their absolute 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -123,20 +124,23 @@ def quoted(texts: Sequence[str]) -> str:
 # -- opening ------------------------------------------------------------------------------------------------------------
 
 
-def open_film(path: str) -> tuple[Any, list[Any]]:
-    """Container, and the video streams that may be the film; the caller closes the container (`close`)."""
-    import av
+class _Plain(mmap.mmap):
+    """A file under a name that FFmpeg cannot take for the pattern of a series of pictures."""
 
-    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
-    with listening() as said:
-        try:
-            # FFmpeg would take it for one picture, by its name
-            known = "mjpeg" if motion_jpeg(path) else None
-            container = av.open(os.path.abspath(path), "r", known, options, metadata_errors="replace")
-        except av.FFmpegError as error:
-            raise VideoError(f"{path}{_refusal(error, said)}") from None
-        except Exception as error:  # of PyAV, not of FFmpeg: a stranger's file must not end a run
-            raise VideoError(f"{path}: cannot be opened as a video: {type(error).__name__}: {error}") from error
+    name: str
+
+
+def open_film(path: str, said: Said | None = None) -> tuple[Any, list[Any]]:
+    """Container, and the video streams that may be the film; the caller closes the container (`close`).
+
+    said: gets what FFmpeg says while the file is opened, which is when the beginning of it is read.
+    """
+    container = _opened(path, os.path.abspath(path), said)
+    if container is None:
+        with open(path, "rb") as file:
+            plain = _Plain(file.fileno(), 0, access=mmap.ACCESS_READ)
+        plain.name = os.path.abspath(path).translate(str.maketrans("%*?[{", "_____"))
+        container = _opened(path, plain, said)
     pictured = [s for s in container.streams.video if not _aside(s)]
     streams = [s for s in pictured if s.codec_context is not None]
     problem = None
@@ -150,6 +154,30 @@ def open_film(path: str) -> tuple[Any, list[Any]]:
         container.close()
         raise VideoError(f"{path} {problem}")
     return container, streams
+
+
+def _opened(path: str, source: str | _Plain, said: Said | None) -> Any:
+    """The container; None where FFmpeg takes the file for a series of pictures, by its name."""
+    import av
+
+    # in the middle of another kind of file (a PDF, a web page) a JPEG would be taken for a film as well
+    known = "mjpeg" if motion_jpeg(path) else None
+    formats = FORMATS if known else [name for name in FORMATS if name != "mjpeg"]
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(formats)}
+    with listening() as heard:
+        try:
+            container = av.open(source, "r", known, options, metadata_errors="replace")
+        except av.FFmpegError as error:
+            if isinstance(source, str) and any(
+                "not on whitelist" in text and name == "image2" for _, name, text in heard
+            ):
+                return None
+            raise VideoError(f"{path}{_refusal(error, heard)}") from None
+        except Exception as error:  # of PyAV, not of FFmpeg: a stranger's file must not end a run
+            raise VideoError(f"{path}: cannot be opened as a video: {type(error).__name__}: {error}") from error
+    if said is not None:
+        said.extend(heard)
+    return container
 
 
 def close(container: Any) -> None:
@@ -173,6 +201,8 @@ def _refusal(error: Any, said: Said) -> str:
         return f" is a still picture ({name.removesuffix('_pipe')}), not a video"
     if name in _PLAYLISTS:
         return f" is a list of other files or addresses ({name}), not a video; give the film itself"
+    if name == "mjpeg":
+        return " holds JPEG pictures among other things; it is not a video"
     if name == "tty":
         return " is a text file, not a video"
     return f" is of the format {name}, not a video of a format that is read here: {PLAIN}"
@@ -248,13 +278,13 @@ class Reader:
         said: Said | None = None,
         cut: frozenset[int] | None = None,
     ):
-        self.container, self.stream, self.codec = container, stream, stream.codec_context
+        self.container, self.stream, self.codec = container, stream, _decoder(stream)
         if strict:
             self.codec.options = {"err_detect": "crccheck+explode"}
         if threads:
             self.codec.thread_count = threads
         else:
-            stream.thread_type = "AUTO"
+            self.codec.thread_type = "AUTO"
         self.said, self.strict, self.cut = said, strict, cut
         self.trouble, self.lost = False, 0
         # which packet an error belongs to is known where decoding is not spread over threads
@@ -295,6 +325,31 @@ class Reader:
                 if frame.key_frame:  # nothing before it matters to what follows
                     self.trouble = frame.pts in suspect
                 yield frame
+
+
+def _decoder(stream: Any) -> Any:
+    """A stream's decoder; FFmpeg's own ones of VP8 and VP9 leave out what is transparent."""
+    import av
+
+    other = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if other is not None and stream.metadata.get("alpha_mode") == "1":
+        with contextlib.suppress(av.codec.codec.UnknownCodecError):
+            return av.CodecContext.create(other, "r")
+    return stream.codec_context
+
+
+def on_white(frame: av.VideoFrame) -> av.VideoFrame:
+    """A frame as it is, or, where it has transparent parts, RGB with white behind them."""
+    import av
+
+    if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
+        return frame
+    pixels = frame.to_ndarray(format="rgba")
+    colour, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
+    # of a picture that is transparent everywhere and yet one, the fourth channel was never filled
+    if alpha.any() or (colour == colour[0, 0]).all():
+        colour = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(colour), format="rgb24")
 
 
 def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

@@ -212,6 +212,7 @@ class _Task:
         """Frame -> RGB, scaled and turned to fit the output."""
         turn, (height, width) = self.index.turn, self.out.shape[1:3]
         try:
+            frame = films.on_white(frame)
             if self.resize is not None:
                 pixels = films.turned(frame.to_ndarray(format="rgb24"), turn)
                 return self.resize(np.ascontiguousarray(pixels)[None], (height, width))[0]

@@ -8,9 +8,11 @@ tiles of which FFmpeg gives one at a time.
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ _MOVING = ("PNG", "WEBP", "GIF", "AVIF")
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1")
 _AVIF = (b"avif", b"avis")
 _BITS, _INTERPRETATION, _SAMPLE, _SUBFILE = 258, 262, 339, 254  # TIFF's tags
+_no_limit = threading.Lock()  # Pillow's limit is one for the process
 _NO_TIME, _USUAL_TIME = 10, 100  # milliseconds: what is shown for no more than that is shown for this (as browsers do)
 
 
@@ -102,13 +105,18 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
+            head = file.read(32)
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from error
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
     image, problem = None, ""
     try:
-        image = Image.open(path, formats=FORMATS)
+        with _no_limit:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit is set below, once
+            try:
+                image = Image.open(_with_alpha(path, head), formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
         if image.format == "JPEG" and motion_jpeg(path):
             image.close()
             image = None
@@ -117,8 +125,6 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             problem = "is a HEIC picture, which cannot be read here; save it as JPEG, PNG or AVIF"
         elif brand in _AVIF:
             problem = "cannot be read as an image: damaged, or an AVIF while this Pillow has no AVIF decoder"
-    except Image.DecompressionBombError:
-        problem = f"has more than {MAX_PIXELS:,} pixels, which is the most for a picture; make it smaller"
     except Exception as error:  # of the many parsers behind Pillow; a stranger's file must not end a run
         problem = f"cannot be read as an image: {type(error).__name__}: {error}"
     if problem:
@@ -131,6 +137,20 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             size = f"{image.width}x{image.height}"
             raise VideoError(f"{path}: has {size} pixels, more than {MAX_PIXELS:,}; make the picture smaller")
         yield image
+
+
+def _with_alpha(path: str | os.PathLike[str], head: bytes) -> Any:
+    """What Pillow is to open: the file, or an animated WebP with the mark that it has transparent parts.
+
+    Writers leave that mark out where every frame is opaque, though none may cover the whole picture; Pillow then takes what
+    is not covered for black.
+    """
+    moving, alpha = 0x02, 0x10
+    if head[:4] != b"RIFF" or head[8:16] != b"WEBPVP8X" or head[20] & (moving | alpha) != moving:
+        return path
+    data = bytearray(pathlib.Path(path).read_bytes())
+    data[20] |= alpha
+    return io.BytesIO(data)
 
 
 @contextlib.contextmanager
@@ -195,6 +215,11 @@ def _rgb(path: str | os.PathLike[str], image: Any) -> np.ndarray:
         plain = _from_lab(image)
     else:
         plain = image
+        clear = image.info.get("transparency")
+        if image.mode == "RGB" and isinstance(clear, tuple) and _sixteen_bits(path):
+            # Pillow keeps the upper bytes of a picture of 16 bits, and all of its transparent colour
+            plain = image.copy()
+            plain.info["transparency"] = tuple(value >> 8 for value in clear)
     orientation = _orientation(image)
     if plain.mode == "La":
         plain = plain.convert("LA")
@@ -208,6 +233,12 @@ def _rgb(path: str | os.PathLike[str], image: Any) -> np.ndarray:
         plain.info["exif"] = exif.tobytes()
         plain = ImageOps.exif_transpose(plain)
     return np.asarray(plain, np.uint8)
+
+
+def _sixteen_bits(path: str | os.PathLike[str]) -> bool:
+    """Whether a PNG has 16 bits a channel."""
+    with open(path, "rb") as file:
+        return file.read(25)[24:] == bytes([16])
 
 
 def _orientation(image: Any) -> int:

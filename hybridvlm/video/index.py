@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.video import container as films
-from hybridvlm.video import images
+from hybridvlm.video import damage, images
 from hybridvlm.video.errors import VideoError
 
 _CODING_ORDER = ("avi",)  # formats whose time stamps follow the order of coding; with B-frames display differs
@@ -19,6 +19,8 @@ _DECODING_CLOCK = ("mpegts", "mpeg", "flv")  # formats that store when a picture
 _JUMP = 60.0  # seconds: a broadcast's clock that leaps further has been set anew
 _REORDER = 16  # frames: no codec shows a picture further from its place in the file
 _NEAR = 3  # packets around the place where parts are put together
+_MOST_RATE = 1000  # frames a second; a higher rate is a clock's
+_ROUNDED = 0.1  # of a frame, which a length in milliseconds may be off
 _SPAN = 0.9  # of the promised length; a film that gives less is incomplete
 _ASPECTS = (1 / 16, 16)  # of a pixel; beyond, the number is taken for a mistake
 
@@ -116,26 +118,33 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
     if shape == "moving":
         return _moving_picture(name)
     with films.listening() as said:
-        container, streams = films.open_film(name)
+        container, streams = films.open_film(name, said)
         try:
             seen = {s.index: _Seen(s.index, float(s.time_base or 0), len(s.index_entries)) for s in streams}
-            ended, end = [], size  # type: tuple[list[str], int]
-            for p in films.packets(container, *streams, ended=ended):
+            ended, end = [], 0  # type: tuple[list[str], int]
+            for p in films.packets(container, *container.streams, ended=ended):
                 if p.size > 0:
+                    end = max(end, p.size + (p.pos or 0))
+                if p.size > 0 and p.stream_index in seen:
                     row = p.pts, p.dts, p.duration or 0, p.is_keyframe, p.is_discard, p.is_corrupt
                     seen[p.stream_index].rows.append(row)
-                    end = p.size + (p.pos or 0)
             found = [seen[s.index] for s in streams]
             chosen = films.choose(streams, [f.count for f in found], [f.span for f in found])
             track = found[chosen]
             facts = _Facts.of(container, streams[chosen], track)
             reordered = bool(streams[chosen].codec_context.has_b_frames)
+            lead = damage.lead(container, streams[chosen], track.rows)
         finally:
             films.close(container)
     # what the decoders say while the streams are looked at is no matter: a film may begin anywhere
     complaints = films.complaints(said, (facts.format,)) or ended
-    if facts.format == "flv" and end < _SPAN * size:  # passes over what it does not know without a word
+    if facts.format == "flv" and 0 < end < _SPAN * size:  # passes over what it does not know without a word
         complaints.append(f"nothing can be read behind {end} of {size} bytes")
+    another = damage.second_film(path, facts.format)
+    if another:
+        complaints.append(f"a second film begins at byte {another} of {size} and cannot be read; split the file there")
+    if lead > 0:
+        complaints.append(f"the index knows of pictures that begin {lead:.2f} s earlier")
     stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER or _in_order(track, reordered) else None
 
     # a second time: not every format can go back to its start
@@ -155,6 +164,8 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
             complaints.append(f"{reader.lost} of {frames + reader.lost} pictures do not decode")
     finally:
         films.close(container)
+    joints = damage.joints(name, facts.format, track.number, track.rows) if facts.broadcast else frozenset()
+    track.rows = [(*row[:5], row[5] and place not in joints) for place, row in enumerate(track.rows)]
     return _assemble(name, facts, track, stamps, frames, _shown_size(first, facts.aspect, turn), turn, complaints)
 
 
@@ -165,7 +176,7 @@ class _Facts:
     format: str
     broadcast: bool  # whether its clock may leap
     tick: float
-    rate: float  # frames a second as declared, 0: not
+    rates: tuple[float, ...]  # frames a second as declared, or found by FFmpeg; none: not known
     promised: int  # frames, 0: not said
     seconds: float  # how long the stream runs, 0: not said
     aspect: float  # of a stored pixel, width to height
@@ -190,12 +201,17 @@ class _Facts:
             seconds = _clock(stream.metadata.get("DURATION", "")) or (alone and (container.duration or 0) / 1e6) or 0.0
         if name in ("mpegts", "mpeg"):  # an estimate, out of the last time stamp
             seconds = 0.0
-        rate = stream.average_rate or stream.guessed_rate
+        rates = (stream.average_rate, stream.guessed_rate)
         aspect = float(stream.sample_aspect_ratio or 1) or 1.0
         if not _ASPECTS[0] <= aspect <= _ASPECTS[1]:
             aspect = 1.0
         jumps = name in ("mpegts", "mpeg")
-        return cls(name, jumps, track.tick, float(rate or 0), promised, seconds, aspect)
+        known = tuple(float(rate) for rate in rates if rate and rate <= _MOST_RATE)
+        return cls(name, jumps, track.tick, known, promised, seconds, aspect)
+
+    @property
+    def rate(self) -> float:
+        return self.rates[0] if self.rates else 0.0
 
 
 def _clock(text: str) -> float:
@@ -334,9 +350,10 @@ def _assemble(
             duration = frames / rate
     fps = frames / duration
     # a declared rate that the stamps bear out, but for their rounding, is the exact one
-    if facts.rate and abs(frames / facts.rate - duration) <= 2.5 * facts.tick:
-        fps = facts.rate
-        duration = frames / fps
+    for rate in facts.rates:
+        if abs(frames / rate - duration) <= max(2.5 * facts.tick, _ROUNDED / rate * (facts.tick >= 1e-3)):
+            fps, duration = rate, frames / rate
+            break
     remarks = _remarks(name, facts, track, frames, duration, seconds, complaints, stamps)
     info = VideoInfo(frames, fps, duration, size[1], size[0])
     keys = (nothing, nothing, nothing, ())

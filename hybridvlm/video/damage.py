@@ -1,0 +1,99 @@
+"""Signs of damage that FFmpeg keeps to itself, and those that are none."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+from hybridvlm.video import container as films
+
+Row = tuple[int | None, int | None, int, bool, bool, bool]  # of a packet, as `index` keeps them
+_MARKED = ("asf", "nut", "wtv")  # formats that begin with 16 bytes which stand nowhere else
+_STEPS = (188, 192, 204)  # bytes from one transport packet to the next
+_NEAR = 3  # packets around a key frame
+_JOINTS = 64  # damaged places up to which each is looked at
+
+
+def lead(container: Any, stream: Any, rows: Sequence[Row]) -> float:
+    """Seconds by which a Matroska's index begins ahead of the first picture that can be read."""
+    import av
+
+    stamps = [row[0] for row in rows if row[0] is not None]
+    if not container.format.name.startswith("matroska") or not stamps:
+        return 0.0
+    with contextlib.suppress(av.FFmpegError):  # the index stands at the end, and is read when something is sought
+        container.seek(min(stamps), stream=stream)
+    first = min((entry.timestamp for entry in stream.index_entries), default=min(stamps))
+    return (min(stamps) - first) * float(stream.time_base or 0)
+
+
+def second_film(path: str, form: str) -> int:
+    """Where a second file begins that was put behind the first, in formats of which FFmpeg reads the first alone; 0: nowhere."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if form in _MARKED:
+            return max(0, data.find(data[:16], 16))
+        if not form.startswith("mov"):
+            return 0
+        at, begin, found = 0, 0, 0
+        while at + 16 <= len(data):
+            length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+            if length == 1:
+                length = int.from_bytes(data[at + 8 : at + 16], "big")
+            begin = at if kind == b"ftyp" else begin
+            found += kind == b"moov"
+            if found == 2:
+                return begin or at
+            if length < 8:
+                break
+            at += length
+    return 0
+
+
+def joints(name: str, form: str, number: int, rows: Sequence[Row]) -> frozenset[int]:
+    """Packets that are said to be damaged and are not: beside a key frame, and all around them decodes.
+
+    Where parts of a broadcast are put behind one another its packets' counter leaps, as if some were lost.
+    """
+    keys = [place for place, row in enumerate(rows) if row[3]]
+    flagged = [place for place, row in enumerate(rows) if row[5]]
+    near = [place for place in flagged if any(abs(key - place) <= _NEAR for key in keys)]
+    if not near or len(flagged) > _JOINTS:
+        return frozenset()
+    sound, begins = [], set[int]()
+    with films.listening() as said:
+        container, streams = films.open_film(name)
+        try:
+            stream = next(s for s in streams if s.index == number)
+            reader = films.Reader(container, stream, strict=True, threads=1, said=said, cut=frozenset())
+            packets = list[Any]()
+            numbered = enumerate(p for p in films.packets(container, stream) if p.size)
+            for place in near:
+                begin = max((key for key in keys if key <= place), default=0)
+                stop = min((key for key in keys if key > place + _NEAR), default=len(rows))
+                packets = [(n, p) for n, p in packets if n >= begin]
+                for at, packet in numbered:
+                    begins.add(packet.pos or 0)
+                    if at >= begin:
+                        packets.append((at, packet))
+                    if at + 1 >= stop:
+                        break
+                if _decodes(reader, [p for n, p in packets if n < stop]):
+                    sound.append(place)
+        finally:
+            films.close(container)
+    # where bytes are gone, what follows no longer stands on the grid of the transport packets
+    even = any(len({begin % step for begin in begins}) == 1 for step in _STEPS)
+    return frozenset(sound if even or form != "mpegts" else ())
+
+
+def _decodes(reader: films.Reader, packets: list[Any]) -> bool:
+    """Whether packets, from a key frame on, decode without a word."""
+    import av
+
+    reader.codec.flush_buffers()
+    lost, trouble = reader.lost, not packets
+    for _ in reader.frames(iter([*packets, av.Packet()]), packets[0].pts if packets else None):
+        trouble |= reader.trouble
+    return not trouble and not reader.trouble and reader.lost == lost
