@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "<think>", "</think>"
 _TAIL = 16  # tokens at the end of a prompt that an opening tag is looked for in
 UNFINISHED = "ran out of thinking tokens"
+# as models write them; an opening tag opens where a reply begins, and is a word like others behind that
+_CLOSES = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
+_OPENS = re.compile(r"\s*<\s*think\s*>", re.IGNORECASE)
+_TAGS = re.compile(r"<\s*/?\s*think\s*>", re.IGNORECASE)
 
 
 class Reply(NamedTuple):
@@ -32,10 +37,16 @@ def split_reply(text: str, opened: bool = False) -> Reply:
 
     opened: the prompt ends in an opening tag, so that the reply begins inside the reasoning.
     """
-    before, closed, rest = text.rpartition(CLOSE)
-    if OPEN in rest or (opened and not closed):
-        return Reply("", text.replace(OPEN, "").replace(CLOSE, "").strip(), True)
-    return Reply(rest.lstrip(), before.replace(OPEN, "").replace(CLOSE, "").strip()) if closed else Reply(text)
+    *_, close = None, *_CLOSES.finditer(text)
+    before, rest = ("", text) if close is None else (text[: close.start()], text[close.end() :])
+    if _OPENS.match(rest) or (opened and close is None):
+        return Reply("", _bare(text), True)
+    return Reply(text) if close is None else Reply(rest.lstrip(), _bare(before))
+
+
+def _bare(text: str) -> str:
+    """A text without tags."""
+    return _TAGS.sub("", text).strip()
 
 
 def read_reply(tokenizer: Any, ids: Sequence[int], opened: bool = False) -> Reply:
