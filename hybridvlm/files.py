@@ -251,7 +251,7 @@ def text_problem(value: Any) -> str | None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            return f"{value[error.start]!r} is half a surrogate pair, and no character: {ascii(value):.80}"
+            return f"{value[error.start]!r} is half a surrogate pair, and no character: {value!a:.80}"
         return None
     parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
     return next((problem for part in parts if (problem := text_problem(part))), None)
