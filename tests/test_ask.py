@@ -190,9 +190,9 @@ def test_what_cannot_be_asked(nano, tmp_path):
         nano.ask(FRAMES, "?", clock="sundial")
     with pytest.raises(TypeError, match="colour"):
         nano.ask(FRAMES, "?", colour="red")
-    with pytest.raises(ValueError, match="the question: .* half a surrogate pair"):
+    with pytest.raises(ValueError, match=r"the question: .* half a surrogate pair"):
         nano.ask(FRAMES, "what \ud800?")
-    with pytest.raises(ValueError, match="system: .* half a surrogate pair"):
+    with pytest.raises(ValueError, match=r"system: .* half a surrogate pair"):
         nano.ask(FRAMES, "what?", system="\udc00")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     with pytest.raises(ValueError, match=r"broken\.png: cannot be read as an image"):
@@ -205,10 +205,13 @@ def test_a_model_without_tokenizer_says_what_it_lacks(nano, tmp_path, capsys):
         with pytest.raises(ValueError, match=r"mute has no tokenizer\.json"):
             asked()
     save_folder(tmp_path / "mute", mute)
-    for command, *options in ((ask, "v.mp4", "?"), (evaluation, "--tasks", "q.jsonl"), (training,)):
-        model = ["--set", f"model={tmp_path / 'mute'}"] if command is training else ["--model", str(tmp_path / "mute")]
-        assert command.main([*options, *model]) == 2
-        assert "has no tokenizer.json" in capsys.readouterr().err
+    (tmp_path / "train.yaml").write_text(f"model: {tmp_path / 'mute'}\noutput: {tmp_path / 'run'}\nsteps: 1\n")
+    asking, evaluating = (
+        ["--model", str(tmp_path / "mute"), *rest] for rest in (["v.mp4", "?"], ["--tasks", "q.jsonl"])
+    )
+    for command, options in ((ask, asking), (evaluation, evaluating), (training, [str(tmp_path / "train.yaml")])):
+        assert command.main(options) in (1, 2)
+        assert "mute has no tokenizer.json" in capsys.readouterr().err
 
 
 def test_contact_sheet(tmp_path):

@@ -448,7 +448,7 @@ BAD = [
     (["--budgets", "1.2"], "budget must lie in (0, 1], got 1.2"),
     (["--budgets", "half"], "--budgets takes numbers"),
     (["--sampling", "fps:0"], "rule 'fps:0' needs a rate above 0"),
-    (["--model", "nowhere"], "'nowhere' is neither"),
+    (["--model", "nowhere"], "'nowhere' is no folder here"),
     (["--tasks", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
     (["--frames", "9"], "--frames 9 is over the most"),
     (["--buckets", "text=2"], "text = 3 is over the largest bucket; the text buckets are (2,)"),
