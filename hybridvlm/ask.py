@@ -148,6 +148,7 @@ def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.checkpoints.folder import load
     from hybridvlm.conversation import Conversation, check_question
     from hybridvlm.models.prompt import allow_special_tokens
+    from hybridvlm.models.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet
 
     check_question(args.question)
@@ -156,8 +157,7 @@ def _answer(args: argparse.Namespace) -> int:
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
     model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
-    if model.tokenizer is None:
-        raise FileNotFoundError(f"{args.model} has no tokenizer.json: text can be neither read nor written")
+    check_tokenizer(model)
     if args.allow_special_tokens:
         allow_special_tokens(model.tokenizer)
     reduction = None if args.reduction is None else model.reduction_for(args.reduction, args.budget, args.kind)

@@ -17,8 +17,10 @@ import jax
 import numpy as np
 
 from hybridvlm.config import Reduction
+from hybridvlm.files import text_problem
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, Message, user_message
+from hybridvlm.models.text import check_tokenizer
 from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.thinking import opens, read_reply, switch, think_budget
@@ -88,6 +90,8 @@ def check_question(question: str) -> None:
         )
     if not question.strip():
         raise ValueError(f"the question is empty; it must be a text, got {question!r}")
+    if problem := text_problem(question):
+        raise ValueError(f"the question: {problem}")
 
 
 class Conversation:
@@ -116,6 +120,9 @@ class Conversation:
         thinking: bool | None = None,
         think_tokens: int | None = None,
     ):
+        check_tokenizer(model)
+        if problem := text_problem(system):
+            raise ValueError(f"system: {problem}")
         if isinstance(reduction, str):
             reduction = model.reduction_for(reduction, budget)
         elif budget is not None:

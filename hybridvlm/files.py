@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LOCK = ".lock"
@@ -78,12 +79,12 @@ def _take(lock: pathlib.Path, holder: dict[str, Any]) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(holder, file)
-        os.chmod(new, 0o644)
+        with contextlib.suppress(OSError):  # not every file system knows modes
+            os.chmod(new, 0o644)
         now = os.stat(new).st_mtime  # the clock of the file system, which machines share
         for _ in range(20):
             try:
-                # a link is made whole or not at all, and never over what stands there
-                os.link(new, lock)
+                _place(new, lock)
                 return
             except FileExistsError:
                 if _take_over(lock, new, now):
@@ -91,6 +92,26 @@ def _take(lock: pathlib.Path, holder: dict[str, Any]) -> None:
         raise FolderBusy(f"{lock.parent}: others take its lock again and again; give another folder")
     finally:
         pathlib.Path(new).unlink(missing_ok=True)
+
+
+def _place(new: str, lock: pathlib.Path) -> None:
+    """Put what is in `new` at `lock`; FileExistsError where something stands there."""
+    try:
+        # a link is made whole or not at all, and never over what stands there
+        os.link(new, lock)
+        return
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT, and folders of another machine, know no links
+        pass
+    data = pathlib.Path(new).read_bytes()
+    handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+    except OSError:
+        lock.unlink(missing_ok=True)
+        raise
 
 
 def _take_over(lock: pathlib.Path, new: str, now: float) -> bool:
@@ -106,7 +127,12 @@ def _take_over(lock: pathlib.Path, new: str, now: float) -> bool:
             os.replace(new, lock)
             return True
     except FileNotFoundError:
+        # a link to nowhere is no file, and stands there all the same
+        if lock.is_symlink():
+            raise FolderBusy(_busy(lock, {})) from None
         return False
+    except (IsADirectoryError, PermissionError):
+        raise FolderBusy(_busy(lock, _read(lock))) from None
 
 
 @contextlib.contextmanager
@@ -122,7 +148,7 @@ def _alone(handle: int) -> Iterator[None]:
 
 
 def _stale(held: dict[str, Any], silent: float) -> bool:
-    if held.get("host") == _machine() and isinstance(held.get("pid"), int):
+    if held and held["host"] == _machine():
         born = _born(held["pid"])
         # numbers of processes are used again: then the start is another one
         return not runs(held["pid"]) or (None not in (born, held.get("born")) and born != held["born"])
@@ -132,9 +158,9 @@ def _stale(held: dict[str, Any], silent: float) -> bool:
 def _busy(lock: pathlib.Path, held: dict[str, Any]) -> str:
     if not held:
         return f"{lock.parent} is held by an unknown process; if none works in there, remove {lock}"
-    host = str(held.get("host")).split()[0]
+    host = held["host"].split()[0]
     return (
-        f"{lock.parent} is in use: {held.get('what')} (process {held.get('pid')} on {host}, since {held.get('since')}: "
+        f"{lock.parent} is in use: {held.get('what')} (process {held['pid']} on {host}, since {held.get('since')}: "
         f"{held.get('command')}); wait for it, choose another folder, or, if it no longer runs, remove {lock}"
     )
 
@@ -147,11 +173,15 @@ def _live(lock: pathlib.Path, token: str, done: threading.Event) -> None:
 
 
 def _read(lock: pathlib.Path) -> dict[str, Any]:
+    """The holder that a lock names; {} for one that names none: the process is unknown then."""
     try:
-        held = json.loads(lock.read_bytes())
+        held = parse_json(lock.read_bytes())
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}
+    if not isinstance(held, dict) or not isinstance(held.get("host"), str) or not held["host"].strip():
+        return {}
+    known = type(held.get("pid")) is int and 0 < held["pid"] < 1 << 31
+    return held if known else {}
 
 
 def _machine() -> str:
@@ -173,7 +203,9 @@ def _born(process: int) -> int | None:
 
 
 def runs(process: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Whether a process of this machine is there; a number that no process has is none."""
+    if not 0 < process < 1 << 31:
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -190,6 +222,39 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_rows(path: pathlib.Path) -> Iterator[tuple[int, str, Callable[[], Any]]]:
+    """(number, place for messages, function that parses it) of every entry of a JSONL file, or of one JSON array.
+
+    Raises:
+        ValueError: the file begins and ends as an array and is none; the functions raise it for a line that is no JSON.
+    """
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if data.lstrip().startswith(b"["):
+        try:
+            listed = parse_json(data)
+        except ValueError as error:
+            if data.strip().endswith(b"]"):  # one array, and no lines
+                raise ValueError(f"{path} is no JSON array, as which it begins and ends: {error}") from None
+        else:
+            yield from ((number, f"entry {number}", lambda row=row: row) for number, row in enumerate(listed, 1))
+            return
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, f"line {number}", functools.partial(parse_json, line)
+
+
+def text_problem(value: Any) -> str | None:
+    """What is wrong with the texts of a JSON value: half a surrogate pair is no text, and no tokenizer takes it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"{value[error.start]!r} is half a surrogate pair, and no character: {value!a:.80}"
+        return None
+    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
+    return next((problem for part in parts if (problem := text_problem(part))), None)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

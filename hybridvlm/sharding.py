@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptions
@@ -168,6 +168,7 @@ class ShardingRules:
 
     def shardings(self, mesh: Mesh, params: Any) -> Any:
         """A tree like `params`, as for `specs`, of NamedShardings."""
+        mesh = auto_mesh(mesh)
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(params, mesh), is_leaf=_is_spec)
 
 
@@ -181,6 +182,7 @@ DEFAULT_RULES = ShardingRules()
 def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where the parameter at `path` lies on the mesh, its columns in the whole model's order; a dimension that does not come out even,
     and anything that no rule is for, is whole on every device."""
+    mesh = auto_mesh(mesh)
     try:
         spec = DEFAULT_RULES.spec(path, shape, mesh)
     except ValueError:
@@ -214,6 +216,22 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with axes that XLA cuts by, as the layers count on; those of `jax.make_mesh` take every cut written out.
+
+    Raises:
+        TypeError: it is no mesh.
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh, as make_mesh gives it, got {type(mesh).__name__}")
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    if mesh.axis_types == types:
+        return mesh
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
 def tensor_size(mesh: Mesh | None) -> int:
     """Devices along the mesh's tensor axis. ValueError for a mesh with an axis that no rule knows."""
     if mesh is None:
@@ -228,6 +246,7 @@ def shard_params(
     params: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> dict[str, Any]:
     """The whole model's parameters, laid out for the mesh and put on its devices."""
+    mesh = auto_mesh(mesh)
     params = lay_out(params, config, tensor_size(mesh))
     return jax.device_put(params, rules.shardings(mesh, params))
 
@@ -258,6 +277,7 @@ def prefill(
 
     For a backward pass take remat="dots" or "layer": with "none", matrices that fsdp cuts are kept whole from layer to layer.
     """
+    mesh = auto_mesh(mesh)
     local = local_config(config, tensor_size(mesh))
     batch, row, heads, ssm = (
         _one_or_all(tuple(axis for axis in getattr(rules, name) if axis in mesh.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "<think>", "</think>"
 _TAIL = 16  # tokens at the end of a prompt that an opening tag is looked for in
 UNFINISHED = "ran out of thinking tokens"
+# as models write them; an opening tag opens where a reply begins, and is a word like others behind that
+_CLOSES = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
+_OPENS = re.compile(r"\s*<\s*think\s*>", re.IGNORECASE)
+_OPENED = re.compile(r"<\s*think\s*>\s*\Z", re.IGNORECASE)
+_TAGS = re.compile(r"<\s*/?\s*think\s*>", re.IGNORECASE)
 
 
 class Reply(NamedTuple):
@@ -28,14 +34,21 @@ class Reply(NamedTuple):
 
 
 def split_reply(text: str, opened: bool = False) -> Reply:
-    """A reply's text in its parts: the answer stands behind the last closing tag.
+    """A reply's text in its parts: the answer stands behind the last closing tag. An opening tag counts where a reply or the rest
+    of it begins with it; further on it is a word.
 
     opened: the prompt ends in an opening tag, so that the reply begins inside the reasoning.
     """
-    before, closed, rest = text.rpartition(CLOSE)
-    if OPEN in rest or (opened and not closed):
-        return Reply("", text.replace(OPEN, "").replace(CLOSE, "").strip(), True)
-    return Reply(rest.lstrip(), before.replace(OPEN, "").replace(CLOSE, "").strip()) if closed else Reply(text)
+    *_, close = None, *_CLOSES.finditer(text)
+    before, rest = ("", text) if close is None else (text[: close.start()], text[close.end() :])
+    if _OPENS.match(rest) or (opened and close is None):
+        return Reply("", _bare(text), True)
+    return Reply(text) if close is None else Reply(rest.lstrip(), _bare(before))
+
+
+def _bare(text: str) -> str:
+    """A text without tags."""
+    return _TAGS.sub("", text).strip()
 
 
 def read_reply(tokenizer: Any, ids: Sequence[int], opened: bool = False) -> Reply:
@@ -49,7 +62,8 @@ def read_reply(tokenizer: Any, ids: Sequence[int], opened: bool = False) -> Repl
     at = _last(ids, close)
     before, rest = ([], ids) if at is None else (ids[:at], ids[at + len(close) :])
     reply = split_reply(tokenizer.decode(rest), opened and at is None)
-    if _last(rest, open_) is not None or reply.unfinished:
+    # a tag that is no part of the text is no mention of one
+    if reply.unfinished or (_last(rest, open_) is not None and not tokenizer.decode(open_)):
         whole = tokenizer.decode(ids)
         return Reply(whole, split_reply(whole, True).thinking, True)
     if at is None:
@@ -67,7 +81,7 @@ def opens(tokenizer: Any, ids: np.ndarray) -> bool:
     """Whether a prompt ends in an opening tag: what is said next is reasoning."""
     if not hasattr(tokenizer, "chat"):
         return False
-    return tokenizer.decode(np.asarray(ids)[-_TAIL:].tolist(), skip_special=False).rstrip().endswith(OPEN)
+    return bool(_OPENED.search(tokenizer.decode(np.asarray(ids)[-_TAIL:].tolist(), skip_special=False)))
 
 
 class Switch(NamedTuple):

@@ -6,14 +6,17 @@ import pytest
 from PIL import Image
 
 from hybridvlm import ask
-from hybridvlm.checkpoints import load, samples
+from hybridvlm.checkpoints import load, samples, save_folder
 from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, Schedule
 from hybridvlm.conversation import Conversation
+from hybridvlm.eval import __main__ as evaluation
+from hybridvlm.generate import Model
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, tile_count, tile_grid, video_grid
 from hybridvlm.models.nemotron_vl import STYLES
 from hybridvlm.models.prompt import Pieces, render, video_pieces
 from hybridvlm.reduction.scores import spread_score
+from hybridvlm.train import __main__ as training
 from hybridvlm.video.sheet import contact_sheet
 
 BUCKETS = Buckets(frames=(2, 4, 8), text=(64, 256, 512), max_new=6)
@@ -187,9 +190,28 @@ def test_what_cannot_be_asked(nano, tmp_path):
         nano.ask(FRAMES, "?", clock="sundial")
     with pytest.raises(TypeError, match="colour"):
         nano.ask(FRAMES, "?", colour="red")
+    with pytest.raises(ValueError, match=r"the question: .* half a surrogate pair"):
+        nano.ask(FRAMES, "what \ud800?")
+    with pytest.raises(ValueError, match=r"system: .* half a surrogate pair"):
+        nano.ask(FRAMES, "what?", system="\udc00")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     with pytest.raises(ValueError, match=r"broken\.png: cannot be read as an image"):
         nano.ask(tmp_path / "broken.png", "?")
+
+
+def test_a_model_without_tokenizer_says_what_it_lacks(nano, tmp_path, capsys):
+    mute = Model(nano.config, nano.params, None, name="mute", family=nano.family, style=nano.style, buckets=BUCKETS)
+    for asked in (lambda: mute.ask(FRAMES, "?"), lambda: Conversation(mute, None), lambda: mute.ask(None, "?")):
+        with pytest.raises(ValueError, match=r"mute has no tokenizer\.json"):
+            asked()
+    save_folder(tmp_path / "mute", mute)
+    (tmp_path / "train.yaml").write_text(f"model: {tmp_path / 'mute'}\noutput: {tmp_path / 'run'}\nsteps: 1\n")
+    asking, evaluating = (
+        ["--model", str(tmp_path / "mute"), *rest] for rest in (["v.mp4", "?"], ["--tasks", "q.jsonl"])
+    )
+    for command, options in ((ask, asking), (evaluation, evaluating), (training, [str(tmp_path / "train.yaml")])):
+        assert command.main(options) in (1, 2)
+        assert "mute has no tokenizer.json" in capsys.readouterr().err
 
 
 def test_contact_sheet(tmp_path):

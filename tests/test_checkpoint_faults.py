@@ -1,5 +1,6 @@
 """Checkpoints with faults: headers that lie, stale files, values that are none, names that are no folders."""
 
+import gc
 import json
 import os
 import pathlib
@@ -355,6 +356,26 @@ def test_names_of_the_hub_ask_it(monkeypatch, sources):
 def test_home_is_found(monkeypatch, sources):
     monkeypatch.setenv("HOME", str(sources("qwen2_vl").parent))
     assert folders.resolve("~/qwen2_vl") == sources("qwen2_vl")
+
+
+def test_files_are_closed(copy, tmp_path):
+    path, opened = copy("qwen3_vl"), pathlib.Path("/proc/self/fd")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = load(path)
+        load(save_folder(tmp_path / "own", model))
+        (tmp_path / "cut.safetensors").write_bytes(b"1234")
+        with pytest.raises(CheckpointError):
+            TensorFolder(tmp_path / "cut.safetensors")
+        tensors = TensorFolder(path)
+        name = next(iter(tensors))
+        assert tensors[name].shape == tensors.shapes()[name]
+        del tensors
+        gc.collect()
+    assert [str(warning.message) for warning in told if warning.category is ResourceWarning] == []
+    if opened.is_dir():
+        names = [os.path.realpath(file) for file in list(opened.iterdir())]
+        assert not [name for name in names if name.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize("name", ["nemotron_h_moe", "qwen3_vl"])

@@ -251,6 +251,9 @@ GOOD = {"video": "a.mp4", "question": "red", "options": ["red", "green"], "answe
         (json.dumps({**GOOD, "quesiton": "x"}), "line 2: has no field 'quesiton'"),
         (json.dumps({**GOOD, "id": "line-1"}), "line 2: id 'line-1' is also that of line 1"),
         (json.dumps({**GOOD, "two_hop": "yes"}), "line 2: two_hop must be true or false"),
+        (json.dumps({**GOOD, "video": "a\0.mp4"}), "line 2: video holds a zero byte"),
+        (json.dumps({**GOOD, "question": "red \ud800"}), "line 2: .* half a surrogate pair"),
+        (json.dumps({**GOOD, "options": ["red", "\udc00"]}), "line 2: .* half a surrogate pair"),
     ],
 )
 def test_broken_lines_are_named(tmp_path, line, words):
@@ -445,12 +448,25 @@ BAD = [
     (["--budgets", "1.2"], "budget must lie in (0, 1], got 1.2"),
     (["--budgets", "half"], "--budgets takes numbers"),
     (["--sampling", "fps:0"], "rule 'fps:0' needs a rate above 0"),
-    (["--model", "nowhere"], "'nowhere' is neither"),
+    (["--model", "nowhere"], "'nowhere' is no folder here"),
     (["--tasks", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
     (["--frames", "9"], "--frames 9 is over the most"),
     (["--buckets", "text=2"], "text = 3 is over the largest bucket; the text buckets are (2,)"),
     (["--limit", "-1"], "--limit must be at least 0"),
     (["--match-flops", "none"], "--match-flops takes a method that drops"),
+    *(
+        (["--prompt", text], "--prompt may name {question} and {options} only")
+        for text in (
+            "{question.__class__}",
+            "{options[0]}",
+            "{question!r}",
+            "{question:>9999}",
+            "{}",
+            "{0}",
+            "{que",
+            "{x}",
+        )
+    ),
     (["--compare", "fastv"], "--compare 'fastv' is not among"),
 ]
 
@@ -590,12 +606,17 @@ def test_a_damaged_film_costs_its_own_questions(world, done, tmp_path, monkeypat
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
 
 
-def test_a_task_without_one_film_that_can_be_read_ends_with_a_report(world, tmp_path, monkeypatch, capsys):
+def test_a_task_without_one_film_that_can_be_read_fails_with_a_report(world, tmp_path, monkeypatch, capsys):
     break_decoding(monkeypatch, *(f"v{i}.mp4" for i in range(6)))
-    run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=0)
+    run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=1)
     row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]
     assert (row["n"], row["unanswered"], row["accuracy"]) == (0, 18, None)
-    assert "18 questions are on files that could not be read" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "18 questions are on files that could not be read" in told.out
+    errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "q: no film of it could be read" in errors[0]
+    assert "none of the frames could be decoded" in errors[0]
+    run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=1)  # nor is it done the second time
 
 
 def test_what_the_decoder_complains_of_stays_in_the_results(world, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Locks of folders, and JSON that means one thing only."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import threading
 import pytest
 
 from hybridvlm import files
-from hybridvlm.files import LOCK, FolderBusy, folder_lock, parse_json, runs
+from hybridvlm.files import LOCK, FolderBusy, folder_lock, parse_json, runs, text_problem
 
 
 def test_a_held_folder_names_its_holder(tmp_path):
@@ -121,6 +122,61 @@ def test_a_lock_that_somebody_else_holds_by_now_stays(tmp_path):
 
 def test_runs():
     assert runs(os.getpid()) and not runs(dead())
+    assert not any(map(runs, (0, -1, 2**31, 2**70)))
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV])
+def test_file_systems_without_links_or_modes(tmp_path, monkeypatch, code):
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(os, "chmod", fail)
+    with folder_lock(tmp_path, "mine"):
+        assert json.loads((tmp_path / LOCK).read_text())["what"] == "mine"
+        with pytest.raises(FolderBusy, match="mine"), folder_lock(tmp_path, "another"):
+            pytest.fail("two hold one folder")
+    assert list(tmp_path.iterdir()) == []
+    write_lock(tmp_path, pid=dead())
+    with folder_lock(tmp_path, "the next"):
+        assert json.loads((tmp_path / LOCK).read_text())["what"] == "the next"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"pid": pid} for pid in (2**70, 2**31, 0, -1, True, None, 1.5, "7")] + [{"host": h} for h in ("", "  ", None, 3)],
+    ids=repr,
+)
+def test_locks_that_name_no_process(tmp_path, fields):
+    write_lock(tmp_path, **fields)
+    with pytest.raises(FolderBusy, match="held by an unknown process") as caught, folder_lock(tmp_path, "mine"):
+        pytest.fail("taken from a holder that may live")
+    assert "\n" not in str(caught.value) and str(tmp_path / LOCK) in str(caught.value)
+    write_lock(tmp_path, files.SILENCE + 60, **fields)
+    with folder_lock(tmp_path, "mine"):
+        assert json.loads((tmp_path / LOCK).read_text())["what"] == "mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nowhere", "array", "empty"])
+def test_locks_that_are_none(tmp_path, kind):
+    lock = tmp_path / LOCK
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "link to nowhere":
+        lock.symlink_to("nowhere")
+    else:
+        lock.write_text("[1]" if kind == "array" else "")
+    with pytest.raises(FolderBusy, match="held by an unknown process") as caught, folder_lock(tmp_path, "mine"):
+        pytest.fail("taken over")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("value", ["a\ud800", ["b", {"c": "\udfff"}], {"\ud83d": 1}])
+def test_half_a_surrogate_pair_is_no_text(value):
+    assert "half a surrogate pair" in text_problem(value)
+    assert text_problem(json.loads('["\\ud83d\\ude00", {"a": null, "b": 1.5}]')) is None
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": [{"a": 1, "c": 2, "a": null}]}'])

@@ -406,6 +406,39 @@ print("same")
     assert done.stdout.endswith("same\n"), done.stderr[-2000:]
 
 
+def test_answers_on_meshes_of_all_kinds(source):
+    """Axes left out, and axes as `jax.make_mesh` makes them: the same words as without a mesh."""
+    code = f"""
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from hybridvlm.checkpoints import load
+from hybridvlm.config import Buckets
+from hybridvlm.sharding import ShardingRules, auto_mesh, shard_params
+buckets = Buckets(frames=(2,), text=(128,), max_new=2)
+devices = np.array(jax.devices())
+meshes = [
+    None,
+    Mesh(devices[:2], ("tensor",)),
+    jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2),
+]
+said = []
+for mesh in meshes:
+    model = load({str(source)!r}, mesh=mesh, buckets=buckets)
+    if mesh is not None:
+        held = jax.tree.leaves(model.params)[0].sharding.mesh
+        assert set(held.axis_types) == {{AxisType.Auto}} and (held.devices == mesh.devices).all()
+    said.append(model.ask(None, "What is it?").tokens)
+assert said[0] and all(answer == said[0] for answer in said), said
+whole = load({str(source)!r}).params
+cut = shard_params(whole, model.config, meshes[2])
+assert jax.tree.leaves(cut)[0].sharding.mesh == auto_mesh(meshes[2])
+print("same")
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"}
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT | flags, capture_output=True, text=True)
+    assert done.stdout.endswith("same\n"), done.stderr[-2000:]
+
+
 def test_a_killed_conversion_leaves_nothing_half_written(source, tmp_path):
     """Killed behind its first shard: nothing new, and an older checkpoint as it was; the next one clears up."""
     code = """

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from sharding_worker import IN_SUITE, TRAIN
 
@@ -210,6 +210,21 @@ def test_meshes_that_do_not_fit_are_refused():
         prefill_shapes(AbstractMesh((2,), ("sequence",)))
     # an axis that the mesh leaves out is one of a single device
     assert prefill_shapes(jax.sharding.Mesh(jax.devices()[:1], ("data",))).tokens.x.shape == (2, 5, 8)
+
+
+def test_axes_that_take_every_cut_written_out_become_automatic():
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"), axis_types=kinds)
+    found = sharding.auto_mesh(mesh)
+    assert found == Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * 2) and found != mesh
+    assert sharding.auto_mesh(found) is found
+    abstract = sharding.auto_mesh(AbstractMesh((2, 2), ("data", "tensor"), axis_types=kinds))
+    assert abstract == AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    assert prefill_shapes(mesh).tokens.x.shape == (2, 5, 8)
+    assert sharding.sharding_of(mesh, "embed", (4, 2)).mesh == found
+    assert ShardingRules().shardings(mesh, {"embed": np.zeros((4, 2))})["embed"].mesh == found
+    with pytest.raises(TypeError, match=r"mesh: expected a jax.sharding.Mesh, .* got list"):
+        sharding.auto_mesh([1, 2])
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_8b", "qwen2_vl_7b", "nemotron_3_nano_omni_30b_a3b", "tiny"])

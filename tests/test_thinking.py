@@ -23,7 +23,13 @@ OPTIONS = ("cat", "dog")
         ("<think>a</think>A<think>b</think> (B)", "dog", "(B)"),
         ("<think>\nIt is A", None, None),
         ("<think>A</think>", None, None),
-        ("<think>A</think>B<think>", None, None),
+        ("<think>A</think>\n<think>B", None, None),
+        ("<THINK>a</THINK>B", "dog", "B"),
+        ("a</think >B", "dog", "B"),
+        ("< think>a< /Think >\n(B)", "dog", "(B)"),
+        (" <Think>\nIt is A", None, None),
+        ("Write <think> in front.", None, "Write <think> in front."),
+        ("<think>a</think>Write <think>.", None, "Write <think>."),
         ("A", "cat", "A"),
     ],
 )
@@ -36,6 +42,8 @@ def test_a_reply_in_its_parts():
     assert split_reply("x</think>\ny", opened=True) == Reply("y", "x")
     assert split_reply("x and y", opened=True) == Reply("", "x and y", True)
     assert split_reply(" x and y") == Reply(" x and y")
+    assert split_reply("a <think> b") == Reply("a <think> b")
+    assert split_reply("a <think> b", opened=True) == Reply("", "a  b", True)
 
 
 @pytest.mark.parametrize("kind", ["nemotron", "qwen"])
@@ -48,7 +56,10 @@ def test_tags_are_known_by_their_tokens(kind):
     assert read_reply(tokenizer, tokenizer.encode("<think>hm"))[1:] == ("hm", True)
     assert read_reply(tokenizer, tokenizer.encode("hm"), opened=True) == Reply("hm", "hm", True)
     assert read_reply(tokenizer, tokenizer.encode("B.")) == Reply("B.")
+    assert read_reply(tokenizer, tokenizer.encode("hm</THINK >\nB"), opened=True) == Reply("B", "hm")
+    assert read_reply(tokenizer, tokenizer.encode("<think>hm</think>B<think>hm")).unfinished == (kind == "nemotron")
     assert opens(tokenizer, np.asarray(tokenizer.encode("Assistant\n<think>\n")))
+    assert opens(tokenizer, np.asarray(tokenizer.encode("Assistant\n<Think >\n")))
     assert not opens(tokenizer, np.asarray(tokenizer.encode("Assistant\n<think></think>")))
 
 

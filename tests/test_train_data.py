@@ -310,6 +310,24 @@ def test_jsonl_of_questions_and_conversations(tmp_path, model):
     assert held.cache.made == 1 and again.cache.made == 0 and not list((tmp_path / "c").glob("*.part"))
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_an_array_is_read_as_lines_are(mark, tmp_path, model):
+    path = tmp_path / "t.json"
+    config = settings(data={"source": "jsonl", "path": str(path), "features": "pixels"})
+    spoken = [{"from": "human", "value": "red@t00 none what ?"}, {"from": "gpt", "value": "bag"}]
+    lines = [{"video": f"{name}.mp4", "conversations": spoken} for name in "ab"]
+    path.write_bytes(mark + json.dumps(lines, indent=1).encode())
+    listed = JsonlSource(config, model).samples
+    path.write_bytes(mark + "\n".join(map(json.dumps, lines)).encode())
+    assert JsonlSource(config, model).samples == listed and len(listed) == 2
+    path.write_bytes(mark + json.dumps([*lines, {"video": "c.mp4"}]).encode())
+    with pytest.raises(ValueError, match=r't\.json, entry 3: needs "question"'):
+        JsonlSource(config, model)
+    path.write_bytes(mark + b'[{"video": "a.mp4",]')
+    with pytest.raises(ValueError, match=r"t\.json is no JSON array"):
+        JsonlSource(config, model)
+
+
 def test_earlier_turns_are_part_of_the_prompt():
     def turn(a, b):
         return [{"from": "human", "value": a}, {"from": "gpt", "value": b}]
@@ -335,6 +353,8 @@ def test_earlier_turns_are_part_of_the_prompt():
         ),
         ({"video": "v", "conversations": [{"from": "system", "value": "x"}]}, "one after the other"),
         ({"video": "v", "question": "a", "answer": "b", "system": 3}, "must be a text"),
+        ({"video": "v\0.mp4", "question": "a", "answer": "b"}, "zero byte"),
+        ({"video": "v", "question": "a", "answer": "\ud800"}, "half a surrogate pair"),
         (
             {"video": "v", "conversations": [{"from": "human", "value": "x"}, {"from": "system", "value": "y"}]},
             "one after the other",

@@ -20,7 +20,7 @@ from train_micro import micro, settings
 
 from hybridvlm import distributed
 from hybridvlm.checkpoints.folder import save_folder
-from hybridvlm.checkpoints.steps import Steps, checksum, digests
+from hybridvlm.checkpoints.steps import Steps, _text_digest, checksum, digests
 from hybridvlm.config import to_dict
 from hybridvlm.errors import said
 from hybridvlm.files import FolderBusy, folder_lock
@@ -201,6 +201,77 @@ def test_after_a_fall_back_the_step_is_saved_again_and_nothing_is_lost(held, tmp
         steps.close()
         assert restored(folder) == (2, [])
     assert sorted(p.name for p in (folder / "checkpoints-damaged").iterdir()) == ["2", "2-1"]
+
+
+@pytest.mark.parametrize("number", ["2", "9"])
+def test_a_step_under_another_number_is_passed_over(held, tmp_path, number):
+    folder = tmp_path / "run"
+    shutil.copytree(held, folder)
+    shutil.rmtree(folder / "checkpoints" / number, ignore_errors=True)
+    shutil.copytree(folder / "checkpoints" / "1", folder / "checkpoints" / number)
+    step, told = restored(folder)
+    assert step == (1 if number == "2" else 2) and len(told) == 1
+    assert f"step {number} is damaged (it is what was saved after 1 steps)" in told[0]
+
+
+def test_notes_of_earlier_versions_do_not_name_their_step(tmp_path, monkeypatch):
+    steps = Steps(tmp_path)
+    made = steps._ocp.args.JsonSave
+
+    def without(note):
+        old = {name: value for name, value in note.items() if name in ("about", "arrays")}
+        return made(old | {"sha256": _text_digest(old)})
+
+    monkeypatch.setattr(steps._ocp.args, "JsonSave", without)
+    steps.save(2, arrays(2), about(2))
+    steps.close()
+    monkeypatch.undo()
+    assert restored(tmp_path) == (2, [])
+
+
+def test_one_damage_is_one_line(tmp_path):
+    """Nothing of the reads that were under way beside the one that failed, nor of metadata that nobody needs."""
+    code = f"""
+import pathlib, time
+import numpy as np
+from hybridvlm.checkpoints.steps import Steps
+rng = np.random.default_rng(0)
+folder = pathlib.Path({str(tmp_path)!r})
+tree = lambda: {{f"a{{i}}": rng.normal(size=40_000).astype(np.float32) for i in range(24)}}
+steps = Steps(folder, keep=3)
+for step in (1, 2, 3):
+    steps.save(step, tree(), {{}})
+steps.close()
+for step in (3, 2):
+    (folder / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{{")
+    for file in (folder / "checkpoints" / str(step) / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 5000:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+for _ in range(2):
+    steps, told = Steps(folder, keep=3), []
+    found = steps.restore(lambda step: tree(), told.append)
+    steps.close()
+    print(found[0], len(told))
+time.sleep(0.3)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["1 2", "1 0", ""], done.stdout + done.stderr
+    assert done.stderr == "", done.stderr[-2000:]
+
+
+def test_other_errors_that_nobody_can_catch_are_shown(held, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    shutil.copytree(held, tmp_path / "run")
+    assert restored(tmp_path / "run") == (2, [])
+
+    class Broken:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")  # of somebody else's
+
+    Broken()
+    assert [str(said.exc_value) for said in shown] == ["Event loop is closed"]
 
 
 def test_where_no_step_is_whole_the_run_starts_anew_and_says_so(held, tmp_path):

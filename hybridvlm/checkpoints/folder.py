@@ -304,8 +304,9 @@ def _floating(dtype: Any) -> np.dtype:
 
 def _placing(mesh: jax.sharding.Mesh) -> Place:
     """The mesh's places by the default rules."""
-    from hybridvlm.sharding import sharding_of, tensor_size
+    from hybridvlm.sharding import auto_mesh, sharding_of, tensor_size
 
+    mesh = auto_mesh(mesh)
     tensor_size(mesh)  # refuses an axis that no rule knows
     return functools.partial(sharding_of, mesh)
 

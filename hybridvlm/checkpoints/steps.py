@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -119,7 +120,8 @@ class Steps:
         """Start to keep arrays (a nested dict) and `about` (JSON) after `step` steps; nothing for a step that is there."""
         if step in self.manager.all_steps():
             return
-        note = {"about": about, "arrays": digests(tree)}
+        # the step too: a folder that was copied or renamed to another number is no step of its own
+        note = {"step": step, "about": about, "arrays": digests(tree)}
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(tree),
             about=self._ocp.args.JsonSave(note | {"sha256": _text_digest(note)}),
@@ -203,8 +205,13 @@ class Steps:
             for kind in (ocp.JsonCheckpointHandler, ocp.StandardCheckpointHandler)
         )
         note = notes.restore(at / "about")
-        if note["sha256"] != _text_digest({key: note[key] for key in ("about", "arrays")}):
+        if not isinstance(note, dict) or not {"about", "arrays", "sha256"} <= set(note):
+            raise Damaged("the data's position and the checksums are missing")
+        if note["sha256"] != _text_digest({key: value for key, value in note.items() if key != "sha256"}):
             raise Damaged("the data's position and the checksums are not those that were saved")
+        # notes of earlier versions do not name their step
+        if note.get("step", int(at.name)) != int(at.name):
+            raise Damaged(f"it is what was saved after {note['step']} steps")
         return arrays.restore(at / "state", args=ocp.args.StandardRestore(abstract)), note
 
     def _set_aside(self, step: int) -> pathlib.Path:
@@ -242,12 +249,34 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         gc.collect()
-        sys.unraisablehook = before
+        sys.unraisablehook = before if isinstance(before, _NoLateReads) else _NoLateReads(before)
+
+
+class _NoLateReads:
+    """A `sys.unraisablehook` that shows nothing of reads whose end TensorStore's threads report to an event loop that ended with
+    the read that failed. They may do so long after, so that it stays; all else is shown by `before`."""
+
+    def __init__(self, before: Callable[[Any], None]):
+        self.before = before
+
+    def __call__(self, said: Any) -> None:
+        trace = said.exc_traceback
+        # the outermost frame: no code in Python called it
+        called = "" if trace is None else trace.tb_frame.f_code.co_name
+        late = isinstance(said.exc_value, RuntimeError) and str(said.exc_value) == "Event loop is closed"
+        if not (late and called == "call_soon_threadsafe"):
+            self.before(said)
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:
-    """A log filter: what fails in Orbax's threads it logs with a traceback from each of them, and raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """A log filter: what fails in Orbax's threads it logs with a traceback from each of them, and raises; and metadata that it
+    does without where they are damaged."""
+    if "orbax" not in record.pathname:
+        return True
+    return not record.exc_info and not _METADATA.match(str(record.msg))
+
+
+_METADATA = re.compile("Failed to json parse Metadata file|Metadata file does not exist")
 
 
 def _sharding(a: Any) -> jax.sharding.Sharding:

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
@@ -45,6 +46,7 @@ class _File:
 
     def __init__(self, path: pathlib.Path):
         self.path, self.handle = path, path.open("rb", buffering=0)
+        weakref.finalize(self, self.handle.close)  # a tensor may be asked for as long as this is there
         size = os.fstat(self.handle.fileno()).st_size
         length = int.from_bytes(self.handle.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER):

@@ -43,7 +43,8 @@ that turns out damaged are not asked: they are counted apart, and the accuracy i
 
 files in --output: results.json (rows and metadata), report.md with two pictures, samples.jsonl (one line per answer); .lock while
 a run is at work in there.
-exit code: 0 done; 1 a run failed, what was answered before is kept; 2 a wrong option or input, nothing was started."""
+exit code: 0 done; 1 a run failed, what was answered before is kept, or no film of a task could be read; 2 a wrong option or
+input, nothing was started."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,7 +153,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
             if evaluation is None:
                 return _fail(said(error), 2)
             return _fail(f"{said(error)}\nwhat was answered before is kept in {evaluation.store.path}", 1)
-    return 0
+    return _fail("\n".join(evaluation.unread), 1) if evaluation.unread else 0
 
 
 def _fail(text: str, code: int) -> int:

@@ -20,6 +20,7 @@ from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expan
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.generate import Model
 from hybridvlm.models.prompt import allow_special_tokens
+from hybridvlm.models.text import check_tokenizer
 from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.reduction import BudgetError
 from hybridvlm.thinking import switch, think_budget
@@ -75,6 +76,7 @@ def prepare(options: argparse.Namespace) -> Checked:
     model = folder.load(options.model, dtype=options.dtype)
     model.buckets = override(model.buckets, options.buckets, "--buckets")
     base = base_reduction(options, model.reduction)
+    check_tokenizer(model)
     if options.allow_special_tokens:
         allow_special_tokens(model.tokenizer)
     switch(model, THINKING[options.thinking])
@@ -123,6 +125,7 @@ class Evaluation:
     def __init__(self, checked: Checked, command: str):
         self.options, self.command, self.model, self.tasks = checked.options, command, checked.model, checked.tasks
         self.planner, self.folder, self.notes = checked.planner, checked.folder, list[str]()
+        self.unread: list[str] = []  # a line for each task of which no film could be read, once it has run
         options, model, tasks = checked.options, checked.model, checked.tasks
         self.runners: list[Runner] = []
         self.process = here()
@@ -186,6 +189,7 @@ class Evaluation:
         agree(failure)
         self.store.join()
         self._note(*self._remarks())
+        self.unread = [line for runner in self.runners if (line := self._all_unread(runner))]
         if self.process.first:
             self._write()
         agree(None)  # no part goes before all of it is written
@@ -228,6 +232,13 @@ class Evaluation:
             for video in runner.task.videos:
                 lines += runner.task.remarks(video)
         return [line for line in dict.fromkeys(lines) if line]
+
+    def _all_unread(self, runner: Runner) -> str:
+        """What to say of a task of which no film at all could be read, so that its table holds nothing."""
+        records = [self.store.get(runner.key(DENSE, sample)) for sample in runner.task.samples]
+        if not all("failure" in record for record in records):
+            return ""
+        return f"{runner.task.name}: no film of it could be read, no question was answered; {records[0]['failure']}"
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""

@@ -217,7 +217,6 @@ class Runner:
             if model.tokenizer
             else None,
             "template": template if hasattr(model.tokenizer, "chat") else None,
-            "special_tokens": getattr(model.tokenizer, "allow_special_tokens", False),
             "asking": dataclasses.asdict(asking),
             "library": versions()["hybridvlm"],
         }

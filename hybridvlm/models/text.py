@@ -292,3 +292,12 @@ def cut_at_media(text: str) -> list[Text | int]:
             at = place + 1
     parts.append(text[at:])
     return [part for part in parts if part != ""]
+
+
+def check_tokenizer(model: Any) -> None:
+    """ValueError for a model that can neither read nor write text."""
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{model.name or 'the model'} has no tokenizer.json: text can be neither read nor written; put the checkpoint's "
+            "tokenizer.json beside its weights, or give ids to prefill and decode"
+        )

@@ -24,6 +24,7 @@ from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.generate import Model
 from hybridvlm.models.names import flatten, unflatten
 from hybridvlm.models.prompt import allow_special_tokens
+from hybridvlm.models.text import check_tokenizer
 from hybridvlm.reduction.flops import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.train import lora as adapters
@@ -86,6 +87,7 @@ class Run:
         check_installed(config.logging)
         self.mesh = self._mesh()
         self.model = model = load(config.model, mesh=self.mesh) if model is None else model
+        check_tokenizer(model)
         if config.data.allow_special_tokens:
             allow_special_tokens(model.tokenizer)
         check_family(model.family)

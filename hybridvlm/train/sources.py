@@ -5,7 +5,6 @@ A source is deterministic: sample number i is the same at every call, in every p
 
 from __future__ import annotations
 
-import codecs
 import functools
 import hashlib
 import pathlib
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hybridvlm.files import parse_json
+from hybridvlm.files import json_rows, text_problem
 from hybridvlm.generate import Model
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.text import person
@@ -193,7 +192,8 @@ class Files:
 
 
 class JsonlSource(Files):
-    """Lines {"video": path, "question", "answer"} or {"video": path, "conversations": [{"from": "human" | "gpt", "value"}, ...]}.
+    """Lines {"video": path, "question", "answer"} or {"video": path, "conversations": [{"from": "human" | "gpt", "value"}, ...]},
+    or one JSON array of them.
 
     Either may have a "system" text, which a conversation may also begin with ({"from": "system", "value"}): it becomes the system
     message. Paths are relative to the file. Every turn of a conversation is a sample of its own, with the earlier turns before it,
@@ -207,16 +207,14 @@ class JsonlSource(Files):
             raise FileNotFoundError(f"no training samples at {path}; give a JSONL file")
         self.folder = path.parent
         self.samples: list[tuple[str, Talk]] = []
-        held = path.read_bytes()
-        self.digest = hashlib.sha256(held).hexdigest()[:16]
-        for number, line in enumerate(held.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
-            if line.strip():
-                try:
-                    video, talk = read_line(parse_json(line))
-                    self._fits(talk)
-                except ValueError as error:  # what json and Unicode raise is one too
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-                self.samples += [(video, Talk(talk.turns[: n + 1], talk.system)) for n in range(len(talk.turns))]
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for _, place, parse in json_rows(path):
+            try:
+                video, talk = read_line(parse())
+                self._fits(talk)
+            except ValueError as error:  # what json and Unicode raise is one too
+                raise ValueError(f"{path}, {place}: {error}") from None
+            self.samples += [(video, Talk(talk.turns[: n + 1], talk.system)) for n in range(len(talk.turns))]
         if not self.samples:
             raise ValueError(f"{path} holds no samples")
 
@@ -268,6 +266,10 @@ def read_line(line: Any) -> tuple[str, Talk]:
     """(video, what is said about it) of one parsed line; ValueError for one of another form."""
     if not isinstance(line, dict) or not isinstance(line.get("video"), str) or not line["video"]:
         raise ValueError('needs "video", the path of a file')
+    if "\0" in line["video"]:
+        raise ValueError(f'"video" holds a zero byte, which no path has: {line["video"]!r}')
+    if problem := text_problem(line):
+        raise ValueError(problem)
     system = line.get("system") or ""
     if not isinstance(system, str):
         raise ValueError(f'"system" must be a text, got {system!r}')

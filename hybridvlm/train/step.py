@@ -69,7 +69,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, model: Model, mesh: jax.sharding.Mesh | None = None):
-        self.config, self.model, self.mesh = config, model, mesh
+        self.config, self.model = config, model
+        self.mesh = None if mesh is None else sharding.auto_mesh(mesh)
         self.family, self.dtype = model.family, jnp.dtype(config.dtype)
         check_family(model.family)
         self.optimizer = optimizers.make(config.optimizer, config.steps, adapters.target)

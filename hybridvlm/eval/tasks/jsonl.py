@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
+import string
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, letters, plain
-from hybridvlm.files import parse_json
+from hybridvlm.files import json_rows, text_problem
 from hybridvlm.models import family_for
 from hybridvlm.models.media import Clip
 from hybridvlm.video import VideoError, VideoWarning, default_frames, shown_clip
@@ -60,10 +59,7 @@ class JsonlTask(Task):
         order = {video: i for i, video in enumerate(dict.fromkeys(sample.video for sample in samples))}
         samples.sort(key=lambda sample: order[sample.video])  # stable: a video's questions come together
         self.samples = tuple(samples)
-        try:
-            self.prompt(self.samples[0])
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise ValueError(f"--prompt may name {{question}} and {{options}} only, got {self._template!r}") from error
+        _check_template(self._template)
 
     def prompt(self, sample: Sample) -> str:
         return self._template.format(question=sample.question, options=letters(sample.options))
@@ -124,6 +120,16 @@ class JsonlTask(Task):
         return repr((self._digests[video], clip.kind, clip.numbers, clip.seconds, config.vision.image_size))
 
 
+def _check_template(template: str) -> None:
+    """ValueError for a prompt that asks for more than the two fields as they are: an attribute, an index, a conversion."""
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError:
+        fields = [("", "", None)]
+    if any(name not in ("question", "options") or form or turned for name, form, turned in fields):
+        raise ValueError(f"--prompt may name {{question}} and {{options}} only, got {template!r}")
+
+
 def _file(path: pathlib.Path) -> Any:
     """What two spellings of one file have in common."""
     try:
@@ -137,7 +143,7 @@ def read_samples(path: pathlib.Path) -> list[Sample]:
     """The samples of a JSONL file, or of a JSON array; ValueError names file and line (or place)."""
     samples: list[Sample] = []
     seen: dict[str, str] = {}
-    for number, place, parse in _rows(path):
+    for number, place, parse in json_rows(path):
         try:
             sample = _sample(parse(), number)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -153,23 +159,6 @@ def read_samples(path: pathlib.Path) -> list[Sample]:
     return samples
 
 
-def _rows(path: pathlib.Path) -> Iterator[tuple[int, str, Callable[[], Any]]]:
-    """(number, place for messages, function that parses it) of every question in a file."""
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if data.lstrip().startswith(b"["):
-        try:
-            listed = parse_json(data)
-        except ValueError as error:
-            if data.strip().endswith(b"]"):  # one array, and no lines
-                raise ValueError(f"{path} is no JSON array, as which it begins and ends: {error}") from None
-        else:
-            yield from ((number, f"entry {number}", lambda row=row: row) for number, row in enumerate(listed, 1))
-            return
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            yield number, f"line {number}", functools.partial(parse_json, line)
-
-
 def _sample(row: Any, number: int) -> Sample:
     if not isinstance(row, dict):
         raise ValueError(f"must be an object with video, question and answer, got {type(row).__name__}")
@@ -179,6 +168,10 @@ def _sample(row: Any, number: int) -> Sample:
     for field in ("video", "question", "answer"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise ValueError(f"{field} must be a text that is not empty, got {row.get(field)!r}")
+    if "\0" in row["video"]:
+        raise ValueError(f"video holds a zero byte, which no path has: {row['video']!r}")
+    if problem := text_problem(row):
+        raise ValueError(problem)
     options = row.get("options") or []
     if not isinstance(options, list) or any(not isinstance(o, str) for o in options) or len(options) == 1:
         raise ValueError(f"options must be a list of at least two texts, got {options!r}")
