@@ -38,10 +38,16 @@ WALKS = {  # templates that read a message's content in parts
     "first part": loop("{{ m.content[0].text }}"),
 }
 STRING = loop("{{ m.content }}")
+CONTENT = "{{ messages[0].content }}"
 
 
 def chat(text, content="hi", **options):
-    return PublishedTokenizer(None, text).chat([{"role": "user", "content": content}], **options)
+    """A template that writes the message after what is looked at, which comes back without it."""
+    made = PublishedTokenizer(None, text + "|{{ messages[0].content }}").chat(
+        [{"role": "user", "content": content}], **options
+    )
+    assert made.endswith(f"|{content}")
+    return made[: -len(content) - 1]
 
 
 @pytest.mark.parametrize("name", WALKS)
@@ -51,7 +57,7 @@ def test_templates_that_walk_content_parts(name):
         {"role": "assistant", "content": "So."},
         {"role": "user", "content": "And?"},
     ]
-    assert PublishedTokenizer(None, WALKS[name]).chat(messages, whole=True) == PublishedTokenizer(None, STRING).chat(
+    assert PublishedTokenizer(None, WALKS[name]).chat(messages) == PublishedTokenizer(None, STRING).chat(
         messages
     )
     if name == "first part":
@@ -70,7 +76,7 @@ def test_a_template_that_leaves_something_out_is_refused():
     for text in ("{{ bos_token }}", loop(""), loop("{{ m.content[:3] }}"), "{{ messages[-1].content }}"):
         with pytest.raises(ValueError, match="leaves out a text or a medium"):
             PublishedTokenizer(None, text).chat(
-                [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why not?"}], whole=True
+                [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why not?"}]
             )
     twice = [user_message("Why?", PromptStyle(), ["video"])]
     with pytest.raises(ValueError, match="repeats a medium"):
@@ -246,20 +252,20 @@ def test_which_template_of_several(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
 
     def read():
-        return PublishedTokenizer.from_folder(tmp_path).chat([{"role": "user", "content": "x"}], "family")
+        return PublishedTokenizer.from_folder(tmp_path).chat([{"role": "user", "content": "x"}], "family " + CONTENT).removesuffix(" x")
 
     assert read() == "family"
-    config = {"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "of the config"}]}
+    config = {"chat_template": [{"name": "rag", "template": "r " + CONTENT}, {"name": "default", "template": "of the config " + CONTENT}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert read() == "of the config"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the json"}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the json " + CONTENT}))
     assert read() == "of the json" or read() == "of the config"
     more = tmp_path / "additional_chat_templates"
     more.mkdir()
-    (more / "default.jinja").write_text("additional")
+    (more / "default.jinja").write_text("additional " + CONTENT)
     (more / "tool_use.jinja").write_text("tools")
     assert read() == "additional"
-    (tmp_path / "chat_template.jinja").write_text("of its file")
+    (tmp_path / "chat_template.jinja").write_text("of its file " + CONTENT)
     assert read() == "of its file"
     tokenizer = PublishedTokenizer.from_folder(tmp_path)
     (tmp_path / "copy").mkdir()
@@ -267,7 +273,7 @@ def test_which_template_of_several(tmp_path):
     assert (tmp_path / "copy" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
     for file in ("chat_template.jinja", "chat_template.json", "additional_chat_templates/default.jinja"):
         (tmp_path / file).unlink()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "r"}]}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "r " + CONTENT}]}))
     with pytest.raises(ValueError, match="several chat templates"):
         read()
     (more / "tool_use.jinja").unlink()
