@@ -35,6 +35,7 @@ FILES = (TOKENIZER, CONFIG, TEMPLATE, "chat_template.json", MAP, ADDED)
 _MEDIUM = re.compile(
     r"(?:<\|vision_start\|>)?<\|(?:image|video)_pad\|>(?:<\|vision_end\|>)?|(?:<img>)?<(?:image|video)>(?:</img>)?"
 )
+_MARKS = ("<|image_pad|>", "<|video_pad|>", "<image>", "<video>")
 _PROBE, _END = "probe{}x{}x", "end{}x{}x"
 _DUMPED = re.compile(r"""['"]text['"]: *['"]probe\d+x\d+x""")
 
@@ -128,18 +129,19 @@ class PublishedTokenizer:
             raise ValueError("the checkpoint has no chat template, and its family none either")
         given = {"tools": None, "documents": None, **(template_options or {}), **given}
         spoken = parts_of(messages)
-        probes = _probes(spoken)
         failures: list[ValueError] = []
         lost: list[str] = []
         for forms in _all_forms(spoken):
             try:
-                tried = self._rendered(probes, forms, given, default)
+                missing: list[str] = []
+                for whole in (False, True):  # a word for each text tells most, and soon
+                    if not missing:
+                        missing = _missing(self._rendered(_probes(spoken, whole), forms, given, default), spoken, whole)
             except ValueError as error:
                 if isinstance(error.__cause__, TooMuch):
                     raise
                 failures.append(error)
                 continue
-            missing = _missing(tried, probes, spoken)
             if not missing:
                 return self._rendered(spoken, forms, given, default)
             lost = min(lost or missing, missing, key=len)
@@ -190,14 +192,15 @@ class PublishedTokenizer:
 # -- messages -----------------------------------------------------------------------------------------------------------
 
 
-def _probes(spoken: list[tuple[str, list[Part]]]) -> list[tuple[str, list[Part]]]:
-    """The same messages with a word in the place of each text, to see whether a template writes it to its end."""
+def _probes(spoken: list[tuple[str, list[Part]]], whole: bool) -> list[tuple[str, list[Part]]]:
+    """The same messages with a word in the place of each text, to see whether a template writes it; or with a whole text of the
+    same length, to see whether it writes that to its end."""
 
     def probe(row: int, column: int, kind: str, piece: Text) -> Part:
         if kind != "text" or not piece.strip():
             return kind, piece
-        head, end = _words(row, column, len(piece))
-        return kind, person(head + "z" * (len(piece) - len(head) - len(end)) + end)
+        head, end = _words(row, column, len(piece) if whole else 0)
+        return kind, person(head + "z" * (len(piece) - len(head) - len(end)) * whole + end)
 
     return [
         (role, [probe(row, column, kind, piece) for column, (kind, piece) in enumerate(parts)])
@@ -211,15 +214,15 @@ def _words(row: int, column: int, length: int) -> tuple[str, str]:
     return (head, end) if length > 2 * len(head) else (head, "")
 
 
-def _missing(text: Text, probes: list[tuple[str, list[Part]]], spoken: list[tuple[str, list[Part]]]) -> list[str]:
+def _missing(text: Text, spoken: list[tuple[str, list[Part]]], whole: bool) -> list[str]:
     """What of the messages is not in a text: every word must be there, and every medium once and in order."""
     found, missing = plain(text).casefold(), []
     for row, (role, parts) in enumerate(spoken):
         for column, (kind, piece) in enumerate(parts):
-            words = _words(row, column, len(piece)) if kind == "text" and piece.strip() else ()
+            words = _words(row, column, len(piece) if whole else 0) if kind == "text" and piece.strip() else ()
             if not all(word in found for word in words):
                 missing.append(f"the text of message {row + 1} ({role}), {plain(piece)[:60]!r}, is not written whole")
-    media = [number for _, parts in probes for _, piece in parts for number in media_in(piece)]
+    media = [number for _, parts in spoken for _, piece in parts for number in media_in(piece)]
     if media_in(text) != media:
         missing.append(f"media {[one + 1 for one in media_in(text)][:8]} are written where {len(media)} were given")
     # a list of parts that was written as Python or JSON has it
@@ -256,6 +259,8 @@ def _as_text_parts(parts: list[Part]) -> list[dict[str, Any]]:
 
 def _with_media(text: Text) -> Text:
     """The places of media where a template wrote its own marks for them."""
+    if not any(mark in text for mark in _MARKS):
+        return text
     pieces, at, count = [], 0, 0
     for found in _MEDIUM.finditer(text):
         if set(origin_of(text)[found.start() : found.end()]) == {TRUSTED}:
