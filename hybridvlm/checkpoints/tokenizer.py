@@ -176,7 +176,7 @@ class PublishedTokenizer:
             raise ValueError(
                 f"the chat template failed: {type(error).__name__}: {told} (template {self._source()})"
             ) from error
-        return _with_media(text)
+        return text if all(forms(role) is _as_text for role, _ in spoken) else _with_media(text)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write a tokenizer.json, and beside it the other files that it was read with."""
@@ -197,7 +197,7 @@ def _probes(spoken: list[tuple[str, list[Part]]], whole: bool) -> list[tuple[str
     same length, to see whether it writes that to its end."""
 
     def probe(row: int, column: int, kind: str, piece: Text) -> Part:
-        if kind != "text" or not piece.strip():
+        if kind != "text" or not piece:
             return kind, piece
         head, end = _words(row, column, len(piece) if whole else 0)
         return kind, person(head + "z" * (len(piece) - len(head) - len(end)) * whole + end)
@@ -219,7 +219,7 @@ def _missing(text: Text, spoken: list[tuple[str, list[Part]]], whole: bool) -> l
     found, missing = plain(text).casefold(), []
     for row, (role, parts) in enumerate(spoken):
         for column, (kind, piece) in enumerate(parts):
-            words = _words(row, column, len(piece) if whole else 0) if kind == "text" and piece.strip() else ()
+            words = _words(row, column, len(piece) if whole else 0) if kind == "text" and piece else ()
             if not all(word in found for word in words):
                 missing.append(f"the text of message {row + 1} ({role}), {plain(piece)[:60]!r}, is not written whole")
     media = [number for _, parts in spoken for _, piece in parts for number in media_in(piece)]
