@@ -262,7 +262,10 @@ def test_control_tokens_that_a_template_builds_from_the_role():
 @pytest.mark.parametrize(
     ("piece", "form"),
     [
-        *(("question", form) for form in ("{question:>300000000}", "{question.__class__}", "{nothere}", "{", "What?", "{0}")),
+        *(
+            ("question", form)
+            for form in ("{question:>300000000}", "{question.__class__}", "{nothere}", "{", "What?", "{0}")
+        ),
         *(("frame", form) for form in ("{seconds:.9999f}", "{number[0]}", "{seconds!r}", "{number:{seconds}}", 5)),
         ("also", "{}"),
         ("before", None),

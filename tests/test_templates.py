@@ -59,9 +59,7 @@ def test_templates_that_walk_content_parts(name):
         {"role": "assistant", "content": "So."},
         {"role": "user", "content": "And?"},
     ]
-    assert PublishedTokenizer(None, WALKS[name]).chat(messages) == PublishedTokenizer(None, STRING).chat(
-        messages
-    )
+    assert PublishedTokenizer(None, WALKS[name]).chat(messages) == PublishedTokenizer(None, STRING).chat(messages)
     if name == "first part":
         with pytest.raises(ValueError, match="leaves out a text or a medium"):
             render(PublishedTokenizer(None, WALKS[name]), [user_message("Why?", PromptStyle())], "")
@@ -254,10 +252,19 @@ def test_which_template_of_several(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
 
     def read():
-        return PublishedTokenizer.from_folder(tmp_path).chat([{"role": "user", "content": "x"}], "family " + CONTENT).removesuffix(" x")
+        return (
+            PublishedTokenizer.from_folder(tmp_path)
+            .chat([{"role": "user", "content": "x"}], "family " + CONTENT)
+            .removesuffix(" x")
+        )
 
     assert read() == "family"
-    config = {"chat_template": [{"name": "rag", "template": "r " + CONTENT}, {"name": "default", "template": "of the config " + CONTENT}]}
+    config = {
+        "chat_template": [
+            {"name": "rag", "template": "r " + CONTENT},
+            {"name": "default", "template": "of the config " + CONTENT},
+        ]
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert read() == "of the config"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the json " + CONTENT}))
@@ -275,7 +282,9 @@ def test_which_template_of_several(tmp_path):
     assert (tmp_path / "copy" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
     for file in ("chat_template.jinja", "chat_template.json", "additional_chat_templates/default.jinja"):
         (tmp_path / file).unlink()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "r " + CONTENT}]}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "rag", "template": "r " + CONTENT}]})
+    )
     with pytest.raises(ValueError, match="several chat templates"):
         read()
     (more / "tool_use.jinja").unlink()
@@ -297,12 +306,20 @@ def test_a_clip_of_a_parts_template_stands_where_the_string_has_it():
     assert one.ids.tolist() == two.ids.tolist() and one.frame.tolist() == two.frame.tolist()
 
 
-PARTS = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}{% endfor %}"
+PARTS = (
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
     ("texts", "kinds"),
-    [(("system",), []), (("system",), ["video"]), (("system", "assistant"), ["video"]), (("assistant",), ["video", "image"])],
+    [
+        (("system",), []),
+        (("system",), ["video"]),
+        (("system", "assistant"), ["video"]),
+        (("assistant",), ["video", "image"]),
+    ],
 )
 def test_a_template_that_takes_text_of_some_roles_and_parts_of_others(texts, kinds):
     mixed = loop("{% if m.role in " + str(list(texts)) + " %}{{ m.content }}{% else %}" + PARTS + "{% endif %}")
@@ -348,7 +365,7 @@ SILENT_BOMBS = [  # one call of C each, which no count of steps sees
     "{{ ('!' * 60000) | wordwrap(9) }}",
     "{{ ('ß' * 16000000) | title }}",
     "{{ ('ß' * 16000000) | upper }}",
-    "{{ ('ß' * 8000000 ~ messages[0].content).upper() | length }}" * 9,
+    "{{ ('ß' * 5000000 ~ messages[0].content).upper() | length }}" * 9,
     "{{ ('a' * 8000000).rfind('b' + 'a' * 4000000) }}",
     "{{ ('a' * 8000000).rsplit('b' + 'a' * 4000000) }}",
     "{{ ('ab' * 8000000).strip('c' * 4000000 ~ 'ab') }}",
@@ -356,9 +373,9 @@ SILENT_BOMBS = [  # one call of C each, which no count of steps sees
     "{{ ('a\n' * 8000000).splitlines() }}",
     "{{ ('{' * 8000000).format() }}",
     "{{ ('{0!r:.0}' * 100000).format(range(100000) | list) }}",
-    "{% set x, y = 'a' * 16000000, 'a' * 16000000 %}" + "{{ x == y }}" * 9000,
-    "{% set x = 'a' * 16000000 %}" + "{{ x is lower }}" * 7000,
-    "{% set x = 'a' * 16000000 %}" + "{% set y = x[1:] %}" * 6000,
+    "{% set x, y = 'a' * 16000000, 'a' * 16000000 %}" + "{{ x == y }}" * 2000,
+    "{% set x = 'a' * 16000000 %}" + "{{ x is lower }}" * 1500,
+    "{% set x = 'a' * 16000000 %}" + "{% set y = x[1:] %}" * 1500,
     "{{ (2 ** 4000) ** 4000 }}",
 ]
 
@@ -368,7 +385,9 @@ def test_one_call_that_takes_too_much_is_ended():
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from hybridvlm.checkpoints import template_limits
 from hybridvlm.checkpoints.template import render
+template_limits.SECONDS = 0.2
 from hybridvlm.models.text import person
 for text in {SILENT_BOMBS!r}:
     try:
@@ -377,7 +396,7 @@ for text in {SILENT_BOMBS!r}:
         assert type(error).__name__ in ("TooMuch", "ValueError"), text[:60]
     else:
         raise SystemExit(f"not ended: {{text[:60]}}")
-    print(repr(text[:40]), resource.getrusage(resource.RUSAGE_SELF).ru_utime, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, repr(text[:60]), flush=True)
 """
     done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -387,7 +406,10 @@ for text in {SILENT_BOMBS!r}:
     ("text", "want"),
     [
         ("{{ '{{a}}{}b{{{0}}}'.format('x') if false else '{{a}}{0}b{{{0}}}'.format('x') }}", "{a}xb{x}"),
-        ("{{ '%(a)s%%%(b)05.1f%-4s|' % {'a': 'x', 'b': 2} if false else '%(a)s%%%(b)05.1f' % {'a': 'x', 'b': 2} }}", "x%002.0"),
+        (
+            "{{ '%(a)s%%%(b)05.1f%-4s|' % {'a': 'x', 'b': 2} if false else '%(a)s%%%(b)05.1f' % {'a': 'x', 'b': 2} }}",
+            "x%002.0",
+        ),
         ("{{ '%.2s|%5r|%-4d|' | format('abc', 'a', 7) }}", "ab|  'a'|7   |"),
         ("{{ 1e999 }}{{ -1e999 }}", "inf-inf"),
         ("{{ 1 < 2 < 3 and 'a' in 'ab' and 'x' not in ['a'] }}{{ 'abc'[1:] }}{{ [1, 2, 3][:2] }}", "Truebc[1, 2]"),

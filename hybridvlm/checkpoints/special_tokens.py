@@ -196,6 +196,7 @@ def control_tokens(tokenizer: Tokenizer, template: str | None) -> dict[int, str]
     def used(mark: str) -> bool:
         ends = [mark.split(role, 1) for role in ROLES if role in mark]
         return template is None or mark in template or any(a in template and b in template for a, b in ends)
+
     return {
         number: token.content
         for number, token in tokenizer.get_added_tokens_decoder().items()

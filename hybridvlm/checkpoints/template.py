@@ -19,7 +19,15 @@ from jinja2.compiler import CodeGenerator, operators
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, SecurityError
 from jinja2.utils import Namespace
 
-from hybridvlm.checkpoints.template_filters import JINJA, LONGEST, OWN, bounded_filter, bounded_test, joined_filter, not_offered
+from hybridvlm.checkpoints.template_filters import (
+    JINJA,
+    LONGEST,
+    OWN,
+    bounded_filter,
+    bounded_test,
+    joined_filter,
+    not_offered,
+)
 from hybridvlm.checkpoints.template_limits import (
     BITS,
     ELEMENTS,

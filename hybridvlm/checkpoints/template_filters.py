@@ -141,7 +141,9 @@ def _tojson(
     own = separators if separators is not None else (", ", ": ")
     fill("tojson with an indent or separators", indent, *own)
     elements, depth = weigh(value)
-    bounded((elements + 1) * (depth * (indent or 0 if isinstance(indent, int | None) else len(indent)) + sum(map(len, own))))
+    bounded(
+        (elements + 1) * (depth * (indent or 0 if isinstance(indent, int | None) else len(indent)) + sum(map(len, own)))
+    )
     return person(
         json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     )
@@ -175,7 +177,21 @@ LONGEST = {"title": ARGUMENT, "wordwrap": 1 << 11}
 JINJA = {
     LIMIT: ("abs", "count", "d", "default", "first", "items", "last", "length", "reverse"),
     ARGUMENT: (
-        *("batch", "dictsort", "float", "groupby", "int", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"),
+        *(
+            "batch",
+            "dictsort",
+            "float",
+            "groupby",
+            "int",
+            "list",
+            "map",
+            "max",
+            "min",
+            "reject",
+            "rejectattr",
+            "select",
+            "selectattr",
+        ),
         *("slice", "sort", "unique", "wordcount"),
     ),
 }

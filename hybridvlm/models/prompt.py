@@ -70,7 +70,9 @@ class PromptStyle:
         for field in dataclasses.fields(self):
             piece = getattr(self, field.name)
             if not isinstance(piece, str) or len(piece) > 1 << 14:
-                raise ValueError(f"style.{field.name} must be a text of at most {1 << 14} characters, got {piece!r:.60}")
+                raise ValueError(
+                    f"style.{field.name} must be a text of at most {1 << 14} characters, got {piece!r:.60}"
+                )
             if field.name in _FIELDS:
                 _check_form(f"style.{field.name}", piece, _FIELDS[field.name])
         if not any(name == "question" for _, name, _, _ in string.Formatter().parse(self.question)):

@@ -151,6 +151,8 @@ class Text(str):
     # -- one character at a time ----------------------------------------------------------------------------------
 
     def _mapped(self, change: Callable[[str], str]) -> Text:
+        if not self.isascii():  # a letter may become three
+            bounded(3 * len(self))
         made = change(plain(self))
         if len(made) == len(self):
             return Text(made, self._origin)
