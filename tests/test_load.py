@@ -330,12 +330,16 @@ def test_chat_templates(copy):
     assert tokenizer.chat(messages) == want
     (copy / "chat_template.jinja").unlink()
     assert PublishedTokenizer.from_folder(copy).chat(messages, nemotron_vl.CHAT) == want
+    texts = "{% for m in messages %}{{ m.content }}{% endfor %}"
     config = {
-        "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ bos_token }}d"}]
+        "chat_template": [
+            {"name": "tool_use", "template": "t"},
+            {"name": "default", "template": "{{ bos_token }}d" + texts},
+        ]
     }
     config["bos_token"] = {"content": "<s>"}
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    assert PublishedTokenizer.from_folder(copy).chat(messages) == "<s>d"
+    assert PublishedTokenizer.from_folder(copy).chat(messages).startswith("<s>dBe brief.")
     (copy / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
     with pytest.raises(ValueError, match="no system here"):
         PublishedTokenizer.from_folder(copy).chat(messages)

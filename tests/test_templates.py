@@ -1,6 +1,8 @@
 """Chat templates: what people publish renders, what strangers might send is ended, and nothing of a conversation is left out."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -38,10 +40,16 @@ WALKS = {  # templates that read a message's content in parts
     "first part": loop("{{ m.content[0].text }}"),
 }
 STRING = loop("{{ m.content }}")
+CONTENT = "{{ messages[0].content }}"
 
 
 def chat(text, content="hi", **options):
-    return PublishedTokenizer(None, text).chat([{"role": "user", "content": content}], **options)
+    """A template that writes the message after what is looked at, which comes back without it."""
+    made = PublishedTokenizer(None, text + "|{{ messages[0].content }}").chat(
+        [{"role": "user", "content": content}], **options
+    )
+    assert made.endswith(f"|{content}")
+    return made[: -len(content) - 1]
 
 
 @pytest.mark.parametrize("name", WALKS)
@@ -51,9 +59,7 @@ def test_templates_that_walk_content_parts(name):
         {"role": "assistant", "content": "So."},
         {"role": "user", "content": "And?"},
     ]
-    assert PublishedTokenizer(None, WALKS[name]).chat(messages, whole=True) == PublishedTokenizer(None, STRING).chat(
-        messages
-    )
+    assert PublishedTokenizer(None, WALKS[name]).chat(messages) == PublishedTokenizer(None, STRING).chat(messages)
     if name == "first part":
         with pytest.raises(ValueError, match="leaves out a text or a medium"):
             render(PublishedTokenizer(None, WALKS[name]), [user_message("Why?", PromptStyle())], "")
@@ -70,7 +76,7 @@ def test_a_template_that_leaves_something_out_is_refused():
     for text in ("{{ bos_token }}", loop(""), loop("{{ m.content[:3] }}"), "{{ messages[-1].content }}"):
         with pytest.raises(ValueError, match="leaves out a text or a medium"):
             PublishedTokenizer(None, text).chat(
-                [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why not?"}], whole=True
+                [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why not?"}]
             )
     twice = [user_message("Why?", PromptStyle(), ["video"])]
     with pytest.raises(ValueError, match="repeats a medium"):
@@ -246,20 +252,29 @@ def test_which_template_of_several(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
 
     def read():
-        return PublishedTokenizer.from_folder(tmp_path).chat([{"role": "user", "content": "x"}], "family")
+        return (
+            PublishedTokenizer.from_folder(tmp_path)
+            .chat([{"role": "user", "content": "x"}], "family " + CONTENT)
+            .removesuffix(" x")
+        )
 
     assert read() == "family"
-    config = {"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "of the config"}]}
+    config = {
+        "chat_template": [
+            {"name": "rag", "template": "r " + CONTENT},
+            {"name": "default", "template": "of the config " + CONTENT},
+        ]
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert read() == "of the config"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the json"}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the json " + CONTENT}))
     assert read() == "of the json" or read() == "of the config"
     more = tmp_path / "additional_chat_templates"
     more.mkdir()
-    (more / "default.jinja").write_text("additional")
+    (more / "default.jinja").write_text("additional " + CONTENT)
     (more / "tool_use.jinja").write_text("tools")
     assert read() == "additional"
-    (tmp_path / "chat_template.jinja").write_text("of its file")
+    (tmp_path / "chat_template.jinja").write_text("of its file " + CONTENT)
     assert read() == "of its file"
     tokenizer = PublishedTokenizer.from_folder(tmp_path)
     (tmp_path / "copy").mkdir()
@@ -267,7 +282,9 @@ def test_which_template_of_several(tmp_path):
     assert (tmp_path / "copy" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
     for file in ("chat_template.jinja", "chat_template.json", "additional_chat_templates/default.jinja"):
         (tmp_path / file).unlink()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "r"}]}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "rag", "template": "r " + CONTENT}]})
+    )
     with pytest.raises(ValueError, match="several chat templates"):
         read()
     (more / "tool_use.jinja").unlink()
@@ -287,3 +304,123 @@ def test_a_clip_of_a_parts_template_stands_where_the_string_has_it():
     asked = [user_message("Why?", qwen_vl.style_for(config), ["video"])]
     one, two = (qwen_vl.prompt(config, t, asked, [clip]) for t in (own, other))
     assert one.ids.tolist() == two.ids.tolist() and one.frame.tolist() == two.frame.tolist()
+
+
+PARTS = (
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("texts", "kinds"),
+    [
+        (("system",), []),
+        (("system",), ["video"]),
+        (("system", "assistant"), ["video"]),
+        (("assistant",), ["video", "image"]),
+    ],
+)
+def test_a_template_that_takes_text_of_some_roles_and_parts_of_others(texts, kinds):
+    mixed = loop("{% if m.role in " + str(list(texts)) + " %}{{ m.content }}{% else %}" + PARTS + "{% endif %}")
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        user_message("Why?", PromptStyle(), kinds),
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "And?"},
+    ]
+    for messages in (asked, asked[1:2] if "system" not in texts else asked[:2]):
+        found = PublishedTokenizer(None, mixed).chat(messages)
+        assert found == PublishedTokenizer(None, STRING).chat(messages)
+        assert [part for part in cut_at_media(found) if isinstance(part, int)] == list(range(len(kinds)))
+
+
+def test_user_text_beside_system_parts():
+    turned = loop("{% if m.role == 'user' %}{{ m.content }}{% else %}" + PARTS + "{% endif %}")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    assert PublishedTokenizer(None, turned).chat(messages) == PublishedTokenizer(None, STRING).chat(messages)
+
+
+def test_what_is_left_out_is_told():
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why " + "so " * 40}]
+    with pytest.raises(ValueError, match=r"text of message 1 \(system\), 'Be brief\.'"):
+        PublishedTokenizer(None, "{{ messages[-1].content }}").chat(asked)
+    with pytest.raises(ValueError, match=r"text of message 2 \(user\), 'Why so"):  # all but its end
+        PublishedTokenizer(None, loop("{{ m.content[:100] }}")).chat(asked)
+    for text in ("Why?", " "):
+        with pytest.raises(ValueError, match=r"text of message 1 \(user\)"):
+            PublishedTokenizer(None, loop("{% for p in m.content %}<|video_pad|>{% endfor %}")).chat(
+                [{"role": "user", "content": text}]
+            )
+
+
+SILENT_BOMBS = [  # one call of C each, which no count of steps sees
+    "{{ ('%' + '0' * 40000) % 1 }}",
+    "{{ ('%(' * 10000) % 1 }}",
+    "{{ ('%(a).0s' * 200000) % {'a': range(100000) | list} }}",
+    "{{ range(20000) | list | tojson(indent='x' * 100000) }}",
+    "{{ range(20000) | list | tojson(separators=('x' * 100000, ':')) }}",
+    "{{ ('a\n' * 60000) | indent('x' * 50000) | length }}",
+    "{{ ('a' * 60000) | wordwrap(1, wrapstring='x' * 10 ** 7) }}",
+    "{{ ('!' * 60000) | wordwrap(9) }}",
+    "{{ ('ß' * 16000000) | title }}",
+    "{{ ('ß' * 16000000) | upper }}",
+    "{{ ('ß' * 5000000 ~ messages[0].content).upper() | length }}" * 9,
+    "{{ ('a' * 8000000).rfind('b' + 'a' * 4000000) }}",
+    "{{ ('a' * 8000000).rsplit('b' + 'a' * 4000000) }}",
+    "{{ ('ab' * 8000000).strip('c' * 4000000 ~ 'ab') }}",
+    "{{ ('a ' * 8000000).split() }}",
+    "{{ ('a\n' * 8000000).splitlines() }}",
+    "{{ ('{' * 8000000).format() }}",
+    "{{ ('{0!r:.0}' * 100000).format(range(100000) | list) }}",
+    "{% set x, y = 'a' * 16000000, 'a' * 16000000 %}" + "{{ x == y }}" * 2000,
+    "{% set x = 'a' * 16000000 %}" + "{{ x is lower }}" * 1500,
+    "{% set x = 'a' * 16000000 %}" + "{% set y = x[1:] %}" * 1500,
+    "{{ (2 ** 4000) ** 4000 }}",
+]
+
+
+def test_one_call_that_takes_too_much_is_ended():
+    """In a process of its own, which may take so much time and memory for each of them."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from hybridvlm.checkpoints import template_limits
+from hybridvlm.checkpoints.template import render
+template_limits.SECONDS = 0.2
+from hybridvlm.models.text import person
+for text in {SILENT_BOMBS!r}:
+    try:
+        render(text, {{"messages": [{{"content": person("hi")}}]}})
+    except ValueError as error:
+        assert type(error).__name__ in ("TooMuch", "ValueError"), text[:60]
+    else:
+        raise SystemExit(f"not ended: {{text[:60]}}")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, repr(text[:60]), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("{{ '{{a}}{}b{{{0}}}'.format('x') if false else '{{a}}{0}b{{{0}}}'.format('x') }}", "{a}xb{x}"),
+        (
+            "{{ '%(a)s%%%(b)05.1f%-4s|' % {'a': 'x', 'b': 2} if false else '%(a)s%%%(b)05.1f' % {'a': 'x', 'b': 2} }}",
+            "x%002.0",
+        ),
+        ("{{ '%.2s|%5r|%-4d|' | format('abc', 'a', 7) }}", "ab|  'a'|7   |"),
+        ("{{ 1e999 }}{{ -1e999 }}", "inf-inf"),
+        ("{{ 1 < 2 < 3 and 'a' in 'ab' and 'x' not in ['a'] }}{{ 'abc'[1:] }}{{ [1, 2, 3][:2] }}", "Truebc[1, 2]"),
+        ("{{ 'aßb' | upper }}{{ 'x' | wordwrap(9) }}{{ '5' | int }}{{ 'a b' | title }}", "ASSBx5A B"),
+    ],
+)
+def test_what_is_bounded_writes_what_jinja_writes(text, want):
+    assert template.render(text, {}) == want
+
+
+@pytest.mark.parametrize("name", ["pprint", "attr", "urlize"])
+def test_filters_that_are_not_offered_are_named(name):
+    with pytest.raises(ValueError, match=f"{name}' is not offered here"):
+        chat("{{ 'x' | " + name + "('a') }}")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hybridvlm.checkpoints.tensors import CheckpointError
+from hybridvlm.files import parse_json
+from hybridvlm.models.prompt import ROLES
 from hybridvlm.models.text import TRUSTED, origin_of, plain
+from hybridvlm.models.wordlevel import library_faults
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,8 +33,8 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object, it holds {type(found).__name__}")
@@ -57,11 +61,13 @@ def read_tokenizer(folder: pathlib.Path) -> tuple[Tokenizer, dict[str, str]]:
             _agree(folder, one, other)
         more = {**added, **decoder}
         missing = {token: entry for token, entry in more.items() if token not in held}
-        probe = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []})) if missing else None
+        with library_faults(file):
+            probe = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []})) if missing else None
         if probe is not None:
             raw["added_tokens"] = _merged(folder, own, missing, probe.get_vocab(), len(probe.get_vocab()))
-        text = json.dumps(raw, ensure_ascii=False) if probe is not None else file.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
+        text = json.dumps(raw, ensure_ascii=False) if probe is not None else file.read_text(encoding="utf-8-sig")
+        with library_faults(file):
+            tokenizer = Tokenizer.from_str(text)
         for entry in raw.get("added_tokens") or ():
             if tokenizer.token_to_id(entry["content"]) != entry["id"]:
                 raise CheckpointError(
@@ -70,13 +76,20 @@ def read_tokenizer(folder: pathlib.Path) -> tuple[Tokenizer, dict[str, str]]:
                 )
     except CheckpointError:
         raise
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+    except Exception as error:  # whatever a stranger's file may hold
         raise CheckpointError(f"{file} is not a tokenizer: {str(error)[:400] or type(error).__name__}") from error
     # named tokens of the model's own vocabulary, which the file does not list as added: marks, and no ordinary "!" of a text
     listed = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     bare = [token for token in dict.fromkeys([*special.values(), *also]) if token not in listed]
     bare = [token for token in bare if _MARKUP.fullmatch(token) and tokenizer.token_to_id(token) is not None]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in bare])
+    for name, token in special.items():
+        if tokenizer.token_to_id(token) is None:
+            warnings.warn(
+                f"{folder}: its {name} {token!r} is no token of {file.name}; where the chat template writes it, it is "
+                f"ordinary text",
+                stacklevel=2,
+            )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, special
@@ -100,7 +113,9 @@ def _named(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
             if found.get(name) is not None:
                 special.setdefault(name, _content(found[name], f"{folder / file}: {name}"))
         for name in LISTS:
-            held = found.get(name) or ()
+            held = found.get(name) or []
+            if not isinstance(held, list | dict):
+                raise CheckpointError(f"{folder / file}: {name} must be a list of tokens, got {str(held)[:60]!r}")
             for token in held.values() if isinstance(held, dict) else held:
                 also.append(_content(token, f"{folder / file}: {name}"))
     return special, also
@@ -175,12 +190,17 @@ def _merged(
 
 
 def control_tokens(tokenizer: Tokenizer, template: str | None) -> dict[int, str]:
-    """The added tokens that only a template may write: the special ones, and the marks (`<think>`) that the template uses."""
+    """The added tokens that only a template may write: the special ones, and the marks (`<think>`) that the template uses or
+    may put together around a role (`'<|' + message.role + '|>'`)."""
+
+    def used(mark: str) -> bool:
+        ends = [mark.split(role, 1) for role in ROLES if role in mark]
+        return template is None or mark in template or any(a in template and b in template for a, b in ends)
+
     return {
         number: token.content
         for number, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special
-        or (_MARKUP.fullmatch(token.content) and (template is None or token.content.strip() in template))
+        if token.special or (_MARKUP.fullmatch(token.content) and used(token.content.strip()))
     }
 
 

@@ -15,20 +15,30 @@ from typing import Any
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator
+from jinja2.compiler import CodeGenerator, operators
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, SecurityError
 from jinja2.utils import Namespace
 
-from hybridvlm.checkpoints.template_filters import JINJA, OWN, bounded_filter, joined_filter
+from hybridvlm.checkpoints.template_filters import (
+    JINJA,
+    LONGEST,
+    OWN,
+    bounded_filter,
+    bounded_test,
+    joined_filter,
+    not_offered,
+)
 from hybridvlm.checkpoints.template_limits import (
     BITS,
     ELEMENTS,
+    FILL,
     SOURCE,
     Budget,
     Counted,
     TooMuch,
     admit,
     budget,
+    looked_at,
     small,
     weigh,
     written,
@@ -76,6 +86,8 @@ class _Generator(CodeGenerator):
     def visit_Const(self, node: nodes.Const, frame: Any) -> None:
         if isinstance(node.value, str):
             self.write(f"environment.literal({node.value!r})")
+        elif node.value == float("inf"):
+            self.write("1e999")  # which Python would write as a name
         else:
             super().visit_Const(node, frame)
 
@@ -85,6 +97,22 @@ class _Generator(CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
+
+    def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
+        self.write("(environment.looked_at(")
+        self.visit(node.expr, frame)
+        self.write(")")
+        for operand in node.ops:
+            self.write(f" {operators[operand.op]} environment.looked_at(")
+            self.visit(operand.expr, frame)
+            self.write(")")
+        self.write(")")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
+        if isinstance(node.arg, nodes.Slice):
+            self._admitted(super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
 
     def visit_For(self, node: nodes.For, frame: Any) -> None:
         counted = nodes.EnvironmentAttribute("counted", lineno=node.lineno)
@@ -142,21 +170,20 @@ class _Formatter(SandboxedFormatter):
         start, automatic = 0, 0
         form = Text(form)
         for literal, name, spec, conversion in self.parse(plain(form)):
-            # a literal's doubled braces are one character of it
-            for letter in literal:
-                start = str.index(form, letter, start)
-                pieces.append(form[start : start + 1])
-                start += 2 if letter in "{}" else 1
+            budget.get().spend()
+            pieces.append(form[start : start + len(literal)])
+            start += len(literal)
             if name is None:
+                start += literal.endswith(("{", "}"))  # a doubled brace, of which the literal has one
                 continue
             start = str.index(form, "}", start + len(name) + len(spec or "")) + 1
             if not name or name[0] in ".[":
                 name, automatic = f"{automatic}{name}", automatic + 1
-            if "{" in (spec or ""):
-                raise SecurityError("a format within a format")
+            if len(spec or "") > FILL or "{" in (spec or ""):
+                raise SecurityError("a format within a format" if "{" in spec else "a format that is too long")
             value = admit(self.get_field(name, values, named)[0])
             if conversion not in (None, "s"):
-                value = self.convert_field(value, conversion)
+                value = admit(self.convert_field(value, conversion))
             if spec:
                 digits = "".join(letter if letter.isdigit() else " " for letter in spec).split()
                 small(*map(int, digits))
@@ -173,6 +200,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     literal = staticmethod(functools.lru_cache(maxsize=1024)(trusted))
     admit, written, counted = staticmethod(admit), staticmethod(written), staticmethod(Counted)
 
+    @staticmethod
+    def looked_at(value: Any) -> Any:
+        looked_at(value)
+        return value
+
     def joined(self, parts: Iterable[Any]) -> Text:
         """Values one after the other, as `~` has them."""
         return admit(concatenate(map(written, parts)))
@@ -181,14 +213,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         return admit(concatenate(pieces))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:
-        budget.get().spend()
+        looked_at(getattr(__function, "__self__", None), *args, *kwargs.values())
         if isinstance(getattr(__function, "__self__", None), str | list | tuple):
             small(*args, *kwargs.values())
             args = tuple(Text(value) if type(value) is str else value for value in args)
         return admit(super().call(__context, __function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        budget.get().spend()
+        looked_at(left, right)
         left, right = (Text(value) if type(value) is str else value for value in (left, right))
         if operator == "*":
             for many, times in ((left, right), (right, left)):
@@ -197,7 +229,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                         raise TooMuch(f"it repeats {len(many)} elements {str(times)[:20]} times")
                     return admit(many * times)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if abs(left) > 1 and right > BITS:
+            if abs(left) > 1 and right * left.bit_length() > 2 * BITS:
                 raise TooMuch(f"it raises a number to the power of {str(right)[:20]}")
         elif operator == "%" and isinstance(left, str):
             weigh(right)
@@ -273,9 +305,14 @@ def _environment() -> _Environment:
         for name in names
     }
     environment.filters = {
-        **{name: bounded_filter(function) for name, function in OWN.items()},
+        **{name: not_offered(name) for name in own},
+        **{name: bounded_filter(function, letters=LONGEST.get(name, LIMIT)) for name, function in OWN.items()},
         **jinjas,
         "join": bounded_filter(joined_filter, skip=1),
+    }
+    environment.tests = {
+        name: function if hasattr(function, "jinja_pass_arg") else bounded_test(function)
+        for name, function in environment.tests.items()
     }
     ranged = environment.globals["range"]
     environment.globals = {

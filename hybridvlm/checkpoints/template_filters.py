@@ -15,13 +15,14 @@ from hybridvlm.checkpoints.template_limits import (
     Counted,
     TooMuch,
     admit,
-    budget,
+    fill,
     iterate,
+    looked_at,
     small,
     weigh,
     written,
 )
-from hybridvlm.models.text import LIMIT, Text, concatenate, person, plain, trusted
+from hybridvlm.models.text import LIMIT, Text, bounded, concatenate, person, plain, trusted
 
 
 def bounded_filter(function: Callable[..., Any], *, skip: int = 0, letters: int = LIMIT) -> Callable[..., Any]:
@@ -29,18 +30,36 @@ def bounded_filter(function: Callable[..., Any], *, skip: int = 0, letters: int 
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        budget.get().spend()
         value = args[skip] if len(args) > skip else None
         if isinstance(value, str) and len(value) > letters:
             raise TooMuch(f"a filter is given a text of {len(value)} characters; at most {letters}")
         if isinstance(value, Iterator | range | Counted):
             value = list(iterate(value))
         small(*args[skip + 1 :], *kwargs.values())
-        if isinstance(value, str | list | tuple | dict):
-            budget.get().spend(1 + len(value) // 64)
+        looked_at(value, value, *args[skip + 1 :], *kwargs.values())
         if len(args) > skip:
             args = (*args[:skip], Text(value) if type(value) is str else value, *args[skip + 1 :])
         return admit(function(*args, **kwargs))
+
+    return run
+
+
+def bounded_test(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A test with its arguments counted."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        looked_at(*args)
+        return function(*args)
+
+    return run
+
+
+def not_offered(name: str) -> Callable[..., Any]:
+    """In the place of a filter of Jinja's that chat templates do without."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        raise jinja2.TemplateError(f"Jinja's filter {name!r} is not offered here")
 
     return run
 
@@ -62,8 +81,10 @@ def joined_filter(environment: Any, value: Iterable[Any], d: str = "", attribute
 
 
 def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
+    fill("indent with a width", width)
     space = written(width) if isinstance(width, str) else trusted(" ") * width
     lines = concatenate((written(value), trusted("\n"))).splitlines()
+    bounded(len(lines) * (1 + len(space)) + sum(map(len, lines)))
     rest = [line if not line and not blank else concatenate((space, line)) for line in lines[1:]]
     head = concatenate((space, lines[0])) if first else lines[0]
     return trusted("\n").join([head, *rest])
@@ -77,10 +98,13 @@ def _truncate(value: Any, length: int = 255, killwords: bool = False, end: str =
     return concatenate((short if killwords else short.rsplit(" ", 1)[0], end))
 
 
-def _wordwrap(value: Any, width: int = 79, **options: Any) -> str:
-    if len(value) > ARGUMENT:
-        raise TooMuch(f"wordwrap of {len(value)} characters")
-    return filters.do_wordwrap(jinja2.Environment(), plain(written(value)), width, **options)
+def _wordwrap(
+    value: Any, width: int = 79, break_long_words: bool = True, wrapstring: str = "\n", break_on_hyphens: bool = True
+) -> str:
+    fill("wordwrap with a wrapstring", wrapstring)
+    return filters.do_wordwrap(
+        jinja2.Environment(), plain(written(value)), width, break_long_words, str(wrapstring), break_on_hyphens
+    )
 
 
 def _escape(value: Any) -> Text:
@@ -88,6 +112,10 @@ def _escape(value: Any) -> Text:
     for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&#39;"), ('"', "&#34;")):
         text = text.replace(old, new)
     return text
+
+
+def _title(value: Any) -> Text:
+    return written(value)._mapped(filters.do_title)
 
 
 def _sum(value: Iterable[Any], start: Any = 0) -> Any:
@@ -110,9 +138,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    if isinstance(indent, int) and indent > 64:
-        raise TooMuch(f"tojson with an indent of {indent}")
-    weigh(value)
+    own = separators if separators is not None else (", ", ": ")
+    fill("tojson with an indent or separators", indent, *own)
+    elements, depth = weigh(value)
+    bounded(
+        (elements + 1) * (depth * (indent or 0 if isinstance(indent, int | None) else len(indent)) + sum(map(len, own)))
+    )
     return person(
         json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     )
@@ -133,18 +164,34 @@ OWN = {
     "safe": lambda value: value,
     "string": written,
     "sum": _sum,
-    "title": lambda value: written(value)._mapped(filters.do_title),
+    "title": _title,
     "tojson": _tojson,
     "trim": lambda value, chars=None: written(value).strip(chars),
     "truncate": _truncate,
     "upper": lambda value: written(value).upper(),
     "wordwrap": _wordwrap,
 }
+# The longest text of those that go through it word by word
+LONGEST = {"title": ARGUMENT, "wordwrap": 1 << 11}
 # Jinja's own that do nothing but choose and order: those that look at a value, and those that go through a text letter by letter
 JINJA = {
-    LIMIT: ("abs", "count", "d", "default", "first", "float", "int", "items", "last", "length", "reverse"),
+    LIMIT: ("abs", "count", "d", "default", "first", "items", "last", "length", "reverse"),
     ARGUMENT: (
-        *("batch", "dictsort", "groupby", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"),
+        *(
+            "batch",
+            "dictsort",
+            "float",
+            "groupby",
+            "int",
+            "list",
+            "map",
+            "max",
+            "min",
+            "reject",
+            "rejectattr",
+            "select",
+            "selectattr",
+        ),
         *("slice", "sort", "unique", "wordcount"),
     ),
 }

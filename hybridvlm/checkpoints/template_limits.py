@@ -20,6 +20,7 @@ CHARACTERS = 1 << 26  # of all texts that are made
 ELEMENTS, DEPTH = 1 << 17, 64  # of a list or mapping with all that it holds, and how deep it goes
 BITS = 4096  # of a whole number
 ARGUMENT = 1 << 16  # a number that a filter or a text's method is given
+FILL = 64  # characters of an indent, a separator of JSON and the like, which are written again and again
 
 
 class TooMuch(ValueError):
@@ -31,6 +32,7 @@ class Budget:
 
     def __init__(self) -> None:
         self.steps, self.characters, self.end = STEPS, CHARACTERS, time.thread_time() + SECONDS
+        self.unchecked = 0
 
     def spend(self, steps: int = 1, characters: int = 0) -> None:
         self.steps -= steps
@@ -39,8 +41,11 @@ class Budget:
             raise TooMuch(f"it takes more than {STEPS} steps")
         if self.characters < 0:
             raise TooMuch(f"it writes more than {CHARACTERS} characters")
-        if (not self.steps & 63 or characters > 4096 or steps > 64) and time.thread_time() > self.end:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds")
+        self.unchecked += steps + characters // 64
+        if self.unchecked >= 64:
+            self.unchecked = 0
+            if time.thread_time() > self.end:
+                raise TooMuch(f"it takes more than {SECONDS:g} seconds")
 
 
 budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
@@ -61,13 +66,20 @@ def admit(value: Any) -> Any:
     return value
 
 
-def weigh(value: Any) -> None:
-    """Refuse what is too large or too deep when it is written out: a list that holds one list twice counts it twice."""
-    elements, letters, stack = 0, 0, [(value, 0)]
+def weigh(value: Any) -> tuple[int, int]:
+    """Refuse what is too large or too deep when it is written out: a list that holds one list twice counts it twice.
+
+    Returns:
+        How many elements it has, and how deep it is.
+    """
+    elements, letters, deepest, stack = 0, 0, 0, [(value, 0)]
     while stack:
         item, depth = stack.pop()
+        deepest = max(deepest, depth)
         if isinstance(item, str):
             letters += len(item)
+        elif isinstance(item, int):
+            letters += 1 + item.bit_length() // 3
         elif isinstance(item, range):
             elements += len(item)
         elif isinstance(item, list | tuple | dict | Namespace):
@@ -81,6 +93,22 @@ def weigh(value: Any) -> None:
                 f"it makes a list or mapping of more than {ELEMENTS} elements, {LIMIT} characters or {DEPTH} levels"
             )
     budget.get().spend(1 + elements // 4)
+    return elements, deepest
+
+
+def looked_at(*values: Any) -> None:
+    """Count what is read and not made: a comparison, a search, an argument."""
+    sizes = [len(value) for value in values if isinstance(value, str | list | tuple | dict)]
+    budget.get().spend(1 + sum(sizes) // 256)
+
+
+def fill(what: str, *values: Any) -> None:
+    """Refuse an indent, a separator or the like that is longer than such things are."""
+    for value in values:
+        if isinstance(value, str) and len(value) > FILL:
+            raise TooMuch(f"{what} of {len(value)} characters; at most {FILL}")
+        if isinstance(value, int) and value > FILL:
+            raise TooMuch(f"{what} of {str(value)[:20]}; at most {FILL}")
 
 
 def iterate(values: Iterable[Any]) -> Iterator[Any]:

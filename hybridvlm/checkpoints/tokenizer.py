@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hybridvlm.checkpoints.special_tokens import (
@@ -21,8 +22,9 @@ from hybridvlm.checkpoints.special_tokens import (
 )
 from hybridvlm.checkpoints.template_limits import TooMuch
 from hybridvlm.checkpoints.tensors import CheckpointError
-from hybridvlm.models.prompt import Part, parts_of
+from hybridvlm.models.prompt import ROLES, Part, parts_of
 from hybridvlm.models.text import TRUSTED, Text, concatenate, media_in, medium, origin_of, person, plain, trusted
+from hybridvlm.models.wordlevel import library_faults
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +35,8 @@ FILES = (TOKENIZER, CONFIG, TEMPLATE, "chat_template.json", MAP, ADDED)
 _MEDIUM = re.compile(
     r"(?:<\|vision_start\|>)?<\|(?:image|video)_pad\|>(?:<\|vision_end\|>)?|(?:<img>)?<(?:image|video)>(?:</img>)?"
 )
-_PROBE = "probe{}x{}x"
+_MARKS = ("<|image_pad|>", "<|video_pad|>", "<image>", "<video>")
+_PROBE, _END = "probe{}x{}x", "end{}x{}x"
 _DUMPED = re.compile(r"""['"]text['"]: *['"]probe\d+x\d+x""")
 
 
@@ -82,15 +85,17 @@ class PublishedTokenizer:
         Special tokens in a plain string, and in the trusted parts of a `Text`, are recognised. In what a person wrote
         (`models.text.person`) they are plain text, unless `allow_special_tokens` is set.
         """
-        if self.allow_special_tokens or set(origin_of(text)) <= {TRUSTED} or not isinstance(text, Text):
-            return self.tokenizer.encode(plain(text), add_special_tokens=False).ids
-        if self._plain is None:
-            self._plain = PlainText(self.tokenizer, control_tokens(self.tokenizer, self.template))
-        return self._plain.encode(text)
+        with library_faults(self.folder and self.folder / TOKENIZER):
+            if self.allow_special_tokens or set(origin_of(text)) <= {TRUSTED} or not isinstance(text, Text):
+                return self.tokenizer.encode(plain(text), add_special_tokens=False).ids
+            if self._plain is None:
+                self._plain = PlainText(self.tokenizer, control_tokens(self.tokenizer, self.template))
+            return self._plain.encode(text)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids."""
-        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=skip_special)
+        with library_faults(self.folder and self.folder / TOKENIZER):
+            return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=skip_special)
 
     def id(self, token: str) -> int:
         """The id of one token; ValueError if there is none."""
@@ -105,17 +110,16 @@ class PublishedTokenizer:
         default: str = "",
         *,
         template_options: Mapping[str, Any] | None = None,
-        whole: bool = False,
     ) -> Text:
         """Messages as the checkpoint's chat template writes them, or `default` where it has none, up to where the answer begins.
 
         A message's content is text or a list of parts, {"type": "text", "text": ...} or {"type": "video" | "image"}; the places of
         media are kept in the result (`models.text.cut_at_media`). The template gets a message's text as one string, or its parts
-        where it would leave something out of a string.
+        where it would leave something out of a string, or the one for some roles and the other for the rest.
 
         template_options: further variables of the template, such as {"enable_thinking": False}; a template ignores those that it
-        does not know. whole: refuse a template that leaves out a text or a medium. ValueError for a template that fails, or that
-        the sandbox stops, and for an option that would take the place of the messages or of a special token.
+        does not know. ValueError for a template that leaves out a text or a medium, that fails, or that the sandbox stops, and
+        for an option that would take the place of the messages or of a special token.
         """
         given = {"add_generation_prompt": True, **{name: trusted(token) for name, token in self.special.items()}}
         taken = sorted(set(template_options or ()) & {"messages", *given, *NAMES})
@@ -125,26 +129,29 @@ class PublishedTokenizer:
             raise ValueError("the checkpoint has no chat template, and its family none either")
         given = {"tools": None, "documents": None, **(template_options or {}), **given}
         spoken = parts_of(messages)
-        probes = _probes(spoken)
         failures: list[ValueError] = []
-        for form in (_as_text, _as_parts, _as_text_parts):
+        lost: list[str] = []
+        for forms in _all_forms(spoken):
             try:
-                tried = self._rendered(probes, form, given, default)
+                missing: list[str] = []
+                for whole in (False, True):  # a word for each text tells most, and soon
+                    if not missing:
+                        missing = _missing(self._rendered(_probes(spoken, whole), forms, given, default), spoken, whole)
             except ValueError as error:
                 if isinstance(error.__cause__, TooMuch):
                     raise
                 failures.append(error)
                 continue
-            if _complete(tried, probes):
-                return self._rendered(spoken, form, given, default)
-        if failures and (whole or len(failures) == 3):
+            if not missing:
+                return self._rendered(spoken, forms, given, default)
+            lost = min(lost or missing, missing, key=len)
+        if not lost:
             raise failures[0]
-        if whole:
-            raise ValueError(
-                f"the chat template leaves out a text or a medium of the messages, or repeats a medium, whether it is given their "
-                f"content as text or in parts; it cannot be used (template {self._source()})"
-            )
-        return self._rendered(spoken, _as_text, given, default)
+        raise ValueError(
+            f"the chat template leaves out a text or a medium of the messages, or repeats a medium, whether it is given their "
+            f"content as text or in parts: {'; '.join(lost[:3])}; it cannot be used (template {self._source()})"
+            + (f"; otherwise {failures[0]}" if failures else "")
+        )
 
     def _source(self) -> str:
         return (self.source or "given") if self.template else "of the model's family"
@@ -152,13 +159,16 @@ class PublishedTokenizer:
     def _rendered(
         self,
         spoken: list[tuple[str, list[Part]]],
-        form: Callable[[list[Part]], Any],
+        forms: Callable[[str], Form],
         given: Mapping[str, Any],
         default: str,
     ) -> Text:
         from hybridvlm.checkpoints import template
 
-        shown = [{"role": person(role), "content": form(parts)} for role, parts in spoken]
+        shown = [
+            {"role": trusted(role) if role in ROLES else person(role), "content": forms(role)(parts)}
+            for role, parts in spoken
+        ]
         try:
             text = template.render(self.template or default, {**given, "messages": shown})
         except Exception as error:  # whatever a stranger's template may raise
@@ -166,7 +176,7 @@ class PublishedTokenizer:
             raise ValueError(
                 f"the chat template failed: {type(error).__name__}: {told} (template {self._source()})"
             ) from error
-        return _with_media(text) if form is _as_parts else text
+        return text if all(forms(role) is _as_text for role, _ in spoken) else _with_media(text)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write a tokenizer.json, and beside it the other files that it was read with."""
@@ -182,27 +192,57 @@ class PublishedTokenizer:
 # -- messages -----------------------------------------------------------------------------------------------------------
 
 
-def _probes(spoken: list[tuple[str, list[Part]]]) -> list[tuple[str, list[Part]]]:
-    """The same messages with a word in the place of each text, to see whether a template writes it."""
-    probes = []
+def _probes(spoken: list[tuple[str, list[Part]]], whole: bool) -> list[tuple[str, list[Part]]]:
+    """The same messages with a word in the place of each text, to see whether a template writes it; or with a whole text of the
+    same length, to see whether it writes that to its end."""
+
+    def probe(row: int, column: int, kind: str, piece: Text) -> Part:
+        if kind != "text" or not piece:
+            return kind, piece
+        head, end = _words(row, column, len(piece) if whole else 0)
+        return kind, person(head + "z" * (len(piece) - len(head) - len(end)) * whole + end)
+
+    return [
+        (role, [probe(row, column, kind, piece) for column, (kind, piece) in enumerate(parts)])
+        for row, (role, parts) in enumerate(spoken)
+    ]
+
+
+def _words(row: int, column: int, length: int) -> tuple[str, str]:
+    """What the probe of a text begins and ends with."""
+    head, end = _PROBE.format(row, column), _END.format(row, column)
+    return (head, end) if length > 2 * len(head) else (head, "")
+
+
+def _missing(text: Text, spoken: list[tuple[str, list[Part]]], whole: bool) -> list[str]:
+    """What of the messages is not in a text: every word must be there, and every medium once and in order."""
+    found, missing = plain(text).casefold(), []
     for row, (role, parts) in enumerate(spoken):
-        words = [person(_PROBE.format(row, column)) for column in range(len(parts))]
-        probes.append(
-            (
-                role,
-                [(k, w if k == "text" and text.strip() else text) for (k, text), w in zip(parts, words, strict=True)],
-            )
-        )
-    return probes
+        for column, (kind, piece) in enumerate(parts):
+            words = _words(row, column, len(piece) if whole else 0) if kind == "text" and piece else ()
+            if not all(word in found for word in words):
+                missing.append(f"the text of message {row + 1} ({role}), {plain(piece)[:60]!r}, is not written whole")
+    media = [number for _, parts in spoken for _, piece in parts for number in media_in(piece)]
+    if media_in(text) != media:
+        missing.append(f"media {[one + 1 for one in media_in(text)][:8]} are written where {len(media)} were given")
+    # a list of parts that was written as Python or JSON has it
+    return missing + ["the content's parts are written as a list" for _ in _DUMPED.findall(found)[:1]]
 
 
-def _complete(text: Text, probes: list[tuple[str, list[Part]]]) -> bool:
-    """Whether every word is in a text, and every medium once and in order."""
-    found = plain(text).casefold()
-    words = [piece for _, parts in probes for kind, piece in parts if kind == "text" and piece.strip()]
-    media = [number for _, parts in probes for _, piece in parts for number in media_in(piece)]
-    dumped = _DUMPED.findall(found)  # a list of parts that was written as Python or JSON has it
-    return media_in(text) == media and not dumped and all(plain(word) in found for word in words)
+Form = Callable[[list[Part]], Any]
+
+
+def _all_forms(spoken: list[tuple[str, list[Part]]]) -> Iterator[Callable[[str], Form]]:
+    """The ways to give a template each role's content, one after the other: the same for all of them, and then every mixture of
+    text for some and parts for the rest."""
+    for form in (_as_text, _as_parts, _as_text_parts):
+        yield lambda role, form=form: form
+    # roles that templates do not know share one form, so that there are few mixtures
+    known = [role for role in ("system", "assistant", "user") if any(role == own for own, _ in spoken)]
+    known += ["other"] if any(own not in known for own, _ in spoken) else []
+    for count in range(len(known) - 1, 0, -1):
+        for texts in itertools.combinations(known, count):
+            yield lambda role, texts=texts: _as_text if (role if role in known else "other") in texts else _as_parts
 
 
 def _as_text(parts: list[Part]) -> Text:
@@ -219,6 +259,8 @@ def _as_text_parts(parts: list[Part]) -> list[dict[str, Any]]:
 
 def _with_media(text: Text) -> Text:
     """The places of media where a template wrote its own marks for them."""
+    if not any(mark in text for mark in _MARKS):
+        return text
     pieces, at, count = [], 0, 0
     for found in _MEDIUM.finditer(text):
         if set(origin_of(text)[found.start() : found.end()]) == {TRUSTED}:
@@ -241,7 +283,9 @@ def _template(folder: pathlib.Path) -> tuple[str | None, str]:
         file = folder / name
         found = read_object(file).get("chat_template")
         if isinstance(found, list):
-            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in found):
+                raise CheckpointError(f"{file}: a list of chat templates must hold objects with a name and a template")
+            found = {entry["name"]: entry.get("template") for entry in found}
         if isinstance(found, str):
             found = {"default": found}
         if not isinstance(found, dict | None) or not all(isinstance(held, str) for held in (found or {}).values()):

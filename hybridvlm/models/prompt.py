@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,16 @@ class Batch:
     frame_count: jax.Array
 
 
+# Those who may be named in a control token that a template puts together ('<|' + message.role + '|>')
+ROLES = ("system", "user", "assistant", "tool", "developer")
+# What each formatted piece of a style may name, with a value to try it with
+_FIELDS: dict[str, dict[str, Any]] = {
+    "frame": {"number": 1, "seconds": 0.5},
+    "also": {"number": 1, "seconds": 0.5},
+    "question": {"question": "?"},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptStyle:
     """The text around the frames; each piece is tokenised by itself, so that what is dropped never changes how the rest is split
@@ -53,6 +65,36 @@ class PromptStyle:
     after: str = ""
     image: str = ""
     after_image: str = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            piece = getattr(self, field.name)
+            if not isinstance(piece, str) or len(piece) > 1 << 14:
+                raise ValueError(
+                    f"style.{field.name} must be a text of at most {1 << 14} characters, got {piece!r:.60}"
+                )
+            if field.name in _FIELDS:
+                _check_form(f"style.{field.name}", piece, _FIELDS[field.name])
+        if not any(name == "question" for _, name, _, _ in string.Formatter().parse(self.question)):
+            raise ValueError(f"style.question must hold {{question}}, got {self.question!r:.60}")
+
+
+def _check_form(where: str, form: str, values: Mapping[str, Any]) -> None:
+    """Refuse a form that names anything but these values, or writes one at great width."""
+    try:
+        for _, name, spec, conversion in string.Formatter().parse(form):
+            if name is None:
+                continue
+            if name not in values:
+                raise ValueError(f"it names {name[:40]!r}")
+            if conversion or len(spec) > 8 or "{" in spec or re.search(r"\d{4}", spec):
+                raise ValueError(f"{name!r} has the format {(conversion or '') + spec:.40}")
+        form.format(**values)
+    except ValueError as error:
+        known = ", ".join(f"{{{name}}}" for name in values)
+        raise ValueError(
+            f"{where} must be a text that may hold {known} with a short format, got {form!r:.60}: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +199,7 @@ def render(
     """
     spoken = parts_of(messages)
     if hasattr(tokenizer, "chat"):
-        text = tokenizer.chat(messages, template, template_options=template_options, whole=True)
+        text = tokenizer.chat(messages, template, template_options=template_options)
     elif template_options:
         raise ValueError(
             f"template_options {sorted(template_options)} are for a chat template, and this model has none"

@@ -17,6 +17,8 @@ TRUSTED, PERSON = "t", "p"  # origins; that of medium number n is chr(_MEDIA + n
 _MEDIA = 0x100
 _PLACE = "\ufffc"  # what stands for a medium; the same character in a person's text is only a character
 _WIDTH = 1 << 16  # the widest field of a format
+_SEARCH = 1 << 26  # comparisons of letters in one search from behind, which takes all of them
+_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where splitlines cuts
 
 
 class Text(str):
@@ -65,27 +67,40 @@ class Text(str):
         return found
 
     def split(self, sep: str | None = None, maxsplit: int = -1) -> list[Text]:
-        pieces = _few(str.split(self, sep, maxsplit))
+        pieces = _few(str.split(self, sep, maxsplit if 0 <= maxsplit < PIECES else PIECES))
         return self._cut(pieces) if sep is None else self._apart(pieces, len(sep))
 
     def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[Text]:
-        pieces = _few(str.rsplit(self, sep, maxsplit))
+        _searched(self, sep)
+        pieces = _few(str.rsplit(self, sep, maxsplit if 0 <= maxsplit < PIECES else PIECES))
         return self._cut(pieces) if sep is None else self._apart(pieces, len(sep))
 
     def splitlines(self, keepends: bool = False) -> list[Text]:
-        lines = self._apart(_few(str.splitlines(self, True)), 0)
+        _pieces(sum(str.count(self, one) for one in _BREAKS))
+        lines = self._apart(str.splitlines(self, True), 0)
         return lines if keepends else [line[: len(own)] for line, own in zip(lines, str.splitlines(self), strict=True)]
 
     def partition(self, sep: str) -> tuple[Text, Text, Text]:
         return tuple(self._apart(str.partition(self, sep), 0))
 
     def rpartition(self, sep: str) -> tuple[Text, Text, Text]:
+        _searched(self, sep)
         return tuple(self._apart(str.rpartition(self, sep), 0))
 
+    def rfind(self, sub: str, *ends: Any) -> int:
+        _searched(self, sub)
+        return str.rfind(self, sub, *ends)
+
+    def rindex(self, sub: str, *ends: Any) -> int:
+        _searched(self, sub)
+        return str.rindex(self, sub, *ends)
+
     def lstrip(self, chars: str | None = None) -> Text:
+        _searched(self, chars)
         return self[len(self) - len(str.lstrip(self, chars)) :]
 
     def rstrip(self, chars: str | None = None) -> Text:
+        _searched(self, chars)
         return self[: len(str.rstrip(self, chars))]
 
     def strip(self, chars: str | None = None) -> Text:
@@ -136,13 +151,24 @@ class Text(str):
     # -- one character at a time ----------------------------------------------------------------------------------
 
     def _mapped(self, change: Callable[[str], str]) -> Text:
+        if not self.isascii():  # a letter may become three
+            bounded(3 * len(self))
         made = change(plain(self))
         if len(made) == len(self):
             return Text(made, self._origin)
-        lengths = [len(change(letter)) for letter in plain(self)]  # some letters become several
+        if len(set(self._origin)) == 1:
+            return Text(made, self._origin[0] * len(made))
+        more = {letter: len(change(letter)) - 1 for letter in set(plain(self))}
+        more = {letter: n for letter, n in more.items() if n}  # some letters become several
+        runs = list(_runs(self._origin))
+        _pieces(len(runs) * len(more))
+        lengths = [
+            stop - start + sum(n * str.count(self, letter, start, stop) for letter, n in more.items())
+            for _, start, stop in runs
+        ]
         if sum(lengths) != len(made):
             return Text(made, PERSON * len(made))
-        return Text(made, "".join(one * n for one, n in zip(self._origin, lengths, strict=True)))
+        return Text(made, "".join(one * n for (one, _, _), n in zip(runs, lengths, strict=True)))
 
     def lower(self) -> Text:
         return self._mapped(str.lower)
@@ -188,14 +214,20 @@ class Text(str):
 
     def __mod__(self, values: Any) -> Text:
         rest = iter(values if isinstance(values, tuple) else (values,))
-        pieces, at = [], 0
-        for field in _PRINTF.finditer(self):
-            pieces.append(self._unformatted(at, field.start()))
+        pieces: list[str] = []
+        # what fields write counts even where they cut it short: writing it out takes the time
+        at, made = 0, len(self)
+        while (start := str.find(self, "%", at)) >= 0:
+            field = _PRINTF.match(self, start)
+            if field is None:
+                raise ValueError(f"unsupported format {plain(self)[start : start + 20]!r}")
+            pieces.append(self[at:start])
             at = field.end()
+            _pieces(len(pieces))
             if field["kind"] is None:  # two percent signs
-                pieces.append(self[field.end() - 1 : field.end()])
+                pieces.append(self[at - 1 : at])
                 continue
-            key, form = field["key"], plain(self)[field.start() : field.end()]
+            key, form = field["key"], plain(self[start:at])
             for width in (field["width"], field["precision"]):
                 if width and (width == "*" or int(width) > _WIDTH):
                     raise ValueError(f"a field of width {width} in a format; at most {_WIDTH}")
@@ -208,22 +240,40 @@ class Text(str):
                 value, form = values[key], form.replace(f"({key})", "", 1)
             else:
                 raise TypeError("format requires a mapping")
-            bare = form == "%s" and isinstance(value, str)
-            pieces.append(value if bare else str.__mod__(form, (value,)))
-        pieces.append(self._unformatted(at, len(self)))
+            if field["kind"] in _WRITTEN:
+                value, form = _WRITTEN[field["kind"]](value), f"{form[:-1]}s"
+                made = bounded(made + len(value))
+            piece = value if form == "%s" else str.__mod__(form, (value,))
+            made = bounded(made + len(piece))
+            pieces.append(piece)
+        pieces.append(self[at:])
         if not isinstance(values, Mapping) and next(rest, rest) is not rest:
             raise TypeError("not all arguments converted during string formatting")
         return concatenate(pieces)
 
-    def _unformatted(self, start: int, stop: int) -> Text:
-        if str.find(self, "%", start, stop) >= 0:
-            raise ValueError(f"unsupported format {plain(self)[start:stop][:20]!r}")
-        return self[start:stop]
 
-
+# No part of it gives back what it took, so that a field costs its own length
 _PRINTF = re.compile(
-    r"%%|%(?:\((?P<key>[^)]*)\))?[#0\- +]*(?P<width>\*|\d+)?(?:\.(?P<precision>\*|\d*))?[hlL]?(?P<kind>[diouxXeEfFgGcrsa])"
+    r"%%|%(?:\((?P<key>[^)]*+)\))?+[#0\- +]*+(?P<width>\*|\d{1,9}+)?+"
+    r"(?:\.(?P<precision>\*|\d{0,9}+))?+[hlL]?+(?P<kind>[diouxXeEfFgGcrsa])"
 )
+_WRITTEN: dict[str, Callable[[Any], str]] = {
+    "s": lambda value: value if isinstance(value, str) else str(value),
+    "r": repr,
+    "a": ascii,
+}
+_RUN = re.compile(r"(.)\1*+", re.DOTALL)
+_MEDIA_PLACES = re.compile(f"[^\0-{chr(_MEDIA - 1)}]")
+
+
+def _runs(origin: str) -> Iterator[tuple[str, int, int]]:
+    """(origin, start, stop) of every run of one origin."""
+    return ((run[1], run.start(), run.end()) for run in _RUN.finditer(origin))
+
+
+def _searched(text: str, what: str | None) -> None:
+    if what is not None and len(text) * len(what) > _SEARCH and len(what) > 64:
+        raise ValueError(f"a search for {len(what)} characters in {len(text)}")
 
 
 def bounded(length: int) -> int:
@@ -278,7 +328,7 @@ def medium(number: int) -> Text:
 
 def media_in(text: str) -> list[int]:
     """The numbers of the media whose places a text holds, in order."""
-    return [ord(one) - _MEDIA for one in origin_of(text) if ord(one) >= _MEDIA]
+    return [ord(one) - _MEDIA for one in _MEDIA_PLACES.findall(origin_of(text))]
 
 
 def cut_at_media(text: str) -> list[Text | int]:
@@ -286,10 +336,9 @@ def cut_at_media(text: str) -> list[Text | int]:
     text = Text(text)
     parts: list[Text | int] = []
     at = 0
-    for place, one in enumerate(text._origin):
-        if ord(one) >= _MEDIA:
-            parts += [text[at:place], ord(one) - _MEDIA]
-            at = place + 1
+    for found in _MEDIA_PLACES.finditer(text._origin):
+        parts += [text[at : found.start()], ord(found[0]) - _MEDIA]
+        at = found.end()
     parts.append(text[at:])
     return [part for part in parts if part != ""]
 

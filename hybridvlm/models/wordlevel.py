@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from hybridvlm.files import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -14,6 +16,22 @@ if TYPE_CHECKING:
 
 class UnknownWord(ValueError):
     """A text holds a word that the closed vocabulary does not have."""
+
+
+@contextlib.contextmanager
+def library_faults(source: object) -> Iterator[None]:
+    """What the tokenizers library raises, as a ValueError that names the tokenizer.
+
+    It raises bare `Exception` for whatever it cannot do, and where its own code panics (a pattern that takes too many steps)
+    a `BaseException` that `except Exception` lets through.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"the tokenizer failed: {told} (tokenizer {source or 'given'})") from error
 
 
 def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -26,22 +44,22 @@ def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}")
-    text = path.read_text(encoding="utf-8")
     try:
-        model = json.loads(text).get("model", {})
-    except (json.JSONDecodeError, AttributeError) as error:
+        model = parse_json(path.read_bytes()).get("model", {})
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if model.get("type") != "WordLevel" or not isinstance(vocab, dict) or not vocab:
         raise ValueError(f"{path} must hold a WordLevel model with a vocabulary, got type {model.get('type')!r}")
-    return Tokenizer.from_str(text)
+    with library_faults(path):
+        return Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
 
 
 class WordLevel:
     """Words <-> ids by a Hugging Face WordLevel tokenizer (attribute `tokenizer`); `size` is the number of ids."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, source: str = ""):
+        self.tokenizer, self.source = tokenizer, source
         self._id: dict[str, int] = tokenizer.get_vocab()
         self._word = {i: word for word, i in self._id.items()}
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -50,7 +68,7 @@ class WordLevel:
     @classmethod
     def from_file(cls, path: str | pathlib.Path) -> WordLevel:
         """Read a `tokenizer.json`."""
-        return cls(read_tokenizer(path))
+        return cls(read_tokenizer(path), str(path))
 
     @classmethod
     def from_words(cls, words: Iterable[str], special: Iterable[str] = ("<pad>",)) -> WordLevel:
@@ -79,11 +97,12 @@ class WordLevel:
 
     def split(self, text: str) -> list[str]:
         """The words of a text, as the tokenizer's own normaliser and pre-tokenizer make them."""
-        if self.tokenizer.normalizer is not None:
-            text = self.tokenizer.normalizer.normalize_str(text)
-        if self.tokenizer.pre_tokenizer is None:
-            return text.split()
-        return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        with library_faults(self.source):
+            if self.tokenizer.normalizer is not None:
+                text = self.tokenizer.normalizer.normalize_str(text)
+            if self.tokenizer.pre_tokenizer is None:
+                return text.split()
+            return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, one a word; special tokens are not words, and an empty text is refused."""
