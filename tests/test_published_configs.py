@@ -285,7 +285,7 @@ def test_every_field_with_every_odd_value(name):
         ('{"vocab_size": 1000000000000}', r"text_config\.vocab_size must be"),
         ('{"tie_word_embeddings": "false"}', r"text_config\.tie_word_embeddings must be true or false"),
         ('{"eos_token_id": [[1]]}', r"text_config\.eos_token_id must be a token's id"),
-        ('{"hidden_act": "silu", "hidden_act": "gelu"}', "'hidden_act' is in one table twice"),
+        ('{"hidden_act": "silu", "hidden_act": "gelu"}', "the key 'hidden_act' stands twice"),
         ("[" * 100000, r"config\.json is not JSON"),
         ('{"hidden_size": ' + "1" * 5000 + "}", r"config\.json is not JSON"),
     ],
