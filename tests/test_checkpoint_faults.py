@@ -1,5 +1,6 @@
 """Checkpoints with faults: headers that lie, stale files, values that are none, names that are no folders."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -468,7 +469,6 @@ def test_a_model_without_tokenizer_comes_back(name, copy, tmp_path):
         ({"family": ["x"]}, "no model family"),
         ({"vocab_size": 1 << 39}, "vocab_size must be a whole number of at least 1"),
         ({"mlp_width": 1 << 30}, "mlp_width must be"),
-        ({"width": 1 << 24, "head_dim": 1 << 24, "mamba_head_dim": 1 << 24}, r"config\.json"),
         ({"vision": {"layers": 1 << 20}}, "layers must be"),
         ({"vision": {"kind": "stem", "max_frames": 1 << 40}}, "max_frames must be"),
         ({"pad_id": -5}, r"ModelConfig\.pad_id must be a whole number of at least 0"),
@@ -487,6 +487,18 @@ def test_own_configs_are_refused_in_one_line(change, words, tmp_path):
     with pytest.raises(CheckpointError, match=words) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_sizes_are_worked_out_without_memory_or_refused_by_file():
+    config = load("tiny").config
+    names = ("width", "vocab_size", "mamba_head_dim", "head_dim", "mlp_width", "mamba_heads", "ssm_state")
+    most = dataclasses.replace(config, **dict.fromkeys(names, 1 << 24))
+    assert folders.expected_shapes(most)["embed"] == (1 << 24, 1 << 24)
+    for size in (1 << 31, 1 << 39, 1 << 63):  # which the class itself refuses
+        object.__setattr__(most, "vocab_size", size)
+        with pytest.raises(CheckpointError, match=r"^x/config\.json has sizes that no model can have") as caught:
+            folders.expected_shapes(most, where="x/config.json")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_reduction_of_ones_own_stands_for_an_unknown_one(tmp_path):

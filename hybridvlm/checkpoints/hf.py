@@ -187,7 +187,9 @@ class _Sources:
             factor = self._read(by, start, stop)
             for values, name in ((rows, stored), (factor, by)):
                 check_finite(values, name, values.dtype)
-            rows, stored = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1)), f"{stored} times {by}"
+            with np.errstate(over="ignore"):  # told below, by name
+                rows = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1))
+            stored = f"{stored} times {by}"
         check_finite(rows, stored, kind)
         return rows
 
