@@ -204,14 +204,17 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
     return found
 
 
-def read_object(path: pathlib.Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
-    """The object that a JSON file holds; `error`, which names the file, for anything else. FileNotFoundError if there is none."""
+def read_object(path: pathlib.Path, error: type[ValueError] = ValueError, what: str = "JSON") -> dict[str, Any]:
+    """The object that a JSON file holds; `error`, which says that the file is not `what`, for anything else.
+
+    FileNotFoundError if there is none.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
         return parse_object(path.read_bytes())
     except ValueError as wrong:
-        raise error(f"{path} is not JSON: {wrong}") from wrong
+        raise error(f"{path} is not {what}: {wrong}") from wrong
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

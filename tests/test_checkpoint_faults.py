@@ -258,9 +258,9 @@ def test_a_constant_under_two_spellings_is_no_fault(name, copy, sources):
         ('{"weight_map": {}, "weight_map": {}}', "the key 'weight_map' stands twice"),
         ('{"weight_map": {"a": "' + "../" * 200 + 'x"}}', "names files outside its folder"),
         ('{"weight_map": [1]}', "weight_map must give a file's name"),
-        ("[]", "is not JSON: not an object"),
-        ("[" * 100_000, "is not JSON: nested too deeply"),
-        (b"\xff\xfe{}", "is not JSON"),
+        ("[]", "is not an index of tensors: not an object"),
+        ("[" * 100_000, "is not an index of tensors: nested too deeply"),
+        (b"\xff\xfe{}", "is not an index of tensors"),
     ],
 )
 def test_an_index_that_says_two_things_or_none(text, words, copy):

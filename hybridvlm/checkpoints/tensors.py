@@ -223,7 +223,7 @@ class TensorFolder(Mapping[str, np.ndarray]):
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-    found = read_object(path, CheckpointError).get("weight_map")
+    found = read_object(path, CheckpointError, "an index of tensors").get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(
             f"{path} is not an index of tensors: its weight_map must give a file's name for every tensor"
