@@ -13,18 +13,22 @@ import math
 import pathlib
 
 from hybridvlm.plain import from_dict as from_dict
+from hybridvlm.plain import shown
 from hybridvlm.plain import to_dict as to_dict
 
 MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
 MOST_LAYERS = 1 << 14  # two for each layer of a Transformer; no model comes near it
+MOST_ROWS = 1 << 24  # of anything that is counted; products of two still fit every integer
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp", MOE: "moe"}
 MIXERS = (MAMBA, ATTENTION)
 
 
-def _positive(owner: str, **values: int) -> None:
+def _counted(owner: str, least: int = 1, most: int = MOST_ROWS, **values: int) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
-            raise ValueError(f"{owner}.{name} must be a whole number of at least 1, got {value!r}")
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"{owner}.{name} must be a whole number of at least {least}, at most {most}, got {shown(value)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +78,14 @@ class VisionConfig:
             raise ValueError(
                 f"VisionConfig.activation must be 'gelu', 'gelu_tanh' or 'quick_gelu', got {self.activation!r}"
             )
-        sizes = ("patch_size", "width", "layers", "heads", "temporal_patch", "downsample")
-        _positive("VisionConfig", **{name: getattr(self, name) for name in sizes})
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"VisionConfig.image_size must be (height, width) above 0, got {self.image_size}")
+        sizes = ("patch_size", "width", "heads", "temporal_patch", "downsample", "projector_width", "mlp_width")
+        _counted("VisionConfig", **{name: getattr(self, name) for name in sizes})
+        _counted("VisionConfig", most=MOST_LAYERS, layers=self.layers)
+        for name in ("position_rows", "prefix_tokens", "max_tiles", "video_patches", "max_frames"):
+            _counted("VisionConfig", least=0, **{name: getattr(self, name)})
+        _counted("VisionConfig", **{f"stem_channels[{i}]": n for i, n in enumerate(self.stem_channels)})
+        if len(self.image_size) != 2 or not 1 <= min(self.image_size) <= max(self.image_size) <= MOST_ROWS:
+            raise ValueError(f"VisionConfig.image_size must be (height, width) above 0, got {shown(self.image_size)}")
         step = self.patch_size * self.downsample
         if any(side % step for side in self.image_size):
             raise ValueError(
@@ -158,7 +166,7 @@ class ModelConfig:
         if unknown or not self.pattern or len(self.pattern) > MOST_LAYERS:
             unknown = unknown or (f"{len(self.pattern)} layers" if self.pattern else "")
             raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {unknown or 'an empty pattern'}")
-        _positive(
+        _counted(
             "ModelConfig",
             width=self.width,
             vocab_size=self.vocab_size,
@@ -172,12 +180,15 @@ class ModelConfig:
             mlp_width=self.mlp_width,
             conv_kernel=self.conv_kernel,
         )
+        _counted("ModelConfig", least=0, most=self.vocab_size - 1, pad_id=self.pad_id)
+        if any(type(id) is not int or id < 0 for id in self.eos_ids):
+            raise ValueError(f"ModelConfig.eos_ids must be ids of tokens, from 0, got {shown(self.eos_ids)}")
         if self.mamba_heads % self.ssm_groups:
             raise ValueError(f"mamba_heads {self.mamba_heads} is not divisible by ssm_groups {self.ssm_groups}")
         if self.attention_heads % self.kv_heads:
             raise ValueError(f"attention_heads {self.attention_heads} is not divisible by kv_heads {self.kv_heads}")
         if self.count(MOE):
-            _positive(
+            _counted(
                 "ModelConfig",
                 experts=self.experts,
                 experts_per_token=self.experts_per_token,
@@ -304,7 +315,7 @@ class Buckets:
             sizes = getattr(self, name)
             if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 0:
                 raise ValueError(f"Buckets.{name} must be rising whole numbers, got {sizes}")
-        _positive("Buckets", max_new=self.max_new)
+        _counted("Buckets", max_new=self.max_new)
 
     def pick(self, axis: str, size: int) -> int:
         """The smallest bucket on `axis` ("frames" or "text") that holds `size`; ValueError names the buckets if none does."""

@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hybridvlm.plain import shown
+
 LOCK = ".lock"
 BEAT = 30.0  # seconds between two signs of life of a holder
 SILENCE = 600.0  # without any for so long, a holder on another machine counts as gone
@@ -222,6 +224,29 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except MemoryError:
+        raise ValueError("too large for the memory there is") from None
+
+
+def parse_object(data: str | bytes) -> dict[str, Any]:
+    """A JSON document that is one object. ValueError for anything else."""
+    found = parse_json(data)
+    if not isinstance(found, dict):
+        raise ValueError(f"not an object but {shown(found)}")
+    return found
+
+
+def read_object(path: pathlib.Path, error: type[ValueError] = ValueError, what: str = "JSON") -> dict[str, Any]:
+    """The object that a JSON file holds; `error`, which says that the file is not `what`, for anything else.
+
+    FileNotFoundError if there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        return parse_object(path.read_bytes())
+    except ValueError as wrong:
+        raise error(f"{path} is not {what}: {wrong}") from wrong
 
 
 def json_rows(path: pathlib.Path) -> Iterator[tuple[int, str, Callable[[], Any]]]:
@@ -261,6 +286,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} stands twice in one object")
+            raise ValueError(f"the key {shown(key)} stands twice in one object")
         found[key] = value
     return found

@@ -20,7 +20,7 @@ def from_dict(cls: type[ConfigT], data: dict[str, Any], *, kinds: bool = True) -
     missing, and, unless `kinds` is False (for a class that looks at its own), for a value of another kind than the field's.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{cls.__name__} must be a table, got {_shown(data)}")
+        raise ValueError(f"{cls.__name__} must be a table, got {shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in data.items():
@@ -48,7 +48,11 @@ def _kinds(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and not all of a long one."""
+    if isinstance(value, (str, bytes, list, tuple)):
+        # 60 of them fill the line already
+        value = value[:60]
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -65,7 +69,7 @@ def _of_kind(where: str, kind: Any, value: Any) -> Any:
         return value if dataclasses.is_dataclass(value) else from_dict(kind, value)
     if origin is tuple and isinstance(value, (list, tuple)):
         if parts[-1] is not Ellipsis and len(value) != len(parts):
-            raise ValueError(f"{where} must have {len(parts)} values, got {_shown(value)}")
+            raise ValueError(f"{where} must have {len(parts)} values, got {shown(value)}")
         each = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
         return tuple(_of_kind(where, part, v) for part, v in zip(each, value, strict=True))
     if kind is float and isinstance(value, str) and value in ("inf", "-inf"):  # as to_dict writes them
@@ -79,7 +83,7 @@ def _of_kind(where: str, kind: Any, value: Any) -> Any:
     }.get(origin or kind, lambda: True)
     if not right():
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
-        raise ValueError(f"{where} must be {words[origin or kind]}, got {_shown(value)}")
+        raise ValueError(f"{where} must be {words[origin or kind]}, got {shown(value)}")
     return value
 
 

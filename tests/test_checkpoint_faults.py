@@ -1,5 +1,6 @@
 """Checkpoints with faults: headers that lie, stale files, values that are none, names that are no folders."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -19,7 +20,8 @@ from safetensors.numpy import load_file, save, save_file
 
 import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, load, samples, save_folder
-from hybridvlm.checkpoints.hf import check_finite
+from hybridvlm.checkpoints.hf import check_finite, read_json
+from hybridvlm.config import Reduction
 from hybridvlm.models.names import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -112,9 +114,17 @@ LIES = {
     "no header": (1 << 60).to_bytes(8, "little") + b"{}",
     "header of a gigabyte": (1 << 30).to_bytes(8, "little") + TEXT.encode(),
     "cut in its length": WHOLE[:5],
+    "more axes than a tensor has": one([1] * 33, [0, 4], bytes(4)),
+    "as many axes as fit": one([(1 << 63) - 1] * 60_000, [0, 0], b""),
+    "shape that is a table": one({}, [0, 4], bytes(4)),
+    "shape that is a word": one("", [0, 4], bytes(4)),
+    "offsets without end": one([1], [0, 10**4000], bytes(4)),
+    "name without end": packed({"n" * 9000: {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+    "field without end": packed('{"' + "k" * 9000 + '": 1, "' + "k" * 9000 + '": 1}'),
     "deep": packed('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
 }
-STRICTER = ("name twice",)  # which the library lets pass: the last one counts there
+# which the library lets pass: the last one counts there; a tensor has as many axes as one likes
+STRICTER = ("name twice", "more axes than a tensor has")
 
 
 def library(file):
@@ -226,6 +236,56 @@ def test_saved_constants_are_read_past(name, copy, sources):
         load(path)
 
 
+DOUBLES = {
+    "qwen2_vl": ("model.rotary_emb.inv_freq", "model.language_model.rotary_emb.inv_freq"),
+    "qwen3_vl": ("visual.rotary_pos_emb.inv_freq", "model.visual.rotary_pos_emb.inv_freq"),
+    "nemotron_omni": ("vision_model.radio_model.summary_idxs", "radio_model.model.summary_idxs"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLES)
+def test_a_constant_under_two_spellings_is_no_fault(name, copy, sources):
+    path = copy(name)
+    table = load(path).family.table(load(path).config)
+    assert len({table.canonical(one) for one in DOUBLES[name]}) == 1
+    in_one_file(path, lambda tensors: tensors.update(dict.fromkeys(DOUBLES[name], np.zeros(4, np.float32))))
+    same(load(path), load(sources(name)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "the key 'a' stands twice"),
+        ('{"weight_map": {}, "weight_map": {}}', "the key 'weight_map' stands twice"),
+        ('{"weight_map": {"a": "' + "../" * 200 + 'x"}}', "names files outside its folder"),
+        ('{"weight_map": [1]}', "weight_map must give a file's name"),
+        ("[]", "is not an index of tensors: not an object"),
+        ("[" * 100_000, "is not an index of tensors: nested too deeply"),
+        (b"\xff\xfe{}", "is not an index of tensors"),
+    ],
+)
+def test_an_index_that_says_two_things_or_none(text, words, copy):
+    path = copy("qwen2_vl")
+    (path / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=words) as caught:
+        TensorFolder(path)
+    assert "index.json" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_every_reader_finds_the_second_of_many_keys(tmp_path):
+    many = ", ".join(f'"k{i}": 1' for i in range(20_000))
+    file = tmp_path / "config.json"
+    for data in ("{" + many + ', "k19999": 2}', '{"a": {"b": {' + many + ', "k7": 2}}}'):
+        file.write_text(data)
+        with pytest.raises(CheckpointError, match=r"the key 'k(19999|7)' stands twice"):
+            read_json(file)
+        file.with_suffix(".safetensors").write_bytes(packed(data, b""))
+        with pytest.raises(CheckpointError, match=r"the key 'k(19999|7)' stands twice"):
+            TensorFolder(file.with_suffix(".safetensors"))
+    file.write_text("{" + many + "}")
+    assert len(read_json(file)) == 20_000
+
+
 # -- values -------------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +305,28 @@ def test_values_that_are_none_are_named(name, copy):
         tensors[key].reshape(-1)[-1] = odd
         save_file(tensors, path / "model.safetensors")
         with pytest.raises(CheckpointError, match=f"{key} holds values that are not finite"):
+            load(path)
+
+
+def test_a_layer_scale_is_named_for_its_own_values(copy):
+    path, block = copy("nemotron_nano_vl"), "vision_model.radio_model.model.blocks.0"
+    width = TensorFolder(path)[f"{block}.norm1.weight"].shape
+    whole = np.ones(width, np.float32)
+    for name, scale, into, words in (
+        ("ls1", np.where(np.arange(width[0]) == 1, np.nan, whole), None, rf"{block}\.ls1 holds values that are not"),
+        ("ls2", np.inf * whole, None, rf"{block}\.ls2 holds values that are not"),
+        ("ls1", whole, np.nan, rf"{block}\.attn\.proj\.weight holds values that are not"),
+        ("ls1", 3e38 * whole, 3e38, rf"attn\.proj\.weight times {block}\.ls1 holds values that are not"),
+    ):
+
+        def change(tensors, name=name, scale=scale, into=into):
+            for other in ("ls1", "ls2"):
+                tensors.pop(f"{block}.{other}", None)
+            tensors[f"{block}.{name}"] = scale.astype(np.float32)
+            tensors[f"{block}.attn.proj.weight"][0, 0] = 1.0 if into is None else into
+
+        in_one_file(path, change)
+        with pytest.raises(CheckpointError, match=words):
             load(path)
 
 
@@ -406,6 +488,18 @@ def test_a_model_without_tokenizer_comes_back(name, copy, tmp_path):
         ({"reduction": "str"}, "Reduction must be a table"),
         ({"buckets": {"frames": 8}}, "Buckets.frames must be a list"),
         ({"family": ["x"]}, "no model family"),
+        ({"vocab_size": 1 << 39}, "vocab_size must be a whole number of at least 1"),
+        ({"mlp_width": 1 << 30}, "mlp_width must be"),
+        ({"vision": {"layers": 1 << 20}}, "layers must be"),
+        ({"vision": {"kind": "stem", "max_frames": 1 << 40}}, "max_frames must be"),
+        ({"pad_id": -5}, r"ModelConfig\.pad_id must be a whole number of at least 0"),
+        ({"pad_id": 1 << 20}, r"ModelConfig\.pad_id must be"),
+        ({"eos_ids": [-1]}, r"ModelConfig\.eos_ids must be ids"),
+        ({"version": True}, r"config\.json has version True"),
+        ({"version": 1.0}, r"config\.json has version 1\.0"),
+        ({"version": "1"}, r"config\.json has version '1'"),
+        ({"reduction": {"method": "zzz"}}, "unknown reduction method 'zzz'.*pass a reduction of your own"),
+        ({"reduction": {"method": "evs:7+str"}}, "reduction.method: .*a share to keep"),
     ],
 )
 def test_own_configs_are_refused_in_one_line(change, words, tmp_path):
@@ -414,6 +508,74 @@ def test_own_configs_are_refused_in_one_line(change, words, tmp_path):
     with pytest.raises(CheckpointError, match=words) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_sizes_are_worked_out_without_memory_or_refused_by_file():
+    config = load("tiny").config
+    names = ("width", "vocab_size", "mamba_head_dim", "head_dim", "mlp_width", "mamba_heads", "ssm_state")
+    most = dataclasses.replace(config, **dict.fromkeys(names, 1 << 24))
+    assert folders.expected_shapes(most)["embed"] == (1 << 24, 1 << 24)
+    for size in (1 << 31, 1 << 39, 1 << 63):  # which the class itself refuses
+        object.__setattr__(most, "vocab_size", size)
+        with pytest.raises(CheckpointError, match=r"^x/config\.json has sizes that no model can have") as caught:
+            folders.expected_shapes(most, where="x/config.json")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_reduction_of_ones_own_stands_for_an_unknown_one(tmp_path):
+    path = pathlib.Path(shutil.copytree(folders.PACKAGED["tiny"], tmp_path / "tiny"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"reduction": {"method": "zzz"}}))
+    assert load(path, reduction=Reduction("str", 0.5)).reduction == Reduction("str", 0.5)
+
+
+def test_an_orbax_copy_is_looked_at_like_its_kin(copy, tmp_path):
+    path = tmp_path / "copy"
+    load(copy("nemotron_h"), cache=path)
+    about = json.loads((path / "model.json").read_text())
+    for change, words in (
+        ({"version": True}, "version True"),
+        ({"model": [1]}, r"model\.json: model must be a table"),
+        ({"model": about["model"] | {"reduction": {"method": "zzz"}}}, "unknown reduction method"),
+        ({"model": about["model"] | {"pad_id": -5}}, "pad_id must be"),
+    ):
+        (path / "model.json").write_text(json.dumps(about | change))
+        with pytest.raises(CheckpointError, match=words):
+            load(path)
+
+
+@pytest.mark.parametrize("given", [10**6, [258, 288]])
+def test_stops_of_another_model_are_refused(given, copy):
+    path = copy("qwen2_vl")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id \d+ is beyond .* of 288"):
+        load(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [258, 287]}')
+    assert load(path).config.eos_ids == (258, 287)
+
+
+def test_nothing_is_read_more_often_than_it_must(copy, monkeypatch):
+    path = copy("qwen2_vl")
+    raw = samples.raw_config("qwen2_vl")
+    raw["text_config"]["tie_word_embeddings"] = True
+    (path / "config.json").write_text(json.dumps(raw))
+    names = {}
+
+    def tie(tensors):
+        (names["embed"],) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = tensors[names["embed"]].copy()
+
+    in_one_file(path, tie)
+    tables, tensors = [], []
+    rows, read = TensorFolder.rows, folders.read_json
+    monkeypatch.setattr(TensorFolder, "rows", lambda self, name, *at: tensors.append(name) or rows(self, name, *at))
+    monkeypatch.setattr(folders, "read_json", lambda file: tables.append(file.name) or read(file))
+    assert load(path).config.tie_embeddings
+    assert tensors.count("lm_head.weight") == 1 and tensors.count(names["embed"]) == 2  # compared, and taken
+    assert tables.count("config.json") == 1
+    tables.clear()
+    load("tiny")
+    assert tables.count("config.json") == 1
 
 
 def test_partial_meshes():

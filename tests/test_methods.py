@@ -15,6 +15,7 @@ from hybridvlm.reduction import (
     describe_methods,
     evs_keep_count,
     evs_mask,
+    evs_score,
     get_method,
     input_score,
     make_plan,
@@ -161,6 +162,20 @@ def test_evs_keeps_what_changed():
     mask = np.asarray(evs_mask(jnp.asarray(frames), 1 - 5 / 24)).reshape(6, 2, 2)
     assert mask[0].all() and mask[3, 1, 0] and mask.sum() == 5
     assert evs_keep_count(3, 256, 0.7) == 256 and evs_keep_count(10, 16, 0.7) == 48 and evs_keep_count(0, 16, 0.7) == 0
+
+
+def test_evs_scores_of_zeros_and_of_still_frames():
+    """1 - cosine as torch has it: 1 for zeros, whatever they follow; 0 for what stayed as it was, and not rounding noise."""
+    rng = np.random.default_rng(0)
+    cell = rng.normal(size=(1, 4, 300)).astype(np.float32)
+    tokens = np.concatenate([cell, cell, 0 * cell, 0 * cell, cell, -cell, 1e-9 * cell, 1e-9 * cell])
+    scores = np.asarray(evs_score(jnp.asarray(tokens)[None])).reshape(8, 4)
+    assert (scores[0] == 255).all() and (scores[1] == 0).all() and (scores[2:5] == 1).all()
+    np.testing.assert_allclose(scores[5], 2, atol=1e-6)
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    now, before = torch.tensor(tokens[1:]), torch.tensor(tokens[:-1])
+    theirs = 1 - torch.nn.functional.cosine_similarity(now, before, dim=-1).numpy()
+    np.testing.assert_allclose(scores[1:], theirs, atol=1e-6)
 
 
 def test_average_pool_against_a_loop():

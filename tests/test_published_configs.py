@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import warnings
 
 import jax
 import numpy as np
@@ -142,6 +143,114 @@ def test_a_null_hides_nothing():
     fields(config_of(raw), conv_kernel=4)
 
 
+# family, its table, fields outside, fields that are left out inside, and what the decoder then has
+OUTSIDE = [
+    ("qwen2_vl", "text_config", {"rms_norm_eps": 1e-3}, {"rms_norm_eps": None}, {"norm_eps": 1e-5}),
+    ("qwen3_vl", "text_config", {"rms_norm_eps": 1e-3}, {"rms_norm_eps": None}, {"norm_eps": 1e-6}),
+    (
+        "qwen3_vl",
+        "text_config",
+        {"head_dim": 32, "hidden_size": 64},
+        {"head_dim": None},
+        {"head_dim": 128, "width": 32},
+    ),
+    (
+        "qwen3_vl",
+        "text_config",
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": None, "num_attention_heads": None},
+        {"kv_heads": 32},
+    ),
+    ("qwen3_vl", "text_config", {"attention_bias": True}, {"attention_bias": None}, {"attention_bias": False}),
+    ("qwen3_vl", "text_config", {"rope_theta": 5.0}, {"rope_parameters": None}, {"rope_theta": 5e5}),
+    (
+        "qwen2_vl",
+        "text_config",
+        {"intermediate_size": 16, "hidden_act": "gelu"},
+        {"intermediate_size": None, "hidden_act": None},
+        {"mlp_width": 29568},
+    ),
+    ("nemotron_omni", "text_config", {"layer_norm_epsilon": 1e-3}, {"layer_norm_epsilon": None}, {"norm_eps": 1e-5}),
+    ("nemotron_omni", "text_config", {"mamba_d_conv": 2}, {"conv_kernel": None}, {"conv_kernel": 4}),
+    (
+        "nemotron_omni",
+        "text_config",
+        {"routed_scaling_factor": 9.0},
+        {"routed_scaling_factor": None},
+        {"router_scale": 1.0},
+    ),
+    (
+        "nemotron_nano_vl",
+        "llm_config",
+        {"layer_norm_epsilon": 1e-3, "use_bias": True},
+        {"layer_norm_epsilon": None, "use_bias": None},
+        {"norm_eps": 1e-5, "mamba_bias": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "nested", "outer", "left_out", "expected"), OUTSIDE)
+def test_what_a_nested_table_leaves_out_is_not_looked_for_outside(name, nested, outer, left_out, expected):
+    raw = samples.raw_config(name)
+    raw[nested] = {key: value for key, value in raw[nested].items() if key not in left_out}
+    with pytest.warns(UserWarning, match=r"stands outside \w+_config, where it is not read: transformers"):
+        config = config_of(raw | outer)
+    fields(config, **expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config_of(raw) == config
+        if name != "nemotron_nano_vl":  # which transformers has no class of
+            assert_like_transformers(raw | outer, config)
+
+
+def assert_like_transformers(raw, config):
+    """The fields that a config shares with the class of the reference, where that is installed."""
+    transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
+    names = {"qwen2_vl": "Qwen2VLConfig", "qwen3_vl": "Qwen3VLConfig"}
+    cls = getattr(transformers, names.get(raw["model_type"], "NemotronH_Omni_Reasoning_V3_Config"))
+    text = cls(**copy.deepcopy(raw)).text_config
+    shared = {
+        **{"hidden_size": "width", "num_key_value_heads": "kv_heads", "num_attention_heads": "attention_heads"},
+        **{"intermediate_size": "mlp_width", "rms_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"},
+        **{"conv_kernel": "conv_kernel", "routed_scaling_factor": "router_scale", "attention_bias": "attention_bias"},
+    }
+    for theirs, ours in shared.items():
+        if theirs in type(text).__dataclass_fields__ and (ours != "mlp_width" or "-" in config.pattern):
+            assert getattr(config, ours) == getattr(text, theirs), theirs
+    if raw["model_type"] in names:
+        assert config.rope_theta == text.rope_parameters["rope_theta"]
+
+
+def test_rotary_fields_are_one_thing():
+    raw = samples.raw_config("qwen2_vl")
+    inner = raw["text_config"]
+    inner["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+    other = {"rope_theta": 5.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 1]}}
+    with pytest.warns(UserWarning, match="rope_theta 5.0 stands outside"):
+        config = config_of(raw | other)
+    fields(config, rope_theta=1e6, rope_sections=(2, 1, 1))
+    assert_like_transformers(raw | other, config)
+    # a null inside hides nothing outside; a table inside does
+    inner["rope_theta"] = inner["rope_scaling"] = None
+    fields(config_of(raw | other), rope_theta=5.0, rope_sections=(2, 1, 1))
+    del inner["rope_parameters"], inner["rope_theta"]
+    fields(config_of(raw | other), rope_theta=5.0, rope_sections=(1, 2, 1))
+
+
+def test_flat_configs():
+    """As Qwen2-VL and VAMBA were released; Qwen3-VL never was, and transformers reads nothing of such a file."""
+    for name in ("qwen2_vl", "qwen3_vl"):
+        raw = samples.raw_config(name)
+        nested = config_of(raw)
+        flat = raw.pop("text_config") | raw
+        for more in ({}, {"text_config": None}):
+            if name == "qwen2_vl":
+                assert config_of(flat | more) == nested
+            else:
+                with pytest.raises(ValueError, match="stands outside text_config, which is not there"):
+                    config_of(flat | more)
+
+
 def test_colours_of_the_processor():
     for name, usual in (
         ("qwen2_vl", VisionConfig.pixel_mean),
@@ -153,7 +262,7 @@ def test_colours_of_the_processor():
         raw["preprocessor"] = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
         fields(config_of(raw).vision, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(1.0, 2.0, 3.0))
         raw["preprocessor"] = {"image_mean": 0.5}
-        with pytest.raises(ValueError, match=r"image_mean must be a list of 3 numbers"):
+        with pytest.raises(ValueError, match=r"^preprocessor_config\.json: image_mean must be a list of 3 numbers"):
             config_of(raw)
 
 
@@ -285,7 +394,7 @@ def test_every_field_with_every_odd_value(name):
         ('{"vocab_size": 1000000000000}', r"text_config\.vocab_size must be"),
         ('{"tie_word_embeddings": "false"}', r"text_config\.tie_word_embeddings must be true or false"),
         ('{"eos_token_id": [[1]]}', r"text_config\.eos_token_id must be a token's id"),
-        ('{"hidden_act": "silu", "hidden_act": "gelu"}', "'hidden_act' is in one table twice"),
+        ('{"hidden_act": "silu", "hidden_act": "gelu"}', "the key 'hidden_act' stands twice"),
         ("[" * 100000, r"config\.json is not JSON"),
         ('{"hidden_size": ' + "1" * 5000 + "}", r"config\.json is not JSON"),
     ],

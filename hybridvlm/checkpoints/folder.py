@@ -26,7 +26,7 @@ import numpy as np
 
 from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.checkpoints.hf import CONFIG, Place, check_finite, own_head, read_json, read_params
-from hybridvlm.checkpoints.orbax import is_orbax, read_about, restore_orbax, save_orbax
+from hybridvlm.checkpoints.orbax import ABOUT, is_orbax, read_about, restore_orbax, save_orbax
 from hybridvlm.checkpoints.tensors import CheckpointError, TensorFolder
 from hybridvlm.checkpoints.tokenizer import TOKENIZER, PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, from_dict, to_dict
@@ -36,6 +36,8 @@ from hybridvlm.models.config_fields import token_ids
 from hybridvlm.models.names import FLOAT32, flatten, unflatten
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.plain import shown
+from hybridvlm.reduction import parse_method
 
 FORMAT, VERSION = "hybridvlm", 1
 WEIGHTS, PROCESSORS = "model.safetensors", "processor_config.json"
@@ -60,9 +62,18 @@ SETTINGS = (
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
-def expected_shapes(config: Any, kind: ModuleType = nemotron_vl) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter that a model of this config has, by flat name; nothing is allocated."""
-    params = jax.eval_shape(lambda key: kind.init(config, key), jax.random.key(0))
+def expected_shapes(
+    config: Any, kind: ModuleType = nemotron_vl, where: str = "the config"
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter that a model of this config has, by flat name; nothing is allocated.
+
+    CheckpointError, which begins with `where`, for sizes that no array can have.
+    """
+    try:
+        params = jax.eval_shape(lambda key: kind.init(config, key), jax.random.key(0))
+    except (ArithmeticError, TypeError, ValueError, MemoryError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{where} has sizes that no model can have: {why:.200}") from error
     return {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
 
 
@@ -197,13 +208,14 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         ) from error
 
 
-def read_config(path: pathlib.Path) -> tuple[ModuleType, Any, dict[str, Any]]:
-    """(family, config, {section: its dataclass}) of a folder in the library's own form."""
+def read_config(path: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, Any, dict[str, Any]]:
+    """(family, config, {section: its dataclass}) of a folder in the library's own form; data: its config.json, parsed."""
     file = path / CONFIG
-    data = read_json(file)
     version = data.get("version")
-    if version != VERSION:
-        raise CheckpointError(f"{file} has version {version!r}, this library reads version {VERSION}; update hybridvlm")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(
+            f"{file} has version {shown(version)}, this library reads version {VERSION}; update hybridvlm"
+        )
     return _built(file, {name: value for name, value in data.items() if name not in ("format", "version", "tokenizer")})
 
 
@@ -230,7 +242,7 @@ def read_weights(
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {WEIGHTS}; a checkpoint folder holds {CONFIG}, {WEIGHTS}, {TOKENIZER}")
     flat, tensors = {}, TensorFolder(file)
-    check_tensors(tensors.shapes(), expected_shapes(config, kind), str(file))
+    check_tensors(tensors.shapes(), expected_shapes(config, kind, str(path / CONFIG)), str(file))
     for name, stored in tensors.dtypes().items():
         if str(stored) not in STORAGE:
             raise CheckpointError(f"{file}: {name} is stored as {stored}; this format holds {' or '.join(STORAGE)}")
@@ -278,18 +290,34 @@ def _load(path, mesh, dtype, reduction, buckets, cache) -> Model:
     place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, place, reduction, buckets)
-    if read_json(path / CONFIG).get("format") is None:
-        return _load_published(path, dtype, place, reduction, buckets, cache)
+    data = read_json(path / CONFIG)
+    if data.get("format") is None:
+        return _load_published(path, data, dtype, place, reduction, buckets, cache)
     if cache is not None:
         raise ValueError("cache is for published checkpoints; this one is in the library's own form already")
-    if read_json(path / CONFIG)["format"] != FORMAT:
+    if data["format"] != FORMAT:
         raise CheckpointError(f'{path / CONFIG} is not a checkpoint of this library: it has no "format": "{FORMAT}"')
-    kind, config, sections = read_config(path)
+    kind, config, sections = read_config(path, data)
+    if reduction is None:
+        _check_method(path / CONFIG, sections)
     tokenizer = _tokenizer(path, config)
-    if tokenizer is None and read_json(path / CONFIG).get("tokenizer") is not False:
+    if tokenizer is None and data.get("tokenizer") is not False:
         raise FileNotFoundError(f"no tokenizer at {path / TOKENIZER}")
     params = read_weights(path, config, dtype, kind, place)
     return _model(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
+
+
+def _check_method(file: pathlib.Path, sections: dict[str, Any]) -> None:
+    """CheckpointError for a checkpoint's own method that is unknown here, before anything large is read."""
+    tuned = sections.get("reduction")
+    if tuned is None:
+        return
+    try:
+        parse_method(tuned.method)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: reduction.method: {error}. Import or install what registers it, or pass a reduction of your own"
+        ) from error
 
 
 def _floating(dtype: Any) -> np.dtype:
@@ -339,15 +367,19 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
 
 def _load_orbax(path, dtype, place, reduction, buckets) -> Model:
     about = read_about(path)
-    kind, config, sections = _built(path / "model.json", about["model"])
-    params = restore_orbax(path, expected_shapes(config, kind), dtype=dtype, place=place)
+    if not isinstance(about.get("model"), dict):
+        raise CheckpointError(f"{path / ABOUT}: model must be a table, got {shown(about.get('model'))}")
+    kind, config, sections = _built(path / ABOUT, about["model"])
+    if reduction is None:
+        _check_method(path / ABOUT, sections)
+    params = restore_orbax(path, expected_shapes(config, kind, str(path / ABOUT)), dtype=dtype, place=place)
     return _model(
         about.get("name", path.name), kind, config, params, _tokenizer(path, config), sections, reduction, buckets
     )
 
 
-def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
-    raw = read_json(path / CONFIG) | _preprocessors(path)
+def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Model:
+    raw = raw | _preprocessors(path)
     try:
         kind = family_of(raw)
         tensors = TensorFolder(path)
@@ -361,7 +393,7 @@ def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
     name = path.name
     if path.parent.name == "snapshots":  # the hub's cache: .../models--owner--name/snapshots/commit
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
-    config = dataclasses.replace(config, name=config.name or name, eos_ids=_stops(path, config.eos_ids))
+    config = dataclasses.replace(config, name=config.name or name, eos_ids=_stops(path, config))
     if own_head(kind.table(config), tensors):
         config = dataclasses.replace(config, tie_embeddings=False)
     table = kind.table(config)
@@ -369,11 +401,11 @@ def _load_published(path, dtype, place, reduction, buckets, cache) -> Model:
     style = kind.style_for(config)
     sections = {"style": style, "buckets": PUBLISHED_BUCKETS}
     if cache is None:
-        params = read_params(table, tensors, dtype=dtype, place=place)
+        params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
         return _model(name, kind, config, params, tokenizer, sections, reduction, buckets)
     cache, source = pathlib.Path(cache), _source(path, tensors, dtype)
     if not is_orbax(cache) or read_about(cache).get("source") != source:
-        params = read_params(table, tensors, dtype=dtype, place=place)
+        params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
         about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
         save_orbax(cache, params, {"name": name, "model": about, "source": source}, tokenizer)
         return _model(name, kind, config, params, tokenizer, sections, reduction, buckets)
@@ -392,14 +424,20 @@ def _preprocessors(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _stops(path: pathlib.Path, own: tuple[int, ...]) -> tuple[int, ...]:
+def _stops(path: pathlib.Path, config: Any) -> tuple[int, ...]:
     """What ends an answer: config.json's tokens and those that generation_config.json adds."""
     file = path / "generation_config.json"
-    more = read_json(file).get("eos_token_id") if file.is_file() else None
+    given = read_json(file).get("eos_token_id") if file.is_file() else None
     try:
-        return tuple(dict.fromkeys([*own, *token_ids("eos_token_id", more)]))
+        more = token_ids("eos_token_id", given)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    if beyond := [id for id in more if id >= config.vocab_size]:
+        raise CheckpointError(
+            f"{file}: eos_token_id {beyond[0]} is beyond the model's vocabulary of {config.vocab_size}, so that it could "
+            "end no answer; it is another model's file"
+        )
+    return tuple(dict.fromkeys([*config.eos_ids, *more]))
 
 
 def _source(path: pathlib.Path, tensors: TensorFolder, dtype: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.checkpoints.tensors import INDEX, CheckpointError, TensorFolder, write_tensors
+from hybridvlm.files import read_object
 from hybridvlm.models.names import FLOAT32, Job, Shape, Table, Turn, unflatten
 
 CONFIG = "config.json"
@@ -36,23 +37,7 @@ Place = Callable[[str, Shape], jax.sharding.Sharding]  # flat name and shape of 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON file that holds one table; CheckpointError if it does not, or has a key twice."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}")
-
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is in one table twice")
-        return found
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=table)
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{path} is not JSON: {str(error) or type(error).__name__}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data
+    return read_object(path, CheckpointError)
 
 
 # -- which tensor goes where ------------------------------------------------------------------------------------------
@@ -104,6 +89,9 @@ class _Sources:
         self.faults: dict[str, None] = {}  # in order, each once
         for stored in self.shapes:
             names = table.canonical(stored)
+            if CONSTANT.search(stored) or all(map(table.idle, names)):
+                # nobody's parameter, however often it is there
+                continue
             for part, name in enumerate(names):
                 if name in self.found:
                     self.faults[f"twice: {name}, as {self.found[name][0]} and as {stored}"] = None
@@ -126,8 +114,11 @@ class _Sources:
             for at in range(0, shape[0], step)
         )
 
-    def check(self) -> None:
-        """ValueError with every tensor that is missing, has another shape than the config says, or no place to go."""
+    def check(self, compared: bool = False) -> None:
+        """ValueError with every tensor that is missing, has another shape than the config says, or no place to go.
+
+        compared: a head that the table ties is known to hold the embedding's values.
+        """
         used: set[str] = set()
         for job in self.table.jobs:
             if len(self.faults) > MOST_FAULTS:  # of another model altogether
@@ -145,12 +136,11 @@ class _Sources:
                     break
         if self.table.tied and self.table.tied[1] in self.found:
             used.add(self.found[self.table.tied[1]][0])
-            if not self.faults and self.own_head():
+            if not (self.faults or compared) and self.own_head():
                 head, embed = (self.found[name][0] for name in reversed(self.table.tied))
                 self.faults[f"tied: {head} has other values than {embed}, and the config makes them one"] = None
-        for name, (stored, _, _) in self.found.items():
-            needless = stored in used or self.table.idle(name) or CONSTANT.search(stored)
-            if len(self.faults) <= MOST_FAULTS and not needless:
+        for stored, _, _ in self.found.values():
+            if len(self.faults) <= MOST_FAULTS and stored not in used:
                 self.faults[f"no place for: {stored}"] = None
         if self.faults:
             lines = [*self.faults][:MOST_FAULTS] + ["and more"] * (len(self.faults) > MOST_FAULTS)
@@ -193,8 +183,13 @@ class _Sources:
         stored, part, _ = self.found[name]
         rows = self._read(stored, part * height + start, part * height + stop)
         if scale:
-            factor = self._read(self.found[scale][0], start, stop)
-            rows = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1))
+            by = self.found[scale][0]
+            factor = self._read(by, start, stop)
+            for values, name in ((rows, stored), (factor, by)):
+                check_finite(values, name, values.dtype)
+            with np.errstate(over="ignore"):  # told below, by name
+                rows = rows * factor.reshape(-1, *(1,) * (rows.ndim - 1))
+            stored = f"{stored} times {by}"
         check_finite(rows, stored, kind)
         return rows
 
@@ -238,13 +233,15 @@ def read_params(
     dtype: Any = None,
     place: Place | None = None,
     progress: Callable[[str], None] = lambda name: None,
+    compared: bool = False,
 ) -> dict[str, Any]:
     """Our parameters on the devices, streamed. dtype: of all but the leaves in `names.FLOAT32` (default: as stored).
 
     place: where each array lives (default: the default device). progress: called with each array's name before it is read.
+    compared: `own_head` was asked already, so that head and embedding need not be read for it once more.
     """
     sources = _Sources(table, tensors, dtype)
-    sources.check()
+    sources.check(compared)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {}
     for job in table.jobs:

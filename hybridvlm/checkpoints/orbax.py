@@ -17,6 +17,7 @@ from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.checkpoints.hf import Place, read_json
 from hybridvlm.checkpoints.tensors import CheckpointError
 from hybridvlm.models.names import FLOAT32, flatten, unflatten
+from hybridvlm.plain import shown
 
 ABOUT, PARAMS, FORMAT, VERSION = "model.json", "params", "hybridvlm-orbax", 1
 
@@ -47,8 +48,9 @@ def save_orbax(
 def read_about(path: pathlib.Path) -> dict[str, Any]:
     """What a folder says of itself; CheckpointError if it is not of this form."""
     about = read_json(path / ABOUT)
-    if about.get("format") != FORMAT or about.get("version") != VERSION:
-        found = f"format {about.get('format')!r} version {about.get('version')!r}"
+    version = about.get("version")
+    if about.get("format") != FORMAT or type(version) is not int or version != VERSION:
+        found = f"format {shown(about.get('format'))} version {shown(version)}"
         raise CheckpointError(f"{path / ABOUT} has {found}; this library reads {FORMAT!r} version {VERSION}")
     return about
 

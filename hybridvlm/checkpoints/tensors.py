@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from hybridvlm.files import parse_object, read_object
+from hybridvlm.plain import shown
+
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTERS = "adapter*.safetensors"
 DTYPES = {
@@ -35,6 +38,7 @@ DTYPES = {
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST_HEADER = 100_000_000  # bytes; the format's own limit
+_MOST_AXES = 32  # of a tensor; the product of more takes longer and longer
 
 
 class CheckpointError(ValueError):
@@ -57,43 +61,40 @@ class _File:
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
             if not name.isprintable():
-                raise self._unreadable(f"a tensor's name is no printable text: {name!r:.80}")
+                raise self._unreadable(f"a tensor's name is no printable text: {shown(name)}")
             try:
-                kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-                if any(type(number) is not int for number in (*shape, first, last)):
-                    raise ValueError(f"{entry} holds what is no whole number")
+                kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                if not isinstance(shape, list) or any(type(number) is not int for number in (*shape, first, last)):
+                    raise ValueError("it holds what is no whole number")
             except (KeyError, TypeError, ValueError) as error:
-                raise self._unreadable(f"the entry of {name} is not dtype, shape and two offsets") from error
+                raise self._unreadable(f"the entry of {name:.200} is not dtype, shape and two offsets") from error
             if not isinstance(kind, str) or kind not in DTYPES:
                 raise CheckpointError(
-                    f"{path}: {name} is stored as {kind!s:.40}; supported: {', '.join(DTYPES)}. Take an unquantised checkpoint"
+                    f"{path}: {name:.200} is stored as {kind!s:.40}; supported: {', '.join(DTYPES)}. "
+                    "Take an unquantised checkpoint"
                 )
+            if len(shape) > _MOST_AXES:
+                raise self._unreadable(f"{name:.200} has {len(shape)} axes; a tensor has {_MOST_AXES} at most")
             negative = min((0, *shape)) < 0 or first < 0
             if negative or max((0, *shape)) >= 1 << 63 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
                 raise self._unreadable(
-                    f"{name} of shape {list(shape)!s:.80} {kind} cannot fill bytes {first} to {last}"
+                    f"{name:.200} of shape {shown(shape)} {kind} cannot fill bytes {shown(first)} to {shown(last)}"
                 )
             spans.append((first, last, name))
-            self.places[name] = (DTYPES[kind], shape, self.begin + first)
+            self.places[name] = (DTYPES[kind], tuple(shape), self.begin + first)
         self._check_spans(sorted(spans), size - self.begin)
 
     def _header(self, data: bytes) -> dict[str, object]:
         """The table of tensors; not JSON's other encodings, nor a name twice, nor metadata other than words."""
 
-        def table(pairs: list[tuple[str, object]]) -> dict[str, object]:
-            found = dict(pairs)
-            if len(found) < len(pairs):
-                names = [name for name, _ in pairs]
-                raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is in it twice")
-            return found
-
         try:
             if data[:1] != b"{":
                 raise ValueError("it does not begin with {")
-            header = json.loads(data.decode("utf-8"), object_pairs_hook=table)
+            header = parse_object(data)
             json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError, MemoryError) as error:
-            raise self._unreadable(f"its header is not JSON: {str(error) or type(error).__name__}") from error
+            why = str(error) or type(error).__name__
+            raise self._unreadable(f"its header is not JSON: {why:.200}") from error
         words = header.pop("__metadata__", None)
         if words is not None and not (isinstance(words, dict) and all(isinstance(v, str) for v in words.values())):
             raise self._unreadable("its __metadata__ is not a table of words")
@@ -105,7 +106,7 @@ class _File:
         for first, last, name in spans:
             if first != at:
                 what = "overlaps with" if first < at else "leaves a hole behind"
-                raise self._unreadable(f"{name} at bytes {first} to {last} {what} {before}")
+                raise self._unreadable(f"{name:.200} at bytes {first} to {last} {what} {before:.200}")
             at, before = last, name
         cut = sorted(name for _, last, name in spans if last > held)
         if cut:
@@ -224,17 +225,14 @@ class TensorFolder(Mapping[str, np.ndarray]):
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, RecursionError, MemoryError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an index of tensors: {type(error).__name__} {error}") from error
+    found = read_object(path, CheckpointError, "an index of tensors").get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(
             f"{path} is not an index of tensors: its weight_map must give a file's name for every tensor"
         )
     odd = [file for file in found.values() if pathlib.Path(file).name != file]
     if odd:
-        raise CheckpointError(f"{path} names files outside its folder: {odd[0]}")
+        raise CheckpointError(f"{path} names files outside its folder: {shown(odd[0])}")
     return found
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from hybridvlm.plain import shown
+
 # Every family is a module of this package with
 #   NAME, MODEL_TYPES (as config.json has them under `model_type` or `architectures`), Config (a frozen dataclass),
 #   METHODS (reductions it takes, None for all), CHAT (template where a checkpoint has none);
@@ -39,13 +41,13 @@ def family_of(raw: Mapping[str, Any]) -> ModuleType:
         return family("vamba")
     names = raw.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"config.json: architectures must be a list of words, got {repr(names)[:60]}")
+        raise ValueError(f"config.json: architectures must be a list of words, got {shown(names)}")
     for kind in [*names, raw.get("model_type")]:
         for name in FAMILIES:
             if kind in family(name).MODEL_TYPES:
                 return family(name)
     known = sorted(kind for name in FAMILIES for kind in family(name).MODEL_TYPES)
     raise ValueError(
-        f"config.json: architectures {str(names)[:60]} and model_type {repr(raw.get('model_type'))[:60]} belong to no family; "
+        f"config.json: architectures {shown(names)} and model_type {shown(raw.get('model_type'))} belong to no family; "
         f"supported: {', '.join(known)}"
     )

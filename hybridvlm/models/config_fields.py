@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybridvlm.config import MOST_ROWS as MOST_ROWS
+from hybridvlm.plain import shown as shown
+
 # the largest of anything that is counted: far beyond every model, and small enough that nothing breaks before the
 # checkpoint's own shapes are compared with it
-MOST, MOST_LAYERS, MOST_ROWS = 1 << 20, 4096, 1 << 24
+MOST, MOST_LAYERS = 1 << 20, 4096
 _FLOATS = ("Infinity", "-Infinity", "NaN")
-
-
-def shown(value: Any) -> str:
-    """A value for a message: on one line, and not all of a long one."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def section(raw: Mapping[str, Any], *names: str) -> dict[str, Any] | None:
@@ -33,11 +31,34 @@ def section(raw: Mapping[str, Any], *names: str) -> dict[str, Any] | None:
     return None
 
 
+# what a model as a whole may say of its text: generation looks for it outside, too
+OF_ALL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+
+
+def behind(
+    inner: Mapping[str, Any], outer: Mapping[str, Any], together: Sequence[Sequence[str]] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what a table nested in `outer` leaves to it, what of `outer` nobody reads).
+
+    A field that the nested table leaves out has its class's default, whatever stands outside, as transformers builds the one class
+    from the one table; a field that is null inside, and those of `OF_ALL`, are looked for outside. together: names that speak of
+    one thing: null under one of them, and not given under any other, is null under each.
+    """
+    groups = {name: group for group in together for name in group}
+    seen, unread = {}, {}
+    for name, value in outer.items():
+        group = groups.get(name, (name,))
+        null = any(other in inner for other in group) and all(inner.get(other) is None for other in group)
+        (seen if null or name in OF_ALL or (name in inner and inner[name] is None) else unread)[name] = value
+    return seen, unread
+
+
 class Fields:
     """The fields of one configuration class: in the first of `tables` (label -> table) that has them, and not as null.
 
     A null hides no field of a table further out, and where there is none it counts as left out. defaults: of fields that are
-    left out. aliases: other names of a field. Every getter raises a ValueError that names the field and what it must be.
+    left out. aliases: other names of a field. unread: what stands where transformers does not look; a warning says so where a
+    field is found there alone. file: for messages. Every getter raises a ValueError that names the field and what it must be.
     """
 
     def __init__(
@@ -45,8 +66,11 @@ class Fields:
         tables: Mapping[str, Mapping[str, Any]],
         defaults: Mapping[str, Any],
         aliases: Mapping[str, Sequence[str]] | None = None,
+        unread: Mapping[str, Any] | None = None,
+        file: str = "config.json",
     ):
         self.tables, self.defaults, self.aliases = tables, defaults, aliases or {}
+        self.unread, self.file = unread or {}, file
 
     def find(self, name: str) -> tuple[str, Any] | None:
         """(label and key, value) of a field that is given, else None."""
@@ -54,6 +78,15 @@ class Fields:
             for key in (*self.aliases.get(name, ()), name):
                 if table.get(key) is not None:
                     return f"{label}{key}", table[key]
+        for key in (*self.aliases.get(name, ()), name):
+            value = self.unread.get(key)
+            if value is not None and value != self.defaults.get(name):
+                usual = f"takes {shown(self.defaults[name])}" if name in self.defaults else "does without"
+                warnings.warn(
+                    f"{self.file}: {key} {shown(value)} stands outside {next(iter(self.tables)).rstrip('.')}, where it is "
+                    f"not read: transformers {usual}, and so does this library. Move it inside if it is meant",
+                    stacklevel=2,
+                )
         return None
 
     def null(self, name: str) -> bool:
@@ -66,14 +99,14 @@ class Fields:
         if found is not None:
             return found
         if name not in self.defaults:
-            raise ValueError(f"config.json has no {name!r}, which this family needs")
+            raise ValueError(f"{self.file} has no {name!r}, which this family needs")
         return name, self.defaults[name]
 
     def count(self, name: str, least: int = 1, most: int = MOST) -> int:
         """A whole number from `least` to `most`."""
         label, value = self.get(name)
         if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"config.json: {label} must be a whole number from {least} to {most}, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must be a whole number from {least} to {most}, got {shown(value)}")
         return value
 
     def side(self, name: str) -> int:
@@ -81,7 +114,7 @@ class Fields:
         label, value = self.get(name)
         if isinstance(value, (list, tuple)) and value and all(x == value[0] for x in value):
             value = value[0]
-        return Fields({label.removesuffix(name): {name: value}}, {}).count(name)
+        return Fields({label.removesuffix(name): {name: value}}, {}, file=self.file).count(name)
 
     def number(self, name: str, least: float = 0.0, most: float = 1e30, *, above: bool = False) -> float:
         """A finite number from `least` (`above` it, if that is asked) to `most`."""
@@ -89,26 +122,28 @@ class Fields:
         number = _float(value)
         if number is None or not least <= number <= most or (above and number == least):
             what = f"above {least:g}" if above else f"from {least:g}"
-            raise ValueError(f"config.json: {label} must be a number {what} up to {most:g}, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must be a number {what} up to {most:g}, got {shown(value)}")
         return number
 
     def flag(self, name: str) -> bool:
         """true or false."""
         label, value = self.get(name)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json: {label} must be true or false, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must be true or false, got {shown(value)}")
         return value
 
     def any_flag(self, name: str) -> bool:
         """Whether any table says true."""
-        said = [Fields({label: table}, {name: False}).flag(name) for label, table in self.tables.items()]
+        said = [
+            Fields({label: table}, {name: False}, file=self.file).flag(name) for label, table in self.tables.items()
+        ]
         return any(said)
 
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a field that means another computation than the one there is."""
         label, value = self.get(name)
         if not any(type(value) is type(one) and value == one for one in allowed):
-            raise ValueError(f"config.json: {label} = {shown(value)} is not supported; supported: {list(allowed)}")
+            raise ValueError(f"{self.file}: {label} = {shown(value)} is not supported; supported: {list(allowed)}")
 
     def counts(self, name: str, least: int = 0, most: int = MOST, length: int | None = None) -> tuple[int, ...]:
         """A list of whole numbers."""
@@ -116,9 +151,9 @@ class Fields:
         listed = isinstance(value, (list, tuple)) and len(value) <= MOST_LAYERS and len(value) in (length, len(value))
         if not listed or (length is not None and len(value) != length) or not all(type(x) is int for x in value):
             what = "whole numbers" if length is None else f"{length} whole numbers"
-            raise ValueError(f"config.json: {label} must be a list of {what}, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must be a list of {what}, got {shown(value)}")
         if not all(least <= x <= most for x in value):
-            raise ValueError(f"config.json: {label} must hold numbers from {least} to {most}, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must hold numbers from {least} to {most}, got {shown(value)}")
         return tuple(value)
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
@@ -126,14 +161,14 @@ class Fields:
         label, value = self.get(name)
         found = [_float(x) for x in value] if isinstance(value, (list, tuple)) and len(value) == length else [None]
         if any(x is None or math.isnan(x) for x in found):
-            raise ValueError(f"config.json: {label} must be a list of {length} numbers, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must be a list of {length} numbers, got {shown(value)}")
         return tuple(found)  # type: ignore[arg-type]
 
     def word(self, name: str) -> str:
         """A word."""
         label, value = self.get(name)
         if not isinstance(value, str):
-            raise ValueError(f"config.json: {label} must be a word, got {shown(value)}")
+            raise ValueError(f"{self.file}: {label} must be a word, got {shown(value)}")
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
@@ -141,7 +176,7 @@ class Fields:
         if self.null(name):
             return ()
         label, value = self.get(name) if name in self.defaults or self.find(name) else (name, None)
-        return token_ids(f"config.json: {label}", value)
+        return token_ids(f"{self.file}: {label}", value)
 
     def id(self, name: str) -> int | None:
         """A token id or none."""

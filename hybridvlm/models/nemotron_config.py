@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridvlm.config import MLP, MOE, ModelConfig, VisionConfig
 from hybridvlm.models import config_defaults as defaults
-from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, Fields, section, shown, tied
+from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, Fields, behind, section, shown, tied
 from hybridvlm.models.names import Table
 from hybridvlm.models.nemotron_names import FUSED, RENAMES
 
@@ -27,6 +27,9 @@ TOWERS = {
     "vit_large": (1024, 24, 16, 4096),
     "vit_huge": (1280, 32, 16, 5120),
 }
+# names that speak of one thing
+_ONE = [(name, *names) for name, names in defaults.NEMOTRON_H_ALIASES.items() if name != "layers_block_type"]
+_ONE.append(("layers_block_type", "layer_types", "hybrid_override_pattern"))
 OMNI = ("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3")  # image and video keep their aspect, frames go in pairs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -86,22 +89,25 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
     by_name = _by_name(shapes)
     inner = section(raw, "text_config", "llm_config")
     label = "" if inner is None else "text_config." if raw.get("text_config") is not None else "llm_config."
-    tables = {"": raw} if inner is None else {label: inner, "": raw}
+    seen, unread = (raw, {}) if inner is None else behind(inner, raw, _ONE)
+    tables = {"": raw} if inner is None else {label: inner, "": seen}
     alone = (raw if inner is None else inner).get("model_type") == "mamba2"
     text = Fields(
         tables,
         defaults.MAMBA2 if alone else defaults.NEMOTRON_H,
         {} if alone else defaults.NEMOTRON_H_ALIASES,
+        unread,
     )
     low, high = text.numbers("time_step_limit", 2)
     if not 0 <= low < math.inf or high < low:
         raise ValueError(f"config.json: time_step_limit must be two numbers from 0 that rise, got {[low, high]}")
     pattern = "M" * text.count("num_hidden_layers", 1, MOST_LAYERS) if alone else _pattern(text)
-    width = text.count("hidden_size")
+    width, pad = text.count("hidden_size"), text.id("pad_token_id") or 0
+    vocab = _axis(by_name, "backbone.embeddings.weight", 0, text.count("vocab_size", 1, MOST_ROWS))
     said = text.any_flag("tie_word_embeddings")
     common = {
         "width": width,
-        "vocab_size": _axis(by_name, "backbone.embeddings.weight", 0, text.count("vocab_size", 1, MOST_ROWS)),
+        "vocab_size": vocab,
         "ssm_groups": text.count("n_groups"),
         "conv_kernel": text.count("conv_kernel", 1, 64),
         "conv_bias": text.flag("use_conv_bias"),
@@ -112,7 +118,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
         # Nemotron-H's class ties nothing, whatever its config says
         "tie_embeddings": tied(said and alone, said, "lm_head.weight", shapes),
         "eos_ids": text.ids("eos_token_id"),
-        "pad_id": text.id("pad_token_id") or 0,
+        "pad_id": pad if pad < vocab else 0,
         "pattern": pattern,
     }
     if alone:
@@ -177,7 +183,8 @@ def vision_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Visi
     omni = any(kind in OMNI for kind in [raw.get("model_type"), *kinds])
     table = {"": raw} if own is None and not omni else {"vision_config.": own or {}}
     vision = Fields(table, defaults.RADIO | _tower(next(iter(table.values()))))
-    either = Fields({**table, "": raw}, defaults.RADIO)
+    seen, unread = behind(own or {}, raw) if omni else (raw, {})  # the older releases' own code reads these outside
+    either = Fields({**table, "": seen}, defaults.RADIO, unread=unread)
     outer = Fields(
         {"": raw},
         {

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridvlm.config import QwenConfig, VisionConfig
 from hybridvlm.models import config_defaults as defaults
-from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, Fields, section, shown, tied
+from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, OF_ALL, Fields, behind, section, shown, tied
 from hybridvlm.models.names import Shape
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -26,6 +26,8 @@ PIXELS: dict[int, dict[str, Any]] = {
     3: {"image_pixels": (65536, 16777216), "frame_pixels": (4096, 768 * 32**2), "video_pixels": 25165824},
 }
 MOST_PIXELS = 1 << 40
+_ROPE = ("rope_scaling", "rope_parameters", "rope_theta")
+_IMAGES = "preprocessor_config.json"
 _HEAD, _EMBED = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -37,7 +39,7 @@ def pixel_limits(raw: Mapping[str, Any], generation: int) -> dict[str, Any]:
     lies within the image's limits, too. ValueError for a limit that is not a whole number, or limits the wrong way round.
     """
     limits, film = dict(PIXELS[generation]), raw.get("video_preprocessor")
-    limits["image_pixels"] = _, most = _edges("preprocessor_config.json", raw, "preprocessor", limits["image_pixels"])
+    limits["image_pixels"] = _, most = _edges(_IMAGES, raw, "preprocessor", limits["image_pixels"])
     low, high = limits["frame_pixels"]
     if not film:
         return limits | {"frame_pixels": (min(low, most), min(high, most))}
@@ -74,13 +76,19 @@ def _edges(file: str, raw: Mapping[str, Any], part: str, default: tuple[int, int
 def _rope(text: Fields, generation: int, pairs: int) -> dict[str, Any]:
     """The rotary embedding of a decoder whose heads have so many pairs of channels."""
     usual = defaults.ROPE[generation]
-    label, table = text.find("rope_scaling") or text.find("rope_parameters") or ("rope_parameters", {})
-    if not isinstance(table, Mapping):
-        raise ValueError(f"config.json: {label} must be a table, got {shown(table)}")
-    if not table and (second := text.find("rope_parameters")):
-        label, table = second
+    given = [
+        found
+        for where, fields in text.tables.items()
+        for name in _ROPE[:2]
+        if (found := Fields({where: fields}, {}).find(name)) is not None
+    ]
+    for label, table in given:
         if not isinstance(table, Mapping):
             raise ValueError(f"config.json: {label} must be a table, got {shown(table)}")
+    for name in _ROPE[:2]:
+        if not given:
+            text.find(name)  # warns of one that is not read
+    label, table = next((found for found in given if found[1]), ("rope_parameters", {}))
     theta = text.number("rope_theta", 1.0, above=True) if text.find("rope_theta") else usual["rope_theta"]
     rope = Fields({f"{label}.": table}, {**usual, "rope_theta": theta, "type": "default"}, {"type": ("rope_type",)})
     rope.only("type", "default", "mrope")
@@ -100,13 +108,25 @@ def _rope(text: Fields, generation: int, pairs: int) -> dict[str, Any]:
     }
 
 
+def _text(raw: Mapping[str, Any], generation: int) -> Fields:
+    """The fields of a decoder: nested, or in Qwen2-VL's files flat. ValueError for a flat Qwen3-VL, which means nothing."""
+    inner = section(raw, "text_config")
+    if inner is None and generation == 2:
+        return Fields({"": raw}, TEXT[2])
+    seen, unread = behind(inner or {}, raw, [_ROPE])
+    if inner is None and (lost := [name for name in TEXT[3] if unread.get(name) is not None and name not in OF_ALL]):
+        raise ValueError(
+            f"config.json: {lost[0]} stands outside text_config, which is not there and which is where transformers looks for "
+            "a qwen3_vl's decoder; put its fields into text_config"
+        )
+    return Fields({"text_config.": inner or {}, "": seen}, TEXT[generation], unread=unread)
+
+
 def text_fields(
     raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None, generation: int = 2
 ) -> dict[str, Any]:
     """The fields of a ModelConfig that a Qwen decoder's config.json decides. ValueError names an option that is not supported."""
-    inner = section(raw, "text_config")
-    tables = {"": raw} if inner is None else {"text_config.": inner, "": raw}
-    text = Fields(tables, TEXT[generation])
+    text = _text(raw, generation)
     text.only("hidden_act", "silu", "swish")
     layers = text.count("num_hidden_layers", 1, MOST_LAYERS)
     if generation == 2 and text.find("use_sliding_window") and text.flag("use_sliding_window"):
@@ -189,9 +209,9 @@ def vision_fields(
     mean, std = (0.5,) * 3, (0.5,) * 3
     if generation == 2:
         mean, std = VisionConfig.pixel_mean, VisionConfig.pixel_std
-    shown_as = Fields({"preprocessor.": colours}, {"image_mean": mean, "image_std": std})
+    shown_as = Fields({"": colours}, {"image_mean": mean, "image_std": std}, file=_IMAGES)
     if min(shown_as.numbers("image_std", 3)) <= 0:
-        raise ValueError("preprocessor_config.json: image_std must be above 0")
+        raise ValueError(f"{_IMAGES}: image_std must be above 0")
     square = max(1, 448 // (merge * patch)) * merge * patch  # stands until a clip brings its own size
     return VisionConfig(
         kind="qwen",
@@ -228,8 +248,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = 
     fields = text_fields(raw, shapes, generation)
     biased = generation == 2
     if generation == 3:
-        inner = section(raw, "text_config")
-        biased = Fields({"text_config.": inner} if inner else {"": raw}, TEXT[3]).flag("attention_bias")
+        biased = _text(raw, 3).flag("attention_bias")
         if shapes is not None:  # a class starts biases at zero: left out of the file, they are none
             biased = biased and any(re.search(r"self_attn\.[qkvo]_proj\.bias$", name) for name in shapes)
     return QwenConfig(

@@ -22,7 +22,8 @@ def evs_score(visual: jax.Array) -> jax.Array:
     """Change of every token against the same cell one frame earlier: visual [B,F,m,D] -> [B,F*m] fp32.
 
     1 - cosine, exactly 0 where nothing changed (there 1 - cosine would be rounding noise, by which still frames would be ranked),
-    and 255 in the first frame.
+    and 255 in the first frame. As torch has it, a vector of zeros resembles nothing, not even another: 1. Where a token is the
+    one before times a factor, rounding decides between it and others of that kind, here as there.
     """
     x = visual.astype(jnp.float32)
     # torch's cosine_similarity floors the product of the squared norms, one root for both
@@ -30,7 +31,8 @@ def evs_score(visual: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=-1)
     norms = jnp.sqrt(jnp.maximum(square[:, 1:], 1e-16)) * jnp.sqrt(jnp.maximum(square[:, :-1], 1e-16))
     first = jnp.full((x.shape[0], 1, x.shape[2]), _FIRST_FRAME, jnp.float32)
-    still = jnp.all(x[:, 1:] == x[:, :-1], axis=-1)
+    # below the floor a cosine is less than 1 even of the same vector
+    still = jnp.all(x[:, 1:] == x[:, :-1], axis=-1) & (square[:, 1:] >= 1e-16)
     return jnp.concatenate([first, jnp.where(still, 0.0, 1.0 - dot / norms)], axis=1).reshape(x.shape[0], -1)
 
 
