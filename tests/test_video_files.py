@@ -1,5 +1,6 @@
 """Films and pictures as they come from cameras, rippers, browsers and strangers: read right, or refused in words."""
 
+import io
 import os
 import shutil
 import struct
@@ -801,6 +802,18 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypat
         for call in (read_image, lambda p: read_clip(p, as_is), probe):
             with pytest.raises(VideoError, match=rf"{side}\.png: has .* pixels, more than"):
                 call(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("size", [20, 26])
+def test_pictures_that_break_off_at_once_are_named_as_pictures(tmp_path, kind, size):
+    held = io.BytesIO()
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(held, kind)
+    path = tmp_path / "cut"
+    path.write_bytes(held.getvalue()[:size])
+    with pytest.raises(VideoError, match="cannot be read as an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_clip(path, lambda *_: (28, 28))
 
 
 def test_damaged_pictures_are_refused(tmp_path):

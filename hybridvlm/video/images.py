@@ -27,6 +27,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 PLAIN = "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF"
 MAX_PIXELS = 1 << 26  # 67 million; one more is refused before anything is decoded
 _MOVING = ("PNG", "WEBP", "GIF", "AVIF")
+# How PNG, JPEG, GIF and TIFF begin.
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1")
 _AVIF = (b"avif", b"avis")
 _BITS, _INTERPRETATION, _SAMPLE, _SUBFILE = 258, 262, 339, 254  # TIFF's tags
@@ -125,6 +127,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             problem = "is a HEIC picture, which cannot be read here; save it as JPEG, PNG or AVIF"
         elif brand in _AVIF:
             problem = "cannot be read as an image: damaged, or an AVIF while this Pillow has no AVIF decoder"
+        elif _begins_as_picture(head) and not motion_jpeg(path):
+            problem = "cannot be read as an image: it begins as one and is damaged"
     except Exception as error:  # of the many parsers behind Pillow; a stranger's file must not end a run
         problem = f"cannot be read as an image: {type(error).__name__}: {error}"
     if problem:
@@ -137,6 +141,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             size = f"{image.width}x{image.height}"
             raise VideoError(f"{path}: has {size} pixels, more than {MAX_PIXELS:,}; make the picture smaller")
         yield image
+
+
+def _begins_as_picture(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a picture's format, whatever comes after them."""
+    return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def _with_alpha(path: str | os.PathLike[str], head: bytes) -> Any:
