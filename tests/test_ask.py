@@ -255,12 +255,12 @@ def test_a_slip_does_not_end_the_conversation(nano, tmp_path, capsys, monkeypatc
     import io
 
     monkeypatch.setattr("hybridvlm.checkpoints.folder.load", lambda *a, **k: nano)
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ue0007\ue001\nAnd?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ud800\nAnd?\n"))
     Image.fromarray(FRAMES[0]).save(tmp_path / "0.png")
     assert ask.main([str(tmp_path / "0.png"), "What is this?", "--max-new", "2", "--follow-up"]) == 0
     said = capsys.readouterr().err
     assert said.count("tokens answered") == 2
-    assert "hybridvlm.ask: a message holds characters that mark the place of media" in said
+    assert "hybridvlm.ask: the question: " in said and "half a surrogate pair" in said
 
 
 def test_stages_of_one_length_are_one_line():

@@ -656,6 +656,8 @@ def test_pages_are_counted(tmp_path):
     assert (clip.kind, numbers(clip.frames)) == ("image", [0])
 
 
+# Pillow's own writer of several pages complains when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_previews_beside_a_picture_are_no_pages(tmp_path):
     from PIL import TiffImagePlugin
 

@@ -164,9 +164,11 @@ def _opened(path: str, source: str | _Plain, said: Said | None) -> Any:
     known = "mjpeg" if motion_jpeg(path) else None
     formats = FORMATS if known else [name for name in FORMATS if name != "mjpeg"]
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(formats)}
+    # from PyAV 19 on, notes that are no UTF-8 are replaced without being asked
+    replace = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     with listening() as heard:
         try:
-            container = av.open(source, "r", known, options, metadata_errors="replace")
+            container = av.open(source, "r", format=known, options=options, **replace)
         except av.FFmpegError as error:
             if isinstance(source, str) and any(
                 "not on whitelist" in text and name == "image2" for _, name, text in heard
@@ -354,7 +356,9 @@ def on_white(frame: av.VideoFrame) -> av.VideoFrame:
 
 def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """How a frame is to be shown, by its display matrix: (rows and columns swapped, then mirrored left-right, up-down)."""
-    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
     if data is None or len(bytes(data)) < 36:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32, 5).astype(np.int64).tolist()
