@@ -112,7 +112,8 @@ def test_mamba_score_is_the_implicit_attention_matrix(options):
         decay=st.booleans(),
         dt=st.booleans(),
         sign=st.sampled_from(("raw", "relu", "abs")),
-        norm=st.sampled_from(("none", "l1", "softmax", "zscore")),
+        # not zscore: of keys that score alike it divides rounding by itself; OPTIONS tests it where keys differ
+        norm=st.sampled_from(("none", "l1", "softmax")),
         groups=st.sampled_from(("mean", "max")),
         heads=st.sampled_from(("mean", "max")),
         queries=st.sampled_from(("mean", "max", "last")),
