@@ -29,15 +29,27 @@ _HOME = {
     "make_mesh": "sharding",
     "make_plan": "reduction.plan",
     "register_method": "reduction.methods",
-    "init": "generate",
-    "Model": "generate",
-    "Answer": "conversation",
-    "Conversation": "conversation",
-    "Sampling": "generate",
-    "compile_count": "generate",
+    "init": "inference.model",
+    "Model": "inference.model",
+    "Answer": "inference.conversation",
+    "Conversation": "inference.conversation",
+    "Sampling": "inference.model",
+    "compile_count": "inference.model",
     "load": "checkpoints.folder",
 }
-_MODULES = ("config", "ops", "nn", "vision", "models", "reduction", "video", "checkpoints", "conversation", "generate")
+_MODULES = (
+    "config",
+    "ops",
+    "nn",
+    "vision",
+    "models",
+    "reduction",
+    "video",
+    "checkpoints",
+    "inference",
+    "parallel",
+    "tokenizers",
+)
 
 __all__ = sorted([*_HOME, "ops", "__version__"])
 

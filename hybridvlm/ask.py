@@ -14,8 +14,8 @@ from hybridvlm.errors import said
 from hybridvlm.options import THINKING, add_thinking
 
 if TYPE_CHECKING:
-    from hybridvlm.conversation import Answer
-    from hybridvlm.generate import Model
+    from hybridvlm.inference.conversation import Answer
+    from hybridvlm.inference.model import Model
 
 DEFAULT = "tiny-reduced"
 GRAMMAR = """The embedded model knows the embedded benchmark alone: 64 frames of 4 x 4 cells, and in each cell an item (a piece of
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
 def report(answer: Answer, model: Model) -> str:
     """What an answer took, in lines."""
-    from hybridvlm.thinking import UNFINISHED
+    from hybridvlm.inference.thinking import UNFINISHED
 
     plan, first = answer.plan, answer.stages[0][2]
     lines = [f"{answer.frames} frames, {first} visual tokens, {len(answer.tokens)} tokens answered"]
@@ -146,9 +146,9 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.checkpoints.folder import load
-    from hybridvlm.conversation import Conversation, check_question
+    from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.models.prompt import allow_special_tokens
-    from hybridvlm.models.text import check_tokenizer
+    from hybridvlm.tokenizers.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet
 
     check_question(args.question)
@@ -162,7 +162,7 @@ def _answer(args: argparse.Namespace) -> int:
         allow_special_tokens(model.tokenizer)
     reduction = None if args.reduction is None else model.reduction_for(args.reduction, args.budget, args.kind)
     talks = hasattr(model.tokenizer, "chat")
-    room = 2 * model.buckets.text[0] + model.buckets.max_new if args.follow_up and talks else 0
+    decode_capacity = 2 * model.buckets.text[0] + model.buckets.max_new if args.follow_up and talks else 0
     conversation = Conversation(
         model,
         args.video,
@@ -171,7 +171,7 @@ def _answer(args: argparse.Namespace) -> int:
         clock=args.clock,
         reduction=reduction,
         system=args.system,
-        room=room,
+        decode_capacity=decode_capacity,
         thinking=THINKING[args.thinking],
         think_tokens=args.think_tokens,
     )

@@ -42,3 +42,7 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file or tensors and what is wrong with them."""

@@ -2,10 +2,10 @@
 
 Tensor parallelism follows the model's own seams: attention is cut by kv head, the SSD by group, the MLP and every expert by channel,
 the vocabulary by row. Each device then runs the ordinary layers, kernels included, on its part inside one `jax.shard_map`
-(hybridvlm/nn/parallel.py), and the residual stream is whole everywhere, so that all devices drop the same tokens. For that,
-packed columns are first put in the order of the devices: `lay_out` (hybridvlm/nn/layout.py).
+(hybridvlm/parallel/tensor.py), and the residual stream is whole everywhere, so that all devices drop the same tokens. For that,
+packed columns are first put in the order of the devices: `permute_for_tp` (hybridvlm/parallel/layout.py).
 
-The data and fsdp axes cut the batch, the sequence axis cuts every row (hybridvlm/nn/sequence.py). Matrices are also cut over fsdp and
+The data and fsdp axes cut the batch, the sequence axis cuts every row (hybridvlm/parallel/sequence.py). Matrices are also cut over fsdp and
 sequence, along a dimension that products sum over or the vocabulary, and put together layer by layer as they run, so that
 parameters, gradients and the optimizer's moments all live in shares: give `ShardingRules.shardings` the optimizer's state.
 """
@@ -27,12 +27,12 @@ from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptio
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
 from hybridvlm.nn.decoder import prefill as prefill_on_one
-from hybridvlm.nn.layout import in_one_piece as in_one_piece
-from hybridvlm.nn.layout import lay_out, local_config
-from hybridvlm.nn.parallel import LocalConfig
-from hybridvlm.nn.sequence import NO_CACHES, row_start, shard_length, whole_row
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.layout import local_config, permute_for_tp
+from hybridvlm.parallel.layout import unpermute_for_tp as unpermute_for_tp
+from hybridvlm.parallel.sequence import NO_CACHES, gather_sequence, row_start, shard_length
+from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
 
@@ -99,7 +99,7 @@ class ShardingRules:
     """Logical axis -> the mesh axes that it is cut over, () for none. An axis of `TABLE`, "batch", or "row": along its tokens.
 
     share: what devices that need the same matrix hold only a share of; as many of these axes, from the first, as divide it.
-    vocab: where it divides the vocabulary. ssm, heads, mlp and layer are as the layers' code has them (hybridvlm/nn/parallel.py).
+    vocab: where it divides the vocabulary. ssm, heads, mlp and layer are as the layers' code has them (hybridvlm/parallel/tensor.py).
     ValueError for an axis that there is not, or that cannot serve.
     """
 
@@ -247,7 +247,7 @@ def shard_params(
 ) -> dict[str, Any]:
     """The whole model's parameters, laid out for the mesh and put on its devices."""
     mesh = auto_mesh(mesh)
-    params = lay_out(params, config, tensor_size(mesh))
+    params = permute_for_tp(params, config, tensor_size(mesh))
     return jax.device_put(params, rules.shardings(mesh, params))
 
 
@@ -296,11 +296,11 @@ def prefill(
     local = dataclasses.replace(local, shared=_shared(specs, rules, mesh), row_axis=row or "", shards=shards)
     if score_fn is not None:
         score = score or (ScoreOptions() if plan is None else plan.score)
-        score_fn = _joined(score_fn, config, local, score, getattr(score_fn, "method", None))
+        score_fn = reduce_scores(score_fn, config, local, score, getattr(score_fn, "method", None))
     if counts is None:
         counts = visual_counts(tokens, segments)
     length = tokens.length
-    tokens = _filled(tokens, shards * shard_length(config, length, shards) if shards > 1 else length)
+    tokens = pad_to(tokens, shards * shard_length(config, length, shards) if shards > 1 else length)
     entries = {
         MAMBA: MambaCache(P(batch, None, ssm), P(batch, ssm), P(batch)),
         ATTENTION: AttentionCache(
@@ -364,7 +364,7 @@ def _shared(specs: Mapping[str, Any], rules: ShardingRules, mesh: Mesh) -> tuple
     return tuple(found)
 
 
-def _filled(tokens: Tokens, length: int) -> Tokens:
+def pad_to(tokens: Tokens, length: int) -> Tokens:
     """Padding behind every row, up to `length`."""
     more = length - tokens.length
     if not more:
@@ -374,7 +374,7 @@ def _filled(tokens: Tokens, length: int) -> Tokens:
     return filled.replace(index=pad(tokens.index, -1), frame=pad(tokens.frame, -1))
 
 
-def _joined(
+def reduce_scores(
     score_fn: Callable,
     config: ModelConfig,
     local: LocalConfig,
@@ -404,7 +404,7 @@ def _joined(
         if local.shards == 1 or (isinstance(aux, AttentionAux) and method is not None and method.token_local):
             return score_fn(layer, aux, tokens)
         start = row_start(local, tokens.length)
-        gather = lambda a: whole_row(local, a)  # noqa: E731
+        gather = lambda a: gather_sequence(local, a)  # noqa: E731
         if isinstance(aux, AttentionAux):
             whole = dataclasses.replace(aux, q_index=aux.q_index + start, k=gather(aux.k))
         else:

@@ -16,11 +16,11 @@ import numpy as np
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM, prefill
+from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM, prefill
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.nn.decoder import prefill as prefill_decoder
-from hybridvlm.nn.parallel import LocalConfig
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction.methods import METHODS, score_fn
 from hybridvlm.reduction.plan import make_plan
 
@@ -193,7 +193,7 @@ def train(names: list[str]) -> None:
         devices = sharding.tensor_size(mesh)
 
         def run(params, mesh=mesh, devices=devices, options=options, remat=remat):
-            laid = sharding.lay_out({"decoder": params}, ROWS, devices)
+            laid = sharding.permute_for_tp({"decoder": params}, ROWS, devices)
             laid = jax.lax.with_sharding_constraint(laid, sharding.DEFAULT_RULES.shardings(mesh, laid))["decoder"]
             return sharding.prefill(laid, ROWS, tokens, mesh=mesh, remat=remat, **options)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from hybridvlm import analyze
-from hybridvlm.analysis import ablate, probe
-from hybridvlm.analysis.common import load_model
+from hybridvlm.analyze import ablate, probe
+from hybridvlm.analyze.common import load_model
 from hybridvlm.config import Reduction, Schedule, load_model_config
-from hybridvlm.models import nemotron_vl
+from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.tiny.resume import write_checkpoint
 
 
@@ -133,7 +133,7 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
 @pytest.mark.parametrize("name", ["h0", "t0"])
 def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name):
     """The walk layer by layer against the decoder's own prefill, with the tokens dropped after layer 1."""
-    from hybridvlm.analysis.deletion import Deletion
+    from hybridvlm.analyze.deletion import Deletion
     from hybridvlm.nn.decoder import extend_shared, prefill
     from hybridvlm.tiny.bank import make_bank
     from hybridvlm.tiny.shared import video_tokens
@@ -151,8 +151,8 @@ def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name)
     def both(params, tokens, rows):
         out = prefill(params["decoder"], model.config, tokens, plan=plan, score_fn=lambda *_: score)
         x = params["embed"][rows]
-        _, told = extend_shared(params["decoder"], model.config, x, np.ones(rows.shape, np.int32), out.caches)
-        return out.caches, told[-4]
+        shared = extend_shared(params["decoder"], model.config, x, np.ones(rows.shape, np.int32), out.caches)
+        return out.caches, shared.residual[3]
 
     caches, last = jax.jit(both)(model.params, tokens, sample["rows"])
     np.testing.assert_allclose(found[1]["text"][:, : last.shape[-1]], last[:, -1], atol=1e-4)

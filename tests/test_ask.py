@@ -7,15 +7,15 @@ from PIL import Image
 
 from hybridvlm import ask
 from hybridvlm.checkpoints import load, samples, save_folder
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, Schedule
-from hybridvlm.conversation import Conversation
 from hybridvlm.eval import __main__ as evaluation
-from hybridvlm.generate import Model
+from hybridvlm.inference.conversation import Conversation
+from hybridvlm.inference.model import Model
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, tile_count, tile_grid, video_grid
-from hybridvlm.models.nemotron_vl import STYLES
+from hybridvlm.models.nemotron_vl.model import STYLES
 from hybridvlm.models.prompt import Pieces, render, video_pieces
 from hybridvlm.reduction.scores import spread_score
+from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.train import __main__ as training
 from hybridvlm.video.sheet import contact_sheet
 
@@ -62,7 +62,7 @@ def test_survivors_are_those_of_the_prompt(nano):
 def test_next_turn_from_the_caches_and_from_the_start(nano):
     """A turn that goes on from the caches says what a prefill of the whole conversation says."""
     first = "What is this? /no_think"
-    going = Conversation(nano, FRAMES, room=512)
+    going = Conversation(nano, FRAMES, decode_capacity=512)
     fresh = Conversation(nano, FRAMES)
     plain = "{%- for m in messages -%}{{ m.content }}|{%- endfor -%}"  # so that an answer comes back as it was given
     for conversation in (going, fresh):
@@ -74,7 +74,7 @@ def test_next_turn_from_the_caches_and_from_the_start(nano):
     assert "video" not in one.seconds
     assert "encode" not in other.seconds
     assert one.tokens == other.tokens
-    asked = Conversation(nano, FRAMES, reduction=STR, room=512)
+    asked = Conversation(nano, FRAMES, reduction=STR, decode_capacity=512)
     asked.ask(first, max_new=2)
     assert not asked.ask("And now?", max_new=2).continued
 
@@ -95,16 +95,16 @@ def test_caches_go_on(nano):
     held, nano.tokenizer = nano.tokenizer, Digits()
     style, nano.style = nano.style, STYLES["training"].__class__()
     try:
-        going, fresh = Conversation(nano, FRAMES, room=400), Conversation(nano, FRAMES)
+        going, fresh = Conversation(nano, FRAMES, decode_capacity=400), Conversation(nano, FRAMES)
         for question in ("5 6 7", " 8 9", " 10 11 12"):
             one, other = going.ask(question, max_new=4), fresh.ask(question, max_new=4)
             assert one.tokens == other.tokens
             assert not other.continued
         assert one.continued
-        query_free = Conversation(nano, FRAMES, reduction=Reduction("uniform", 0.5), room=400)
+        query_free = Conversation(nano, FRAMES, reduction=Reduction("uniform", 0.5), decode_capacity=400)
         query_free.ask("5 6 7", max_new=4)
         assert query_free.ask(" 8 9", max_new=4).continued
-        bound = Conversation(nano, FRAMES, reduction=STR, room=400)
+        bound = Conversation(nano, FRAMES, reduction=STR, decode_capacity=400)
         bound.ask("5 6 7", max_new=4)
         assert not bound.ask(" 8 9", max_new=4).continued
     finally:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridvlm.bench import peers, prefill
+from hybridvlm.bench import prefill
+from hybridvlm.bench import vs_transformers as peers
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.config import Reduction, load_model_config
-from hybridvlm.models.nemotron_vl import assemble
+from hybridvlm.models.nemotron_vl.model import assemble
 
 MICRO = {
     "name": "micro",

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from hybridvlm.bench import candidates, floors
+from hybridvlm.bench import op_bench as candidates
+from hybridvlm.bench import roofline as floors
 from hybridvlm.bench.__main__ import main
 from hybridvlm.ops.attention.arg_specs import SPECS, AttentionSpec
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hybridvlm.bench import floors
+from hybridvlm.bench import roofline as floors
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.bench.timing import available_bytes, interleaved, paired_ratio
 

@@ -22,7 +22,7 @@ import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, load, samples, save_folder
 from hybridvlm.checkpoints.hf import check_finite, read_json
 from hybridvlm.config import Reduction
-from hybridvlm.models.names import flatten
+from hybridvlm.models.weights import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
 FAMILIES = ("nemotron_h_moe", "nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")
@@ -583,7 +583,7 @@ def test_partial_meshes():
     code = """
 import jax, numpy as np
 import hybridvlm as hv
-from hybridvlm.models.names import flatten
+from hybridvlm.models.weights import flatten
 from hybridvlm.sharding import auto_mesh
 one = flatten(hv.load("tiny").params)
 for shape, axes in (((2, 2), ("fsdp", "tensor")), ((4,), ("data",)), ((2, 2), ("tensor", "sequence")), ((4,), ("tensor",))):

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from hybridvlm.checkpoints import folder
 from hybridvlm.config import Buckets, ModelConfig, Reduction, Schedule, VisionConfig
-from hybridvlm.generate import Model
+from hybridvlm.inference.model import Model
 from hybridvlm.models.prompt import PromptStyle
-from hybridvlm.models.wordlevel import UnknownWord, WordLevel
+from hybridvlm.tokenizers.word_level import UnknownWord, WordLevel
 
 WORDS = ("red", "green", "blue", "what", "where", "?")
 

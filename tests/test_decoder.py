@@ -16,18 +16,18 @@ from hybridvlm.nn.caches import empty_caches
 from hybridvlm.nn.decoder import (
     Decoder,
     layer_params,
-    repeats,
     unstack,
 )
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.mlp import mlp_layer
+from hybridvlm.nn.scan import repeats
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import Tokens, text_tokens
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
 
 # whole programs compile faster than their operations one by one
-STATIC = ("plan", "score_fn", "collect", "room", "segments", "query_capacity", "remat", "caches")
+STATIC = ("plan", "score_fn", "collect", "decode_capacity", "segments", "query_capacity", "remat", "caches")
 prefill = jax.jit(decoder.prefill, static_argnums=1, static_argnames=STATIC)
 extend = jax.jit(decoder.extend, static_argnums=1)
 extend_shared = jax.jit(decoder.extend_shared, static_argnums=1)
@@ -144,7 +144,7 @@ def test_alone_in_a_batch_and_packed_are_the_same(params, lengths, pad):
 def test_split_anywhere_with_caches(params, cut):
     x = rows(3, 2, 12)
     whole = prefill(params, CONFIG, text_tokens(x, ones(2, 12))).tokens.x
-    first = prefill(params, CONFIG, text_tokens(x[:, :cut], ones(2, cut)), room=12 - cut)
+    first = prefill(params, CONFIG, text_tokens(x[:, :cut], ones(2, cut)), decode_capacity=12 - cut)
     rest, caches = extend(params, CONFIG, x[:, cut:], ones(2, 12 - cut), first.caches)
     close(rest, whole[:, cut:])
     again, _ = extend(params, CONFIG, x, ones(2, 12), empty_caches(CONFIG, 2, 12))
@@ -156,7 +156,7 @@ def test_ragged_batch_decodes_as_each_alone(params):
     lengths, new = [5, 9], 4
     segment = (jnp.arange(9) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
     x, tail = rows(4, 2, 9), rows(5, 2, new)
-    out = prefill(params, CONFIG, text_tokens(x * segment[..., None], segment), room=new)
+    out = prefill(params, CONFIG, text_tokens(x * segment[..., None], segment), decode_capacity=new)
     layers, caches, got = unstack(params, CONFIG), out.caches, []
     for i in range(new):
         h, caches = step(layers, params["norm_f"], CONFIG, tail[:, i : i + 1], caches)
@@ -171,12 +171,12 @@ def test_questions_that_share_a_video_stand_alone(params):
     video, questions = rows(6, 2, 7), rows(7, 6, 3)
     segment = jnp.asarray([[1] * 7, [1] * 5 + [0] * 2], jnp.int32)
     caches = prefill(params, CONFIG, text_tokens(video * (segment > 0)[..., None], segment)).caches
-    hidden, told = extend_shared(params, CONFIG, questions, ones(6, 3), caches)
+    shared = extend_shared(params, CONFIG, questions, ones(6, 3), caches)
     for row in range(6):
         n = int((segment[row // 3] > 0).sum())
         whole = jnp.concatenate([video[row // 3, :n], questions[row]])[None]
-        close(hidden[row], prefill(params, CONFIG, text_tokens(whole, ones(1, n + 3))).tokens.x[0, n:])
-    assert {-1 - layer for layer in range(len(CONFIG.pattern))} <= set(told)
+        close(shared.x[row], prefill(params, CONFIG, text_tokens(whole, ones(1, n + 3))).tokens.x[0, n:])
+    assert set(shared.residual) == set(range(len(CONFIG.pattern)))
 
 
 def plan_for(visual, text, method="str", budget=0.6):

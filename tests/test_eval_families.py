@@ -9,11 +9,11 @@ import pytest
 from hybridvlm.checkpoints.folder import load
 from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.config import Reduction
-from hybridvlm.conversation import Conversation
 from hybridvlm.eval import __main__ as command
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.runner import Planner, Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
+from hybridvlm.inference.conversation import Conversation
 from hybridvlm.models.prompt import user_message
 from hybridvlm.options import override
 from hybridvlm.tiny.export import write_video

@@ -19,9 +19,9 @@ import pytest
 
 import hybridvlm as hv
 from hybridvlm.checkpoints import CheckpointError, samples
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.eval.tasks.jsonl import read_samples
-from hybridvlm.models.names import flatten
+from hybridvlm.models.weights import flatten
+from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.video import VideoError, read_clip
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction, VisionConfig
-from hybridvlm.generate import Model, Sampling, choose, compile_count
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM
+from hybridvlm.inference.model import Model, Sampling, compile_count, sample_token
+from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.models.prompt import PromptStyle
 
 VISION = VisionConfig(
@@ -183,7 +183,7 @@ def test_top_p_keeps_the_likeliest_that_hold_it():
     for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
         keys = jax.random.split(jax.random.key(0), 400)
         sampling = Sampling(temperature=1.0, top_p=top_p)
-        drawn = {int(choose(logits, key[None], sampling)[0]) for key in keys}
+        drawn = {int(sample_token(logits, key[None], sampling)[0]) for key in keys}
         assert drawn == allowed
 
 
@@ -198,14 +198,16 @@ def test_room_that_is_used_up_is_refused(model, pixels):
     batch, _ = model.batch(QUESTIONS, SECONDS, None)
     ids, segment = np.ones((2, 4), np.int32), np.ones((2, 4), np.int32)
 
-    def caches(room):
-        prefilled = model.prefill(batch, model.encode(pixels), room=room)
+    def caches(decode_capacity):
+        prefilled = model.prefill(batch, model.encode(pixels), decode_capacity=decode_capacity)
         return prefilled.logits, prefilled.decoder.caches
 
     with pytest.raises(ValueError, match="extend takes 4 tokens, and the caches have 3 of 3 places free"):
         model.extend(ids, segment, caches(3)[1])
     _, longer = model.extend(ids, segment, caches(6)[1])
-    with pytest.raises(ValueError, match=r"extend takes 4 tokens, and the caches have 2 of 6 .* `room` of at least 8"):
+    with pytest.raises(
+        ValueError, match=r"extend takes 4 tokens, and the caches have 2 of 6 .* `decode_capacity` of at least 8"
+    ):
         model.extend(ids, segment, longer)
     seeds, greedy = np.zeros(2, np.int32), Sampling(stop_ids=())
     logits, held = caches(4)

@@ -12,10 +12,10 @@ import pytest
 
 from hybridvlm.checkpoints import TensorFolder, params_from_hf
 from hybridvlm.checkpoints import load as load_folder
-from hybridvlm.generate import Sampling, decode
-from hybridvlm.models import nemotron_vl
-from hybridvlm.models.nemotron_config import config_from_hf, vision_from_hf
-from hybridvlm.models.nemotron_vl import HybridVLM
+from hybridvlm.inference.model import Sampling, decode
+from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models.nemotron_vl.config import config_from_hf, vision_from_hf
+from hybridvlm.models.nemotron_vl.model import HybridVLM
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import empty_caches
 from hybridvlm.nn.decoder import extend, layer_params, step, unstack
@@ -48,9 +48,9 @@ def text_batch(ids):
     return Batch(ids, jnp.ones((b, length), jnp.int32), jnp.full((b, length), -1, jnp.int32), jnp.zeros(b, jnp.int32))
 
 
-def prefill(params, config, batch, visual, room):
+def prefill(params, config, batch, visual, decode_capacity):
     """The dense prefill as one compiled program."""
-    return jax.jit(lambda p, b, v: nemotron_vl.prefill(p, config, b, v, None, room))(params, batch, visual)
+    return jax.jit(lambda p, b, v: nemotron_vl.prefill(p, config, b, v, None, decode_capacity))(params, batch, visual)
 
 
 def step_by_step(config, params, x, caches, start):
@@ -255,7 +255,7 @@ def test_published_folder_through_load():
     ids[:, :2] = io["input_ids"][:, prompt : prompt + 2]
     logits, caches = model.extend(ids, (np.arange(8) < 2)[None].astype(np.int32), out.decoder.caches)
     close(logits, io["logits"][:, prompt + 1])
-    one = jax.jit(lambda token, caches: nemotron_vl.stepper(model.params, model.config)(token, caches))
+    one = jax.jit(lambda token, caches: nemotron_vl.make_decode_step(model.params, model.config)(token, caches))
     for place in range(prompt + 2, io["input_ids"].shape[1]):
         logits, caches = one(jnp.asarray(io["input_ids"][:, place], jnp.int32), caches)
         close(logits, io["logits"][:, place])

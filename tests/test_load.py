@@ -17,10 +17,11 @@ from safetensors.numpy import load_file, save_file
 import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, hf, load, samples, save_published
 from hybridvlm.checkpoints.atomic import _host, whole_folder
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import load_model_config
-from hybridvlm.models import nemotron_vl, qwen_vl
-from hybridvlm.models.names import flatten
+from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models.weights import flatten
+from hybridvlm.tokenizers.published import PublishedTokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -388,7 +389,7 @@ def test_onto_a_mesh_and_onto_another(source, tmp_path):
     code = f"""
 import jax, numpy as np
 from hybridvlm.checkpoints import hf, load
-from hybridvlm.models.names import flatten
+from hybridvlm.models.weights import flatten
 from hybridvlm.sharding import make_mesh
 hf.PIECE_BYTES = 2048
 source, cache = {str(source)!r}, {str(tmp_path / "cache")!r}
@@ -475,7 +476,7 @@ def test_a_killed_copy_leaves_nothing_half_written(source, tmp_path):
     code = """
 import os, signal, sys
 from hybridvlm.checkpoints import load
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
+from hybridvlm.tokenizers.published import PublishedTokenizer
 PublishedTokenizer.save = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
 load(sys.argv[1], cache=sys.argv[2])
 """

@@ -9,7 +9,7 @@ import pytest
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.moe import moe_layer, route
-from hybridvlm.reduction.flops import moe_flops
+from hybridvlm.reduction.cost import moe_flops
 
 CONFIG = ModelConfig(
     pattern="ME",

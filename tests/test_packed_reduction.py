@@ -8,7 +8,7 @@ import pytest
 from hybridvlm.config import ModelConfig, Reduction, Schedule
 from hybridvlm.nn import decoder
 from hybridvlm.nn.decoder import Decoder
-from hybridvlm.ops.segments import own_place
+from hybridvlm.ops.segments import index_in_segment
 from hybridvlm.ops.tokens import Tokens, text_tokens
 from hybridvlm.reduction import METHODS, evs_mask, get_method
 from hybridvlm.reduction.methods import score_fn
@@ -67,7 +67,7 @@ def kept(params, plan, tokens, segments):
     out = jax.jit(decoder.prefill, static_argnums=1, static_argnames=("plan", "score_fn", "segments", "caches"))(
         params, CONFIG, tokens, plan=plan, score_fn=score_fn(plan, segments=segments), segments=segments, caches=False
     )
-    own, segment = np.asarray(own_place(tokens.segment)), np.asarray(tokens.segment)
+    own, segment = np.asarray(index_in_segment(tokens.segment)), np.asarray(tokens.segment)
     found = []
     for index, visual in jax.device_get(out.survivors):
         for b in range(len(index)):
@@ -99,9 +99,9 @@ def test_alone_in_a_batch_in_a_longer_bucket_and_packed(params, name):
     assert any(len(places) < SAMPLES[0][0] for places in batch[0, 1])
 
 
-def test_own_place_counts_every_segment_from_zero():
+def test_index_in_segment_counts_every_segment_from_zero():
     segment = jnp.asarray([[1, 1, 2, 2, 2, 0, 0], [3, 5, 5, 5, 5, 5, 0], [0, 0, 0, 0, 0, 0, 0]])
-    own = np.asarray(own_place(segment))
+    own = np.asarray(index_in_segment(segment))
     assert own[0, :5].tolist() == [0, 1, 0, 1, 2] and own[1, :6].tolist() == [0, 0, 1, 2, 3, 4]
 
 

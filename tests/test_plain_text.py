@@ -7,14 +7,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from hybridvlm.checkpoints import load, samples
-from hybridvlm.checkpoints.special_tokens import control_tokens
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
-from hybridvlm.conversation import Conversation
-from hybridvlm.models import family_of
+from hybridvlm.inference.conversation import Conversation
+from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle, allow_special_tokens, user_message
-from hybridvlm.models.text import Text, person, plain, trusted
-from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.tokenizers.published import PublishedTokenizer
+from hybridvlm.tokenizers.special_tokens import control_tokens
+from hybridvlm.tokenizers.text import Text, person, plain, trusted
+from hybridvlm.tokenizers.word_level import WordLevel
 from hybridvlm.train.rows import example
 
 NAMES = ("nemotron_h", "nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")

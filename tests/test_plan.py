@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.config import ModelConfig, Reduction, Schedule, VisionConfig
-from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan, flops, make_plan
+from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan, make_plan
+from hybridvlm.reduction import cost as flops
 
 NEMOTRON = ModelConfig(
     pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",

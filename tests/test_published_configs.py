@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, load, parity, samples
 from hybridvlm.config import ModelConfig, VisionConfig
-from hybridvlm.models import config_defaults, family_of
+from hybridvlm.models import config_defaults
+from hybridvlm.models.family import family_of
 
 
 def config_of(raw, shapes=None):

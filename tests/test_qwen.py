@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 
 from hybridvlm.checkpoints.hf import params_from_tensors
 from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, load_model_config, to_dict
-from hybridvlm.models import family_of, qwen_vl
-from hybridvlm.models.names import flatten
-from hybridvlm.models.qwen_config import pixel_limits
-from hybridvlm.models.qwen_vl import QwenBatch, rope_positions
+from hybridvlm.models.family import family_of
+from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models.qwen_vl.config import pixel_limits
+from hybridvlm.models.qwen_vl.model import QwenBatch, rope_positions
+from hybridvlm.models.weights import flatten
 from hybridvlm.reduction.plan import make_plan
 from hybridvlm.reduction.scores import spread_score
 from hybridvlm.vision import encode_frames, qwen_merge, qwen_tokens, qwen_tower
@@ -67,13 +68,13 @@ def golden_visual(name):
 
 
 @functools.cache
-def _program(name, plan, room):
+def _program(name, plan, decode_capacity):
     config = load(name)[0]
-    return jax.jit(lambda p, b, v: qwen_vl.prefill(p, config, b, v, plan, room))
+    return jax.jit(lambda p, b, v: qwen_vl.prefill(p, config, b, v, plan, decode_capacity))
 
 
-def prefill(name, batch, visual, plan=None, room=0):
-    return _program(name, plan, room)(load(name)[1], batch, visual)
+def prefill(name, batch, visual, plan=None, decode_capacity=0):
+    return _program(name, plan, decode_capacity)(load(name)[1], batch, visual)
 
 
 def close(actual, expected, tolerance=1e-4):
@@ -89,13 +90,13 @@ def test_golden_logits_prefill_steps_and_pieces(name):
     """Prefill of all, and of all but the last text; this one step by step; and two places at a time, some of them padding."""
     config, params, io = load(name)
     ids, visual = io["input_ids"], golden_visual(name)
-    close(prefill(name, batch_of(config, ids), visual, room=6).logits, io["logits"][:, -1])
+    close(prefill(name, batch_of(config, ids), visual, decode_capacity=6).logits, io["logits"][:, -1])
 
     start = ids.shape[1] - (2 if name == "qwen2_vl" else 4)
     real = (np.arange(ids.shape[1]) < start)[None]
-    done = prefill(name, batch_of(config, np.where(real, ids, 0), segment=real), visual, room=6)
+    done = prefill(name, batch_of(config, np.where(real, ids, 0), segment=real), visual, decode_capacity=6)
     close(done.logits, io["logits"][:, start - 1])
-    caches, one = done.decoder.caches, jax.jit(lambda p, t, c: qwen_vl.stepper(p, config)(t, c))
+    caches, one = done.decoder.caches, jax.jit(lambda p, t, c: qwen_vl.make_decode_step(p, config)(t, c))
     for at in range(start, ids.shape[1]):
         logits, caches = one(params, jnp.asarray(ids[:, at], jnp.int32), caches)
         close(logits, io["logits"][:, at])
@@ -241,7 +242,7 @@ def test_reduced_prefill_equals_the_oracle(name):
     plan = plan_of(name, "str")
     assert plan.drops and all(config.pattern[layer] == "*" for layer in plan.drops)
     batch = batch_of(config, ids)
-    done = prefill(name, batch, visual, plan, room=3)
+    done = prefill(name, batch, visual, plan, decode_capacity=3)
     entering = [sum(drop < layer for drop in plan.drops) for layer in range(plan.layers)]
     plan.verify(np.asarray(done.decoder.kept)[entering, :, 0], np.asarray(done.counts)[..., 0])
 
@@ -272,7 +273,7 @@ def test_steps_after_drops_before_and_inside_the_decoder():
     ids, visual = sample(name)
     plan = plan_of(name, "uniform-input:0.75+uniform:0.8")
     assert plan.drops_input and plan.drops
-    done = prefill(name, batch_of(config, ids), visual, plan, room=2)
+    done = prefill(name, batch_of(config, ids), visual, plan, decode_capacity=2)
     more = [11, 12]
     x, position, planes = row(name, np.concatenate([ids, [more]], axis=1), visual)
     new = list(range(ids.shape[1], ids.shape[1] + 2))
@@ -288,7 +289,7 @@ def test_steps_after_drops_before_and_inside_the_decoder():
     hidden, _ = forward(params, config, x, position, planes, keep)
     expected = hidden[-3:] @ np.asarray(params["lm_head"], np.float64)
     close(done.logits[0], expected[0])
-    caches, one = done.decoder.caches, jax.jit(lambda p, t, c: qwen_vl.stepper(p, config)(t, c))
+    caches, one = done.decoder.caches, jax.jit(lambda p, t, c: qwen_vl.make_decode_step(p, config)(t, c))
     for token, wanted in zip(more, expected[1:], strict=True):
         logits, caches = one(params, jnp.asarray([token], jnp.int32), caches)
         close(logits[0], wanted)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.checkpoints.hf import params_from_tensors
-from hybridvlm.models import qwen_vl
+from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.nn import decoder
 from hybridvlm.vision import qwen_merge, qwen_tower
 

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, load_model_config
-from hybridvlm.models import qwen_vl
 from hybridvlm.models.media import Clip
-from hybridvlm.models.text import plain
+from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.tokenizers.published import PublishedTokenizer
+from hybridvlm.tokenizers.text import plain
 
 QWEN2, QWEN3 = load_model_config("qwen2_vl_7b"), load_model_config("qwen3_vl_8b")
 SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>|<\|vision_start\|>|<\|vision_end\|>)")

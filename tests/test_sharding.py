@@ -18,10 +18,10 @@ from sharding_worker import IN_SUITE, TRAIN
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions, load_model_config
-from hybridvlm.models import nemotron_vl
+from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.sharding import ShardingRules, in_one_piece, lay_out, local_config, make_mesh
+from hybridvlm.sharding import ShardingRules, local_config, make_mesh, permute_for_tp, unpermute_for_tp
 
 WORKER = pathlib.Path(__file__).with_name("sharding_worker.py")
 SMALL = ModelConfig(
@@ -93,17 +93,17 @@ def test_copies_of_columns_share_a_gradient():
         "norm_f": rng.normal(size=3),
     }
     params = {"decoder": decoder}
-    laid = lay_out(params, SMALL, 4)
+    laid = permute_for_tp(params, SMALL, 4)
     assert laid["decoder"]["mamba"]["in_proj"].shape[-1] > SMALL.in_proj_width
-    jax.tree.map(np.testing.assert_array_equal, in_one_piece(laid, SMALL, 4), params)
-    whole, back = jax.vjp(lambda p: lay_out(p, SMALL, 4), params)
+    jax.tree.map(np.testing.assert_array_equal, unpermute_for_tp(laid, SMALL, 4), params)
+    whole, back = jax.vjp(lambda p: permute_for_tp(p, SMALL, 4), params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        in_one_piece(whole, SMALL, 4, join="sum"),
+        unpermute_for_tp(whole, SMALL, 4, join="sum"),
         *back(whole),
     )
     with pytest.raises(ValueError, match="join must be 'first' or 'sum'"):
-        in_one_piece(laid, SMALL, 4, join="mean")
+        unpermute_for_tp(laid, SMALL, 4, join="mean")
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -113,7 +113,7 @@ def test_every_device_gets_its_own_part_of_each_packed_piece(devices):
     params["decoder"]["mamba"]["in_proj"] = np.arange(c.in_proj_width)[None, None]
     params["decoder"]["mamba"]["conv_bias"] = np.arange(c.conv_width)[None]
     params["decoder"]["attention"]["k_proj"] = np.arange(c.kv_heads * c.head_dim)[None, None]
-    laid = lay_out(params, c, devices)["decoder"]
+    laid = permute_for_tp(params, c, devices)["decoder"]
     assert laid["mamba"]["in_proj"].shape[-1] == devices * local.in_proj_width
     groups = c.ssm_groups * c.ssm_state
     start = np.cumsum([0, c.mamba_width, c.mamba_width, groups, groups])
@@ -136,7 +136,7 @@ def test_every_device_gets_its_own_part_of_each_packed_piece(devices):
 def test_the_12b_model_is_cut_without_a_remainder(whole_12b, devices):
     """Every parameter has a rule, and a device holds its share of the decoder, within what groups shared by devices repeat."""
     config, params = whole_12b
-    laid = jax.eval_shape(lambda p: lay_out(p, config, devices), params)
+    laid = jax.eval_shape(lambda p: permute_for_tp(p, config, devices), params)
     specs = ShardingRules().specs(laid)
     held = {"decoder": 0, "vision": 0}
 
@@ -187,7 +187,7 @@ def test_sizes_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="tensor=8 does not divide expert_width 12"):
         local_config(EXPERTS, 8)
     with pytest.raises(ValueError, match="tensor=3 must divide kv_heads 2"):
-        lay_out({"decoder": {}}, SMALL, 3)
+        permute_for_tp({"decoder": {}}, SMALL, 3)
     assert make_mesh(data=-1).shape == {"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
@@ -238,16 +238,18 @@ def test_kinds_of_layers_that_a_model_lacks_do_not_count(name):
         assert local.mamba_heads * 4 == config.mamba_heads
     else:
         columns = np.zeros((1, 2, config.kv_heads * config.head_dim))
-        laid = lay_out({"decoder": {"attention": {"k_proj": columns}}}, config, 8)["decoder"]["attention"]["k_proj"]
+        laid = permute_for_tp({"decoder": {"attention": {"k_proj": columns}}}, config, 8)["decoder"]["attention"][
+            "k_proj"
+        ]
         assert laid.shape[-1] == max(8, config.kv_heads) * config.head_dim
 
 
 def test_scores_that_need_whole_heads_are_refused():
     score = lambda layer, aux, tokens: tokens  # noqa: E731
     with pytest.raises(ValueError, match="cuts the 2 groups"):
-        sharding._joined(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True))
+        sharding.reduce_scores(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True))
     with pytest.raises(ValueError, match="queries may be one of"):
-        sharding._joined(score, SMALL, local_config(SMALL, 2), ScoreOptions(queries="max"))
+        sharding.reduce_scores(score, SMALL, local_config(SMALL, 2), ScoreOptions(queries="max"))
     # a method with options of its own, and one that looks at no head, go by no plan's
     for method in ("fastv", "random"):
-        sharding._joined(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True, heads="max"), method)
+        sharding.reduce_scores(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True, heads="max"), method)

@@ -7,12 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from hybridvlm.checkpoints import samples, template
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
-from hybridvlm.models import family_of, qwen_vl
+from hybridvlm.checkpoints import samples
+from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle, render, user_message
-from hybridvlm.models.text import Text, cut_at_media, medium, origin_of, person, plain, trusted
+from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.tokenizers import template
+from hybridvlm.tokenizers.published import PublishedTokenizer
+from hybridvlm.tokenizers.text import Text, cut_at_media, medium, origin_of, person, plain, trusted
 
 
 def loop(content):
@@ -186,7 +188,7 @@ BOMBS = [
 
 @pytest.mark.parametrize("text", BOMBS, ids=lambda text: text[:40])
 def test_templates_that_take_too_much_are_ended(text, monkeypatch):
-    monkeypatch.setattr("hybridvlm.checkpoints.template_limits.STEPS", 1 << 16)
+    monkeypatch.setattr("hybridvlm.tokenizers.template_limits.STEPS", 1 << 16)
     tokenizer = PublishedTokenizer(None, text, source="folder/chat_template.jinja")
     with pytest.raises(ValueError, match="the chat template failed") as caught:
         tokenizer.chat([{"role": "user", "content": "hi"}])
@@ -385,10 +387,10 @@ def test_one_call_that_takes_too_much_is_ended():
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
-from hybridvlm.checkpoints import template_limits
-from hybridvlm.checkpoints.template import render
+from hybridvlm.tokenizers import template_limits
+from hybridvlm.tokenizers.template import render
 template_limits.SECONDS = 0.2
-from hybridvlm.models.text import person
+from hybridvlm.tokenizers.text import person
 for text in {SILENT_BOMBS!r}:
     try:
         render(text, {{"messages": [{{"content": person("hi")}}]}})

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from hybridvlm.checkpoints.samples import byte_tokenizer
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.eval.tasks import parse_choice, parse_open
-from hybridvlm.generate import Sampling, decode
-from hybridvlm.thinking import Reply, ThinkBudget, opens, read_reply, split_reply
+from hybridvlm.inference.model import Sampling, decode
+from hybridvlm.inference.thinking import Reply, ThinkBudget, opens, read_reply, split_reply
+from hybridvlm.tokenizers.published import PublishedTokenizer
 
 OPTIONS = ("cat", "dog")
 
@@ -74,7 +74,7 @@ class Scripted:
     def __init__(self, follow):
         self.follow = jnp.asarray(follow)
 
-    def stepper(self, params, config):
+    def make_decode_step(self, params, config):
         def step(token, caches):
             return 9.0 * (jnp.arange(40)[None] == self.follow[token][:, None]), caches + 1
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridvlm.analysis.deletion import separate
+from hybridvlm.analyze.deletion import separate
 from hybridvlm.checkpoints.folder import load
 from hybridvlm.config import load_model_config
 from hybridvlm.tiny import codes, needle, train

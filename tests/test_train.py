@@ -19,16 +19,16 @@ from train_micro import CONFIG, FRAMES, REDUCTION, TEXT, micro, settings
 import hybridvlm as hv
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import to_dict
-from hybridvlm.models.names import flatten
+from hybridvlm.models.weights import flatten
 from hybridvlm.train import loop
 from hybridvlm.train.checkpoint import Checkpoints, OtherRun
+from hybridvlm.train.distill import layer_score, mixers, row_mask, shared_pass
 from hybridvlm.train.features import visual
-from hybridvlm.train.gate import straight_through
 from hybridvlm.train.loss import answers, rank_loss
 from hybridvlm.train.rows import Shape, packed, single, train_batch
 from hybridvlm.train.sources import NeedleSource
 from hybridvlm.train.step import Trainer
-from hybridvlm.train.teach import layer_score, mixers, row_mask, shared_pass
+from hybridvlm.train.straight_through import straight_through
 
 PER_FRAME = CONFIG.vision.tokens_per_frame
 
@@ -137,8 +137,8 @@ def test_a_packed_row_gives_what_its_samples_give_alone(model, source):
 def test_packed_rows_of_a_transformer_with_positions_and_planes():
     from test_qwen import load
 
-    from hybridvlm.generate import Model
-    from hybridvlm.models import qwen_vl
+    from hybridvlm.inference.model import Model
+    from hybridvlm.models.qwen_vl import model as qwen_vl
     from hybridvlm.train.rows import arrange
 
     config, params, _ = load("qwen3_vl")
@@ -311,10 +311,12 @@ def test_selection_has_no_gradient_unless_asked(model, source):
         return jnp.sum(answers(out.tokens, jnp.asarray(batch.label), 2)[0][..., 0]), out.tokens.index
 
     zero = jnp.zeros(batch.label.shape)
-    gate = straight_through(0.5)
+    through_fn = straight_through(0.5)
     plain, (gated, through) = (
         jax.jit(jax.grad(loss, has_aux=True))(zero),
-        jax.jit(lambda n: jax.value_and_grad(functools.partial(loss, gate=gate), has_aux=True)(n))(zero),
+        jax.jit(lambda n: jax.value_and_grad(functools.partial(loss, straight_through=through_fn), has_aux=True)(n))(
+            zero
+        ),
     )
     assert not np.asarray(plain[0]).any()
     through, held = np.asarray(through), np.asarray(gated[1])

@@ -10,7 +10,7 @@ from train_micro import settings
 
 from hybridvlm.checkpoints.folder import expected_shapes
 from hybridvlm.config import load_model_config
-from hybridvlm.models import family
+from hybridvlm.models.family import get_family
 from hybridvlm.train import lora, optimizer
 from hybridvlm.train.config import Lora, Optimizer, TrainConfig, read
 from hybridvlm.train.loop import reduction_at, reductions, teaches
@@ -90,7 +90,7 @@ def test_which_step_runs_under_what():
 @pytest.mark.parametrize("name", ["tiny", "nemotron_3_nano_omni_30b_a3b", "vamba_qwen2_vl_7b", "qwen3_vl_8b"])
 def test_decay_acts_on_products_alone(name):
     config = load_model_config(name)
-    kind = family("vamba" if "vamba" in name else "qwen_vl" if "qwen" in name else "nemotron_vl")
+    kind = get_family("vamba" if "vamba" in name else "qwen_vl" if "qwen" in name else "nemotron_vl")
     weights = ("_proj", "/up", "/down", "fc1", "fc2", "/proj", "/router", "_fc1", "_fc2", "patch_embed", "lm_head")
     for path, shape in expected_shapes(config, kind).items():
         assert optimizer.decays(path) == path.endswith(weights), path

@@ -9,9 +9,9 @@ import pytest
 from train_micro import FRAMES, micro, settings
 
 from hybridvlm.checkpoints.samples import raw_config, write_text_files
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
-from hybridvlm.models import family_of
+from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
+from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.train import pipeline
 from hybridvlm.train.rows import Shape, arrange, example, packed, single
 from hybridvlm.train.sources import JsonlSource, NeedleSource, TfdsSource, check_needle, read_line

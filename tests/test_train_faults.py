@@ -26,7 +26,7 @@ from hybridvlm.errors import said
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.train import __main__ as command
 from hybridvlm.train import loop
-from hybridvlm.train.checkpoint import OtherRun, claim
+from hybridvlm.train.checkpoint import OtherRun, check_run_dir
 
 
 def arrays(seed: int) -> dict:
@@ -351,9 +351,9 @@ def test_more_steps_go_on_where_the_rate_allows_and_else_say_the_way_out(straigh
     with pytest.raises(ValueError, match="at step 6 already"):
         loop.guarded(again(straight, model, folder, steps=5))
     cosine = settings(tmp_path / "cosine", steps=4)
-    claim(tmp_path / "cosine", cosine, {})
+    check_run_dir(tmp_path / "cosine", cosine, {})
     with pytest.raises(OtherRun, match=r"steps = 4, this config says 8.*--set model=.*export output="):
-        claim(tmp_path / "cosine", settings(tmp_path / "cosine", steps=8), {})
+        check_run_dir(tmp_path / "cosine", settings(tmp_path / "cosine", steps=8), {})
     (folder / "run.json").unlink()
     with pytest.raises(OtherRun, match=r"no run\.json"):
         again(straight, model, folder, steps=6)

@@ -13,14 +13,16 @@ import pytest
 from vamba_oracle import forward
 
 from hybridvlm.bench import vamba as bench
-from hybridvlm.checkpoints.tokenizer import PublishedTokenizer
 from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig, load_model_config
-from hybridvlm.models import family_of, qwen_vl, vamba
+from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
+from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models.vamba import model as vamba
 from hybridvlm.nn import vamba as blocks
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import text_tokens
+from hybridvlm.tokenizers.published import PublishedTokenizer
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "goldens" / "vamba"
 needs_goldens = pytest.mark.skipif(not SHARED.is_dir(), reason="the VAMBA goldens lie beside the project, not in it")
@@ -138,7 +140,7 @@ def words(key, length, width=SMALL.width, asked=0, batch=1):
     return text.replace(query=text.position >= (length - asked if asked else 0))
 
 
-@functools.partial(jit, static_argnames=("config", "room", "segment_tokens", "segments", "plan", "score_fn"))
+@functools.partial(jit, static_argnames=("config", "decode_capacity", "segment_tokens", "segments", "plan", "score_fn"))
 def run(params, config, video, text, **options):
     return blocks.prefill(params["decoder"], config, video, text, **options)
 
@@ -175,10 +177,10 @@ def test_golden_prefill_and_decode(name, piece):
     config, params, io = golden(name)
     video, text = golden_streams(config, params, io)
     close(video.x[0], io["act.visual"], 1e-5)
-    memory, out, own = run(params, config, video, text, room=4, segment_tokens=piece)
+    memory, out, own = run(params, config, video, text, decode_capacity=4, segment_tokens=piece)
     close(vamba.logits(params, config, out.x), io["out.logits"])
     caches = vamba.Caches(own, memory)
-    step = jit(vamba.stepper(params, config))
+    step = jit(vamba.make_decode_step(params, config))
     logits = vamba.logits(params, config, out.x)[:, -1]
     for at, expected in enumerate(io["dec.tokens"]):
         token = jnp.argmax(logits, axis=-1)
@@ -239,13 +241,13 @@ def test_golden_packed_rows():
 def test_two_streams_against_the_oracle():
     config, params = small()
     video, text = film(2, 29), words(3, 11)
-    memory, out, own = run(params, config, video, text, room=3, segment_tokens=8)
+    memory, out, own = run(params, config, video, text, decode_capacity=3, segment_tokens=8)
     expected, _, _ = forward(as64(params["decoder"]), config, as64(text.x[0]), as64(video.x[0]))
     close(out.x[0], expected, 2e-5)
 
     # the same text in two turns: what is cached and what comes behind it
     first = dataclasses.replace(text, **{n: getattr(text, n)[:, :8] for n in ("x", "position", "segment", "query")})
-    _, _, own = run(params, config, video, first, room=3, segment_tokens=8)
+    _, _, own = run(params, config, video, first, decode_capacity=3, segment_tokens=8)
     more, _ = jit(functools.partial(blocks.extend, c=config))(
         params["decoder"], x=text.x[:, 8:], segment=text.segment[:, 8:], caches=own, memory=memory
     )
@@ -344,9 +346,9 @@ def arrays(config, samples, factors=(1, 1, 1)):
     return batch, vamba.pixels(config, clips, max(frames, 4)), frames, text
 
 
-@functools.partial(jit, static_argnames=("config", "plan", "room"))
-def answer(params, config, batch, visual, plan=None, room=0):
-    return vamba.prefill(params, config, batch, visual, plan, room)
+@functools.partial(jit, static_argnames=("config", "plan", "decode_capacity"))
+def answer(params, config, batch, visual, plan=None, decode_capacity=0):
+    return vamba.prefill(params, config, batch, visual, plan, decode_capacity)
 
 
 @functools.partial(jit, static_argnames="config")
@@ -394,12 +396,12 @@ def test_one_memory_serves_many_questions():
     for plan in (None, plan_of(config, frames, text, method="evs:0.75+saliency:0.5")):
         direct = answer(params, config, batch, visual, plan)
         one = jax.tree.map(lambda a: a[:1], batch)
-        memory = jit(vamba.remember, static_argnums=(1, 4))(params, config, one, visual[:1], plan)
+        memory = jit(vamba.build_video_memory, static_argnums=(1, 4))(params, config, one, visual[:1], plan)
         both = answer(params, config, batch, memory, plan)
         close(both.logits, direct.logits, 1e-5)
     asking = plan_of(config, frames, text, method="str", budget=0.5)
     with pytest.raises(ValueError, match=r"str.*what one question asks for.*uniform"):
-        vamba.remember(params, config, batch, visual, asking)
+        vamba.build_video_memory(params, config, batch, visual, asking)
     with pytest.raises(ValueError, match="looks at the question"):
         vamba.prefill(params, config, batch, memory, asking, 0)
 
@@ -423,7 +425,7 @@ def test_drops_by_cross_attention_against_the_oracle():
     rows, score = vamba._VideoRows(plan), vamba.methods.score_fn(plan)
     first = dataclasses.replace(text, **{n: getattr(text, n)[:, :9] for n in ("x", "position", "segment", "query")})
     memory, out, own = jit(
-        lambda p, v, t: blocks.prefill(p, config, v, t, plan=rows, score_fn=score, segment_tokens=16, room=1)
+        lambda p, v, t: blocks.prefill(p, config, v, t, plan=rows, score_fn=score, segment_tokens=16, decode_capacity=1)
     )(params["decoder"], video, first)
     one = jit(functools.partial(blocks.extend, c=config))
     more, _ = one(params["decoder"], x=text.x[:, 9:], segment=text.segment[:, 9:], caches=own, memory=memory)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.config import VisionConfig, load_model_config
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM
+from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.vision import StemTower, VisionModel, encode_frames, pixel_shuffle, radio_tower
 from hybridvlm.vision.radio import position_table
 

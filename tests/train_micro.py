@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction, Schedule, VisionConfig
-from hybridvlm.generate import Model
-from hybridvlm.models import nemotron_vl
-from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.inference.model import Model
+from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.tiny import vocabulary
+from hybridvlm.tokenizers.word_level import WordLevel
 from hybridvlm.train.config import TrainConfig, build
 
 FRAMES, TEXT = 2, 8

@@ -89,13 +89,15 @@ def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Names
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot, sharding
-    from hybridvlm.models import nemotron_vl
+    from hybridvlm.models.nemotron_vl import model as nemotron_vl
     from hybridvlm.models.prompt import Batch
 
     devices = sharding.tensor_size(mesh)
     sharding.local_config(config, devices)
     rules = sharding.DEFAULT_RULES
-    params = jax.eval_shape(lambda: sharding.lay_out(nemotron_vl.init(config, jax.random.key(0)), config, devices))
+    params = jax.eval_shape(
+        lambda: sharding.permute_for_tp(nemotron_vl.init(config, jax.random.key(0)), config, devices)
+    )
     shardings = rules.shardings(mesh, params)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s), params, shardings)
     over_batch = NamedSharding(mesh, P(("data", "fsdp")))

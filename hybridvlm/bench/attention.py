@@ -22,7 +22,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hybridvlm.bench import candidates, timing
+from hybridvlm.bench import op_bench as candidates
+from hybridvlm.bench import timing
 
 SHAPES = {
     "cpu": ("tiny", "vamba_text"),

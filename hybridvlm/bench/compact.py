@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hybridvlm.bench import candidates
+from hybridvlm.bench import op_bench as candidates
 
 SHAPES = ("1,33280,8704", "1,131584,33280", "8,1040,272")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.bench import timing
-from hybridvlm.bench.candidates import positive
+from hybridvlm.bench.op_bench import positive
 from hybridvlm.config import Reduction
 
 DTYPES = ("float32", "bfloat16")

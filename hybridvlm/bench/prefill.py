@@ -73,7 +73,7 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
     """Parameters of the whole model at their initial distribution, float32, in the memory of the device."""
     import jax
 
-    from hybridvlm.models.nemotron_vl import HybridVLM
+    from hybridvlm.models.nemotron_vl.model import HybridVLM
 
     ids = np.zeros((1, 1), np.int32)
     batch = _batch(ids, np.full_like(ids, -1), 0)
@@ -90,7 +90,7 @@ def prompt(frames: int, per_frame: int, text: int, stamps: int, vocabulary: int)
 
 
 def _batch(ids: np.ndarray, frame: np.ndarray, frames: int):
-    from hybridvlm.models.nemotron_vl import Batch
+    from hybridvlm.models.nemotron_vl.model import Batch
 
     return Batch(ids, np.ones_like(ids), frame.astype(np.int32), np.full(1, frames, np.int32))
 
@@ -116,7 +116,7 @@ def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
 def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> float:
     import jax
 
-    from hybridvlm.models.nemotron_vl import HybridVLM
+    from hybridvlm.models.nemotron_vl.model import HybridVLM
 
     timing.say(f"timing the vision tower on {frames} frames")
     shape = (1, frames, *config.vision.image_size, 3)
@@ -127,7 +127,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
 
 
 def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
-    from hybridvlm.models.nemotron_vl import prefill as prefill_model
+    from hybridvlm.models.nemotron_vl.model import prefill as prefill_model
 
     frames, per_frame = visual.shape[1:3]
     text = args.text + stamps * frames

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hybridvlm.bench import candidates
+from hybridvlm.bench import op_bench as candidates
 
 SHAPES = {"cpu": ("tiny",), "tpu": ("12b", "12b_packed", "vamba_cross"), "gpu": ("12b", "12b_packed", "vamba_cross")}
 IMPLEMENTATIONS = {"cpu": ("xla", "reference"), "tpu": ("xla", "pallas_tpu"), "gpu": ("xla", "pallas_gpu")}

@@ -217,7 +217,7 @@ def _floor(spec, dtype: str) -> dict[str, float]:
     """Milliseconds that the device needs at least, by bytes and by FLOPs; empty where its peaks are not known."""
     import jax
 
-    from hybridvlm.bench.floors import peaks
+    from hybridvlm.bench.roofline import peaks
     from hybridvlm.bench.timing import say
 
     kind = jax.devices()[0].device_kind
@@ -225,7 +225,9 @@ def _floor(spec, dtype: str) -> dict[str, float]:
     say(f"at {spec.length} tokens in {dtype}: {moved / 1e9:.3f} GB and {flops / 1e9:.1f} GFLOP on {kind}")
     peak = peaks(kind)
     if peak is None or dtype not in peak.flops:
-        say(f"unknown device: no peaks for {dtype} on {kind!r}, so no floor (hybridvlm.bench.floors lists those known)")
+        say(
+            f"unknown device: no peaks for {dtype} on {kind!r}, so no floor (hybridvlm.bench.roofline lists those known)"
+        )
         return {}
     return {"bytes_ms": 1e3 * moved / peak.bandwidth, "flops_ms": 1e3 * flops / peak.flops[dtype]}
 

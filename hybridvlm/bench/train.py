@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     import jax
 
     from hybridvlm import aot, sharding
-    from hybridvlm.nn.decoder import REMAT
+    from hybridvlm.nn.scan import REMAT
 
     config = load_model_config(args.model)
     if config.vision is None:
@@ -99,14 +99,16 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot, sharding
-    from hybridvlm.models import nemotron_vl
+    from hybridvlm.models.nemotron_vl import model as nemotron_vl
     from hybridvlm.ops.tokens import Tokens
     from hybridvlm.reduction.methods import score_fn
     from hybridvlm.train.optimizer import decays
 
     rules, devices = sharding.DEFAULT_RULES, sharding.tensor_size(mesh)
     sharding.local_config(config, devices)
-    shapes = jax.eval_shape(lambda: sharding.lay_out(nemotron_vl.init(config, jax.random.key(0)), config, devices))
+    shapes = jax.eval_shape(
+        lambda: sharding.permute_for_tp(nemotron_vl.init(config, jax.random.key(0)), config, devices)
+    )
     shapes = {name: part for name, part in shapes.items() if name not in ("vision", "projector")}
     path = lambda keys: "/".join(key.key for key in keys)  # noqa: E731
     mask = jax.tree_util.tree_map_with_path(lambda keys, _: decays(path(keys)), shapes)

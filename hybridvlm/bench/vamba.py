@@ -6,7 +6,7 @@ rematerialised in training. So what differs is what the models need, and not how
 
 weights (in training with AdamW's moments, all fp32 and sharded), caches, inputs and logits are counted from shapes; other_gb is
 what the compiler needs beyond them: activations, gradients in flight, buffers, copies. decoder_tflops are counted as in
-hybridvlm/reduction/flops.py, of all devices (a training step as three times its forward pass); tower_tflops is the vision
+hybridvlm/reduction/cost.py, of all devices (a training step as three times its forward pass); tower_tflops is the vision
 tower, the same in both and in no other column but for --phases film, which goes from the film's pixels to logits in one program.
 cost_s are the compiler's seconds on a TPU, every loop counted as often as it runs (hybridvlm/bench/hlo.py). paper_ columns were
 read off the plots of arXiv 2503.11579 (A800, eager PyTorch with FlashAttention); as_paper_tflops counts a prefill as those do: tower
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[str, Any]:
     from hybridvlm import aot
     from hybridvlm.bench.hlo import program_cost
-    from hybridvlm.reduction import flops
+    from hybridvlm.reduction import cost as flops
 
     config = load_model_config(MODELS[model])
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=tuple(args.size)))
@@ -116,7 +116,7 @@ def visual_tokens(config: ModelConfig, frames: int) -> int:
 
 def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     """Operations of one prompt's prefill, as the plans count them."""
-    from hybridvlm.reduction import flops
+    from hybridvlm.reduction import cost as flops
     from hybridvlm.reduction.vamba import VambaReading
 
     row = visual_tokens(config, frames) + text
@@ -126,7 +126,7 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
 
 def papers_flops(config: ModelConfig, frames: int, text: int) -> int:
     """Operations of one prompt's prefill as a profiler counts them that does not look into FlashAttention."""
-    from hybridvlm.reduction import flops
+    from hybridvlm.reduction import cost as flops
 
     v, video, vamba = config.vision, visual_tokens(config, frames), isinstance(config, VambaConfig)
     row = text if vamba else video + text
@@ -143,8 +143,9 @@ def shapes(config: ModelConfig, dtype: Any, tower: bool = False) -> dict[str, An
     import jax
     import jax.numpy as jnp
 
-    from hybridvlm.models import qwen_vl, vamba
-    from hybridvlm.models.names import FLOAT32
+    from hybridvlm.models.qwen_vl import model as qwen_vl
+    from hybridvlm.models.vamba import model as vamba
+    from hybridvlm.models.weights import FLOAT32
 
     family = vamba if isinstance(config, VambaConfig) else qwen_vl
     tree = jax.eval_shape(lambda key: family.init(config, key), jax.random.key(0))
@@ -173,7 +174,7 @@ def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
     import jax.numpy as jnp
 
     from hybridvlm.nn.mlp import mlp_layer
-    from hybridvlm.nn.qwen import join_heads, project_heads
+    from hybridvlm.nn.projections import join_heads, project_heads
     from hybridvlm.ops.attention import attention
     from hybridvlm.ops.norms import rms_norm
 
@@ -319,7 +320,7 @@ def train_program(where, config: ModelConfig, frames: int, args: argparse.Namesp
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot
-    from hybridvlm.models.names import FLOAT32
+    from hybridvlm.models.weights import FLOAT32
 
     devices = len(where.devices)
     mesh = where.mesh(fsdp=devices)

@@ -9,8 +9,9 @@ import numpy as np
 
 from hybridvlm.checkpoints.folder import load, save_folder
 from hybridvlm.checkpoints.hf import params_from_tensors, read_params, save_published
-from hybridvlm.checkpoints.tensors import CheckpointError, TensorFolder
+from hybridvlm.checkpoints.tensors import TensorFolder
 from hybridvlm.config import ModelConfig, VisionConfig
+from hybridvlm.errors import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -28,7 +29,7 @@ def params_from_hf(
     config: ModelConfig | VisionConfig, tensors: Mapping[str, np.ndarray], *, dtype: Any = None
 ) -> dict[str, Any]:
     """Our parameters (NumPy) from Nemotron tensors under any of their known names; of a VisionConfig, a RADIO tower alone."""
-    from hybridvlm.models.nemotron_names import table
+    from hybridvlm.models.nemotron_vl.weights import table
 
     params = params_from_tensors(table(config), tensors, dtype=dtype)
     return params["vision"] if isinstance(config, VisionConfig) else params

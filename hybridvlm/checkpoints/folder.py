@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -27,17 +26,19 @@ import numpy as np
 from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.checkpoints.hf import CONFIG, Place, check_finite, own_head, read_json, read_params
 from hybridvlm.checkpoints.orbax import ABOUT, is_orbax, read_about, restore_orbax, save_orbax
-from hybridvlm.checkpoints.tensors import CheckpointError, TensorFolder
-from hybridvlm.checkpoints.tokenizer import TOKENIZER, PublishedTokenizer
+from hybridvlm.checkpoints.tensors import TensorFolder
 from hybridvlm.config import Buckets, Reduction, from_dict, to_dict
-from hybridvlm.generate import Model
-from hybridvlm.models import family, family_of, nemotron_vl
+from hybridvlm.errors import CheckpointError
+from hybridvlm.inference.model import Model
+from hybridvlm.models import nemotron_vl
 from hybridvlm.models.config_fields import token_ids
-from hybridvlm.models.names import FLOAT32, flatten, unflatten
+from hybridvlm.models.family import Family, family_of, get_family
 from hybridvlm.models.prompt import PromptStyle
-from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.models.weights import FLOAT32, flatten, unflatten
 from hybridvlm.plain import shown
 from hybridvlm.reduction import parse_method
+from hybridvlm.tokenizers.published import TOKENIZER, PublishedTokenizer
+from hybridvlm.tokenizers.word_level import WordLevel
 
 FORMAT, VERSION = "hybridvlm", 1
 WEIGHTS, PROCESSORS = "model.safetensors", "processor_config.json"
@@ -62,9 +63,7 @@ SETTINGS = (
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
-def expected_shapes(
-    config: Any, kind: ModuleType = nemotron_vl, where: str = "the config"
-) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any, kind: Family = nemotron_vl, where: str = "the config") -> dict[str, tuple[int, ...]]:
     """The shape of every parameter that a model of this config has, by flat name; nothing is allocated.
 
     CheckpointError, which begins with `where`, for sizes that no array can have.
@@ -208,7 +207,7 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         ) from error
 
 
-def read_config(path: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, Any, dict[str, Any]]:
+def read_config(path: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
     """(family, config, {section: its dataclass}) of a folder in the library's own form; data: its config.json, parsed."""
     file = path / CONFIG
     version = data.get("version")
@@ -219,11 +218,11 @@ def read_config(path: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, A
     return _built(file, {name: value for name, value in data.items() if name not in ("format", "version", "tokenizer")})
 
 
-def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, Any, dict[str, Any]]:
+def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
     data = dict(data)
     sections = {name: data.pop(name, None) for name in SECTIONS}
     try:
-        kind = family(data.pop("family", nemotron_vl.NAME))
+        kind = get_family(data.pop("family", nemotron_vl.NAME))
         config = from_dict(kind.Config, data)
         built = {name: from_dict(cls, sections[name]) for name, cls in SECTIONS.items() if sections[name] is not None}
     except (TypeError, ValueError) as error:
@@ -232,7 +231,7 @@ def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[ModuleType, Any, d
 
 
 def read_weights(
-    path: pathlib.Path, config: Any, dtype: Any = None, kind: ModuleType = nemotron_vl, place: Place | None = None
+    path: pathlib.Path, config: Any, dtype: Any = None, kind: Family = nemotron_vl, place: Place | None = None
 ) -> dict[str, Any]:
     """The parameters of a folder in the library's own form, in `dtype` (default float32).
 

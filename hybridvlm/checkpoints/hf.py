@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.checkpoints.atomic import whole_folder
-from hybridvlm.checkpoints.tensors import INDEX, CheckpointError, TensorFolder, write_tensors
+from hybridvlm.checkpoints.tensors import INDEX, TensorFolder, write_tensors
+from hybridvlm.errors import CheckpointError
 from hybridvlm.files import read_object
-from hybridvlm.models.names import FLOAT32, Job, Shape, Table, Turn, unflatten
+from hybridvlm.models.weights import FLOAT32, Shape, StackedSpec, Transform, WeightMap, unflatten
 
 CONFIG = "config.json"
 MOST_FAULTS = 200  # that a message lists
@@ -64,7 +65,7 @@ def check_finite(values: np.ndarray, name: str, kind: Any = None) -> None:
             )
 
 
-def own_head(table: Table, tensors: Mapping[str, np.ndarray]) -> bool:
+def own_head(table: WeightMap, tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether `table` makes head and embedding one where the checkpoint holds two different ones.
 
     transformers then takes both as they are, whatever the config says, and so must a table without the tie.
@@ -78,7 +79,7 @@ class _Sources:
     kind: what they are to be cast to (default: as stored), which must have room for their values.
     """
 
-    def __init__(self, table: Table, tensors: Mapping[str, np.ndarray], kind: Any = None):
+    def __init__(self, table: WeightMap, tensors: Mapping[str, np.ndarray], kind: Any = None):
         self.table, self.tensors = table, tensors
         self.kind = None if kind is None else np.dtype(kind)
         streamed = isinstance(tensors, TensorFolder)
@@ -89,7 +90,7 @@ class _Sources:
         self.faults: dict[str, None] = {}  # in order, each once
         for stored in self.shapes:
             names = table.canonical(stored)
-            if CONSTANT.search(stored) or all(map(table.idle, names)):
+            if CONSTANT.search(stored) or all(map(table.ignored, names)):
                 # nobody's parameter, however often it is there
                 continue
             for part, name in enumerate(names):
@@ -146,7 +147,7 @@ class _Sources:
             lines = [*self.faults][:MOST_FAULTS] + ["and more"] * (len(self.faults) > MOST_FAULTS)
             raise CheckpointError("\n  ".join([f"the checkpoint does not fit {self.table.who}:", *lines]))
 
-    def _stacked(self, job: Job) -> list[tuple[str, Shape]]:
+    def _stacked(self, job: StackedSpec) -> list[tuple[str, Shape]]:
         """(name, shape) of the tensors that hold all experts of a layer, where the checkpoint has those."""
         c, row, layers = job
         if not row.stacked or layers is None:
@@ -166,7 +167,7 @@ class _Sources:
             self.faults[f"no floating-point numbers: {stored} is stored as {self.dtypes[stored]}"] = None
         return stored
 
-    def pieces(self, job: Job) -> Iterator[tuple[Shape, Callable[[int, int], np.ndarray]]]:
+    def pieces(self, job: StackedSpec) -> Iterator[tuple[Shape, Callable[[int, int], np.ndarray]]]:
         """Of one job: (place in the stack, rows(start, stop) of the tensor that belongs there, its scale applied)."""
         c, row, _ = job
         height = row.shape(c)[0]
@@ -204,7 +205,7 @@ class _Sources:
             return self.tensors.rows(stored, start, stop)
         return np.asarray(self.tensors[stored])[start:stop]
 
-    def dtype(self, job: Job) -> np.dtype:
+    def dtype(self, job: StackedSpec) -> np.dtype:
         """As what the tensors of a job are stored; of several dtypes one that holds them all, float32 at most."""
         names = [name for name, _ in self._stacked(job)] or [name for _, name, _ in self.table.pieces(job)]
         kinds = {np.dtype(self.dtypes[self.found[name][0]]) for name in names}
@@ -214,7 +215,7 @@ class _Sources:
 # -- in -----------------------------------------------------------------------------------------------------------------
 
 
-def params_from_tensors(table: Table, tensors: Mapping[str, np.ndarray], *, dtype: Any = None) -> dict[str, Any]:
+def params_from_tensors(table: WeightMap, tensors: Mapping[str, np.ndarray], *, dtype: Any = None) -> dict[str, Any]:
     """Our parameters as NumPy arrays from a checkpoint's tensors, under any of their known names.
 
     dtype: cast to it (default: as stored). CheckpointError lists every tensor that is missing, misshapen or has no place.
@@ -227,7 +228,7 @@ def params_from_tensors(table: Table, tensors: Mapping[str, np.ndarray], *, dtyp
 
 
 def read_params(
-    table: Table,
+    table: WeightMap,
     tensors: TensorFolder,
     *,
     dtype: Any = None,
@@ -259,7 +260,7 @@ def read_params(
     return unflatten(flat)
 
 
-def _on_host(sources: _Sources, job: Job, dtype: np.dtype) -> np.ndarray:
+def _on_host(sources: _Sources, job: StackedSpec, dtype: np.dtype) -> np.ndarray:
     c, row, _ = job
     out = np.empty(sources.table.target_shape(job), dtype)
     for place, rows in sources.pieces(job):
@@ -268,14 +269,16 @@ def _on_host(sources: _Sources, job: Job, dtype: np.dtype) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("turn", "c", "sizes"), donate_argnums=0)
-def _put(buffer: jax.Array, rows: jax.Array, begin: jax.Array, to: jax.Array, *, turn: Turn, c: Any, sizes: Shape):
+def _put(buffer: jax.Array, rows: jax.Array, begin: jax.Array, to: jax.Array, *, turn: Transform, c: Any, sizes: Shape):
     """The box of `sizes` at `begin` of the turned rows, written to `to` of the buffer, in its own memory."""
     turned = turn.into(rows, c)
     box = jax.lax.dynamic_slice(turned, begin, sizes).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice(buffer, box.reshape((1,) * (buffer.ndim - box.ndim) + box.shape), to)
 
 
-def _streamed(sources: _Sources, job: Job, shape: Shape, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def _streamed(
+    sources: _Sources, job: StackedSpec, shape: Shape, dtype: Any, sharding: jax.sharding.Sharding
+) -> jax.Array:
     """One array, put together on the devices that hold parts of it."""
     c, row, layers = job
     stored = row.shape(c)
@@ -329,7 +332,7 @@ def _only(device: jax.Device) -> jax.sharding.Sharding:
 def save_published(
     path: str | pathlib.Path,
     params: Mapping[str, Any],
-    table: Table,
+    table: WeightMap,
     raw: Mapping[str, Any],
     *,
     dtype: Any = None,

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.checkpoints.hf import Place, read_json
-from hybridvlm.checkpoints.tensors import CheckpointError
-from hybridvlm.models.names import FLOAT32, flatten, unflatten
+from hybridvlm.errors import CheckpointError
+from hybridvlm.models.weights import FLOAT32, flatten, unflatten
 from hybridvlm.plain import shown
 
 ABOUT, PARAMS, FORMAT, VERSION = "model.json", "params", "hybridvlm-orbax", 1

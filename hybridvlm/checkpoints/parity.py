@@ -59,7 +59,7 @@ def ours(folder: pathlib.Path, name: str) -> tuple[np.ndarray, Any, np.ndarray]:
     visual = model.encode(model.family.pixels(config, clips, bucket)) if clips else None
     out = model.prefill(batch, visual, None, DECODED)
     logits, caches = [out.logits], out.decoder.caches
-    step = jax.jit(lambda params, token, caches: model.family.stepper(params, model.config)(token, caches))
+    step = jax.jit(lambda params, token, caches: model.family.make_decode_step(params, model.config)(token, caches))
     for token in more:
         found, caches = step(model.params, np.asarray([token]), caches)
         logits.append(found)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.checkpoints.hf import save_published
-from hybridvlm.models import family_of
-from hybridvlm.models.names import Table, unflatten
+from hybridvlm.models.family import family_of
+from hybridvlm.models.weights import WeightMap, unflatten
 
 SPECIAL = {
     "nemotron": ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>", "</think>", "<image>", "<img>", "</img>"),
@@ -231,7 +231,7 @@ def raw_config(name: str) -> dict[str, Any]:
     return copy.deepcopy(RAW[name])
 
 
-def random_params(table: Table, seed: int = 0) -> dict[str, Any]:
+def random_params(table: WeightMap, seed: int = 0) -> dict[str, Any]:
     """Parameters of a table's arrays, float32 NumPy, such that every one of them shows in the outputs.
 
     What reference classes start at 1 or 0 is moved off it, and decays and steps lie where trained models have them.

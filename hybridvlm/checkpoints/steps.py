@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm import distributed
-from hybridvlm.models.names import flatten
+from hybridvlm.models.weights import flatten
 
 FOLDER, ASIDE = "checkpoints", "checkpoints-damaged"
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from hybridvlm.errors import CheckpointError
 from hybridvlm.files import parse_object, read_object
 from hybridvlm.plain import shown
 
@@ -39,10 +40,6 @@ _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST_HEADER = 100_000_000  # bytes; the format's own limit
 _MOST_AXES = 32  # of a tensor; the product of more takes longer and longer
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file or tensors and what is wrong with them."""
 
 
 class _File:

@@ -18,12 +18,12 @@ from hybridvlm.eval import report, statistics
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
-from hybridvlm.generate import Model
+from hybridvlm.inference.model import Model
+from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
-from hybridvlm.models.text import check_tokenizer
 from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.reduction import BudgetError
-from hybridvlm.thinking import switch, think_budget
+from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
 
 

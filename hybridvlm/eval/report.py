@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridvlm.eval.results import write_atomic
-from hybridvlm.thinking import UNFINISHED
+from hybridvlm.inference.thinking import UNFINISHED
 
 PICTURES = {
     "accuracy_vs_retention.png": (

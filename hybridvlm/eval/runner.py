@@ -24,10 +24,10 @@ from hybridvlm.checkpoints.folder import flatten
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
-from hybridvlm.generate import Generation, Model, compile_count
+from hybridvlm.inference.model import Generation, Model, compile_count
+from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Layout, user_message
 from hybridvlm.reduction import ReductionPlan, parse_method
-from hybridvlm.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come

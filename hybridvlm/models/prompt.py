@@ -12,11 +12,8 @@ import jax
 import numpy as np
 
 from hybridvlm.config import Buckets
-from hybridvlm.models.text import Text, concatenate, cut_at_media, medium, person
-
-Message = Mapping[
-    str, Any
-]  # {"role": ..., "content": str or [{"type": "video" | "image"} | {"type": "text", "text": ...}]}
+from hybridvlm.tokenizers.messages import Message, parts_of
+from hybridvlm.tokenizers.text import Text, concatenate, cut_at_media
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +32,6 @@ class Batch:
     frame_count: jax.Array
 
 
-# Those who may be named in a control token that a template puts together ('<|' + message.role + '|>')
-ROLES = ("system", "user", "assistant", "tool", "developer")
 # What each formatted piece of a style may name, with a value to try it with
 _FIELDS: dict[str, dict[str, Any]] = {
     "frame": {"number": 1, "seconds": 0.5},
@@ -158,30 +153,6 @@ def user_message(question: str, style: PromptStyle, kinds: Sequence[str] = ("vid
     """One question about media of these kinds, put the way `style` has it."""
     media = [{"type": kind} for kind in kinds]
     return {"role": "user", "content": [*media, {"type": "text", "text": style.question.format(question=question)}]}
-
-
-Part = tuple[str, Text]  # the type of a part of a content, and a person's words or the place of a medium
-
-
-def parts_of(messages: Sequence[Message]) -> list[tuple[str, list[Part]]]:
-    """(role, parts) of every message, media numbered in order; ValueError for a kind of content that is not supported."""
-    spoken, count = [], 0
-    for message in messages:
-        parts: list[Part] = []
-        content = message["content"]
-        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if item["type"] == "text":
-                parts.append(("text", item["text"] if isinstance(item["text"], Text) else person(item["text"])))
-            elif item["type"] in ("video", "image"):
-                parts.append((item["type"], medium(count)))
-                count += 1
-            else:
-                raise ValueError(
-                    f"content of type {item['type']!r} is not supported; give video, image and text"
-                    + (" (sound is not read: take the pictures alone)" if item["type"] == "audio" else "")
-                )
-        spoken.append((message["role"], parts))
-    return spoken
 
 
 def render(

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.caches import AttentionCache, attention_cache, check_room
+from hybridvlm.nn.caches import AttentionCache, attention_cache, check_capacity
 from hybridvlm.nn.linear import biased
-from hybridvlm.nn.parallel import own_channels, total
-from hybridvlm.nn.qwen import join_heads, project_heads
-from hybridvlm.nn.sequence import pick_rows, row_shards, row_start, whole_row
+from hybridvlm.nn.projections import join_heads, project_heads
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.attention.api import attend
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
+from hybridvlm.parallel.sequence import gather_sequence, pick_rows, row_start, sequence_shards
+from hybridvlm.parallel.tensor import own_channels, psum_tensor
 
 Params = dict[str, jax.Array]
 
@@ -62,7 +62,7 @@ def _qkv(p: Params, c: ModelConfig, x: jax.Array, position: jax.Array | None) ->
 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, out: jax.Array) -> jax.Array:
     out = own_channels(c, out.reshape(*out.shape[:2], -1))
-    return residual + biased(total(c, join_heads(p, out)), p.get("o_bias")).astype(residual.dtype)
+    return residual + biased(psum_tensor(c, join_heads(p, out)), p.get("o_bias")).astype(residual.dtype)
 
 
 def gather_queries(query: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -84,26 +84,26 @@ def attention_layer(
     position: jax.Array | None = None,
     query: jax.Array | None = None,
     query_capacity: int = 0,
-    room: int = 0,
+    decode_capacity: int = 0,
 ) -> tuple[jax.Array, AttentionCache, AttentionAux | None]:
     """One residual attention layer over whole rows.
 
     x [B,L,D], segment [B,L]; position [B,L] or [B,L,3] where the config has a rotary embedding (keys are cached turned).
-    `room`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of the question (at most
+    `decode_capacity`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of the question (at most
     `query_capacity` of them) come back in the aux, for the text-to-visual score. Where rows are cut over devices, the aux has
     the whole row's question, its places counted from the first token here, and the keys of this stretch alone.
     """
     q, k, v = _qkv(p, c, x, position)
     length, start = segment.shape[1], row_start(c, segment.shape[1])
-    if row_shards(c) == 1:
+    if sequence_shards(c) == 1:
         out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment)
     else:
-        keys, values, slots = (whole_row(c, a) for a in (k, v, segment))
+        keys, values, slots = (gather_sequence(c, a) for a in (k, v, segment))
         place = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), segment.shape)
         out, lse = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place)
     aux = None
     if query is not None:
-        index, mask = gather_queries(whole_row(c, query), query_capacity)
+        index, mask = gather_queries(gather_sequence(c, query), query_capacity)
         aux = AttentionAux(
             q=pick_rows(c, q, index, mask),
             q_mask=mask,
@@ -112,7 +112,7 @@ def attention_layer(
             k=k,
             lse=pick_rows(c, lse.swapaxes(1, 2), index, mask).swapaxes(1, 2),
         )
-    return _output(p, c, x, out), attention_cache(k, v, segment, room), aux
+    return _output(p, c, x, out), attention_cache(k, v, segment, decode_capacity), aux
 
 
 def _merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -136,10 +136,12 @@ def extend_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, cache: AttentionCache
 ) -> tuple[jax.Array, AttentionCache]:
     """Heads of new tokens over a cache and themselves: q [B,T,H,P], k and v [B,T,K,P], segment [B,T] -> out [B,T,H,P], longer cache."""
-    t, room = segment.shape[1], cache.new_k.shape[1]
-    if t > room:
-        raise ValueError(f"the cache has room for {room} new tokens, got {t}; prefill with a larger `room`")
-    check_room(cache, t, "extend takes")
+    t, decode_capacity = segment.shape[1], cache.new_k.shape[1]
+    if t > decode_capacity:
+        raise ValueError(
+            f"the cache has room for {decode_capacity} new tokens, got {t}; prefill with a larger `decode_capacity`"
+        )
+    check_capacity(cache, t, "extend takes")
     keys, values, slots = (
         jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
         for old, new in ((cache.new_k, k), (cache.new_v, v), (cache.new_segment, segment))
@@ -148,7 +150,7 @@ def extend_cache(
     if t == 1:  # a single new token sees every filled slot: no order to check
         out, _ = _merge(*_past(q, segment, cache, recent=True))
     else:
-        index = jnp.broadcast_to(jnp.arange(room, dtype=jnp.int32), slots.shape)
+        index = jnp.broadcast_to(jnp.arange(decode_capacity, dtype=jnp.int32), slots.shape)
         place = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
         own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=index)
         out, _ = _merge(own, *_past(q, segment, cache, recent=False))

@@ -44,9 +44,9 @@ class AttentionCache:
 Cache = MambaCache | AttentionCache | None
 
 
-def attention_cache(k: jax.Array, v: jax.Array, segment: jax.Array, room: int) -> AttentionCache:
-    """The cache after a prompt: k, v [B,L,K,P], segment [B,L], and `room` empty slots for tokens to come."""
-    shape = (k.shape[0], room, *k.shape[2:])
+def attention_cache(k: jax.Array, v: jax.Array, segment: jax.Array, decode_capacity: int) -> AttentionCache:
+    """The cache after a prompt: k, v [B,L,K,P], segment [B,L], and `decode_capacity` empty slots for tokens to come."""
+    shape = (k.shape[0], decode_capacity, *k.shape[2:])
     empty = jnp.zeros(shape[:2], jnp.int32)
     return AttentionCache(
         k, v, segment, jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype), empty, jnp.zeros((), jnp.int32)
@@ -58,7 +58,7 @@ def cache_bytes(caches: tuple[Cache, ...]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
 
-def check_room(caches: Any, tokens: int, asked: str) -> None:
+def check_capacity(caches: Any, tokens: int, asked: str) -> None:
     """ValueError unless every attention cache in `caches` (any tree) has that many free slots; `asked` is what wants them.
 
     Written beyond the last slot, tokens would take the places of others without a word. Compiled code cannot raise, so its callers
@@ -68,11 +68,11 @@ def check_room(caches: Any, tokens: int, asked: str) -> None:
     for cache in found:
         if not isinstance(cache, AttentionCache) or isinstance(cache.length, jax.core.Tracer):
             continue
-        room, taken = cache.new_segment.shape[-1], int(np.max(cache.length))
-        if taken + tokens > room:
+        decode_capacity, taken = cache.new_segment.shape[-1], int(np.max(cache.length))
+        if taken + tokens > decode_capacity:
             raise ValueError(
-                f"{asked} {tokens} tokens, and the caches have {room - taken} of {room} places free behind the prompt; prefill "
-                f"with a `room` of at least {taken + tokens}"
+                f"{asked} {tokens} tokens, and the caches have {decode_capacity - taken} of "
+                f"{decode_capacity} slots free after the prompt; prefill with a `decode_capacity` of at least {taken + tokens}"
             )
 
 

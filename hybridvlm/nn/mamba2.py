@@ -12,13 +12,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.caches import MambaCache
 from hybridvlm.nn.linear import biased, linear
-from hybridvlm.nn.parallel import group_mean, total
-from hybridvlm.nn.sequence import halo, incoming_state, row_shards
 from hybridvlm.ops.conv1d import causal_conv1d
 from hybridvlm.ops.layer_aux import MambaAux
 from hybridvlm.ops.norms import gated_rms_norm, rms_norm
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.ssd import ssd, ssd_step
+from hybridvlm.parallel.sequence import halo, incoming_state, sequence_shards
+from hybridvlm.parallel.tensor import group_mean, psum_tensor
 
 Params = dict[str, jax.Array]
 _BLOCK_BYTES = 1 << 22  # float32 projections of one block of tokens, on CPU: what stays in the caches of two cores
@@ -103,7 +103,7 @@ def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, 
 def _output(p: Params, c: ModelConfig, residual: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     whole = functools.partial(group_mean, c)
     y = gated_rms_norm(y, z, p["gate_norm"], c.ssm_groups, c.norm_eps, whole)
-    return residual + biased(total(c, linear(y, p["out_proj"])), p.get("out_bias")).astype(residual.dtype)
+    return residual + biased(psum_tensor(c, linear(y, p["out_proj"])), p.get("out_bias")).astype(residual.dtype)
 
 
 def mamba_layer(
@@ -123,7 +123,7 @@ def mamba_layer(
         cache = jax.tree.map(
             lambda a: jnp.broadcast_to(a[:, None], (a.shape[0], times, *a.shape[1:])).reshape(-1, *a.shape[1:]), cache
         )
-    blocks, size = (1, length) if row_shards(c) > 1 else _blocks(c, b, length)
+    blocks, size = (1, length) if sequence_shards(c) > 1 else _blocks(c, b, length)
     if blocks == 1:
         return _whole(p, c, x, segment, cache)
     if cache is None:
@@ -172,7 +172,7 @@ def _whole(
     p: Params, c: ModelConfig, x: jax.Array, segment: jax.Array, cache: MambaCache | None
 ) -> tuple[jax.Array, MambaCache, MambaAux]:
     z, channels, raw_dt = _project(p, c, x)
-    if row_shards(c) > 1:
+    if sequence_shards(c) > 1:
         past, owner = halo(c, channels, segment)
     else:
         past, owner = (None, None) if cache is None else (cache.conv, cache.segment)
@@ -185,7 +185,7 @@ def _whole(
         initial_segment=owner,
     )
     xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt, segment > 0)
-    if row_shards(c) > 1:
+    if sequence_shards(c) > 1:
         state = incoming_state(c, xs, dt, decay, b, segment, owner)
     else:
         state = None if cache is None else cache.ssm

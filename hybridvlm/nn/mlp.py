@@ -8,9 +8,9 @@ from flax import linen as nn
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.nn.linear import biased, linear
-from hybridvlm.nn.parallel import total
-from hybridvlm.nn.qwen import swiglu
+from hybridvlm.nn.projections import swiglu
 from hybridvlm.ops.norms import rms_norm
+from hybridvlm.parallel.tensor import psum_tensor
 
 Params = dict[str, jax.Array]
 
@@ -42,6 +42,6 @@ def mlp_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
     """x [B,L,D] -> x + down(relu(up(norm(x)))^2), or with mlp_gated x + down(silu(gate(norm(x))) * up(norm(x)))."""
     h = rms_norm(x, p["norm"], c.norm_eps)
     if c.mlp_gated:
-        return x + total(c, swiglu(p, h)).astype(x.dtype)
+        return x + psum_tensor(c, swiglu(p, h)).astype(x.dtype)
     up = jnp.square(nn.relu(linear(h, p["up_proj"], p.get("up_bias"))))
-    return x + biased(total(c, linear(up, p["down_proj"])), p.get("down_bias")).astype(x.dtype)
+    return x + biased(psum_tensor(c, linear(up, p["down_proj"])), p.get("down_bias")).astype(x.dtype)

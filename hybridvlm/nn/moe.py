@@ -12,8 +12,8 @@ from flax import linen as nn
 
 from hybridvlm.config import MOE, ModelConfig
 from hybridvlm.nn.linear import biased, linear
-from hybridvlm.nn.parallel import total
 from hybridvlm.ops.norms import rms_norm
+from hybridvlm.parallel.tensor import psum_tensor
 
 Params = dict[str, jax.Array]
 
@@ -111,5 +111,5 @@ def moe_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
         out = linear(out, p["latent_out_proj"])
     out = out + linear(_relu2(linear(h, p["shared_up_proj"], p.get("shared_up_bias"))), p["shared_down_proj"])
     # what every device has whole comes behind the sum over them
-    out = biased(biased(total(c, out), p.get("latent_out_bias")), p.get("shared_down_bias"))
+    out = biased(biased(psum_tensor(c, out), p.get("latent_out_bias")), p.get("shared_down_bias"))
     return x + out.reshape(x.shape).astype(x.dtype)

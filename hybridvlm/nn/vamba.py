@@ -28,10 +28,10 @@ from hybridvlm.nn.caches import AttentionCache, MambaCache, attention_cache
 from hybridvlm.nn.decoder import DropPlan, ScoreFn, visual_counts
 from hybridvlm.nn.mamba2 import MambaStack, mamba_layer
 from hybridvlm.nn.mlp import MlpStack
-from hybridvlm.nn.qwen import join_heads, project_heads, swiglu
+from hybridvlm.nn.projections import join_heads, project_heads, swiglu
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.attention.api import attend
-from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
@@ -162,13 +162,13 @@ def _piece(
     x: jax.Array,
     segment: jax.Array,
     state: MambaCache,
-    fetch: Fetch = _here,
+    all_gather_params: Fetch = _here,
 ):
     """Layers first..stop-1 over one piece of the video: x [B,S,D] -> x, k and v [n,B,S,K*P], state."""
 
     def layer(x, parts):
         number, p, cache = parts
-        p = fetch(p)
+        p = all_gather_params(p)
         k, v = cross_keys(p["cross"], c, x)
 
         def mix(x, cache):
@@ -198,7 +198,7 @@ def video_stage(
     segment: jax.Array,
     state: MambaCache | None = None,
     segment_tokens: int = SEGMENT_TOKENS,
-    fetch: Fetch = _here,
+    all_gather_params: Fetch = _here,
 ) -> tuple[jax.Array | None, CrossMemory, MambaCache]:
     """Layers first..stop-1 over a whole row of video tokens, piece by piece.
 
@@ -211,7 +211,7 @@ def video_stage(
     pieces = -(-length // segment_tokens)
     size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
     if pieces == 1:
-        x, k, v, state = _piece(params, c, first, stop, x, segment, state, fetch)
+        x, k, v, state = _piece(params, c, first, stop, x, segment, state, all_gather_params)
         return (None if stop == c.layers else x), CrossMemory(k, v, segment), state
     fill = pieces * size - length
     x, segment = jnp.pad(x, ((0, 0), (0, fill), (0, 0))), jnp.pad(segment, ((0, 0), (0, fill)))
@@ -219,14 +219,14 @@ def video_stage(
     def walk(carry, part):
         k, v, state, at = carry
         piece, piece_segment = part
-        piece, *new, state = _piece(params, c, first, stop, piece, piece_segment, state, fetch)
+        piece, *new, state = _piece(params, c, first, stop, piece, piece_segment, state, all_gather_params)
         k, v = (jax.lax.dynamic_update_slice_in_dim(a, n, at, axis=2) for a, n in zip((k, v), new, strict=True))
         return (k, v, state, at + size), (None if stop == c.layers else piece)
 
-    room = jnp.zeros((stop - first, b, pieces * size, c.kv_heads * c.head_dim), x.dtype)
+    decode_capacity = jnp.zeros((stop - first, b, pieces * size, c.kv_heads * c.head_dim), x.dtype)
     parts = x.reshape(b, pieces, size, width).swapaxes(0, 1), segment.reshape(b, pieces, size).swapaxes(0, 1)
     body = jax.checkpoint(walk, policy=jax.checkpoint_policies.nothing_saveable)
-    (k, v, state, _), out = jax.lax.scan(body, (room, room, state, jnp.int32(0)), parts)
+    (k, v, state, _), out = jax.lax.scan(body, (decode_capacity, decode_capacity, state, jnp.int32(0)), parts)
     if out is not None:
         out = out.swapaxes(0, 1).reshape(b, pieces * size, width)[:, :length]
     return out, CrossMemory(k, v, segment), state
@@ -260,7 +260,7 @@ def cross_attention(
     rows, t, heads, width = q.shape
     b = k.shape[0]
     if k.shape[1] == 0:
-        out, lse = jnp.zeros_like(q), jnp.full((rows, heads, t), NOTHING, jnp.float32)
+        out, lse = jnp.zeros_like(q), jnp.full((rows, heads, t), EMPTY_LSE, jnp.float32)
     else:
         folded = q.reshape(b, rows // b * t, heads, width)
         k, v = (a.reshape(b, -1, c.kv_heads, width) for a in (k, v))
@@ -277,22 +277,22 @@ def text_layer(
     position: jax.Array,
     memory: CrossMemory,
     past: AttentionCache | None = None,
-    room: int = 0,
+    decode_capacity: int = 0,
 ) -> tuple[jax.Array, AttentionCache, tuple[jax.Array, jax.Array]]:
     """One layer of the text stream: p of one layer, x [B,T,D], segment and position [B,T], memory of this layer (k, v [B,M,K*P]).
 
-    past: the self-attention's cache that x comes after, with room for it; None: x is the whole prompt, and `room` slots are left
+    past: the self-attention's cache that x comes after, with room for it; None: x is the whole prompt, and `decode_capacity` slots are left
     behind it. Returns x, the cache, and q [B,T,H,P] with log-sum-exp [B,H,T] of the cross-attention.
     """
     h = rms_norm(x, p["attention"]["norm"], c.norm_eps)
     q, k, v = project_heads(p["attention"], c, h, position)
     if past is None:
         own, _ = attention(q, k, v, q_segment=segment, kv_segment=segment)
-        cache = attention_cache(k, v, segment, room)
+        cache = attention_cache(k, v, segment, decode_capacity)
     else:
         own, cache = extend_cache(q, k, v, segment, past)
     seen, q, lse = cross_attention(p["cross"], c, h, segment, memory.k, memory.v, memory.segment)
-    x = blend(c, p["cross"], x, join_heads(p["attention"], own), seen, lse[:, 0] > NOTHING / 2)
+    x = blend(c, p["cross"], x, join_heads(p["attention"], own), seen, lse[:, 0] > EMPTY_LSE / 2)
     x = x + swiglu(p["mlp"], rms_norm(x, p["mlp"]["norm"], c.norm_eps)).astype(x.dtype)
     return x, cache, (q, lse)
 
@@ -306,9 +306,9 @@ def _text_stage(
     position: jax.Array,
     memory: CrossMemory,
     past: AttentionCache | None = None,
-    room: int = 0,
+    decode_capacity: int = 0,
     question: tuple[jax.Array, jax.Array] | None = None,
-    fetch: Fetch = _here,
+    all_gather_params: Fetch = _here,
 ):
     """The layers that share `memory`, from `first` on: x, their caches (stacked), the last layer's AttentionAux.
 
@@ -321,7 +321,7 @@ def _text_stage(
     def layer(x, parts):
         p, k, v, past = parts
         x, cache, (q, lse) = text_layer(
-            fetch(p), c, x, segment, position, CrossMemory(k, v, memory.segment), past, room
+            all_gather_params(p), c, x, segment, position, CrossMemory(k, v, memory.segment), past, decode_capacity
         )
         told = None
         if question is not None:
@@ -375,12 +375,12 @@ def prefill(
     plan: DropPlan | None = None,
     score_fn: ScoreFn | None = None,
     state: tuple[MambaCache, ...] | None = None,
-    room: int = 0,
+    decode_capacity: int = 0,
     segments: int = 1,
     query_capacity: int | None = None,
     counts: jax.Array | None = None,
     segment_tokens: int = SEGMENT_TOKENS,
-    fetch: Fetch = _here,
+    all_gather_params: Fetch = _here,
 ) -> tuple[VideoMemory, Tokens | None, tuple[AttentionCache, ...]]:
     """Walk the video, and the text beside it, through all layers: (memory, text after the final norm, its caches).
 
@@ -405,14 +405,25 @@ def prefill(
     kept = [visual_counts(video, segments)]
     for at, (first, stop) in enumerate(_stages(c, plan)):
         before = None if state is None else state[at]
-        x, memory, after = video_stage(params, c, first, stop, video.x, video.segment, before, segment_tokens, fetch)
+        x, memory, after = video_stage(
+            params, c, first, stop, video.x, video.segment, before, segment_tokens, all_gather_params
+        )
         memories.append(memory)
         states.append(after)
         aux = None
         if text is not None:
             wanted = question if stop < c.layers else None
             x_text, cache, aux = _text_stage(
-                params, c, first, text.x, text.segment, text.position, memory, room=room, question=wanted, fetch=fetch
+                params,
+                c,
+                first,
+                text.x,
+                text.segment,
+                text.position,
+                memory,
+                decode_capacity=decode_capacity,
+                question=wanted,
+                all_gather_params=all_gather_params,
             )
             text = text.replace(x=x_text)
             caches.append(cache)
@@ -433,12 +444,14 @@ def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
 
 
 def read(
-    params: Params, c: VambaConfig, text: Tokens, memory: VideoMemory, *, room: int = 0
+    params: Params, c: VambaConfig, text: Tokens, memory: VideoMemory, *, decode_capacity: int = 0
 ) -> tuple[Tokens, tuple[AttentionCache, ...]]:
     """Prompts over a memory that is there: text x [B*Q,T,D] with Q questions on each of B videos -> (text, caches)."""
     caches, first, x = [], 0, text.x
     for stage in memory.stages:
-        x, cache, _ = _text_stage(params, c, first, x, text.segment, text.position, stage, room=room)
+        x, cache, _ = _text_stage(
+            params, c, first, x, text.segment, text.position, stage, decode_capacity=decode_capacity
+        )
         caches.append(cache)
         first += stage.k.shape[0]
     return text.replace(x=rms_norm(x, params["norm_f"], c.norm_eps)), tuple(caches)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def own_place(segment: jax.Array) -> jax.Array:
+def index_in_segment(segment: jax.Array) -> jax.Array:
     """The place of every token in its own segment, counted from 0: segment [B,L] int32 -> [B,L] int32."""
     place = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
     first = jnp.diff(segment, axis=1, prepend=-1) != 0

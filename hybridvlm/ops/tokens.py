@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-OWN_PLACE = "own_place"
+INDEX_IN_SEGMENT = "index_in_segment"
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +18,7 @@ class Tokens:
     x [B,L,D] embeddings; position [B,L] int32 (or [B,L,3]); segment [B,L] int32, 0 = padding; visual [B,L] bool;
     query [B,L] bool, the text after the last visual token; index [B,L] int32, place in the unreduced prompt;
     frame [B,L] int32, -1 for text; extra: arrays [B,L,...] that are carried along through every reduction.
-    Of packed rows extra[OWN_PLACE] [B,L] int32 is the place in the unreduced prompt of a token's own segment (`index`: in the row).
+    Of packed rows extra[INDEX_IN_SEGMENT] [B,L] int32 is the place in the unreduced prompt of a token's own segment (`index`: in the row).
     """
 
     x: jax.Array
@@ -35,9 +35,9 @@ class Tokens:
         return self.x.shape[1]
 
     @property
-    def own_place(self) -> jax.Array:
+    def index_in_segment(self) -> jax.Array:
         """[B,L] int32: the place of every token in its own unreduced prompt, the same whether that is packed with others or not."""
-        return self.extra.get(OWN_PLACE, self.index)
+        return self.extra.get(INDEX_IN_SEGMENT, self.index)
 
     def replace(self, **changes) -> Tokens:
         return dataclasses.replace(self, **changes)

@@ -14,7 +14,7 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,33 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import calibrated, schedules, scores
 from hybridvlm.reduction import evs as before
 
-if TYPE_CHECKING:
-    from hybridvlm.reduction.plan import ReductionPlan
-
 Aux = MambaAux | AttentionAux
 ScoreFn = Callable[[int, Aux, Tokens], jax.Array]
 Sites = Callable[[str, Schedule], tuple[int, ...]]
 INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
+
+
+class PlanView(Protocol):
+    """What methods read of a `ReductionPlan`, which see; the plan is made by them, and so is not imported here."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def input_method(self) -> str: ...
+    @property
+    def decoder_method(self) -> str: ...
+    @property
+    def text_tokens(self) -> int: ...
+    @property
+    def sites(self) -> tuple[int, ...]: ...
+    @property
+    def pool_factors(self) -> tuple[int, int, int]: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def score(self) -> ScoreOptions: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +73,11 @@ class Method:
     reads: str = INDEX_ONLY
     where: str = ""
     token_local: bool = False
+
+    @property
+    def depends_on_query(self) -> bool:
+        """Whether its score reads the question."""
+        return self.reads in (QUERIES, LAST_QUERY)
 
     @property
     def scheduled(self) -> bool:
@@ -205,7 +230,7 @@ class AttentionMethods(Collection[str]):
         return method is not None and (method.place != "decoder" or ATTENTION in method.where)
 
 
-def score_fn(plan: ReductionPlan, *, segments: int = 1) -> ScoreFn:
+def score_fn(plan: PlanView, *, segments: int = 1) -> ScoreFn:
     """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer; its attribute
     `method` says what it reads.
 
@@ -220,7 +245,7 @@ def score_fn(plan: ReductionPlan, *, segments: int = 1) -> ScoreFn:
     return score
 
 
-def input_score(plan: ReductionPlan) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """For a plan with `drops_input`: the function (visual [B,F,m,D], frame_count [B]) -> score [B,F*m] fp32."""
     method = get_method(plan.input_method)
     if method.place != "input":
@@ -228,7 +253,7 @@ def input_score(plan: ReductionPlan) -> Callable[[jax.Array, jax.Array], jax.Arr
     return lambda visual, frame_count: method.function(visual, frame_count, plan)
 
 
-def merge_fn(plan: ReductionPlan) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+def merge_fn(plan: PlanView) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """For a plan with pool_factors: the function (visual [B,F,m,D], frame_count [B]) -> the same two after merging."""
     method = get_method(plan.input_method)
     if method.place != "merge":
@@ -268,7 +293,7 @@ def _scheduled(schedule: Schedule, layers: int) -> schedules.Curve:
     return schedules.schedule_curve(schedule, layers)
 
 
-def _by_layer(aux: Aux, tokens: Tokens, options: ScoreOptions, plan: ReductionPlan, segments: int) -> jax.Array:
+def _by_layer(aux: Aux, tokens: Tokens, options: ScoreOptions, plan: PlanView, segments: int) -> jax.Array:
     """The layer's own score: attention weights or c.b."""
     if isinstance(aux, AttentionAux):
         return scores.attention_score(aux, tokens, options)
@@ -281,13 +306,13 @@ _ONE = {"curve": lambda schedule, layers: schedules.ratio_curve}
 
 
 @_register("none", "none")
-def none(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def none(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """keeps every token (the dense model)"""
     return jnp.zeros(tokens.segment.shape, jnp.float32)
 
 
 @_register("str", "decoder", token_local=True, reads=QUERIES, **_ALL)
-def str_all(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def str_all(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """progressive: after every attention and Mamba layer, by the question's attention weights or c.b"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
@@ -295,13 +320,13 @@ def str_all(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments:
 @_register(
     "str-attention", "decoder", token_local=True, reads=QUERIES, sites=_after((ATTENTION,)), curve=_scheduled, where="*"
 )
-def str_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def str_attention(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """as str, but scores and drops only after attention layers"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 
 @_register("str-mamba", "decoder", reads=QUERIES, sites=_after((MAMBA,)), curve=_scheduled, where="M")
-def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """as str, but scores and drops only after Mamba layers"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
@@ -315,25 +340,25 @@ def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segment
     curve=calibrated.trusted_curve,
     where="trusted M or *",
 )
-def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """as str, but each layer drops as far as Schedule.trust believes its scores; trust 0 skips it"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 
 @_register("random", "decoder", token_local=True, **_ALL)
-def random(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def random(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """str's plan with random scores, drawn from (seed, layer, place in the prompt)"""
-    return scores.random_score(tokens.own_place, plan.seed, layer)
+    return scores.random_score(tokens.index_in_segment, plan.seed, layer)
 
 
 @_register("uniform", "decoder", token_local=True, **_ALL)
-def uniform(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def uniform(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """str's plan, keeping tokens evenly spread over the video"""
-    return scores.spread_score(tokens.own_place)
+    return scores.spread_score(tokens.index_in_segment)
 
 
 @_register("saliency", "decoder", reads=FEATURES, **_ALL)
-def saliency(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def saliency(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """str's plan, by distance from the mean visual feature: no question in it"""
     return scores.saliency_score(tokens, segments)
 
@@ -347,7 +372,7 @@ def saliency(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments
     where="the first * from 2 on",
     **_ONE,
 )
-def fastv(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def fastv(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """one drop after the first attention layer from layer 2 on, by the last question token's attention"""
     return _by_layer(aux, tokens, _LAST, plan, segments)
 
@@ -361,7 +386,7 @@ def fastv(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: i
     curve=lambda schedule, layers: schedules.geometric_curve,
     where="*",
 )
-def pyramiddrop(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def pyramiddrop(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """geometric stages after the attention layers, by the last question token's attention"""
     return _by_layer(aux, tokens, _LAST, plan, segments)
 
@@ -375,15 +400,15 @@ def pyramiddrop(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segme
     curve=lambda schedule, layers: schedules.staircase_curve(schedule.floor),
     where="one shallow M or *, then *",
 )
-def timeviper_td(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def timeviper_td(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """a uniform drop at an eighth of the depth, then equal steps by the last question token's attention"""
     if layer == plan.sites[0]:
-        return scores.spread_score(tokens.own_place)
+        return scores.spread_score(tokens.index_in_segment)
     return _by_layer(aux, tokens, _LAST, plan, segments)
 
 
 @_register("oneshot-mamba", "decoder", reads=QUERIES, sites=_first(MAMBA), where="the first M", **_ONE)
-def oneshot_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def oneshot_mamba(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """one drop after the first Mamba layer, by str's score"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
@@ -397,7 +422,7 @@ def oneshot_mamba(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, seg
     where="the first *",
     **_ONE,
 )
-def oneshot_attention(layer: int, aux: Aux, tokens: Tokens, plan: ReductionPlan, segments: int) -> jax.Array:
+def oneshot_attention(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """one drop after the first attention layer, by str's score"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
@@ -409,24 +434,24 @@ def _ordinal(visual: jax.Array) -> jax.Array:
 
 
 @_register("random-input", "input")
-def random_input(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> jax.Array:
+def random_input(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Array:
     """a random choice before layer 0"""
     return scores.random_score(_ordinal(visual), plan.seed, -1)
 
 
 @_register("uniform-input", "input")
-def uniform_input(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> jax.Array:
+def uniform_input(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Array:
     """an evenly spread choice before layer 0"""
     return scores.spread_score(_ordinal(visual))
 
 
 @_register("evs", "input", reads=FEATURES)
-def evs(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> jax.Array:
+def evs(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Array:
     """before layer 0, the tokens that changed most since the previous frame; the first frame whole"""
     return before.evs_score(visual)
 
 
 @_register("avgpool", "merge", reads=FEATURES)
-def avgpool(visual: jax.Array, frame_count: jax.Array, plan: ReductionPlan) -> tuple[jax.Array, jax.Array]:
+def avgpool(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> tuple[jax.Array, jax.Array]:
     """averages fixed blocks of frames, rows and columns before the decoder"""
     return before.average_pool(visual, frame_count, plan.pool_factors, plan.grid)

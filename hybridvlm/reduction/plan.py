@@ -18,11 +18,12 @@ import numpy as np
 
 from hybridvlm import config as configs
 from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptions
-from hybridvlm.reduction import flops, methods, schedules
+from hybridvlm.reduction import cost as flops
+from hybridvlm.reduction import methods, schedules
+from hybridvlm.reduction.cost import Cost
 from hybridvlm.reduction.evs import evs_keep_count
-from hybridvlm.reduction.fit import Fit, drop_flops, entering_tokens, pooled_tokens
-from hybridvlm.reduction.flops import Cost
 from hybridvlm.reduction.schedules import SHARE_ONE
+from hybridvlm.reduction.solver import BudgetSolver, drop_flops, entering_tokens, pooled_tokens
 
 # an example's share times SHARE_ONE must fit an int32 on the device
 MAX_VISUAL_TOKENS = (2**31 - 1 - SHARE_ONE // 2) // SHARE_ONE
@@ -41,7 +42,7 @@ class ReductionPlan:
     budget: the product budget, of `kind`. input_rule: how many tokens enter layer 0: "share" (`input_share` 1/4096ths
     of them) or "evs" (its own rule, keeping `input_rate`). relative[l]: share, in 1/4096ths, of the tokens entering
     layer 0 that enter layer l. pool_factors: (frames, rows, columns) merged into one before the decoder, on a `grid` of
-    rows and columns. sites: where the method may drop. cost, dense_cost: see hybridvlm/reduction/flops.py.
+    rows and columns. sites: where the method may drop. cost, dense_cost: see hybridvlm/reduction/cost.py.
     """
 
     method: str
@@ -84,6 +85,11 @@ class ReductionPlan:
     def drops(self) -> tuple[int, ...]:
         """Layers after which tokens are dropped. A drop before layer 0 is `drops_input`."""
         return schedules.drop_sites(self.relative)
+
+    @property
+    def depends_on_query(self) -> bool:
+        """Whether what the plan keeps depends on the question, so that no two questions can share it."""
+        return any(methods.get_method(name).depends_on_query for name in (self.input_method, self.decoder_method))
 
     @property
     def drops_input(self) -> bool:
@@ -246,7 +252,7 @@ def make_plan(
         raise ValueError(f"make_plan: visual_tokens must lie in [0, {MAX_VISUAL_TOKENS}], got {visual_tokens}")
     outer, rate, inner, budget = _split(reduction)
     decoder = methods.get_method(inner)
-    fit = Fit(reduction, config, visual_tokens, text_tokens, frames, chunk_size)
+    fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size)
     pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
     if outer == "avgpool":
         pool, grid = fit.pool(rate)
@@ -255,8 +261,8 @@ def make_plan(
         rule, (share, kept) = "evs", fit.evs(rate)
     elif outer != "none":
         share = fit.input_share(rate)
-    handed = visual_tokens if pool == (1, 1, 1) else pooled_tokens(frames, grid, pool)
-    entering = entering_tokens(rule, share, kept, handed, frames)
+    decoder_input = visual_tokens if pool == (1, 1, 1) else pooled_tokens(frames, grid, pool)
+    entering = entering_tokens(rule, share, kept, decoder_input, frames)
     relative, sites = fit.relative(decoder, budget, entering, rate)
     lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
     dense = [visual_tokens] * len(config.pattern)

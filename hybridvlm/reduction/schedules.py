@@ -122,7 +122,7 @@ def solve(
     return tuple(_settle(shares, floor, budget, measure))
 
 
-def thin(shares: Sequence[int], stages: int) -> tuple[int, ...]:
+def merge_stages(shares: Sequence[int], stages: int) -> tuple[int, ...]:
     """The drops of `shares` that stay where only `stages` lengths may be: each stands for an equal part of them."""
     drops = drop_sites(shares)
     wanted = max(0, stages - 1)

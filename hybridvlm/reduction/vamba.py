@@ -1,7 +1,7 @@
 """VAMBA as a plan sees it: one place to drop per layer, and what its two streams cost.
 
 The video loses tokens behind a layer's cross-attention, so a layer is one "*" of the pattern, whose row is made of the
-video's tokens and a fixed number of text tokens. Counting rules as in hybridvlm/reduction/flops.py.
+video's tokens and a fixed number of text tokens. Counting rules as in hybridvlm/reduction/cost.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from hybridvlm.config import ATTENTION, VambaConfig, VisionConfig
-from hybridvlm.reduction import flops
+from hybridvlm.reduction import cost as flops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.checkpoints.steps import Steps
 from hybridvlm.config import Buckets, ModelConfig, Reduction
-from hybridvlm.generate import Model
-from hybridvlm.models.wordlevel import WordLevel
+from hybridvlm.inference.model import Model
 from hybridvlm.tiny import vocabulary
+from hybridvlm.tokenizers.word_level import WordLevel
 
 
 class Saved:

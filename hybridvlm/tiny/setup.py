@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, load_model_config
-from hybridvlm.models.nemotron_vl import Batch, HybridVLM
+from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.tiny import codes
 
 QUIET = 0.05  # scale of the other branches' last projection: the directions must stay readable at the start

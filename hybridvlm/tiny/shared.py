@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.decoder import DecoderOutput, DropPlan, ScoreFn, extend_shared, prefill
+from hybridvlm.nn.decoder import DecoderOutput, DropPlan, ScoreFn, SharedOutput, extend_shared, prefill
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.tiny.bank import Sample, embed_video, words_and_targets
 
@@ -31,16 +31,16 @@ def forward(
     *,
     plan: DropPlan | None = None,
     score_fn: ScoreFn | None = None,
-) -> tuple[jax.Array, dict, DecoderOutput]:
-    """One pass over videos and all their questions: (logits [B*Q,2,V] for answer and <eos>, what the layers told, decoder output).
+) -> tuple[jax.Array, SharedOutput, DecoderOutput]:
+    """One pass over videos and all their questions: (logits [B*Q,2,V] for answer and <eos>, the questions' pass, the video's).
 
     With a plan, score_fn decides what is dropped, for all questions of a video alike.
     """
     tokens = video_tokens(params, bank_tokens, sample["cells"])
     out = prefill(params["decoder"], config, tokens, plan=plan, score_fn=score_fn)
     x = jnp.take(params["embed"], sample["rows"], axis=0)
-    hidden, told = extend_shared(params["decoder"], config, x, jnp.ones(sample["rows"].shape, jnp.int32), out.caches)
-    return hidden[:, -2:] @ params["lm_head"], told, out
+    shared = extend_shared(params["decoder"], config, x, jnp.ones(sample["rows"].shape, jnp.int32), out.caches)
+    return shared.x[:, -2:] @ params["lm_head"], shared, out
 
 
 def arrays(sample: Sample) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ import optax
 from hybridvlm.config import MIXERS, ModelConfig, load_model_config
 from hybridvlm.errors import said
 from hybridvlm.files import folder_lock
-from hybridvlm.nn.decoder import DecoderOutput
+from hybridvlm.nn.decoder import DecoderOutput, SharedOutput
 from hybridvlm.tiny import codes, needle, tower
 from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
 from hybridvlm.tiny.setup import initial_params
@@ -89,10 +89,10 @@ def hop_loss(config: ModelConfig, x: jax.Array, sample: dict[str, jax.Array]) ->
     return loss / jnp.maximum(count, 1), jnp.sum(right & two_hop) / jnp.maximum(jnp.sum(two_hop), 1)
 
 
-def look_loss(config: ModelConfig, told: dict, out: DecoderOutput, hop2: jax.Array) -> jax.Array:
+def look_loss(config: ModelConfig, shared: SharedOutput, out: DecoderOutput, hop2: jax.Array) -> jax.Array:
     """Minus log of the second look-up's attention weight, mean over heads, from the last word to the token of the second look-up."""
     layer = codes.look_ups(config)[1]
-    q, lse = told[layer]
+    q, lse = shared.queries[layer]
     keys = out.caches[layer].k
     n, _, heads, width = q.shape
     video = jnp.arange(n) // (n // keys.shape[0])
@@ -104,11 +104,11 @@ def look_loss(config: ModelConfig, told: dict, out: DecoderOutput, hop2: jax.Arr
 
 def task_loss(params: dict, config: ModelConfig, bank_tokens: jax.Array, sample: dict[str, jax.Array]):
     """Answer and <eos>, and the hop: (loss, metrics)."""
-    logits, told, out = forward(params, config, bank_tokens, sample)
+    logits, shared, out = forward(params, config, bank_tokens, sample)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, sample["targets"])
-    hops = [hop_loss(config, told[-1 - layer][:, QUESTION - 1], sample) for layer in hop_layers(config)]
+    hops = [hop_loss(config, shared.residual[layer][:, QUESTION - 1], sample) for layer in hop_layers(config)]
     loss = each[:, 0].mean() + 0.2 * each[:, 1].mean() + HOP_WEIGHT * sum(h for h, _ in hops) / len(hops)
-    looked = look_loss(config, told, out, sample["hop2"])
+    looked = look_loss(config, shared, out, sample["hop2"])
     loss += LOOK_WEIGHT * looked
     right = jnp.argmax(logits[:, 0], -1) == sample["targets"][:, 0]
     return loss, {"right": right, "hop": hops[-1][1], "look": jnp.exp(-looked)}
@@ -170,9 +170,9 @@ def train_stage(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, state, tokens, sample):
-        (loss, told), grads = jax.value_and_grad(task_loss, has_aux=True)(params, config, tokens, sample)
+        (loss, metrics), grads = jax.value_and_grad(task_loss, has_aux=True)(params, config, tokens, sample)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss, told
+        return optax.apply_updates(params, updates), state, loss, metrics
 
     begin, seen, kinds = time.time(), [], []
 
@@ -181,18 +181,18 @@ def train_stage(
         return draw(bank, stage.frames, stage.videos, stage.questions, stage.types, rng)
 
     for step, sample in enumerate(batches(sample_of, start, stage.steps), start):
-        params, state, loss, told = update(params, state, bank.tokens, arrays(sample))
+        params, state, loss, metrics = update(params, state, bank.tokens, arrays(sample))
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"stage {stage.name}: the loss is {loss} at step {step}; the last checkpoint is kept"
             )
-        seen.append(np.asarray(told["right"]))
+        seen.append(np.asarray(metrics["right"]))
         kinds.append(sample.type)
         if step % 25 == 24 or step == stage.steps - 1:
             line = accuracy_by_type(np.concatenate(seen), np.concatenate(kinds))
             each = (time.time() - begin) / (step + 1 - start)
             print(
-                f"{stage.name} {step + 1}/{stage.steps}: loss {loss:.3f}, hop spelt {told['hop']:.2f}, looked at {told['look']:.2f}"
+                f"{stage.name} {step + 1}/{stage.steps}: loss {loss:.3f}, hop spelt {metrics['hop']:.2f}, looked at {metrics['look']:.2f}"
                 f" | {line} | {each:.2f} s/step",
                 flush=True,
             )

@@ -13,9 +13,9 @@ import functools
 import pathlib
 from typing import TYPE_CHECKING
 
-from hybridvlm.models.wordlevel import UnknownWord as UnknownWord
-from hybridvlm.models.wordlevel import WordLevel, read_tokenizer
 from hybridvlm.tiny import tiles
+from hybridvlm.tokenizers.word_level import UnknownWord as UnknownWord
+from hybridvlm.tokenizers.word_level import WordLevel, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,7 +12,7 @@ import jax
 from hybridvlm import distributed
 from hybridvlm.checkpoints.steps import FOLDER, Steps
 from hybridvlm.files import parse_json
-from hybridvlm.models.names import flatten, unflatten
+from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.train.config import FREE, Checkpointing, TrainConfig
 from hybridvlm.train.step import State
 
@@ -23,7 +23,7 @@ class OtherRun(ValueError):
     """The run folder belongs to a run of another config or other start weights."""
 
 
-def claim(folder: pathlib.Path, config: TrainConfig, start: dict[str, str], *, write: bool = True) -> None:
+def check_run_dir(folder: pathlib.Path, config: TrainConfig, start: dict[str, str], *, write: bool = True) -> None:
     """Make `folder` that of this run, or see that it is.
 
     Args:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridvlm.generate import Model
-from hybridvlm.models.names import flatten, unflatten
+from hybridvlm.inference.model import Model
+from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.vision import encode_frames
 
 

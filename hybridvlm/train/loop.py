@@ -21,21 +21,21 @@ from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
 from hybridvlm.errors import reason
 from hybridvlm.files import FolderBusy, folder_lock
-from hybridvlm.generate import Model
-from hybridvlm.models.names import flatten, unflatten
+from hybridvlm.inference.model import Model
 from hybridvlm.models.prompt import allow_special_tokens
-from hybridvlm.models.text import check_tokenizer
-from hybridvlm.reduction.flops import decoder_flops
+from hybridvlm.models.weights import flatten, unflatten
+from hybridvlm.reduction.cost import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.train import lora as adapters
-from hybridvlm.train.checkpoint import Checkpoints, claim
+from hybridvlm.train.checkpoint import Checkpoints, check_run_dir
 from hybridvlm.train.config import ReductionMode, TrainConfig
 from hybridvlm.train.log import Log, check_installed, peak_flops
 from hybridvlm.train.meter import TEACH, Meter
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
-from hybridvlm.train.step import Fixed, State, Trainer, check_family
+from hybridvlm.train.step import FrozenParams, State, Trainer, check_family
 
 # exit codes of a run that saved and left because it was told to: by SIGTERM (EX_TEMPFAIL: start it again), by SIGINT
 STOPPED, INTERRUPTED = 75, 130
@@ -120,7 +120,7 @@ class Run:
         refused = None
         if jax.process_index() == 0:
             try:
-                claim(self.folder, self.config, self.began, write=write)
+                check_run_dir(self.folder, self.config, self.began, write=write)
             except (OSError, ValueError) as error:
                 refused = error
         distributed.agree(refused)
@@ -237,7 +237,9 @@ class Run:
                     f"last layer {plan.retention_final:.1%}, {plan.flop_speedup:.2f}x less work than dense"
                 )
 
-    def _steps(self, state: State, fixed: Fixed, streams: dict[str, Stream], kept: Checkpoints, done: int) -> State:
+    def _steps(
+        self, state: State, fixed: FrozenParams, streams: dict[str, Stream], kept: Checkpoints, done: int
+    ) -> State:
         config, peak = self.config, peak_flops(self.config.logging.peak_flops)
         meter = Meter(self, peak)
         waiting: tuple | None = None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybridvlm.models.names import FLOAT32
+from hybridvlm.models.weights import FLOAT32
 from hybridvlm.train.config import Optimizer
 
 Flat = dict[str, jax.Array]

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridvlm.generate import Model
+from hybridvlm.inference.model import Model
 from hybridvlm.models.media import Clip
-from hybridvlm.models.prompt import Batch, Message, user_message
-from hybridvlm.models.text import person
+from hybridvlm.models.prompt import Batch, user_message
+from hybridvlm.tokenizers.messages import Message
+from hybridvlm.tokenizers.text import person
 
 Example = dict[str, np.ndarray]
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hybridvlm.files import json_rows, text_problem
-from hybridvlm.generate import Model
+from hybridvlm.inference.model import Model
 from hybridvlm.models.media import Clip, resize
-from hybridvlm.models.text import person
 from hybridvlm.tiny.assets import import_tfds
+from hybridvlm.tokenizers.text import person
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.features import FeatureCache
 from hybridvlm.train.rows import Example, Shape, check, example, pad
@@ -225,13 +225,15 @@ class JsonlSource(Files):
             raise ValueError(
                 "this model knows no conversation: give one question and its answer, and no system message"
             )
-        room, most = d.text - (d.segments if d.segments > 1 else 0), d.answer or d.text
-        if len(talk.system.encode()) + sum(len(text.encode()) for turn in turns for text in turn) <= min(room, most):
+        decode_capacity, most = d.text - (d.segments if d.segments > 1 else 0), d.answer or d.text
+        if len(talk.system.encode()) + sum(len(text.encode()) for turn in turns for text in turn) <= min(
+            decode_capacity, most
+        ):
             return  # no token is shorter than a byte
         length = [[len(self.model.tokenizer.encode(person(text))) for text in turn] for turn in turns]
         whole = sum(map(sum, length)) + (len(self.model.tokenizer.encode(person(talk.system))) if talk.system else 0)
-        if whole > room:
-            raise ValueError(f"{whole} text tokens, and a row has room for {room} (Data.text)")
+        if whole > decode_capacity:
+            raise ValueError(f"{whole} text tokens, and a row has room for {decode_capacity} (Data.text)")
         said = max(answer for _, answer in length) + 1
         if said > most:
             raise ValueError(f"an answer of {said} tokens, and a row has room for {most} (Data.answer)")

@@ -16,18 +16,19 @@ import numpy as np
 import optax
 
 from hybridvlm import sharding
-from hybridvlm.generate import Model
-from hybridvlm.models.names import flatten, unflatten
-from hybridvlm.models.nemotron_vl import head
+from hybridvlm.inference.model import Model
+from hybridvlm.models.family import Family
+from hybridvlm.models.nemotron_vl.model import head
+from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.train import lora as adapters
 from hybridvlm.train import optimizer as optimizers
 from hybridvlm.train.config import TrainConfig
+from hybridvlm.train.distill import layer_score, mixers, row_mask, shared_pass
 from hybridvlm.train.features import visual
-from hybridvlm.train.gate import straight_through
 from hybridvlm.train.loss import answers, cross_entropy, divergence, first_answers, rank_loss
 from hybridvlm.train.rows import TrainBatch
-from hybridvlm.train.teach import layer_score, mixers, row_mask, shared_pass
+from hybridvlm.train.straight_through import straight_through
 
 Flat = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -45,7 +46,7 @@ class State:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fixed:
+class FrozenParams:
     """What no step changes: frozen parameters (flat), the teacher's (flat; {}: none of its own), the bank of cells or None."""
 
     frozen: Flat
@@ -53,9 +54,9 @@ class Fixed:
     table: jax.Array | None
 
 
-def check_family(family: Any) -> None:
+def check_family(family: Family) -> None:
     """ValueError for a family that a step cannot run."""
-    if not hasattr(family, "decoder_output"):
+    if family.decoder_output is None:
         raise ValueError(
             f"family {family.NAME!r} cannot be trained: it has no decoder_output, a pass over video and text as one row; "
             "train a nemotron_vl or qwen_vl model"
@@ -91,7 +92,7 @@ class Trainer:
         else:
             optimizers.split(flat, c.optimizer.frozen)
 
-    def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, Fixed]:
+    def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, FrozenParams]:
         """State and constants before the first step, of the model's parameters (on a mesh, if there is one, wherever they lie)."""
         c, flat = self.config, dict(flatten(params))
         held = optimizers.cast(flat, self.dtype)
@@ -108,7 +109,7 @@ class Trainer:
         state = State(train, jax.jit(self.optimizer.init)(train), ema)
         if self.mesh is not None and table is not None:
             table = jax.device_put(np.asarray(table), sharding.sharding_of(self.mesh, "", table.shape))
-        return self._placed(state), Fixed(self._placed(frozen), self._placed(teacher), table)
+        return self._placed(state), FrozenParams(self._placed(frozen), self._placed(teacher), table)
 
     def _placed(self, tree: Any) -> Any:
         """A tree over parameters by path (the optimizer's state too), each array where the rules put the parameter."""
@@ -135,7 +136,7 @@ class Trainer:
     def _run(self, params: Any, batch: TrainBatch, seen: jax.Array | None, plan: ReductionPlan | None, **options: Any):
         if self.mesh is not None:
             # columns that several devices need are written down for each here, so that their gradients come together in one weight
-            params = sharding.lay_out(params, self.model.config, sharding.tensor_size(self.mesh))
+            params = sharding.permute_for_tp(params, self.model.config, sharding.tensor_size(self.mesh))
             options["mesh"] = self.mesh
         if self.config.remat != "none":
             options["remat"] = self.config.remat
@@ -145,22 +146,26 @@ class Trainer:
             params, self.model.config, batch.batch, seen, plan, question=question, segments=segments, **options
         )
 
-    def _said(self, params: Any, out: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    def answer_logits(self, params: Any, out: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         """Logits [B,A,V] and the tokens [B,A] to be said."""
         d = self.config.data  # a packed row holds the answers of all its samples, and all of them are text
         x, target = answers(out.tokens, batch.label, min(self.answer * d.segments, d.text))
         return head(params, self.model.config, x), target
 
-    def plan_loss(self, train: Flat, fixed: Fixed, batch: TrainBatch, total: jax.Array, plan: ReductionPlan | None):
+    def plan_loss(
+        self, train: Flat, fixed: FrozenParams, batch: TrainBatch, total: jax.Array, plan: ReductionPlan | None
+    ):
         """Cross-entropy under a plan and the divergence from the dense teacher: (loss, sums); total: answer tokens of the step."""
         c, d = self.config, self.config.distill
         params = self.whole(train, fixed.frozen)
         seen = visual(params, self.model, batch.visual, fixed.table)
         options = (
-            {"gate": straight_through(c.reduction.straight_through)} if plan and c.reduction.straight_through else {}
+            {"straight_through": straight_through(c.reduction.straight_through)}
+            if plan and c.reduction.straight_through
+            else {}
         )
         out, given = self._run(params, batch, seen, plan, **options)
-        logits, target = self._said(params, out, batch)
+        logits, target = self.answer_logits(params, out, batch)
         entropy, right = cross_entropy(logits, target)
         loss, sums = entropy / total, {"entropy": entropy, "right": right}
         if d.kl:
@@ -170,14 +175,14 @@ class Trainer:
                 held = fixed.frozen | fixed.teacher
                 teacher = unflatten(held)
             dense, _ = self._run(teacher, batch, jax.lax.stop_gradient(seen), None)
-            sums["kl"] = divergence(logits, self._said(teacher, dense, batch)[0], target, d.temperature)
+            sums["kl"] = divergence(logits, self.answer_logits(teacher, dense, batch)[0], target, d.temperature)
             loss += d.kl * sums["kl"] / total
         if plan is not None:
             planned = [plan.keep(0, given), *(plan.keep(site + 1, given) for site in plan.drops)]
             sums["wrong"] = jnp.sum(jnp.stack(planned) != out.kept)
         return loss, sums | {"kept": jnp.sum(out.kept, axis=(1, 2)), "given": jnp.sum(given)}
 
-    def teach_loss(self, train: Flat, fixed: Fixed, batch: Any, total: jax.Array):
+    def teach_loss(self, train: Flat, fixed: FrozenParams, batch: Any, total: jax.Array):
         """A dense step: cross-entropy, and what attention teaches the Mamba scores."""
         c, config = self.config, self.model.config
         params = self.whole(train, fixed.frozen)
@@ -188,7 +193,7 @@ class Trainer:
                 score = layer_score(c.reduction.reduction.score, c.data.segments, c.data.text)
                 options = {"collect": mixers(config), "score_fn": score, "query_capacity": c.data.text}
             out, _ = self._run(params, batch, seen, None, **options)
-            logits, target = self._said(params, out, batch)
+            logits, target = self.answer_logits(params, out, batch)
             mask = row_mask(batch.batch, c.data.segments)
             scores = {layer: score[:, None] for layer, score in out.scores.items()}
         else:
@@ -217,7 +222,9 @@ class Trainer:
             )
         return self.programs[plan]
 
-    def update(self, state: State, fixed: Fixed, batch: Any, plan: ReductionPlan | str | None) -> tuple[State, Sums]:
+    def update(
+        self, state: State, fixed: FrozenParams, batch: Any, plan: ReductionPlan | str | None
+    ) -> tuple[State, Sums]:
         """One step: see `program`."""
         label = batch.label if isinstance(batch, TrainBatch) else batch["label"]
         total = jnp.maximum(jnp.sum(label > 0), 1).astype(jnp.float32)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from hybridvlm.config import Buckets
+from hybridvlm.models.family import Family
 from hybridvlm.models.media import Clip
 from hybridvlm.video.clip import read_clip
 
@@ -28,7 +28,7 @@ def default_frames(config: Any, buckets: Buckets) -> int:
 
 
 def shown_clip(
-    family: ModuleType,
+    family: Family,
     config: Any,
     source: str | os.PathLike[str] | np.ndarray | Clip,
     *,
@@ -63,8 +63,8 @@ def shown_clip(
         clip = read_clip(source, size_of, frames=frames, rule=rule, clock=clock, pixels=pixels)
         if clip.kind == "image":
             size_of(*(clip.size if clip.frames is None else clip.frames.shape[1:3]), 1, "image")
-    if hasattr(family, "looked_at"):  # of a family that leaves frames out
-        clip = family.looked_at(config, clip)
+    if family.trim_frames is not None:
+        clip = family.trim_frames(config, clip)
     if not pixels and clip.kind == "video":
         clip = dataclasses.replace(clip, size=(0, 0))  # prompts then take the frames to be of the config's size
     vision = dataclasses.replace(config.vision, image_size=found[-1])

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hybridvlm.config import Buckets, ModelConfig
+from hybridvlm.inference.thinking import split_reply
 from hybridvlm.models.media import Clip
-from hybridvlm.thinking import split_reply
 
 
 @dataclasses.dataclass(frozen=True)

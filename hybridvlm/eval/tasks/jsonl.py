@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, letters, plain
 from hybridvlm.files import json_rows, text_problem
-from hybridvlm.models import family_for
+from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
 from hybridvlm.video import VideoError, VideoWarning, default_frames, shown_clip
 

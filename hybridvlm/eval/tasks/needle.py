@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions
-from hybridvlm.models import family_for
+from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
 from hybridvlm.tiny import needle, tiles
 from hybridvlm.video import shown_clip

@@ -7,7 +7,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.attention.xla import FEW_ROWS
 from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
 
@@ -77,7 +77,7 @@ def attention(
         jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, kv_segment > 0), (v, kv_segment > 0))
     )
     out, lse = attend(q, k, v, **given)
-    return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, NOTHING)
+    return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, EMPTY_LSE)
 
 
 def attend(

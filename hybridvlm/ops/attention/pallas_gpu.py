@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hybridvlm.ops.attention import xla
-from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.mosaic import load_as
 from hybridvlm.ops.platforms import require_platform
 
@@ -304,30 +304,30 @@ def _launch(static: _Static, q, k, v, places):
                     seen = key < static.length - j * columns
                     if static.causal:
                         seen &= key - row <= block * rows + w * ROWS - j * columns
-                return jnp.where(seen, score, xla.HIDDEN)
+                return jnp.where(seen, score, xla.MASK_VALUE)
 
             def step(j, carry):
-                out, highest, total = carry
+                out, running_max, total = carry
                 slot = slot_of(j - first)
                 plgpu.barrier_wait(loaded.at[slot])
                 score = product(q_s.at[w], k_s.at[slot].transpose((1, 0)), columns)
                 score = score * (static.scale * LOG2E)  # powers of 2 from here on
                 plain = (j >= whole) & (j < after)
                 score = lax.cond(plain, lambda score: score, lambda score: masked(score, j, slot), score)
-                new_highest = jnp.maximum(highest, jnp.max(score, axis=1))
+                new_highest = jnp.maximum(running_max, jnp.max(score, axis=1))
                 weight = jnp.exp2(score - down(new_highest, columns))
-                fade = jnp.exp2(highest - new_highest)
-                total = total * fade + jnp.sum(weight, axis=1)
+                rescale = jnp.exp2(running_max - new_highest)
+                total = total * rescale + jnp.sum(weight, axis=1)
                 part = product(weight.astype(kind), v_s.at[slot], width)
                 plgpu.barrier_arrive(free.at[slot])
-                return out * down(fade, width) + part, new_highest, total
+                return out * down(rescale, width) + part, new_highest, total
 
-            start = (filled((ROWS, width), 0.0, MATRIX), filled((ROWS,), NOTHING, ROW), filled((ROWS,), 0.0, ROW))
-            out, highest, total = lax.fori_loop(first, end, step, start)
+            start = (filled((ROWS, width), 0.0, MATRIX), filled((ROWS,), EMPTY_LSE, ROW), filled((ROWS,), 0.0, ROW))
+            out, running_max, total = lax.fori_loop(first, end, step, start)
             some = total > 0
             total = jnp.where(some, total, 1.0)
             q_s.at[w][...] = (out / down(total, width)).astype(kind)
-            lse_s.at[w][...] = jnp.where(some, highest * (1 / LOG2E) + jnp.log(total), NOTHING)
+            lse_s.at[w][...] = jnp.where(some, running_max * (1 / LOG2E) + jnp.log(total), EMPTY_LSE)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s.at[w], out_g.at[bi, own, head])
             plgpu.copy_smem_to_gmem(lse_s.at[w], lse_g.at[bi, head, own])

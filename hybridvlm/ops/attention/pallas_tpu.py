@@ -43,8 +43,8 @@ from hybridvlm.ops.attention.pallas_tpu_common import (
     together,
     visible,
 )
-from hybridvlm.ops.attention.reference import NOTHING
-from hybridvlm.ops.attention.xla import HIDDEN
+from hybridvlm.ops.attention.reference import EMPTY_LSE
+from hybridvlm.ops.attention.xla import MASK_VALUE
 from hybridvlm.ops.platforms import require_platform
 
 
@@ -101,14 +101,16 @@ def attention(
     return out[:, :t].reshape(b, t, heads, v_width), lse.reshape(b, heads, -1)[:, :, :t]
 
 
-def _forward_kernel(sizes: Sizes, of_rows, of_keys, q, k, v, q_where, kv_where, out, lse, highest, total, carry, place):
+def _forward_kernel(
+    sizes: Sizes, of_rows, of_keys, q, k, v, q_where, kv_where, out, lse, running_max, total, carry, place
+):
     n, line, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     i, j, first, last = sizes.tile(line, step)
     meet, whole = tile_kind(sizes, of_rows, of_keys, n, i, j)
 
     @pl.when(first)
     def _():
-        highest[...] = jnp.full_like(highest, NOTHING)
+        running_max[...] = jnp.full_like(running_max, EMPTY_LSE)
         total[...] = jnp.zeros_like(total)
         carry[...] = jnp.zeros_like(carry)
         place[0] = column(q_where[0, 0:1])
@@ -118,14 +120,14 @@ def _forward_kernel(sizes: Sizes, of_rows, of_keys, q, k, v, q_where, kv_where, 
         def head(h, of_q, of_k, of_v, _):
             score = dot(q[0, :, of_q], k[0, :, of_k], (1, 1)) * sizes.scale
             if hide:
-                score = jnp.where(visible(sizes, place, kv_where), score, HIDDEN)
-            before = highest[h][:, :1]
+                score = jnp.where(visible(sizes, place, kv_where), score, MASK_VALUE)
+            before = running_max[h][:, :1]
             now = jnp.maximum(before, jnp.max(score, axis=1, keepdims=True))
             weight = jnp.exp(score - now)
-            fade = jnp.exp(before - now)
-            sums = total[h][:, :1] * fade + jnp.sum(weight, axis=1, keepdims=True)
-            carry[h] = carry[h] * fade + dot(weight.astype(v.dtype), v[0, :, of_v], (1, 0))
-            highest[h] = jnp.broadcast_to(now, highest.shape[1:])
+            rescale = jnp.exp(before - now)
+            sums = total[h][:, :1] * rescale + jnp.sum(weight, axis=1, keepdims=True)
+            carry[h] = carry[h] * rescale + dot(weight.astype(v.dtype), v[0, :, of_v], (1, 0))
+            running_max[h] = jnp.broadcast_to(now, running_max.shape[1:])
             total[h] = jnp.broadcast_to(sums, total.shape[1:])
 
         each_head(sizes, head)
@@ -139,7 +141,7 @@ def _forward_kernel(sizes: Sizes, of_rows, of_keys, q, k, v, q_where, kv_where, 
             some = total[h] > 0
             sums = jnp.where(some, total[h], 1.0)
             out[0, :, of_out] = (carry[h] / sums[:, :1]).astype(out.dtype)
-            lse[0, 0, pl.ds(h, 1)] = jnp.where(some, highest[h] + jnp.log(sums), NOTHING).T[:1]
+            lse[0, 0, pl.ds(h, 1)] = jnp.where(some, running_max[h] + jnp.log(sums), EMPTY_LSE).T[:1]
 
         each_head(sizes, head)
 

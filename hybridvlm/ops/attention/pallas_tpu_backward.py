@@ -33,7 +33,7 @@ from hybridvlm.ops.attention.pallas_tpu_common import (
     tile_kind,
     visible,
 )
-from hybridvlm.ops.attention.xla import HIDDEN
+from hybridvlm.ops.attention.xla import MASK_VALUE
 
 
 def backward(sizes: Sizes, q, k, v, q_where, kv_where, out, lse, d_out, d_lse):
@@ -88,7 +88,7 @@ def _d_rows_kernel(
         def head(h, of_q, of_k, of_v, of_out):
             score = dot(q[0, :, of_q], k[0, :, of_k], (1, 1)) * sizes.scale - per_row[0, h][:, :1]
             if hide:
-                score = jnp.where(visible(sizes, place, kv_where), score, HIDDEN)
+                score = jnp.where(visible(sizes, place, kv_where), score, MASK_VALUE)
             d_weight = dot(d_out[0, :, of_out], v[0, :, of_v], (1, 1))
             d_score = jnp.exp(score) * (d_weight - per_row[1, h][:, :1]) * sizes.scale
             carry[:, of_q] += dot(d_score.astype(k.dtype), k[0, :, of_k], (1, 0))
@@ -164,7 +164,7 @@ def _d_keys_kernel(
                 seen = (segment == q_where[0, 0:1]) & (segment > 0)
                 if sizes.causal:
                     seen &= place[1][:, :1] <= q_where[0, 1:2]
-                score = jnp.where(seen, score, HIDDEN)
+                score = jnp.where(seen, score, MASK_VALUE)
             weight = jnp.exp(score)
             d_weight = dot(v[0, :, of_v], d_out[0, :, of_out], (1, 1))
             d_score = weight * (d_weight - shift[0, 0, pl.ds(h, 1)]) * sizes.scale

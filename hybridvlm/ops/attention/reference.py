@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-NOTHING = -1e30  # the finite stand-in for the log-sum-exp of a row that sees no key
+EMPTY_LSE = -1e30  # the finite stand-in for the log-sum-exp of a row that sees no key
 
 
 def visible_mask(
@@ -39,14 +39,14 @@ def attention(
     grouped = q.astype(jnp.float32).reshape(b, t, kv_heads, heads // kv_heads, width)
     seen = visible_mask(q_segment, kv_segment, q_index, kv_index, causal)[:, None, None]
     score = jnp.einsum("btkgp,blkp->bkgtl", grouped * scale, k.astype(jnp.float32))
-    score = jnp.where(seen, score, NOTHING)
-    highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
-    weight = jnp.where(seen, jnp.exp(score - highest), 0.0)
+    score = jnp.where(seen, score, EMPTY_LSE)
+    running_max = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
+    weight = jnp.where(seen, jnp.exp(score - running_max), 0.0)
     total = jnp.sum(weight, axis=-1)
     any_seen = total > 0
     total = jnp.where(any_seen, total, 1.0)
     out = jnp.einsum("bkgtl,blkp->bkgtp", weight, v.astype(jnp.float32)) / total[..., None]
-    lse = jnp.where(any_seen, highest[..., 0] + jnp.log(total), NOTHING)
+    lse = jnp.where(any_seen, running_max[..., 0] + jnp.log(total), EMPTY_LSE)
     out = jnp.moveaxis(out, 3, 1).reshape(b, t, heads, v.shape[-1])
     return out.astype(q.dtype), lse.reshape(b, heads, t)
 

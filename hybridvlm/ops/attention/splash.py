@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.platforms import require_platform
 
 LANES = 128
@@ -56,7 +56,7 @@ def attention(
     out, lse = _splash((causal, q_block, kv_block), q, k, v, q_where.astype(jnp.int32), kv_where.astype(jnp.int32))
     some = (lse > MASKED) & (q_where > 0)[:, None]
     out = jnp.where(some[..., None], out, 0.0)
-    lse = jnp.where(some, lse, NOTHING)
+    lse = jnp.where(some, lse, EMPTY_LSE)
     return jnp.moveaxis(out, 1, 2)[:, :t], lse[:, :, :t]
 
 

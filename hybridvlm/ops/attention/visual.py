@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
-from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.attention.reference import EMPTY_LSE
 
 # name -> module. Its text_to_visual(q, k, *, lse, row_weight, q_segment, kv_segment, q_index, kv_index, heads, queries, causal,
 # scale) -> [B,L] fp32 gets everything (nothing is None): row_weight [B,R] fp32, 0 for a row that does not count; queries "sum"
@@ -107,7 +107,7 @@ def text_to_visual(
     score = load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k)).text_to_visual(
         q,
         k,
-        lse=jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), NOTHING),
+        lse=jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), EMPTY_LSE),
         row_weight=row_weight,
         q_segment=q_segment,
         kv_segment=kv_segment,

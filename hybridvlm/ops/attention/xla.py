@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridvlm.ops.attention.reference import NOTHING
+from hybridvlm.ops.attention.reference import EMPTY_LSE
 
 FEW_ROWS = 8  # up to so many query rows, the whole score matrix is small: stream the keys once, as they lie
-HIDDEN = 2 * NOTHING  # the score of an unseen key: below the floor of the running maximum, so that its weight is 0
+MASK_VALUE = (
+    2 * EMPTY_LSE
+)  # the score of an unseen key: below the floor of the running maximum, so that its weight is 0
 NONE_SEEN, ALL_SEEN, SOME_SEEN = 0, 1, 2
 
 
@@ -117,16 +119,16 @@ def _few_rows(q, k, v, q_segment, kv_segment, q_index, kv_index, causal, scale):
     spread = (q[:, :, :, None, :] * own[:, :, None]).reshape(b, t * heads, kv_heads * width)
     score = jnp.einsum("bmw,blw->bml", spread, k.reshape(b, length, -1), preferred_element_type=jnp.float32)
     seen = _visible(q_segment, kv_segment, q_index, kv_index, causal)[:, :, None]
-    score = jnp.where(seen, score.reshape(b, t, heads, length) * scale, HIDDEN)
-    highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(score, axis=-1, keepdims=True), NOTHING))
-    weight = jnp.exp(score - highest)
+    score = jnp.where(seen, score.reshape(b, t, heads, length) * scale, MASK_VALUE)
+    running_max = jax.lax.stop_gradient(jnp.maximum(jnp.max(score, axis=-1, keepdims=True), EMPTY_LSE))
+    weight = jnp.exp(score - running_max)
     total = jnp.sum(weight, axis=-1)
     some = total > 0
     total = jnp.where(some, total, 1.0)
     weight = weight.astype(v.dtype).reshape(b, t * heads, length)
     out = jnp.einsum("bml,blw->bmw", weight, v.reshape(b, length, -1), preferred_element_type=jnp.float32)
     out = jnp.einsum("bthkp,hk->bthp", out.reshape(b, t, heads, kv_heads, out_width), own.astype(jnp.float32))
-    lse = jnp.where(some, highest[..., 0] + jnp.log(total), NOTHING)
+    lse = jnp.where(some, running_max[..., 0] + jnp.log(total), EMPTY_LSE)
     return (out / total[..., None]).astype(q.dtype), lse.swapaxes(1, 2)
 
 
@@ -192,7 +194,7 @@ def _mask(tiling: Tiling, score, q_segment, kv_segment, q_index, kv_index):
     """score [N,G*rows,C] with HIDDEN where a query does not see the key."""
     n, m, c = score.shape
     seen = _visible(q_segment, kv_segment, q_index, kv_index, tiling.causal)[:, None]
-    return jnp.where(seen, score.reshape(n, -1, tiling.rows, c), HIDDEN).reshape(n, m, c)
+    return jnp.where(seen, score.reshape(n, -1, tiling.rows, c), MASK_VALUE).reshape(n, m, c)
 
 
 def _at(x: jax.Array, i) -> jax.Array:
@@ -213,17 +215,17 @@ def _forward(tiling: Tiling, q, k, v, q_segment, kv_segment, q_index, kv_index):
     kinds = _what_is_seen(tiling, q_segment, kv_segment, q_index, kv_index)
 
     def step(carry, i, j, kind):
-        def advance(out, highest, total, hide):
+        def advance(out, running_max, total, hide):
             score = _scores(tiling, _at(q, i), _at(k, j))
             if hide:
                 where = (_at(q_segment, i), _at(kv_segment, j), _at(q_index, i), _at(kv_index, j))
                 score = _mask(tiling, score, *where)
-            new_highest = jnp.maximum(highest, jnp.max(score, axis=-1))
+            new_highest = jnp.maximum(running_max, jnp.max(score, axis=-1))
             weight = jnp.exp(score - new_highest[..., None])
-            fade = jnp.exp(highest - new_highest)
-            total = total * fade + jnp.sum(weight, axis=-1)
+            rescale = jnp.exp(running_max - new_highest)
+            total = total * rescale + jnp.sum(weight, axis=-1)
             part = jnp.einsum("nmc,ncp->nmp", weight.astype(v.dtype), _at(v, j), preferred_element_type=jnp.float32)
-            return out * fade[..., None] + part, new_highest, total
+            return out * rescale[..., None] + part, new_highest, total
 
         branches = (
             lambda *now: now,
@@ -236,13 +238,13 @@ def _forward(tiling: Tiling, q, k, v, q_segment, kv_segment, q_index, kv_index):
     shape = q.shape[:-1]
     start = (
         jnp.zeros((*shape, v.shape[-1]), jnp.float32),
-        jnp.full(shape, NOTHING, jnp.float32),
+        jnp.full(shape, EMPTY_LSE, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    out, highest, total = _walk(tiling, step, start, kinds)
+    out, running_max, total = _walk(tiling, step, start, kinds)
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    return (out / total[..., None]).astype(q.dtype), jnp.where(some, highest + jnp.log(total), NOTHING)
+    return (out / total[..., None]).astype(q.dtype), jnp.where(some, running_max + jnp.log(total), EMPTY_LSE)
 
 
 def _tiled_fwd(tiling: Tiling, *arrays):

@@ -1,0 +1,1 @@
+"""Models in use: one compiled program per bucket, plan and phase, sampling, conversations."""

@@ -1,0 +1,165 @@
+"""Model families: what each has to offer (`Family`), and which one a checkpoint belongs to.
+
+A family is a package of hybridvlm.models: `config.py` reads a published config.json, `weights.py` names its tensors, `model.py`
+is the computation. models/nemotron_vl/ is the one to read first. A new family is one more package and one more name here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import jax
+import numpy as np
+
+from hybridvlm.config import Buckets, Reduction
+from hybridvlm.models.media import Clip
+from hybridvlm.models.prompt import Layout, PromptStyle
+from hybridvlm.models.weights import WeightMap
+from hybridvlm.plain import shown
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.tokenizers.messages import Message
+
+FAMILIES = ("nemotron_vl", "vamba", "qwen_vl")
+Params = dict[str, Any]
+
+
+@runtime_checkable
+class Family(Protocol):
+    """The functions and constants of a family package.
+
+    Attributes:
+        NAME: as checkpoints of this library have it under "family".
+        MODEL_TYPES: what config.json says under `model_type` or `architectures`.
+        Config: frozen dataclass of a model's sizes.
+        METHODS: reduction methods that it takes, None for all.
+        CHAT: chat template where a checkpoint has none.
+        trim_frames: (config, clip) -> the clip without the frames that the model leaves out; None where it looks at all.
+        build_video_memory: (params, config, batch, visual, plan) -> what all questions about a video can share, given to
+            `prefill` in the place of visual tokens; None where there is no such thing.
+        decoder_output: rows of training and analyses through the decoder; None where the family has none of one stream.
+    """
+
+    NAME: str
+    MODEL_TYPES: tuple[str, ...]
+    Config: type
+    METHODS: tuple[str, ...] | None
+    CHAT: str
+    trim_frames: Callable[[Any, Clip], Clip] | None
+    build_video_memory: Callable[..., Any] | None
+    decoder_output: Callable[..., Any] | None
+
+    # -- its form on disk
+
+    def config_from_hf(self, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
+        """The Config of a published config.json. ValueError names an option that is not supported."""
+        ...
+
+    def table(self, config: Any) -> WeightMap:
+        """Which published tensor becomes which array of ours."""
+        ...
+
+    def init(self, config: Any, key: jax.Array) -> Params:
+        """Random parameters."""
+        ...
+
+    def module(self, config: Any) -> Any:
+        """The Flax module that declares them."""
+        ...
+
+    # -- from frames and words to the arrays of a bucket (host side)
+
+    def style_for(self, config: Any) -> PromptStyle:
+        """The text around frames and question that checkpoints of this config were trained with."""
+        ...
+
+    def frame_size(self, config: Any, height: int, width: int, frames: int, kind: str) -> tuple[int, int]:
+        """(height, width) that the frames of a source are brought to."""
+        ...
+
+    def prompt(
+        self,
+        config: Any,
+        tokenizer: Any,
+        messages: Sequence[Message],
+        clips: Sequence[Clip],
+        *,
+        style: PromptStyle | None = None,
+        factors: tuple[int, int, int] = (1, 1, 1),
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Layout:
+        """A conversation and its clips as one prompt before padding."""
+        ...
+
+    def make_batch(
+        self, config: Any, layouts: Sequence[Layout], buckets: Buckets, factors: tuple[int, int, int] = (1, 1, 1)
+    ) -> tuple[Any, int, int]:
+        """(batch, frame bucket, text bucket) of prompts."""
+        ...
+
+    def pixels(self, config: Any, clips: Sequence[Clip], frames: int) -> np.ndarray:
+        """What `encode` takes of clips, uint8, filled up to `frames`."""
+        ...
+
+    def make_plan(
+        self, config: Any, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+    ) -> ReductionPlan | None:
+        """The plan of a reduction for a bucket; None where there is nothing to reduce."""
+        ...
+
+    # -- the computation (traced)
+
+    def encode(self, params: Params, config: Any, pixels: jax.Array) -> jax.Array:
+        """Pixels -> visual tokens [B,F,m,D]."""
+        ...
+
+    def prefill(
+        self, params: Params, config: Any, batch: Any, visual: Any, plan: ReductionPlan | None, decode_capacity: int
+    ) -> Any:
+        """Prompts -> logits of the last token and caches with `decode_capacity` empty slots."""
+        ...
+
+    def make_decode_step(self, params: Params, config: Any) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
+        """(token [B], caches) -> (logits [B,V] fp32, caches), for the decode loop."""
+        ...
+
+    def extend(
+        self, params: Params, config: Any, ids: jax.Array, segment: jax.Array, caches: Any
+    ) -> tuple[jax.Array, Any]:
+        """Text after what the caches hold: ids and segment [B,T] -> logits [B,V] after it, and the longer caches."""
+        ...
+
+
+def get_family(name: str) -> Family:
+    """The family of a name; ValueError names those there are."""
+    if name not in FAMILIES:
+        raise ValueError(f"no model family {name!r}; there are {', '.join(FAMILIES)}")
+    return cast(Family, importlib.import_module(f"hybridvlm.models.{name}"))
+
+
+def family_for(config: Any) -> Family:
+    """The family whose configs are of this one's class."""
+    for name in FAMILIES:
+        if type(config) is get_family(name).Config:
+            return get_family(name)
+    raise ValueError(f"{type(config).__name__} is the config of no model family")
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """The family of a published config.json (parsed), by its `architectures` and `model_type`."""
+    # VAMBA has the names of Qwen2-VL, which it was made from, and this.
+    if "vision_mamba_mixer_config" in raw:
+        return get_family("vamba")
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json: architectures must be a list of words, got {shown(names)}")
+    for kind in [*names, raw.get("model_type")]:
+        for name in FAMILIES:
+            if kind in get_family(name).MODEL_TYPES:
+                return get_family(name)
+    known = sorted(kind for name in FAMILIES for kind in get_family(name).MODEL_TYPES)
+    raise ValueError(
+        f"config.json: architectures {shown(names)} and model_type {shown(raw.get('model_type'))} belong to no family; "
+        f"supported: {', '.join(known)}"
+    )

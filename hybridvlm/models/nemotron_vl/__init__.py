@@ -1,0 +1,57 @@
+"""Nemotron Nano VL and Nemotron 3 Nano Omni: hybrid Mamba-2 decoders with a RADIO tower.
+
+The package is the family that `hybridvlm.models.family.Family` describes.
+"""
+
+from hybridvlm.models.nemotron_vl.model import (
+    CHAT,
+    METHODS,
+    MODEL_TYPES,
+    NAME,
+    Config,
+    config_from_hf,
+    decoder_output,
+    encode,
+    extend,
+    frame_size,
+    init,
+    make_batch,
+    make_decode_step,
+    make_plan,
+    module,
+    pixels,
+    prefill,
+    prompt,
+    style_for,
+    table,
+)
+
+# Its prompt is one stream: a question is prefilled together with its video.
+build_video_memory = None
+# It looks at every frame that it is shown.
+trim_frames = None
+
+__all__ = [
+    "CHAT",
+    "METHODS",
+    "MODEL_TYPES",
+    "NAME",
+    "Config",
+    "config_from_hf",
+    "decoder_output",
+    "encode",
+    "extend",
+    "frame_size",
+    "init",
+    "make_batch",
+    "make_decode_step",
+    "make_plan",
+    "module",
+    "pixels",
+    "prefill",
+    "prompt",
+    "style_for",
+    "table",
+    "build_video_memory",
+    "trim_frames",
+]

@@ -1,0 +1,378 @@
+"""The Nemotron VL family: RADIO tower, pixel shuffle, projector, Mamba-2/attention decoder, with experts in Nemotron 3 Omni.
+
+The text models Nemotron-H and Mamba-2 are the same without the tower, and the tiny embedded model is the same with a
+convolutional stem for a tower. Below the module stand the functions that `hybridvlm.models.family.Family` lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from hybridvlm import sharding
+from hybridvlm.config import Buckets, ModelConfig, Reduction
+from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
+from hybridvlm.models.nemotron_vl.config import config_from_hf
+from hybridvlm.models.nemotron_vl.weights import table
+from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
+from hybridvlm.models.prompt import make_batch as pad_layouts
+from hybridvlm.nn.caches import Cache
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, step, unstack, visual_counts
+from hybridvlm.nn.decoder import extend as extend_decoder
+from hybridvlm.nn.decoder import prefill as prefill_decoder
+from hybridvlm.ops.compact import compact
+from hybridvlm.ops.ssd.api import default_choice
+from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction import methods
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.plan import make_plan as settle
+from hybridvlm.tokenizers.messages import Message
+from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
+
+__all__ = ["config_from_hf", "table"]
+
+NAME = "nemotron_vl"
+MODEL_TYPES = (
+    "NemotronH_Nano_VL_V2",
+    "NemotronH_Omni_Reasoning_V3",
+    "nemotron_h_omni",
+    "NemotronHForCausalLM",
+    "nemotron_h",
+    "Mamba2ForCausalLM",
+    "mamba2",
+)
+Config = ModelConfig
+METHODS = None
+
+_IMAGE = {"image": "<img>", "after_image": "</img>"}
+_STAMP = "Frame {number} sampled at {seconds:.2f} seconds"
+# The engines disagree about the text around frames: "training" is what the model was trained on
+STYLES = {
+    "training": PromptStyle("This is a video:\n", _STAMP, "</img>\n", opening=": <img>", **_IMAGE),
+    "tensorrt": PromptStyle("This is a video:\n", _STAMP, "</img>", opening=": <img>", **_IMAGE),
+    "vllm": PromptStyle("", _STAMP, "</img>", opening=": <img>", between="\n", **_IMAGE),
+    "omni": PromptStyle(
+        "",
+        _STAMP,
+        "</img>",
+        also=" and frame {number} sampled at {seconds:.2f} seconds",
+        opening=": <img>",
+        between="\n",
+        **_IMAGE,
+    ),
+}
+
+# As published with the 12B model: "/think" and "/no_think" switch reasoning and are taken out of the text
+CHAT = """{%- set say = namespace(think=true, system='') -%}
+{%- for message in messages if message.role != 'assistant' -%}
+{%- if '/no_think' in message.content -%}{%- set say.think = false -%}
+{%- elif '/think' in message.content -%}{%- set say.think = true -%}{%- endif -%}
+{%- if message.role == 'system' -%}
+{%- set say.system = message.content.replace('/no_think', '').replace('/think', '').strip() -%}
+{%- endif -%}
+{%- endfor -%}
+{{- '<SPECIAL_10>System\n' + say.system + '\n' -}}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{{- '<SPECIAL_11>User\n' + message.content.replace('/no_think', '').replace('/think', '').strip() + '\n' -}}
+{%- elif message.role == 'assistant' -%}
+{{- '<SPECIAL_11>Assistant\n' + message.content.split('</think>')[-1].strip() + '\n<SPECIAL_12>\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{{- '<SPECIAL_11>Assistant\n' + ('<think>\n' if say.think else '<think></think>') -}}"""
+
+
+def style_for(config: ModelConfig) -> PromptStyle:
+    """The text around the frames that models of this config were trained on."""
+    if config.vision is None:
+        return PromptStyle()
+    return STYLES["omni" if config.vision.temporal_patch > 1 else "training"]
+
+
+def module(config: ModelConfig) -> HybridVLM:
+    """The Flax module of a config."""
+    return HybridVLM(config)
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Random parameters, as the module declares them."""
+    row = jnp.zeros((1, 1 if config.vision is None else config.vision.tokens_per_frame), jnp.int32)
+    batch = Batch(row, row, row, row[0, :1])
+    pixels = None if config.vision is None else jnp.zeros((1, 1, *config.vision.image_size, 3), jnp.uint8)
+    return HybridVLM(config).init(key, batch, pixels)["params"]
+
+
+class HybridVLM(nn.Module):
+    """Parameters: embed [V,D] · vision · projector · decoder · lm_head [D,V] (absent with tied embeddings)."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+        self.decoder = Decoder(c)
+        if c.vision is not None:
+            self.vision = (RadioTower if c.vision.kind == "radio" else StemTower)(c.vision)
+            self.projector = Connector(c.vision, c.width)
+        if not c.tie_embeddings:
+            dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            self.lm_head = self.param("lm_head", dense, (c.width, c.vocab_size))
+
+    def __call__(self, batch: Batch, pixels: jax.Array | None = None) -> jax.Array:
+        """Logits [B,L,V] fp32 of whole prompts, nothing dropped; pixels [B,F,h,w,3] uint8, or None for plain text."""
+        visual = None if pixels is None else self.encode(pixels)
+        return self.logits(self.decoder(self.prompt(batch, visual)).tokens.x)
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Frames [B,F,h,w,3] uint8, or groups of frames that make one patch [B,F,t,h,w,3] -> visual tokens [B,F,m,D]."""
+        b, f = pixels.shape[:2]
+        scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
+        params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
+        place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
+        visual = encode_frames(params, self.config.vision, scaled, place, dtype=self.embed.dtype)
+        return visual.reshape(b, f, *visual.shape[1:])
+
+    def prompt(self, batch: Batch, visual: jax.Array | None) -> Tokens:
+        """Text embeddings, with the visual tokens [B,F,m,D] put in order at the places where batch.frame >= 0."""
+        return assemble(self.embed, batch, visual)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Final hidden states [...,D] -> logits [...,V] fp32."""
+        head = self.embed.T if self.config.tie_embeddings else self.lm_head
+        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def assemble(embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens:
+    """The Tokens of a batch: embed [V,D], visual [B,F,m,D] or None for text alone."""
+    is_visual = (batch.frame >= 0) & (batch.segment > 0)
+    b, length = batch.input_ids.shape
+    x = jnp.take(embed, batch.input_ids, axis=0)
+    if visual is not None:
+        flat = visual.reshape(b, -1, visual.shape[-1]).astype(x.dtype)
+        order = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, flat.shape[1] - 1)
+        x = jnp.where(is_visual[..., None], jnp.take_along_axis(flat, order[..., None], axis=1), x)
+    x = jnp.where(batch.segment[..., None] > 0, x, 0)
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    last_visual = jnp.max(jnp.where(is_visual, place, -1), axis=1, keepdims=True)
+    query = (batch.segment > 0) & (place > last_visual)
+    return Tokens(x, place, batch.segment, is_visual, query, place, jnp.where(is_visual, batch.frame, -1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillOutput:
+    """logits [B,V] fp32 after each example's last token; decoder: caches, survivors, kept; counts [B,1] visual tokens given."""
+
+    logits: jax.Array
+    decoder: DecoderOutput
+    counts: jax.Array
+
+
+# -- from frames and words to the arrays of a bucket --------------------------------------------------------------------
+
+
+def frame_size(config: ModelConfig, height: int, width: int, frames: int, kind: str) -> tuple[int, int]:
+    """(height, width) of the frames that the tower sees of a source of this size (of each tile, for an image in tiles)."""
+    v = config.vision
+    if kind == "video" and v.video_patches:
+        grid = video_grid(height, width, v.downsample, v.video_patches)
+    elif kind == "image" and v.image_patches[1]:
+        grid = image_grid(height, width, v.patch_size, v.downsample, *v.image_patches)
+    else:
+        return v.image_size
+    return grid[0] * v.patch_size, grid[1] * v.patch_size
+
+
+def prompt(
+    config: ModelConfig,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    clips: Sequence[Clip],
+    *,
+    style: PromptStyle | None = None,
+    factors: tuple[int, int, int] = (1, 1, 1),
+    template_options: Mapping[str, Any] | None = None,
+) -> Layout:
+    """Messages and their clips, in order, as one prompt. factors: (frames, rows, columns) that an avgpool plan merges into one.
+
+    template_options: further variables of the chat template.
+    """
+    pieces = Pieces(tokenizer)
+    style = style_for(config) if style is None else style
+    v = config.vision
+    for part in render(tokenizer, messages, CHAT, template_options=template_options):
+        if isinstance(part, str):
+            pieces.text(part)
+            continue
+        clip = clips[part]
+        tokens = v.tokens_per_frame // (factors[1] * factors[2])
+        if clip.kind == "video":
+            video_pieces(pieces, clip.seconds, tokens, style, patch=v.temporal_patch, group=factors[0])
+            continue
+        tiles = tile_count(*clip.size, v.image_size, v.max_tiles) if v.max_tiles else 1
+        pieces.text(style.image)
+        for start in range(0, tiles, factors[0]):
+            pieces.visual(tokens, min(factors[0], tiles - start))
+        pieces.text(style.after_image)
+    return pieces.layout()
+
+
+def make_batch(
+    config: ModelConfig, layouts: Sequence[Layout], buckets: Buckets, factors: tuple[int, int, int] = (1, 1, 1)
+) -> tuple[Batch, int, int]:
+    """Prompts as the arrays of the smallest bucket: (batch, frame bucket, text bucket)."""
+    tokens = 0 if config.vision is None else config.vision.tokens_per_frame // (factors[1] * factors[2])
+    return pad_layouts(layouts, buckets, tokens, factors[0])
+
+
+def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
+    """What `encode` takes of one clip per example: uint8 [B,frames,h,w,3], or [B,frames,t,h,w,3] where t frames make a patch."""
+    v, rows = config.vision, []
+    for clip in clips:
+        shown = clip.frames
+        if clip.kind == "image":
+            shown = cut_tiles(shown[0], v.image_size, v.max_tiles) if v.max_tiles else resize(shown, v.image_size)
+        elif v.temporal_patch > 1:
+            odd = -len(shown) % v.temporal_patch
+            shown = np.concatenate([shown, np.repeat(shown[-1:], odd, axis=0)])
+            shown = shown.reshape(-1, v.temporal_patch, *shown.shape[1:])
+        if len(shown) > frames:
+            raise ValueError(f"a clip of {len(shown)} frames does not fit the bucket of {frames}")
+        rows.append(np.concatenate([shown, np.zeros((frames - len(shown), *shown.shape[1:]), np.uint8)]))
+    return np.stack(rows)
+
+
+def make_plan(
+    config: ModelConfig, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+) -> ReductionPlan | None:
+    """The static plan of a reduction for a bucket; None when there is nothing to reduce."""
+    if reduction.method == "none" or not frames:
+        return None
+    return settle(
+        reduction,
+        config,
+        visual_tokens=frames * config.vision.tokens_per_frame,
+        text_tokens=text,
+        frames=frames,
+        chunk_size=config.chunk_size or default_choice().chunk_size,
+        itemsize=itemsize,
+    )
+
+
+# -- the computation ----------------------------------------------------------------------------------------------------
+
+
+def encode(params: dict, config: ModelConfig, pixels: jax.Array) -> jax.Array:
+    """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
+    return HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
+
+
+def decoder_output(
+    params: dict,
+    config: ModelConfig,
+    batch: Batch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    *,
+    decode_capacity: int = 0,
+    assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
+    mesh: Mesh | None = None,
+    question: jax.Array | None = None,
+    segments: int = 1,
+    score_fn: methods.ScoreFn | None = None,
+    **options: Any,
+) -> tuple[DecoderOutput, jax.Array]:
+    """Embeddings through the decoder under a plan (None: dense): its output, and the visual tokens given, counts [B,S].
+
+    The batch must be laid out for this plan: with average pooling it has the pooled number of places. visual [B,F,m,D]; `decode_capacity`:
+    cache slots for new tokens. assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens
+    carry more behind the first D values has its own. mesh: the devices that `params` were laid out for by `sharding.shard_params`.
+    question [B,L] bool: the text that says what matters, where that is not simply all behind the last visual token, as in rows
+    that hold answers or S = `segments` packed samples. score_fn: instead of the plan's own. options: as of `nn.decoder.prefill`.
+    """
+    counts = None
+    frame_count = batch.frame_count
+    if segments > 1 and plan is not None and plan.input_method != "none":
+        raise ValueError(
+            f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
+        )
+    if plan is not None and plan.pool_factors != (1, 1, 1):
+        visual, frame_count = methods.merge_fn(plan)(visual, frame_count)
+    tokens = assemble(params["embed"], batch, visual)
+    if question is not None:
+        tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
+    text = tokens.length
+    given = visual_counts(tokens, segments)
+    if plan is not None:
+        score_fn = methods.score_fn(plan, segments=segments) if score_fn is None else score_fn
+        counts, text = given, plan.text_tokens
+        if plan.drops_input:
+            ranks = methods.input_score(plan)(visual[..., : config.width], frame_count)
+            order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
+            score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
+            tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
+    run = prefill_decoder if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
+    options = {
+        "decode_capacity": decode_capacity,
+        "query_capacity": text,
+        "counts": counts,
+        "segments": segments,
+    } | options
+    return run(params["decoder"], config, tokens, plan=plan, score_fn=score_fn, **options), given
+
+
+def prefill(
+    params: dict,
+    config: ModelConfig,
+    batch: Batch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    decode_capacity: int,
+    assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
+    mesh: Mesh | None = None,
+) -> PrefillOutput:
+    """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`."""
+    out, given = decoder_output(
+        params, config, batch, visual, plan, decode_capacity=decode_capacity, assemble=assemble, mesh=mesh
+    )
+    last = jnp.maximum(jnp.sum(out.tokens.segment > 0, axis=1) - 1, 0)
+    x = jnp.take_along_axis(out.tokens.x, last[:, None, None], axis=1)[:, 0]
+    return PrefillOutput(head(params, config, x), out, given)
+
+
+def head(params: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """Final hidden states [...,D] -> logits [...,V] fp32."""
+    weight = params["embed"].T if config.tie_embeddings else params["lm_head"]
+    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def make_decode_step(
+    params: dict, config: ModelConfig
+) -> Callable[[jax.Array, tuple[Cache, ...]], tuple[jax.Array, tuple[Cache, ...]]]:
+    """A function from the next token [B] and the caches to logits [B,V] and the caches, one token longer."""
+    layers = unstack(params["decoder"], config)  # once, and not again for every token
+
+    def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
+        x = jnp.take(params["embed"], token, axis=0)[:, None]
+        x, caches = step(layers, params["decoder"]["norm_f"], config, x, caches)
+        return head(params, config, x[:, 0]), caches
+
+    return one
+
+
+def extend(
+    params: dict, config: ModelConfig, ids: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
+    x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)
+    x, caches = extend_decoder(params["decoder"], config, x, segment, caches)
+    last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
+    return head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches

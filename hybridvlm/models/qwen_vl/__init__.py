@@ -1,0 +1,57 @@
+"""Qwen2-VL and Qwen3-VL: Transformer decoders with M-RoPE and a tower of any resolution.
+
+The package is the family that `hybridvlm.models.family.Family` describes.
+"""
+
+from hybridvlm.models.qwen_vl.model import (
+    CHAT,
+    METHODS,
+    MODEL_TYPES,
+    NAME,
+    Config,
+    config_from_hf,
+    decoder_output,
+    encode,
+    extend,
+    frame_size,
+    init,
+    make_batch,
+    make_decode_step,
+    make_plan,
+    module,
+    pixels,
+    prefill,
+    prompt,
+    style_for,
+    table,
+)
+
+# Its prompt is one stream: a question is prefilled together with its video.
+build_video_memory = None
+# It looks at every frame that it is shown.
+trim_frames = None
+
+__all__ = [
+    "CHAT",
+    "METHODS",
+    "MODEL_TYPES",
+    "NAME",
+    "Config",
+    "config_from_hf",
+    "decoder_output",
+    "encode",
+    "extend",
+    "frame_size",
+    "init",
+    "make_batch",
+    "make_decode_step",
+    "make_plan",
+    "module",
+    "pixels",
+    "prefill",
+    "prompt",
+    "style_for",
+    "table",
+    "build_video_memory",
+    "trim_frames",
+]

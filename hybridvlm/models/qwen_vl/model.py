@@ -1,0 +1,441 @@
+"""Qwen2-VL (arXiv 2409.12191) and Qwen3-VL (arXiv 2511.21631): a rotary ViT, a merger, and a Transformer with M-RoPE.
+
+They are the Transformers that the hybrids are measured against: the same decoder walk, plans, scores and caches, with a pattern of
+"*-" per layer. A visual token's position is (time, row, column), made with the prompt and carried through every reduction in
+Tokens.position; Qwen3-VL's DeepStack planes travel behind the visual tokens and then in Tokens.extra.
+
+A frame of the decoder is a tubelet, two frames of the film.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from hybridvlm.config import Buckets, QwenConfig, Reduction
+from hybridvlm.models import prompt as prompts
+from hybridvlm.models.media import Clip, resize
+from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models.nemotron_vl.model import PrefillOutput
+from hybridvlm.models.prompt import Batch, Layout, Pieces
+from hybridvlm.models.qwen_vl.config import config_from_hf
+from hybridvlm.models.qwen_vl.weights import table
+from hybridvlm.nn import decoder
+from hybridvlm.nn.caches import Cache
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack
+from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.plan import make_plan as plan_for
+from hybridvlm.tokenizers.messages import Message
+from hybridvlm.tokenizers.text import trusted
+from hybridvlm.vision.model import CONNECTORS, TOWERS, encode_frames
+
+__all__ = ["config_from_hf", "table"]
+
+NAME = "qwen_vl"
+MODEL_TYPES = ("qwen2_vl", "qwen3_vl", "Qwen2VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
+Config = QwenConfig
+METHODS = None
+CHAT = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_3 = (  # without the system message that Qwen2-VL puts where there is none
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+ASPECT = 200  # most that one side of a picture may be longer than the other
+
+
+# -- parameters ---------------------------------------------------------------------------------------------------------
+
+
+class QwenVL(nn.Module):
+    """Parameters: embed [V,D] · vision · projector (both in vision/qwen_vit.py) · decoder · lm_head [D,V] (absent if tied)."""
+
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(self) -> None:
+        c = self.config
+        self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+        Decoder(c, name="decoder").stacks()
+        if c.vision is not None:
+            TOWERS[c.vision.kind](c.vision, name="vision").parameters()
+            CONNECTORS[c.vision.kind](c.vision, c.width, name="projector").parameters()
+        if not c.tie_embeddings:
+            dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            self.param("lm_head", dense, (c.width, c.vocab_size))
+
+
+def style_for(config: QwenConfig) -> prompts.PromptStyle:
+    """There is no style to choose: the chat template, and Qwen3-VL's times, are all the text there is."""
+    return prompts.PromptStyle()
+
+
+def module(config: QwenConfig) -> QwenVL:
+    """The Flax module of a config."""
+    return QwenVL(config)
+
+
+def init(config: QwenConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh random parameters."""
+    return QwenVL(config).init(key)["params"]
+
+
+# -- sizes --------------------------------------------------------------------------------------------------------------
+
+
+def smart_resize(
+    height: int, width: int, factor: int, least: int, most: int, frames: int = 1, temporal: int = 1
+) -> tuple[int, int]:
+    """(height, width) of a picture in multiples of `factor`, near its aspect, with `least` to `most` pixels in all frames together.
+
+    frames and temporal: how many there are, and how many a tubelet takes. Sides round to the nearest multiple, an even half down
+    to the even one. ValueError if one side is over 200 times the other.
+    """
+    if max(height, width) > ASPECT * min(height, width):
+        raise ValueError(f"a picture of {height}x{width} is more than {ASPECT} times longer than wide; crop it")
+    if frames > 1 and min(height, width) < factor:  # Qwen3-VL enlarges tiny films first
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    rows, cols = round(height / factor) * factor, round(width / factor) * factor
+    held = round(frames / temporal) * temporal * rows * cols
+    if held > most:
+        beta = math.sqrt(frames * height * width / most)
+        return (
+            max(factor, math.floor(height / beta / factor) * factor),
+            max(factor, math.floor(width / beta / factor) * factor),
+        )
+    if held < least:
+        beta = math.sqrt(least / (frames * height * width))
+        return math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+    return rows, cols
+
+
+def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: str = "video") -> tuple[int, int]:
+    """What the frames of a clip of height x width pixels, `frames` of them, are brought to before `encode`.
+
+    A video's frame gets at most its own limit and an even share of the whole video's.
+    """
+    v = config.vision
+    factor = v.patch_size * v.downsample
+    if kind == "image":
+        return smart_resize(height, width, factor, *config.image_pixels)
+    frames = max(frames, v.temporal_patch)  # a film of one frame shows it twice
+    least, most = config.frame_pixels
+    most = max(min(most, config.video_pixels // frames), int(1.05 * least))
+    if config.generation == 2:
+        return smart_resize(height, width, factor, least, most)
+    return smart_resize(height, width, factor, least, most * frames, frames, v.temporal_patch)
+
+
+def at_size(config: QwenConfig, height: int, width: int) -> QwenConfig:
+    """The config for clips of this size, as `frame_size` gives it: plans and batches read their grid off it."""
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=(height, width)))
+
+
+# -- prompts (host) -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenLayout(Layout):
+    """A Layout with every token's position [L,3] int32 (time, row, column; three equal ones for text) and the grid, in
+    visual tokens, of its frames ((0, 0) without any)."""
+
+    position: np.ndarray
+    grid: tuple[int, int]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QwenBatch(Batch):
+    """A Batch with position [B,L,3] int32."""
+
+    position: jax.Array
+
+
+def rope_positions(
+    frame: np.ndarray, grid: tuple[int, int], factors: tuple[int, int, int] = (1, 1, 1), apart: bool = False
+) -> np.ndarray:
+    """M-RoPE positions [L,3] (time, row, column) of one prompt: frame [L], -1 for text, runs of grid[0] * grid[1] visual tokens.
+
+    Text counts on by one, on all three axes. A video starts where the text before it ended, its time counts frames, row and column
+    start there too, and text goes on behind the largest of them all. `apart` (Qwen3-VL, whose frames have text between
+    them): each frame starts anew, and its time stands still. factors: frames, rows and columns that were averaged into one
+    token, which has the place of the first of them.
+
+    transformers 5.23 continues a Qwen2-VL prompt behind max(rows, columns) of a video instead, so that text falls on positions of
+    its later frames when it has more of them; the published model and its paper (section 2.1) continue behind the maximum.
+    """
+    rows, cols = grid
+    across = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1).reshape(-1, 2)
+    across = across * np.asarray(factors[1:])
+    position = np.zeros((len(frame), 3), np.int32)
+    edges = [0, *(np.flatnonzero(np.diff(frame >= 0)) + 1), len(frame)]
+    at = 0
+    for start, stop in itertools.pairwise(edges):
+        if start == stop:
+            continue
+        if frame[start] < 0:
+            position[start:stop] = (at + np.arange(stop - start))[:, None]
+            at += stop - start
+            continue
+        if (stop - start) % len(across) or (apart and stop - start > len(across)):
+            frames = "a frame" if apart else "frames"
+            raise ValueError(f"{stop - start} visual tokens in a row do not fill {frames} of {rows}x{cols}")
+        time = np.zeros(stop - start) if apart else frame[start:stop] - frame[start]
+        place = np.tile(across, ((stop - start) // len(across), 1))
+        position[start:stop, 0] = at + time
+        position[start:stop, 1:] = at + place
+        at += max(
+            (1 if apart else int(frame[stop - 1] - frame[start]) + factors[0]), rows * factors[1], cols * factors[2]
+        )
+    return position
+
+
+def _grid(config: QwenConfig, clip: Clip) -> tuple[int, int]:
+    """Rows and columns of visual tokens of a clip's frames, as they are or as they will be."""
+    v = config.vision
+    if clip.frames is not None and clip.kind == "video":
+        size = clip.frames.shape[1:3]
+    else:
+        height, width = clip.frames.shape[1:3] if clip.frames is not None else clip.size
+        size = frame_size(config, height, width, len(clip.seconds), clip.kind) if height else v.image_size
+    step = v.patch_size * v.downsample
+    if any(side % step for side in size):
+        raise ValueError(f"frames of {size[0]}x{size[1]} are not in multiples of {step}; resize them to frame_size()")
+    return size[0] // step, size[1] // step
+
+
+def prompt(
+    config: QwenConfig,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    clips: Sequence[Clip],
+    *,
+    style: Any = None,
+    factors: tuple[int, int, int] = (1, 1, 1),
+    template_options: Mapping[str, Any] | None = None,
+) -> QwenLayout:
+    """Lay one conversation out, with at most one clip in it.
+
+    factors: (frames, rows, columns) that an average-pooling plan makes one. `style` has no part here: the chat template and, for
+    Qwen3-VL, the frames' times are all the text there is around a question. template_options: further variables of that template.
+    """
+    if len(clips) > 1:
+        raise ValueError(
+            f"a prompt of this family takes one video or image, got {len(clips)}; ask about them one by one"
+        )
+    pieces, pending, grid = Pieces(tokenizer), trusted(""), (0, 0)
+    times = config.generation == 3
+
+    def frames(clip: Clip) -> None:
+        """Text runs are tokenised whole, from one run of visual tokens to the next, as the published processors do."""
+        nonlocal pending, grid
+        rows, cols = _grid(config, clip)
+        if rows % factors[1] or cols % factors[2]:
+            raise ValueError(f"a grid of {rows}x{cols} tokens cannot be pooled by {factors[1]}x{factors[2]}")
+        grid = rows // factors[1], cols // factors[2]
+        patch = config.vision.temporal_patch
+        starts = range(0, len(clip.seconds), patch)
+        if not times or clip.kind == "image":
+            pieces.text(pending + trusted(VISION_START))
+        for number in range(0, len(starts), factors[0]):
+            if times and clip.kind == "video":
+                first, last = starts[number], min(starts[number] + patch, len(clip.seconds)) - 1
+                mean = (clip.seconds[first] + clip.seconds[last]) / 2
+                pieces.text(pending + trusted(f"<{mean:.1f} seconds>{VISION_START}"))
+                pending = trusted(VISION_END)
+            pieces.visual(grid[0] * grid[1], min(factors[0], len(starts) - number))
+        pending = trusted(VISION_END)
+
+    for part in prompts.render(tokenizer, messages, CHAT_3 if times else CHAT, template_options=template_options):
+        if isinstance(part, int):
+            if part >= len(clips):
+                raise ValueError(f"the messages name {part + 1} videos or images, but {len(clips)} clips were given")
+            frames(clips[part])
+        else:
+            pending += part
+    pieces.text(pending)
+    layout = pieces.layout()
+    position = rope_positions(layout.frame, grid, factors, apart=times)
+    return QwenLayout(layout.ids, layout.frame, layout.frames, position, grid)
+
+
+def make_batch(
+    config: QwenConfig,
+    layouts: Sequence[QwenLayout],
+    buckets: Buckets,
+    factors: tuple[int, int, int] = (1, 1, 1),
+) -> tuple[QwenBatch, int, int]:
+    """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket).
+
+    factors: as the prompts were laid out with. ValueError if frames are not of one size in all of them, or a prompt is over the
+    largest bucket.
+    """
+    if not layouts:
+        raise ValueError("make_batch needs at least one prompt, got none")
+    grids = sorted({item.grid for item in layouts if item.frames})
+    if len(grids) > 1:
+        sizes = ", ".join(f"{rows}x{cols}" for rows, cols in grids)
+        raise ValueError(
+            f"clips of one batch must have one grid of visual tokens, got {sizes}; ask in separate batches"
+        )
+    m = grids[0][0] * grids[0][1] if grids else 0
+    batch, frames, text = prompts.make_batch(layouts, buckets, m, factors[0])
+    position = np.zeros((*batch.segment.shape, 3), np.int32)
+    for row, item in enumerate(layouts):
+        position[row, : len(item.ids)] = item.position
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return QwenBatch(**fields, position=position), frames, text
+
+
+def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
+    """Clips, one per example, all of one size -> [B,F,t,h,w,3] uint8 tubelets for `encode`, F = `frames`, the bucket.
+
+    The last frame is repeated to fill its tubelet, and tubelets behind the last one are black and never read.
+    """
+    patch = config.vision.temporal_patch
+    sized = []
+    for clip in clips:
+        if clip.frames is None:
+            raise ValueError("pixels: a clip has no frames; a layout can be made without them, its pixels cannot")
+        if clip.kind == "image":
+            sized.append(resize(clip.frames, frame_size(config, *clip.frames.shape[1:3], 1, "image")))
+        else:
+            sized.append(clip.frames)
+    sizes = sorted({array.shape[1:3] for array in sized})
+    if len(sizes) > 1:
+        raise ValueError(f"clips of one batch must be of one size, got {sizes}; resize them alike or ask separately")
+    out = np.zeros((len(sized), frames * patch, *sizes[0], 3), np.uint8)
+    for row, array in enumerate(sized):
+        whole = -(-len(array) // patch) * patch
+        if whole > frames * patch:
+            raise ValueError(f"a clip of {len(array)} frames is over its bucket of {frames} x {patch} frames")
+        out[row, : len(array)] = array
+        out[row, len(array) : whole] = array[-1]
+    return out.reshape(len(sized), frames, patch, *sizes[0], 3)
+
+
+def make_plan(
+    config: QwenConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2
+) -> ReductionPlan | None:
+    """The static plan for a bucket of `frames` tubelets, of the size in config.vision; None when there is nothing to reduce."""
+    if reduction is None or reduction.method == "none" or not frames:
+        return None
+    return plan_for(
+        reduction,
+        config,
+        visual_tokens=frames * config.vision.tokens_per_frame,
+        text_tokens=text,
+        frames=frames,
+        itemsize=itemsize,
+    )
+
+
+# -- computation (traced) -----------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QwenCaches:
+    """layers: one cache per decoder layer; position [B] int32: of the next token, on all three axes."""
+
+    layers: tuple[Cache, ...]
+    position: jax.Array
+
+
+def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> jax.Array:
+    """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes behind it."""
+    b, f = pixels.shape[:2]
+    scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
+    place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
+    visual = encode_frames(params, config.vision, scaled, place, dtype=params["embed"].dtype)
+    return visual.reshape(b, f, *visual.shape[1:])
+
+
+def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array | None], Tokens]:
+    """How a batch and its visual tokens become one row: with M-RoPE positions, and the planes in Tokens.extra."""
+
+    def assemble(embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
+        whole = nemotron_vl.assemble(embed, batch, None if visual is None else visual[..., : config.width])
+        extra = {}
+        if visual is not None:
+            flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
+            order = jnp.clip(jnp.cumsum(whole.visual, axis=1) - 1, 0, flat.shape[1] - 1)[..., None]
+            planes = visual.shape[-1] // config.width - 1
+            for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
+                plane = flat[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
+                plane = jnp.where(whole.visual[..., None], jnp.take_along_axis(plane, order, axis=1), 0)
+                extra[deepstack_key(2 * k + 1)] = plane  # behind the MLP of published layer k
+        return whole.replace(position=jnp.asarray(batch.position), extra=extra)
+
+    return assemble
+
+
+def decoder_output(
+    params: Mapping[str, Any],
+    config: QwenConfig,
+    batch: QwenBatch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    **options: Any,
+) -> tuple[DecoderOutput, jax.Array]:
+    """As `nemotron_vl.decoder_output`, with M-RoPE positions and DeepStack planes."""
+    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble=_assemble(config), **options)
+
+
+def prefill(
+    params: Mapping[str, Any],
+    config: QwenConfig,
+    batch: QwenBatch,
+    visual: jax.Array | None,
+    plan: ReductionPlan | None,
+    decode_capacity: int,
+) -> PrefillOutput:
+    """Prompts to last-token logits [B,V] fp32 under a plan (None: dense), and QwenCaches with `decode_capacity` for new tokens."""
+    done = nemotron_vl.prefill(params, config, batch, visual, plan, decode_capacity, _assemble(config))
+    real = (jnp.asarray(batch.segment) > 0)[..., None]
+    following = jnp.max(jnp.where(real, batch.position, -1), axis=(1, 2)) + 1
+    caches = QwenCaches(done.decoder.caches, following)
+    return dataclasses.replace(done, decoder=dataclasses.replace(done.decoder, caches=caches))
+
+
+def make_decode_step(
+    params: Mapping[str, Any], config: QwenConfig
+) -> Callable[[jax.Array, QwenCaches], tuple[jax.Array, QwenCaches]]:
+    """The decode step: (token [B] int32, caches) -> (logits [B,V] fp32, caches one token longer)."""
+    layers, norm_f = unstack(params["decoder"], config), params["decoder"]["norm_f"]
+
+    def one(token: jax.Array, caches: QwenCaches) -> tuple[jax.Array, QwenCaches]:
+        x = jnp.take(params["embed"], token, axis=0)[:, None]
+        x, longer = decoder.step(layers, norm_f, config, x, caches.layers, caches.position[:, None])
+        return nemotron_vl.head(params, config, x[:, 0]), QwenCaches(longer, caches.position + 1)
+
+    return one
+
+
+def extend(
+    params: Mapping[str, Any], config: QwenConfig, ids: jax.Array, segment: jax.Array, caches: QwenCaches
+) -> tuple[jax.Array, QwenCaches]:
+    """Text after what the caches hold: ids and segment [B,T] (0 = padding at the end) -> logits [B,V] after the last real id."""
+    real = segment > 0
+    count = jnp.sum(real, axis=1, dtype=jnp.int32)
+    position = caches.position[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
+    x = jnp.where(real[..., None], jnp.take(params["embed"], ids, axis=0), 0)
+    x, longer = decoder.extend(params["decoder"], config, x, segment, caches.layers, position)
+    last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return nemotron_vl.head(params, config, last), QwenCaches(longer, caches.position + count)

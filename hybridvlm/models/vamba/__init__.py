@@ -1,0 +1,56 @@
+"""VAMBA (arXiv 2503.11579): video tokens through Mamba-2, text reading them by cross-attention.
+
+The package is the family that `hybridvlm.models.family.Family` describes.
+"""
+
+from hybridvlm.models.vamba.model import (
+    CHAT,
+    METHODS,
+    MODEL_TYPES,
+    NAME,
+    Config,
+    build_video_memory,
+    config_from_hf,
+    encode,
+    extend,
+    frame_size,
+    init,
+    make_batch,
+    make_decode_step,
+    make_plan,
+    module,
+    pixels,
+    prefill,
+    prompt,
+    style_for,
+    table,
+    trim_frames,
+)
+
+# Two streams: rows of training and analyses have no place for them.
+decoder_output = None
+
+__all__ = [
+    "CHAT",
+    "METHODS",
+    "MODEL_TYPES",
+    "NAME",
+    "Config",
+    "build_video_memory",
+    "config_from_hf",
+    "encode",
+    "extend",
+    "frame_size",
+    "init",
+    "make_batch",
+    "make_decode_step",
+    "make_plan",
+    "module",
+    "pixels",
+    "prefill",
+    "prompt",
+    "style_for",
+    "table",
+    "trim_frames",
+    "decoder_output",
+]

@@ -1,0 +1,152 @@
+"""Rows that are cut over devices: what one stretch of a row needs of the others, inside `jax.shard_map`.
+
+Of S shards each holds l tokens of every row [B,S*l], in order, so that padding fills the last ones. Per layer:
+
+* a Mamba-2 layer takes W-1 inputs of its convolution from the shard before, and the SSM state that comes in: every shard
+  knows its total decay [B,H] and the state [B,H,P,N] that it would end with if none came in; such pairs combine associatively, in
+  log2(S) exchanges with ever farther neighbours and one more to the next. Then the ordinary scan starts from there.
+* an attention layer gathers keys and values, which under grouped queries are small beside the row (2 K P values a token against
+  D), and the rows of the question, which every shard holds against its own keys. Later shards see more keys: work is uneven.
+* a drop gathers scores and the other integers of a token (not x), decides on every device alike over the whole row, and hands on
+  only rows that stay: one reduce-scatter of the shorter row. A device builds the whole shorter row for it, mostly zeros.
+
+Gradients go the same ways back: a gather's is a reduce-scatter. Everything here is the identity where a row is whole.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hybridvlm.config import ModelConfig
+from hybridvlm.ops.compact import compact, compact_indices, gather_rows
+from hybridvlm.ops.segments import segment_runs
+from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.tensor import LocalConfig
+
+NO_CACHES = "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
+
+
+def sequence_shards(c: ModelConfig) -> int:
+    """In how many stretches a row is cut."""
+    return c.shards if isinstance(c, LocalConfig) else 1
+
+
+def shard_length(c: ModelConfig, length: int, shards: int) -> int:
+    """Tokens of each of `shards` stretches of a row: at least the taps of the convolution, which so reach back one stretch only."""
+    return max(-(-length // shards), c.conv_kernel - 1)
+
+
+def row_total(c: ModelConfig, part: jax.Array) -> jax.Array:
+    """The sum over a row of what each stretch has of it."""
+    return jax.lax.psum(part, c.row_axis) if sequence_shards(c) > 1 else part
+
+
+def row_start(c: ModelConfig, length: int) -> jax.Array | int:
+    """The place in its row of the first token here, of `length` a shard."""
+    return jax.lax.axis_index(c.row_axis) * length if sequence_shards(c) > 1 else 0
+
+
+def gather_sequence(c: ModelConfig, array: jax.Array) -> jax.Array:
+    """array [B,l,...] -> [B,L,...]."""
+    return jax.lax.all_gather(array, c.row_axis, axis=1, tiled=True) if sequence_shards(c) > 1 else array
+
+
+def halo(c: ModelConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a convolution finds before this stretch: channels [B,l,D] -> its inputs [B,W-1,D], and whose they are [B] (0: nobody's)."""
+    taps = c.conv_kernel - 1
+    tail, owner = channels[:, -taps:] if taps else channels[:, :0], segment[:, -taps:] if taps else segment[:, :0]
+    own = owner == segment[:, -1:]  # a stretch that ends in padding is followed by nothing else
+    tail = jnp.where(own[..., None], tail, 0)
+    return _passed_on(c, (tail, segment[:, -1]))
+
+
+def incoming_state(
+    c: ModelConfig, x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, segment: jax.Array, before: jax.Array
+) -> jax.Array:
+    """The SSM state [B,H,P,N] float32 before this stretch; it belongs to segment `before` [B], the last one there.
+
+    x [B,l,H*P], dt [B,l,H] (0 at padding), A [H], B [B,l,G,N], segment [B,l]: what this stretch would put into the scan.
+    """
+    b, length, heads = dt.shape
+    groups, n = B.shape[2:]
+    run = segment_runs(segment, before)
+    log = dt * A
+    psum_tensor = jnp.sum(log, axis=1)
+    # what comes after a token: shifted, for taking a strong decay away again would leave its rounding
+    after = jnp.pad(jnp.flip(jnp.cumsum(jnp.flip(log[:, 1:], 1), axis=1), 1), ((0, 0), (0, 1), (0, 0)))
+    weight = jnp.where((run == run[:, -1:])[..., None], dt * jnp.exp(after), 0.0)
+    u = x.reshape(b, length, heads, -1)
+    u = (u.astype(jnp.float32) * weight[..., None]).astype(x.dtype).reshape(b, length, groups, heads // groups, -1)
+    state = jnp.einsum("blgjp,blgn->bgjpn", u, B, preferred_element_type=jnp.float32).reshape(b, heads, -1, n)
+    decay = jnp.where(run[:, -1:] == 0, jnp.exp(psum_tensor), 0.0)  # a reset lets nothing through
+
+    far = 1
+    while far < c.shards:
+        decay_before, state_before = _passed_on(c, (decay, state), far)
+        state = state + decay[..., None, None] * state_before
+        decay = decay * decay_before
+        far *= 2
+    return _passed_on(c, state)
+
+
+def _passed_on(c: ModelConfig, tree, far: int = 1):
+    """What the shard `far` before this one has; zeros where there is none."""
+    pairs = [(i, i + far) for i in range(c.shards - far)]
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, c.row_axis, pairs), tree)
+
+
+def pick_rows(c: ModelConfig, array: jax.Array, index: jax.Array, counted: jax.Array) -> jax.Array:
+    """Rows from anywhere in the row, for every shard: array [B,l,...], places index [B,R], counted [B,R] -> [B,R,...], 0 uncounted."""
+    length = array.shape[1]
+    place = index - row_start(c, length)
+    mine = counted & (place >= 0) & (place < length)
+    taken = gather_rows(array, jnp.clip(place, 0, length - 1))
+    return row_total(c, jnp.where(mine.reshape(mine.shape + (1,) * (array.ndim - 2)), taken, 0))  # each has one owner
+
+
+def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int) -> Tokens:
+    """`hybridvlm.ops.compact.compact`, of stretches: score [B,l]; the row that is left is cut evenly again.
+
+    Whole, it is of `capacity` tokens or, where that leaves a remainder (or less than a convolution's taps), a few more of padding.
+    """
+    if sequence_shards(c) == 1:
+        return compact(tokens, score, keep, capacity)
+    size = shard_length(c, capacity, c.shards)
+    segment, visual, ranks = (
+        gather_sequence(c, a) for a in (tokens.segment, tokens.visual, jax.lax.stop_gradient(score))
+    )
+    indices, valid = compact_indices(segment, visual, ranks, keep, capacity)
+    filled = ((0, 0), (0, size * c.shards - capacity))
+    indices, valid = jnp.pad(indices, filled), jnp.pad(valid, filled)
+
+    start = row_start(c, size)
+    mine, real = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in (indices, valid))
+    length = tokens.length
+    place = indices - row_start(c, length)
+    held = valid & (place >= 0) & (place < length)
+    place = jnp.clip(place, 0, length - 1)
+
+    def take(array: jax.Array, empty: int) -> jax.Array:
+        """What is known whole: the places of this stretch, from anywhere."""
+        taken = gather_rows(gather_sequence(c, array), mine)
+        return jnp.where(real.reshape(real.shape + (1,) * (array.ndim - 2)), taken, jnp.asarray(empty, array.dtype))
+
+    def move(array: jax.Array) -> jax.Array:
+        """Everybody's rows to their places, of which each gets its own stretch; a place has one giver or none."""
+        given = jnp.where(held.reshape(held.shape + (1,) * (array.ndim - 2)), gather_rows(array, place), 0)
+        return jax.lax.psum_scatter(given, c.row_axis, scatter_dimension=1, tiled=True)
+
+    def extra(array: jax.Array) -> jax.Array:
+        return move(array) if jnp.issubdtype(array.dtype, jnp.floating) else take(array, 0)
+
+    return Tokens(
+        x=move(tokens.x),
+        position=take(tokens.position, 0),
+        segment=take(tokens.segment, 0),
+        visual=take(tokens.visual, False),
+        query=take(tokens.query, False),
+        index=take(tokens.index, -1),
+        frame=take(tokens.frame, -1),
+        extra={name: extra(array) for name, array in tokens.extra.items()},
+    )

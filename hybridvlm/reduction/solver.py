@@ -1,0 +1,176 @@
+"""Fitting a method to a budget and a bucket: the steps behind `make_plan`, each refusing what cannot be met."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+from hybridvlm.config import ModelConfig, Reduction
+from hybridvlm.reduction import cost as flops
+from hybridvlm.reduction import methods, schedules
+from hybridvlm.reduction.evs import evs_keep_count
+from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
+
+_POOL_TOLERANCE = 0.1  # how far, relative to it, the share that blocks can keep may lie from the budget
+
+
+def pooled_tokens(frames: int, grid: tuple[int, int], factors: tuple[int, int, int]) -> int:
+    return -(-frames // factors[0]) * (grid[0] // factors[1]) * (grid[1] // factors[2])
+
+
+def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, frames: int) -> int:
+    if rule == "evs":
+        return evs_keep_count(frames, decoder_input // frames, 1.0 - rate)
+    return (decoder_input * share + SHARE_ONE // 2) // SHARE_ONE
+
+
+def drop_flops(method: methods.Method, config: ModelConfig, layer: int, length: int, text_tokens: int) -> int:
+    if method.reads == methods.FEATURES:
+        return 3 * length * config.width
+    if method.reads == methods.INDEX_ONLY:
+        return 0
+    return flops.scoring_flops(config, layer, length, 1 if method.reads == methods.LAST_QUERY else text_tokens)
+
+
+class BudgetSolver:
+    """The steps of make_plan, over one bucket."""
+
+    def __init__(
+        self, reduction: Reduction, config: ModelConfig, visual: int, text: int, frames: int, chunk: int | None
+    ) -> None:
+        self.reduction, self.config = reduction, config
+        self.visual, self.text, self.frames = visual, text, frames
+        self.layers = len(config.pattern)
+        self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
+        self._dense = self.decoder([visual] * self.layers)
+
+    def decoder(self, visual: Sequence[int]) -> int:
+        rows = (self._flops(layer, n + self.text) for layer, n in enumerate(visual))
+        return sum(rows) + flops.head_flops(self.config)
+
+    def tokens_per_frame(self, name: str) -> int:
+        if self.frames < 1 or self.visual % self.frames:
+            raise ValueError(
+                f"{name} works on whole frames: visual_tokens {self.visual} is not a multiple of frames {self.frames}"
+            )
+        return self.visual // self.frames
+
+    def evs(self, asked: float) -> tuple[int, float]:
+        """(nominal share in 1/4096ths of the full bucket, rate of the tokens kept) that meet the budget."""
+        m, rate = self.tokens_per_frame("evs"), asked
+        if self.reduction.kind == "flops":
+            rate = self.input_share(asked) / SHARE_ONE
+        if rate * self.frames < 1.0 - 1e-9:
+            least = 1 / self.frames
+            raise BudgetError(
+                f"evs keeps the first frame whole: of {self.frames} frames it can keep {_up(least)} or more, "
+                f"got {rate:g} of the tokens for a {self.reduction.kind} budget of {asked:g}",
+                least,
+                1.0,
+            )
+        kept = evs_keep_count(self.frames, m, 1.0 - rate)
+        return (kept * SHARE_ONE + self.visual // 2) // self.visual, rate
+
+    def input_share(self, rate: float) -> int:
+        """The share, in 1/4096ths, of a drop before layer 0 that meets the budget.
+
+        In a composition its rate is one of tokens; the decoder's part then makes up what the operations ask for.
+        """
+        if self.reduction.kind != "flops" or "+" in self.reduction.method:
+            return max(1, round(rate * SHARE_ONE))
+
+        def ratio(share: int) -> float:
+            return self.decoder([(self.visual * share + SHARE_ONE // 2) // SHARE_ONE] * self.layers) / self._dense
+
+        if rate < ratio(1):
+            least = _up(ratio(1))
+            message = f"{self.reduction.method} can meet flops budgets from {least} to 1, got {rate:g}"
+            raise BudgetError(message, ratio(1), 1.0)
+        return min(range(1, SHARE_ONE + 1), key=lambda share: abs(ratio(share) - rate))
+
+    def pool(self, rate: float) -> tuple[tuple[int, int, int], tuple[int, int]]:
+        """(pool_factors, grid): the smallest blocks whose size is nearest 1/rate."""
+        m = self.tokens_per_frame("avgpool")
+        vision = self.config.vision
+        grid = vision.grid if vision is not None else (math.isqrt(m), math.isqrt(m))
+        if grid[0] * grid[1] != m:
+            raise ValueError(f"avgpool needs the grid of a frame: {m} tokens per frame do not fill one of {grid}")
+        options = [
+            (t, h, w)
+            for t in range(1, self.frames + 1)
+            for h in range(1, grid[0] + 1)
+            for w in range(1, grid[1] + 1)
+            if not (grid[0] % h or grid[1] % w)
+        ]
+
+        def share(f: tuple[int, int, int]) -> float:
+            if self.reduction.kind == "flops" and "+" not in self.reduction.method:
+                return self.decoder([pooled_tokens(self.frames, grid, f)] * self.layers) / self._dense
+            return 1.0 / (f[0] * f[1] * f[2])
+
+        best = min(options, key=lambda f: (round(abs(share(f) - rate), 9), max(f), f))
+        if abs(share(best) - rate) > _POOL_TOLERANCE * rate:
+            shares = sorted(round(share(f), 4) for f in options)
+            near = sorted(set(shares), key=lambda s: abs(s - rate))[:4]
+            raise BudgetError(
+                f"avgpool merges whole blocks of a {grid[0]}x{grid[1]} grid and cannot keep {rate:g}; "
+                f"the nearest budgets it can are {', '.join(f'{s:g}' for s in sorted(near))}",
+                shares[0],
+                shares[-1],
+            )
+        return best, grid
+
+    def relative(
+        self, method: methods.Method, budget: float, entering: int, rate: float
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(shares of the tokens entering layer 0, the sites of their drops) for a method inside the decoder.
+
+        rate: what was asked of the part before the decoder. Shares are of what that part left; operations are of dense,
+        so that a composition is solved to the product of both.
+        """
+        everything = (SHARE_ONE,) * self.layers
+        schedule = self.reduction.schedule
+        if method.place != "decoder":
+            return everything, ()
+        sites = method.sites(self.config.pattern, schedule)
+        curve = method.curve(schedule, self.layers)
+        if schedule.shape == "list" and budget == 1.0 and method.scheduled:
+            return tuple(schedules.staircase(curve, 0.5, sites, self.layers)), sites  # p = 1/2: the list as written
+        if budget == 1.0:
+            return everything, sites
+        measure = self._measure(entering)
+        if self.reduction.kind == "flops":
+            budget *= rate
+        try:
+            shares = schedules.solve(curve, sites, self.layers, budget, measure)
+            if schedule.stages and method.scheduled:
+                thinned = schedules.merge_stages(shares, schedule.stages)
+                if len(thinned) < len(schedules.drop_sites(shares)):
+                    shares, sites = schedules.solve(curve, thinned, self.layers, budget, measure), thinned
+        except schedules.BudgetError as error:
+            raise BudgetError(self._unmet(method, budget, sites, error), error.low, error.high) from None
+        return shares, sites
+
+    def _measure(self, entering: int) -> Callable[[Sequence[int]], float]:
+        kind = self.reduction.kind
+        if kind != "flops":
+            return schedules.mean_share if kind == "mean" else schedules.final_share
+        return lambda shares: self.decoder([(entering * s + SHARE_ONE // 2) // SHARE_ONE for s in shares]) / self._dense
+
+    def _unmet(self, method: methods.Method, budget: float, sites: Sequence[int], error: schedules.BudgetError) -> str:
+        kind = self.reduction.kind
+        if not sites:
+            return (
+                f"{method.name} drops after {method.where}, and these {self.layers} layers have no such place: "
+                f"only budget 1 can be met, got {budget:g}"
+            )
+        return (
+            f"{method.name} can meet {kind} budgets from {_up(error.low)} to {error.high:.4g} on this pattern of "
+            f"{self.layers} layers (it drops after {method.where}, first after layer {sites[0]}), got {budget:g}"
+        )
+
+
+def _up(low: float) -> str:
+    """`low` rounded up to four digits, so that the number printed can be met."""
+    return f"{math.ceil(low * 1e4) / 1e4:g}"
