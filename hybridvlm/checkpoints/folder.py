@@ -417,9 +417,9 @@ def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Check
     if path.parent.name == "snapshots":  # the hub's cache: .../models--owner--name/snapshots/commit
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
     config = dataclasses.replace(config, name=config.name or name, eos_ids=_stops(path, config))
-    if own_head(kind.table(config), tensors):
+    if own_head(kind.weight_map(config), tensors):
         config = dataclasses.replace(config, tie_embeddings=False)
-    table = kind.table(config)
+    table = kind.weight_map(config)
     tokenizer = _tokenizer(path, config)
     style = kind.style_for(config)
     sections = {"style": style, "buckets": PUBLISHED_BUCKETS}

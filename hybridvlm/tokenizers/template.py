@@ -201,7 +201,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     admit, written, counted = staticmethod(admit), staticmethod(written), staticmethod(Counted)
 
     @staticmethod
-    def check_values(value: Any) -> Any:
+    def checked(value: Any) -> Any:
         check_values(value)
         return value
 

@@ -27,7 +27,7 @@ from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.config import config_from_hf
-from hybridvlm.models.qwen_vl.weights import table
+from hybridvlm.models.qwen_vl.weights import weight_map
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack
@@ -38,7 +38,7 @@ from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
 from hybridvlm.vision.model import CONNECTORS, TOWERS, encode_frames
 
-__all__ = ["config_from_hf", "table"]
+__all__ = ["config_from_hf", "weight_map"]
 
 NAME = "qwen_vl"
 MODEL_TYPES = ("qwen2_vl", "qwen3_vl", "Qwen2VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")

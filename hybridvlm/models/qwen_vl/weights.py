@@ -177,13 +177,13 @@ def vision_jobs(c: ModelConfig, generation: int) -> list[StackedSpec]:
     return jobs + stacked_specs(c, stacked, range(len(v.deepstack)))
 
 
-def table(c: QwenConfig) -> WeightMap:
+def weight_map(config: QwenConfig) -> WeightMap:
     """Published names and our arrays."""
     return WeightMap(
-        jobs=(*text_jobs(c, c.count("*")), *vision_jobs(c, c.generation)),
+        jobs=(*text_jobs(config, config.count("*")), *vision_jobs(config, config.generation)),
         renames=RENAMES,
-        publish=PUBLISH[c.generation],
+        publish=PUBLISH[config.generation],
         fused=FUSED,
-        tied=("embed_tokens.weight", "lm_head.weight") if c.tie_embeddings else (),
-        who=f"the config {c.name}" if c.name else "the config",
+        tied=("embed_tokens.weight", "lm_head.weight") if config.tie_embeddings else (),
+        who=f"the config {config.name}" if config.name else "the config",
     )

@@ -22,7 +22,7 @@ from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout, at_size, encode
-from hybridvlm.models.vamba.weights import config_from_hf, table
+from hybridvlm.models.vamba.weights import config_from_hf, weight_map
 from hybridvlm.nn import vamba
 from hybridvlm.nn.caches import AttentionCache
 from hybridvlm.nn.vamba import VambaDecoder, VideoMemory
@@ -36,7 +36,7 @@ from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision.model import CONNECTORS, TOWERS
 
-__all__ = ["at_size", "config_from_hf", "encode", "table"]
+__all__ = ["at_size", "config_from_hf", "encode", "weight_map"]
 
 NAME = "vamba"
 # It has the names of Qwen2-VL; hybridvlm.models.family.family_of knows it by its vision_mamba_mixer_config.

@@ -60,15 +60,19 @@ LAYER: tuple[WeightSpec, ...] = (
 )
 
 
-def table(c: VambaConfig) -> WeightMap:
+def weight_map(config: VambaConfig) -> WeightMap:
     """Published names and our arrays; the last layer's Mamba block, which reaches no output, among them."""
     return WeightMap(
-        jobs=(*text_jobs(c, c.layers), *stacked_specs(c, LAYER, range(c.layers)), *vision_jobs(c, c.generation)),
+        jobs=(
+            *text_jobs(config, config.layers),
+            *stacked_specs(config, LAYER, range(config.layers)),
+            *vision_jobs(config, config.generation),
+        ),
         renames=RENAMES,
-        publish=PUBLISH[c.generation],
+        publish=PUBLISH[config.generation],
         fused=FUSED,
-        tied=("embed_tokens.weight", "lm_head.weight") if c.tie_embeddings else (),
-        who=f"the config {c.name}" if c.name else "the config",
+        tied=("embed_tokens.weight", "lm_head.weight") if config.tie_embeddings else (),
+        who=f"the config {config.name}" if config.name else "the config",
     )
 
 
