@@ -2,7 +2,7 @@
 
     python -m hybridvlm.analyze ablate --models tiny-reduced --sets scores --limit 140
         one checkpoint; intervals are over videos
-    python -m hybridvlm.analyze ablate --models hybrid=runs/h0,runs/h1,runs/h2 twin=runs/t0,runs/t1,runs/t2 --sets layers,budgets
+    python -m hybridvlm.analyze ablate --models hybrid=runs/h0,runs/h1,runs/h2 transformer=runs/t0,runs/t1,runs/t2 --sets layers,budgets
         groups of training seeds; intervals are over seeds, all cells on the same questions
     python -m hybridvlm.analyze ablate --models tiny --sets "" --cell "late: start=8" --cell "sharp: steepness=30 match=on"
         cells of your own: fields of the reduction, its schedule and its score; match=on solves it to the reference's FLOPs

@@ -1,6 +1,6 @@
 """How much of a dropped token does the model still hold: compression, or dropping?
 
-    python -m hybridvlm.analyze probe --model tiny --twin runs/twin
+    python -m hybridvlm.analyze probe --model tiny --baseline runs/transformer
 
 On validation videos of the embedded benchmark, exactly the tokens that 16 one-hop questions ask about are dropped after a layer;
 ridge probes then try to read each one's content back: its features (what the tower said, place and time left out: R2), its class
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     add = parser.add_argument
     add("--model", default="tiny", help="packaged name or checkpoint folder (default: %(default)s)")
-    add("--twin", help="a Transformer of the same size trained on the same data, probed in the same way")
+    add("--baseline", help="a Transformer of the same size trained on the same data, probed in the same way")
     add("--videos", type=int, default=64, help="validation videos, 16 tokens each (default: %(default)s)")
     add("--layers", help="layers to drop after, such as 0,2,8 (default: every M and * but the last)")
     add(
@@ -86,10 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Probe the model, and the twin if there is one."""
+    """Probe the model, and the Transformer baseline if there is one."""
     if options.videos < 10:
         raise ValueError(f"--videos must be at least 10, for folds over videos, got {options.videos}")
-    models = [(name, load_embedded(name)) for name in (options.model, options.twin) if name]
+    models = [(name, load_embedded(name)) for name in (options.model, options.baseline) if name]
     for _, model in models:
         _layers(options.layers, model)  # refused before anything is computed
     folder = output_folder(options, f"probe-{short(options.model)}")
