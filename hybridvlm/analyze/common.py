@@ -18,10 +18,11 @@ from hybridvlm.config import MIXERS, ModelConfig, Reduction
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.eval.tasks import Task, TaskOptions, build_task
 from hybridvlm.inference.model import Model
+from hybridvlm.models import nemotron_vl, qwen_vl
 from hybridvlm.models.media import Clip
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models.nemotron_vl.model import assemble
 from hybridvlm.models.prompt import Batch, user_message
-from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models.qwen_vl import model as qwen_model
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.video import default_frames, most_frames, shown_clip
 
@@ -262,5 +263,5 @@ def _on_needle(model: Model, options: argparse.Namespace) -> Iterator[list[Asked
 def tokens_of(model: Model, params: dict, batch: Batch, visual: Any) -> Tokens:
     """The prompt's Tokens as layer 0 sees them."""
     if model.family is nemotron_vl:
-        return nemotron_vl.assemble(params["embed"], batch, visual)
-    return qwen_vl._assemble(model.config)(params["embed"], batch, visual)  # type: ignore[arg-type]
+        return assemble(params["embed"], batch, visual)
+    return qwen_model._assemble(model.config)(params["embed"], batch, visual)  # type: ignore[arg-type]

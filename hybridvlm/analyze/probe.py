@@ -52,6 +52,7 @@ from hybridvlm.analyze.common import (
 from hybridvlm.analyze.deletion import separate
 from hybridvlm.analyze.ridge import probe
 from hybridvlm.config import ATTENTION, MAMBA, ModelConfig
+from hybridvlm.console import track
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.inference.model import Model
 from hybridvlm.nn.attention import attention_layer, attention_shared
@@ -118,19 +119,14 @@ def _layers(text: str | None, model: Model) -> list[int]:
 
 def probe_model(model: Model, layers: Sequence[int], videos: int, seed: int, width: int) -> list[Row]:
     """One row per reader and drop: never shown, after each of `layers`, never dropped; and the shuffled control."""
-    from tqdm import tqdm
-
     bank = make_bank(model.params, model.config, FRAMES, 500, seed, split="val")
     batches, asked, last = _targets(bank, videos, seed)
     rows: list[Row] = []
     for content, place in ((asked, 1), (last, 2)):
         if place == 2 and MAMBA not in model.config.pattern:
             continue  # a Transformer keeps the last frame as it keeps any other
-        found = [
-            _read(model, bank, batch[0], batch[place], layers)
-            for batch in tqdm(batches, desc="videos", unit="part", disable=None)
-        ]
-        for layer in tqdm([NEVER_SHOWN, *layers, NEVER_DROPPED], desc="probes", unit="drop", disable=None):
+        found = [_read(model, bank, batch[0], batch[place], layers) for batch in track(batches, "part", "videos")]
+        for layer in track([NEVER_SHOWN, *layers, NEVER_DROPPED], "drop", "probes"):
             inputs = _inputs([reading[layer] for reading in found], layer, width, seed, place == 2)
             for reader, x in inputs.items():
                 rows.append(_drop(layer, model) | {"read from": reader} | content.probe(x))
