@@ -82,8 +82,8 @@ def kept(params, plan, tokens, segments):
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_alone_in_a_batch_in_a_longer_bucket_and_packed(params, name):
-    trust = tuple(1.0 if kind in "M*" else 0.0 for kind in CONFIG.pattern)
-    schedule = Schedule(trust=trust) if name == "str-calibrated" else Schedule()
+    weights = tuple(1.0 if kind in "M*" else 0.0 for kind in CONFIG.pattern)
+    schedule = Schedule(layer_weights=weights) if name == "str-calibrated" else Schedule()
     plan = make_plan(
         Reduction(name, 0.5, schedule=schedule), CONFIG, visual_tokens=60, text_tokens=LENGTH - 60, frames=15
     )

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.bench import timing
 from hybridvlm.bench.op_bench import positive
 from hybridvlm.config import Reduction
+from hybridvlm.console import progress
 
 DTYPES = ("float32", "bfloat16")
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     same = dict.fromkeys(reductions, 0)
     drops: list[np.ndarray] = []  # of every batch [drops, both, own], agreed and kept tokens
     samples, plan = task.samples, None
-    with timing.progress("answering", len(samples)) as bar:
+    with progress(len(samples), "question", "answering", delay=2, leave=False) as bar:
         for start in range(0, len(samples), args.batch_size):
             asked = samples[start : start + args.batch_size]
             rows = asked + asked[-1:] * (args.batch_size - len(asked))  # one shape, so one program

@@ -104,11 +104,11 @@ def unpermute_for_tp(laid: dict[str, Any], config: ModelConfig, devices: int, *,
     """The inverse of `permute_for_tp`: parameters in the order of the whole model, to be saved or laid out for another mesh.
 
     What is written down more than once counts as it stands first (join="first": parameters, moments), or is added up
-    ("sum": gradients, of which every copy has a part). lay_out(in_one_piece(gradients, ..., join="sum"), ...) keeps copies
+    ("sum": gradients, of which every copy has a part). permute_for_tp(unpermute_for_tp(gradients, ..., join="sum"), ...) keeps copies
     equal; training needs it where the tensor axis is longer than there are SSM groups or kv heads, else there are no copies.
     """
     if join not in ("first", "sum"):
-        raise ValueError(f"in_one_piece: join must be 'first' or 'sum', got {join!r}")
+        raise ValueError(f"unpermute_for_tp: join must be 'first' or 'sum', got {join!r}")
 
     def back(a: Any, columns: np.ndarray) -> Any:
         width = int(columns.max()) + 1

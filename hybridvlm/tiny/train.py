@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--transformer",
         action="store_true",
-        help="train the Transformer twin instead: every Mamba layer is an attention layer of about as many parameters",
+        help="train the Transformer baseline instead: every Mamba layer is an attention layer of about as many parameters",
     )
     args = parser.parse_args(argv)
     work = args.work or args.output.with_name(args.output.name + ".run")
