@@ -238,6 +238,8 @@ def compile_for(
         executable = lowered.compile(compiler_options=compiler_options)
     compile_seconds, compile_cpu_seconds = time.perf_counter() - start, _cpu_seconds() - cpu
     memory, cost = executable.memory_analysis(), executable.cost_analysis() or {}
+    if memory is None:
+        raise RuntimeError(f"the compiler for {where.name} does not tell what memory a program takes")
     seconds = cost.get("optimal_seconds", 0.0)
     return Compiled(
         executable=executable,

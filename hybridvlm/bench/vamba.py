@@ -70,7 +70,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     from hybridvlm.reduction import cost as flops
 
     config = load_model_config(MODELS[model])
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=tuple(args.size)))
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=tuple(args.size)))
     where = aot.target(args.train_target if phase == "train" else args.target)
     build = {"prefill": prefill_program, "film": film_program, "train": train_program}[phase]
     compiled, parts = build(where, config, frames, args)
@@ -92,7 +92,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
         "fits_80gb": compiled.peak_bytes <= 80e9,
         "paper_gb": paper[0],
         "decoder_tflops": decoder_flops(config, frames, args.text) * films * (3 if phase == "train" else 1) * 1e-12,
-        "tower_tflops": flops.vision_flops(config.vision, _slices(config, frames), config.width) * films * 1e-12,
+        "tower_tflops": flops.vision_flops(config.tower, _slices(config, frames), config.width) * films * 1e-12,
         "as_paper_tflops": None if phase == "train" else papers_flops(config, frames, args.text) * 1e-12,
         "paper_tflops": paper[1],
         "cost_s": None if cost is None else cost.seconds,
@@ -107,11 +107,11 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
 
 def _slices(config: ModelConfig, frames: int) -> int:
     """Frames of the tower: one for every two of the film's."""
-    return -(-frames // config.vision.temporal_patch)
+    return -(-frames // config.tower.temporal_patch)
 
 
 def visual_tokens(config: ModelConfig, frames: int) -> int:
-    return _slices(config, frames) * config.vision.tokens_per_frame
+    return _slices(config, frames) * config.tower.tokens_per_frame
 
 
 def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
@@ -277,7 +277,7 @@ def film_program(where, config: ModelConfig, frames: int, args: argparse.Namespa
     import jax
     import jax.numpy as jnp
 
-    shape = (1, _slices(config, frames), config.vision.temporal_patch, *args.size, 3)
+    shape = (1, _slices(config, frames), config.tower.temporal_patch, *args.size, 3)
     film = jax.ShapeDtypeStruct(shape, jnp.uint8)
     _, ids = _inputs(config, frames, args.text, 1)
     return _prefill(where, config, args, shapes(config, jnp.bfloat16, tower=True), film, ids)

@@ -50,7 +50,7 @@ def ours(folder: pathlib.Path, name: str) -> tuple[np.ndarray, Any, np.ndarray]:
     if clip is not None:
         size = model.family.frame_size(config, *clip.size, len(clip.seconds), clip.kind)
         size = clip.frames.shape[1:3] if clip.kind == "video" else size
-        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=tuple(size)))
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=tuple(size)))
     content = [*({"type": clip.kind} for clip in clips), {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
     layout = model.family.prompt(config, model.tokenizer, messages, clips, style=model.style)

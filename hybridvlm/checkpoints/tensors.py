@@ -121,7 +121,7 @@ class _File:
             offset += start * math.prod(shape[1:]) * dtype.itemsize
             shape = (stop - start, *shape[1:])
         out = np.empty(shape, dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
         done = 0
         while done < len(view):
             got = os.preadv(self.handle.fileno(), [view[done : done + (1 << 30)]], offset + done)

@@ -236,7 +236,7 @@ class Runner:
             layout = self.layout(sample)
             pick = self.model.buckets.pick
             return Bucket(
-                pick("frames", layout.frames), pick("text", layout.text), tuple(config.vision.image_size), clip.kind
+                pick("frames", layout.frames), pick("text", layout.text), tuple(config.tower.image_size), clip.kind
             )
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error

@@ -82,6 +82,7 @@ def _check_form(where: str, form: str, values: Mapping[str, Any]) -> None:
                 continue
             if name not in values:
                 raise ValueError(f"it names {name[:40]!r}")
+            spec = spec or ""
             if conversion or len(spec) > 8 or "{" in spec or re.search(r"\d{4}", spec):
                 raise ValueError(f"{name!r} has the format {(conversion or '') + spec:.40}")
         form.format(**values)

@@ -134,7 +134,8 @@ def prefill(
         tokens = _with_index_in_segment(config, tokens)
 
     entries: list[Cache] = []
-    survivors, kept, scores = [], [here], {}
+    survivors: list[tuple[jax.Array, jax.Array]] = []
+    kept, scores = [here], {}
     for start, site in _ranges(len(config.pattern), scored | deepstack):
         layers = LayerRange(config, start, site, decode_capacity, remat, caches)
         if start < site:
@@ -158,11 +159,12 @@ def prefill(
         entries.append(cache)
         tokens = _add_deepstack(tokens.replace(x=x), site)
         if site in scored:
+            assert score_fn is not None  # `_check`
             differentiable = site in collect or straight_through is not None
             score = score_fn(site, *((aux, tokens) if differentiable else jax.lax.stop_gradient((aux, tokens))))
         if site in collect:
             scores[site] = score
-        if site in drops:
+        if plan is not None and site in drops:
             keep = plan.keep(site + 1, counts)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
@@ -174,7 +176,7 @@ def prefill(
 
 
 def step(
-    layers: tuple[dict[str, jax.Array], ...],
+    layers: tuple[Params, ...],
     norm_f: jax.Array,
     config: ModelConfig,
     x: jax.Array,
@@ -277,7 +279,7 @@ def layer_params(params: Params, config: ModelConfig, layer: int) -> dict[str, j
     return index_params(params[name], index)
 
 
-def unstack(params: Params, config: ModelConfig) -> tuple[dict[str, jax.Array], ...]:
+def unstack(params: Params, config: ModelConfig) -> tuple[Params, ...]:
     """One dict per layer, for `step`: a decode loop slices the stacks once, before it starts, not again for every token."""
     layers = []
     for layer in range(len(config.pattern)):

@@ -31,7 +31,7 @@ def trusted_curve(schedule: Schedule, layers: int) -> schedules.Curve:
     """The schedule's curve with each layer at its place in accumulated trust."""
     if schedule.shape == "list":
         raise ValueError("str-calibrated takes a schedule with a shape of its own, got shape 'list'")
-    curve, span = schedules.schedule_curve(schedule, layers), max(1, layers - 1)
+    curve, span = schedules.shape_curve(schedule, layers), max(1, layers - 1)
     total = sum(schedule.trust[: layers - 1]) or 1.0  # nothing drops after the last layer
     place = [span * sum(schedule.trust[:layer]) / total for layer in range(layers)]
     return lambda layer, ordinal, p: curve(place[layer], ordinal, p)

@@ -133,6 +133,7 @@ class BudgetSolver:
         schedule = self.reduction.schedule
         if method.place != "decoder":
             return everything, ()
+        assert method.sites is not None and method.curve is not None  # as every Method of this place has
         sites = method.sites(self.config.pattern, schedule)
         curve = method.curve(schedule, self.layers)
         if schedule.shape == "list" and budget == 1.0 and method.scheduled:

@@ -160,7 +160,8 @@ def qwen_tower(
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         return vit_block(layer, c, x, turn=lambda heads: rotate_pairs(heads, jnp.asarray(angle))), None
 
-    planes, at = [], 0
+    planes: list[jax.Array] = []
+    at = 0
     for stop in [*(layer + 1 for layer in c.deepstack), c.layers]:
         run = jax.tree.map(lambda a, at=at, stop=stop: a[at:stop], p["blocks"])
         x, _ = jax.lax.scan(block, x, run)

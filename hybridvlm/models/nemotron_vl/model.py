@@ -137,7 +137,7 @@ class HybridVLM(nn.Module):
         scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
         params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
         place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-        visual = encode_frames(params, self.config.vision, scaled, place, dtype=self.embed.dtype)
+        visual = encode_frames(params, self.config.tower, scaled, place, dtype=self.embed.dtype)
         return visual.reshape(b, f, *visual.shape[1:])
 
     def prompt(self, batch: Batch, visual: jax.Array | None) -> Tokens:
@@ -259,7 +259,7 @@ def make_plan(
     return settle(
         reduction,
         config,
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,

@@ -144,7 +144,7 @@ def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: s
 
 def at_size(config: QwenConfig, height: int, width: int) -> QwenConfig:
     """The config for clips of this size, as `frame_size` gives it: plans and batches read their grid off it."""
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=(height, width)))
+    return dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=(height, width)))
 
 
 # -- prompts (host) -----------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def prompt(
         if rows % factors[1] or cols % factors[2]:
             raise ValueError(f"a grid of {rows}x{cols} tokens cannot be pooled by {factors[1]}x{factors[2]}")
         grid = rows // factors[1], cols // factors[2]
-        patch = config.vision.temporal_patch
+        patch = config.tower.temporal_patch
         starts = range(0, len(clip.seconds), patch)
         if not times or clip.kind == "image":
             pieces.text(pending + trusted(VISION_START))
@@ -308,7 +308,7 @@ def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray
 
     The last frame is repeated to fill its tubelet, and tubelets behind the last one are black and never read.
     """
-    patch = config.vision.temporal_patch
+    patch = config.tower.temporal_patch
     sized = []
     for clip in clips:
         if clip.frames is None:
@@ -339,7 +339,7 @@ def make_plan(
     return plan_for(
         reduction,
         config,
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         itemsize=itemsize,
@@ -363,7 +363,7 @@ def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> 
     b, f = pixels.shape[:2]
     scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
     place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-    visual = encode_frames(params, config.vision, scaled, place, dtype=params["embed"].dtype)
+    visual = encode_frames(params, config.tower, scaled, place, dtype=params["embed"].dtype)
     return visual.reshape(b, f, *visual.shape[1:])
 
 

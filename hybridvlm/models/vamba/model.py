@@ -119,7 +119,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
 def trim_frames(config: VambaConfig, clip: Clip) -> Clip:
     """A film without the frames at its end that fill no tubelet, as the reference has it; one shorter than that stays."""
-    patch = config.vision.temporal_patch
+    patch = config.tower.temporal_patch
     whole = len(clip.seconds) // patch * patch
     if clip.kind == "image" or not whole or whole == len(clip.seconds):
         return clip
@@ -183,7 +183,7 @@ def make_plan(
     return plan_for(
         reduction,
         VambaReading(config, text),
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,
