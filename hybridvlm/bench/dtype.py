@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows for the drop layers, then for the answers."""
-    from hybridvlm.checkpoints import folder
     from hybridvlm.eval.tasks import TaskOptions, build_task
+    from hybridvlm.inference.model import load
 
-    models = {dtype: folder.load(args.model, dtype=dtype) for dtype in DTYPES}
+    models = {dtype: load(args.model, dtype=dtype) for dtype in DTYPES}
     task = build_task(
         "needle", TaskOptions(models["float32"].config, frames=args.frames, split="val", limit=args.limit)
     )
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 same[kind] += sum(a == b for a, b in zip(*answers.values(), strict=True))
                 if kept:
                     tokens = _video_tokens(models["float32"], task, asked)
-                    drops.append(_agreement(*kept.values(), tokens))
+                    ours, theirs = kept.values()
+                    drops.append(_agreement(ours, theirs, tokens))
             bar.update(len(asked))
     agreed, overlap, share = np.concatenate(drops, axis=1).mean(axis=1).T
     pattern = models["float32"].config.pattern

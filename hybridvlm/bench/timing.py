@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(candidates: Mapping[Key, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[Key, list[float]]:
     """Seconds of every call, by candidate: `warmup` unmeasured rounds, then `rounds` in which each is called once.
 
     A call counts as over when every array that it returned is ready. From round to round the order is turned by one
@@ -22,7 +22,7 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, war
     if rounds < 1:
         raise ValueError(f"interleaved: rounds must be at least 1, got {rounds}")
     names = list(candidates)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
     with progress("measuring", (rounds + warmup) * len(names)) as bar:
         for turn in range(-warmup, rounds):
             for place in range(len(names)):

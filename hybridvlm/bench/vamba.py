@@ -72,8 +72,12 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     config = load_model_config(MODELS[model])
     config = dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=tuple(args.size)))
     where = aot.target(args.train_target if phase == "train" else args.target)
-    build = {"prefill": prefill_program, "film": film_program, "train": train_program}[phase]
-    compiled, parts = build(where, config, frames, args)
+    programs: dict[str, Callable[..., Any]] = {
+        "prefill": prefill_program,
+        "film": film_program,
+        "train": train_program,
+    }
+    compiled, parts = programs[phase](where, config, frames, args)
     named = sum(parts.values())
     cost = None
     if where.platform == "tpu":
@@ -128,7 +132,7 @@ def papers_flops(config: ModelConfig, frames: int, text: int) -> int:
     """Operations of one prompt's prefill as a profiler counts them that does not look into FlashAttention."""
     from hybridvlm.reduction import cost as flops
 
-    v, video, vamba = config.vision, visual_tokens(config, frames), isinstance(config, VambaConfig)
+    v, video, vamba = config.tower, visual_tokens(config, frames), isinstance(config, VambaConfig)
     row = text if vamba else video + text
     heads, layers = config.attention_heads * config.head_dim, config.count("*")
     products = layers * (2 * heads * row * row + (4 * heads * text * video if vamba else 0))
@@ -164,8 +168,9 @@ def vamba_states(params, config: VambaConfig, visual, ids, piece: int, **options
 
     video = text_tokens(visual, jnp.ones(visual.shape[:2], jnp.int32))
     text = text_tokens(jnp.take(params["embed"], ids, axis=0), jnp.ones(ids.shape, jnp.int32))
-    memory, text, caches = vamba.prefill(params["decoder"], config, video, text, segment_tokens=piece, **options)
-    return text.x, (memory, caches)
+    memory, read, caches = vamba.prefill(params["decoder"], config, video, text, segment_tokens=piece, **options)
+    assert read is not None  # as text was given
+    return read.x, (memory, caches)
 
 
 def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):

@@ -81,7 +81,7 @@ class _File:
             self.places[name] = (DTYPES[kind], tuple(shape), self.begin + first)
         self._check_spans(sorted(spans), size - self.begin)
 
-    def _header(self, data: bytes) -> dict[str, object]:
+    def _header(self, data: bytes) -> dict[str, Any]:
         """The table of tensors; not JSON's other encodings, nor a name twice, nor metadata other than words."""
 
         try:

@@ -166,6 +166,11 @@ class Fields:
             raise ValueError(f"{self.file}: {label} must be a list of {length} numbers, got {shown(value)}")
         return numbers
 
+    def three(self, name: str) -> tuple[float, float, float]:
+        """A list of three numbers."""
+        first, second, third = self.numbers(name, 3)
+        return first, second, third
+
     def word(self, name: str) -> str:
         """A word."""
         label, value = self.get(name)

@@ -63,7 +63,7 @@ def shape_curve(schedule: Schedule, layers: int) -> DepthCurve:
         )
     reach = 12.0 / schedule.steepness  # beyond this distance from the midpoint a share rounds to the floor or to all
 
-    def sigmoid(layer: int, ordinal: int, p: float) -> float:
+    def sigmoid(layer: float, ordinal: int, p: float) -> float:
         midpoint = -reach + p * (1.0 + 2.0 * reach)
         return floor + (1.0 - floor) / (1.0 + math.exp(min(700.0, schedule.steepness * (layer / span - midpoint))))
 

@@ -311,9 +311,11 @@ def _environment() -> _Environment:
         **jinjas,
         "join": bounded_filter(joined_filter, skip=1),
     }
+    # Jinja leaves the values of its tables without a type
+    tests: dict[str, Any] = {**environment.tests}
     environment.tests = {
         name: function if hasattr(function, "jinja_pass_arg") else bounded_test(function)
-        for name, function in environment.tests.items()
+        for name, function in tests.items()
     }
     ranged = environment.globals["range"]
     environment.globals = {

@@ -354,7 +354,7 @@ def on_white(frame: av.VideoFrame) -> av.VideoFrame:
     # of a picture that is transparent everywhere and yet one, the fourth channel was never filled
     if alpha.any() or (colour == colour[0, 0]).all():
         colour = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(colour), format="rgb24")
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(colour, np.uint8), format="rgb24")
 
 
 def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

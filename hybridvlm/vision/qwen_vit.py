@@ -94,7 +94,7 @@ def patch_values(config: VisionConfig) -> int:
     return 3 * config.temporal_patch * config.patch_size**2
 
 
-def patch_rows(config: VisionConfig, pixels: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+def patch_rows(config: VisionConfig, pixels: ArrayT) -> ArrayT:
     """Tubelets [T,t,h,w,3] -> their patches [T,n,R] in merge order, R values in the order channel, frame, row, column."""
     return einops.rearrange(
         pixels,

@@ -243,11 +243,10 @@ def vision_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Visi
 
 
 def _colours(fields: Fields, name: str) -> tuple[float, float, float]:
-    found = fields.numbers(name, 3)
+    found = fields.three(name)
     if any(math.isinf(x) for x in found) or (name == "norm_std" and min(found) <= 0):
         raise ValueError(f"config.json: {fields.get(name)[0]} must be three numbers, got {shown(list(found))}")
-    red, green, blue = found
-    return red, green, blue
+    return found
 
 
 def _tower(vision: Mapping[str, Any]) -> defaults.Defaults:

@@ -25,15 +25,15 @@ from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import Batch, Layout, Pieces
+from hybridvlm.models.prompt import ArrayT, Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.config import config_from_hf
 from hybridvlm.models.qwen_vl.weights import table
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.reduction.plan import make_plan as plan_for
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
 from hybridvlm.vision.model import CONNECTORS, TOWERS, encode_frames
@@ -130,7 +130,7 @@ def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: s
 
     A video's frame gets at most its own limit and an even share of the whole video's.
     """
-    v = config.vision
+    v = config.tower
     factor = v.patch_size * v.downsample
     if kind == "image":
         return smart_resize(height, width, factor, *config.image_pixels)
@@ -161,10 +161,10 @@ class QwenLayout(Layout):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QwenBatch(Batch):
+class QwenBatch(Batch[ArrayT]):
     """A Batch with position [B,L,3] int32."""
 
-    position: jax.Array
+    position: ArrayT
 
 
 def rope_positions(
@@ -208,7 +208,7 @@ def rope_positions(
 
 def _grid(config: QwenConfig, clip: Clip) -> tuple[int, int]:
     """Rows and columns of visual tokens of a clip's frames, as they are or as they will be."""
-    v = config.vision
+    v = config.tower
     if clip.frames is not None and clip.kind == "video":
         size = clip.frames.shape[1:3]
     else:
@@ -280,7 +280,7 @@ def make_batch(
     layouts: Sequence[QwenLayout],
     buckets: Buckets,
     factors: tuple[int, int, int] = (1, 1, 1),
-) -> tuple[QwenBatch, int, int]:
+) -> tuple[QwenBatch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket).
 
     factors: as the prompts were laid out with. ValueError if frames are not of one size in all of them, or a prompt is over the
@@ -314,7 +314,8 @@ def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray
         if clip.frames is None:
             raise ValueError("pixels: a clip has no frames; a layout can be made without them, its pixels cannot")
         if clip.kind == "image":
-            sized.append(resize(clip.frames, frame_size(config, *clip.frames.shape[1:3], 1, "image")))
+            height, width = clip.frames.shape[1:3]
+            sized.append(resize(clip.frames, frame_size(config, height, width, 1, "image")))
         else:
             sized.append(clip.frames)
     sizes = sorted({array.shape[1:3] for array in sized})
@@ -336,7 +337,7 @@ def make_plan(
     """The static plan for a bucket of `frames` tubelets, of the size in config.vision; None when there is nothing to reduce."""
     if reduction is None or reduction.method == "none" or not frames:
         return None
-    return plan_for(
+    return plans.make_plan(
         reduction,
         config,
         visual_tokens=frames * config.tower.tokens_per_frame,
@@ -386,6 +387,11 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
     return assemble
 
 
+def embed_prompt(params: Mapping[str, Any], config: QwenConfig, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
+    """Prompts as layer 0 of a dense pass sees them, with M-RoPE positions and DeepStack planes."""
+    return _assemble(config)(params["embed"], batch, visual)
+
+
 def decoder_output(
     params: Mapping[str, Any],
     config: QwenConfig,
@@ -405,9 +411,22 @@ def prefill(
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
+    *,
+    scores: bool = False,
+    hidden_states: bool = False,
 ) -> PrefillOutput:
     """Prompts to last-token logits [B,V] fp32 under a plan (None: dense), and QwenCaches with `decode_capacity` for new tokens."""
-    done = nemotron_vl.prefill(params, config, batch, visual, plan, decode_capacity, _assemble(config))
+    done = nemotron_vl.prefill(
+        params,
+        config,
+        batch,
+        visual,
+        plan,
+        decode_capacity,
+        _assemble(config),
+        scores=scores,
+        hidden_states=hidden_states,
+    )
     real = (jnp.asarray(batch.segment) > 0)[..., None]
     following = jnp.max(jnp.where(real, batch.position, -1), axis=(1, 2)) + 1
     caches = QwenCaches(done.decoder.caches, following)

@@ -30,8 +30,8 @@ from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import methods
+from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.reduction.plan import make_plan as plan_for
 from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision.model import CONNECTORS, TOWERS
@@ -83,7 +83,7 @@ def module(config: VambaConfig) -> Vamba:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket, text and video apart.
 
     input_ids, segment [B,T] int32 (0 = padding, at the end); query [B,T] bool, the text behind the last visual token.
@@ -91,13 +91,13 @@ class Batch:
     frame_count [B] int32: real frames of each example (of the tower: pairs of the film's).
     """
 
-    input_ids: jax.Array
-    segment: jax.Array
-    query: jax.Array
-    video_segment: jax.Array
-    frame: jax.Array
-    index: jax.Array
-    frame_count: jax.Array
+    input_ids: ArrayT
+    segment: ArrayT
+    query: ArrayT
+    video_segment: ArrayT
+    frame: ArrayT
+    index: ArrayT
+    frame_count: ArrayT
 
 
 def style_for(config: VambaConfig) -> PromptStyle:
@@ -110,7 +110,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
     The reference resizes twice, to the edges and then to the cells; this is the size after both, reached at once.
     """
-    v = config.vision
+    v = config.tower
     if kind == "video":
         scale = min(1.0, config.longest_edge / max(height, width))
         height, width = (max(config.shortest_edge, int(side * scale)) for side in (height, width))
@@ -153,7 +153,7 @@ def make_batch(
     layouts: Sequence[QwenLayout],
     buckets: Buckets,
     factors: tuple[int, int, int] = (1, 1, 1),
-) -> tuple[Batch, int, int]:
+) -> tuple[Batch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket)."""
     row, frames, text = qwen_vl.make_batch(config, layouts, buckets, factors)
     visual, real = row.frame >= 0, row.segment > 0
@@ -166,7 +166,8 @@ def make_batch(
         last = seen[-1] if len(seen) else -1
         words[:, i, : len(at)] = row.input_ids[i, at], row.segment[i, at], at > last
         video[:, i, : len(seen)] = row.segment[i, seen], row.frame[i, seen], seen
-    return Batch(words[0], words[1], words[2] > 0, *video, row.frame_count), frames, text
+    segment, frame, index = video
+    return Batch(words[0], words[1], words[2] > 0, segment, frame, index, row.frame_count), frames, text
 
 
 def pixels(config: VambaConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
@@ -180,7 +181,7 @@ def make_plan(
     """The static plan for a bucket of `frames` tubelets, of the size in config.vision; one layer of the plan is one of VAMBA's."""
     if reduction is None or reduction.method == "none" or not frames:
         return None
-    return plan_for(
+    return plans.make_plan(
         reduction,
         VambaReading(config, text),
         visual_tokens=frames * config.tower.tokens_per_frame,
@@ -291,12 +292,17 @@ def prefill(
     visual: jax.Array | VideoMemory | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
+    *,
+    scores: bool = False,
+    hidden_states: bool = False,
 ) -> PrefillOutput:
     """Prompts to last-token logits, with `decode_capacity` cache slots for new tokens.
 
     visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may then hold several
     questions on each video, those on one video side by side); or None for text alone.
     """
+    if scores or hidden_states:
+        raise ValueError("prefill: VAMBA's two streams return no scores and no hidden states of one row")
     text = text_stream(params["embed"], batch)
     b = batch.input_ids.shape[0]
     if visual is None or isinstance(visual, VideoMemory):
