@@ -8,7 +8,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
 
 
 def interleaved(candidates: Mapping[Key, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[Key, list[float]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from hybridvlm.bench import timing
@@ -124,7 +125,7 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     from hybridvlm.reduction.vamba import VambaReading
 
     row = visual_tokens(config, frames) + text
-    counted = VambaReading(config, text) if isinstance(config, VambaConfig) else config
+    counted: flops.Counted = VambaReading(config, text) if isinstance(config, VambaConfig) else config
     return flops.decoder_flops(counted, [row] * len(counted.pattern))
 
 

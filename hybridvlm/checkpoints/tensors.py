@@ -14,6 +14,7 @@ import pathlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np

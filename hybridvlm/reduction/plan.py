@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from hybridvlm import config as configs
-from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptions
+from hybridvlm.config import KINDS, Reduction, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
@@ -236,7 +236,7 @@ class ReductionPlan:
 
 def make_plan(
     reduction: Reduction,
-    config: ModelConfig,
+    config: flops.Counted,
     *,
     visual_tokens: int,
     text_tokens: int,

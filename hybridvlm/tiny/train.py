@@ -24,6 +24,7 @@ import optax
 from hybridvlm.config import MIXERS, ModelConfig, load_model_config
 from hybridvlm.errors import said
 from hybridvlm.files import folder_lock
+from hybridvlm.nn.caches import AttentionCache
 from hybridvlm.nn.decoder import DecoderOutput, SharedOutput
 from hybridvlm.tiny import codes, needle, tower
 from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank

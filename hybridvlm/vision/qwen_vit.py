@@ -15,7 +15,7 @@ and of the merger (C = D * downsample^2, E = projector_width, W = the decoder's 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import einops
 import jax
@@ -29,6 +29,7 @@ from hybridvlm.ops.rope import axial_angles, rotate_pairs
 from hybridvlm.vision.radio import RadioBlocks, normalise, vit_block
 
 Params = dict[str, Any]
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 
 class QwenTower(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import linen as nn
 from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import PromptStyle
+from hybridvlm.models.prompt import ArrayT, PromptStyle
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout, at_size, encode
 from hybridvlm.models.vamba.weights import config_from_hf, table
