@@ -71,7 +71,7 @@ def write_synthetic(path: pathlib.Path, gigabytes: float, shard_bytes: int = 1 <
             held = 0
         shards[-1][name] = (block.dtype, shape)
         held += size
-    home = {}
+    home: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         write_tensors(path / file, shard, pieces)

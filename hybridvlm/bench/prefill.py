@@ -99,7 +99,7 @@ def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames:
     if method == "none":
         return None
     reduction = Reduction(method, args.budget, schedule=override(Schedule(), args.schedule, "--schedule"))
-    return bench_plan(reduction, config, frames, config.vision.tokens_per_frame, text)
+    return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
 
 
 def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
@@ -119,7 +119,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
     from hybridvlm.models.nemotron_vl.model import HybridVLM
 
     timing.say(f"timing the vision tower on {frames} frames")
-    shape = (1, frames, *config.vision.image_size, 3)
+    shape = (1, frames, *config.tower.image_size, 3)
     pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     encode = lambda params, pixels: HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)  # noqa: E731
     call, _ = _compiled(encode, params, pixels)

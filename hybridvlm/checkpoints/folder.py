@@ -278,10 +278,10 @@ def read_weights(
         if str(stored) not in STORAGE:
             raise CheckpointError(f"{file}: {name} is stored as {stored}; this format holds {' or '.join(STORAGE)}")
         array = tensors[name]
-        kind = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
-        check_finite(array, f"{file}: {name}", kind)
-        array = jnp.asarray(array, kind)
-        flat[name] = array if place is None else jax.device_put(array, place(name, array.shape))
+        to = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
+        check_finite(array, f"{file}: {name}", to)
+        here = jnp.asarray(array, to)
+        flat[name] = here if place is None else jax.device_put(here, place(name, here.shape))
     return unflatten(flat)
 
 

@@ -206,8 +206,7 @@ def video_stage(
     memory of n = stop - first layers (its rows are M filled up to whole pieces), and the states.
     """
     b, length, width = x.shape
-    if state is None:
-        state = start_state(c, stop - first, b, x.dtype)
+    state = start_state(c, stop - first, b, x.dtype) if state is None else state
     pieces = -(-length // segment_tokens)
     size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
     if pieces == 1:
@@ -428,14 +427,15 @@ def prefill(
             text = text.replace(x=x_text)
             caches.append(cache)
         if stop < c.layers:
+            assert plan is not None and score_fn is not None  # another stage begins behind a drop alone
             score = score_fn(stop - 1, _cut(aux, video.length), video.replace(x=x))
             video = compact(video.replace(x=x), score, plan.keep(stop, counts), plan.row_length(stop))
             survivors.append((video.index, video.visual))
             kept.append(visual_counts(video, segments))
-    memory = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
+    whole = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
     if text is not None:
         text = text.replace(x=rms_norm(text.x, params["norm_f"], c.norm_eps))
-    return memory, text, tuple(caches)
+    return whole, text, tuple(caches)
 
 
 def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:

@@ -137,7 +137,7 @@ class HybridVLM(nn.Module):
         scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
         params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
         place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-        visual = encode_frames(params, self.config.vision, scaled, place, dtype=self.embed.dtype)
+        visual = encode_frames(params, self.config.tower, scaled, place, dtype=self.embed.dtype)
         return visual.reshape(b, f, *visual.shape[1:])
 
     def prompt(self, batch: Batch, visual: jax.Array | None) -> Tokens:
@@ -181,7 +181,7 @@ class PrefillOutput:
 
 def frame_size(config: ModelConfig, height: int, width: int, frames: int, kind: str) -> tuple[int, int]:
     """(height, width) of the frames that the tower sees of a source of this size (of each tile, for an image in tiles)."""
-    v = config.vision
+    v = config.tower
     if kind == "video" and v.video_patches:
         grid = video_grid(height, width, v.downsample, v.video_patches)
     elif kind == "image" and v.image_patches[1]:
@@ -207,12 +207,11 @@ def prompt(
     """
     pieces = Pieces(tokenizer)
     style = style_for(config) if style is None else style
-    v = config.vision
     for part in render(tokenizer, messages, CHAT, template_options=template_options):
         if isinstance(part, str):
             pieces.text(part)
             continue
-        clip = clips[part]
+        clip, v = clips[part], config.tower
         tokens = v.tokens_per_frame // (factors[1] * factors[2])
         if clip.kind == "video":
             video_pieces(pieces, clip.seconds, tokens, style, patch=v.temporal_patch, group=factors[0])
@@ -235,9 +234,11 @@ def make_batch(
 
 def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
     """What `encode` takes of one clip per example: uint8 [B,frames,h,w,3], or [B,frames,t,h,w,3] where t frames make a patch."""
-    v, rows = config.vision, []
+    v, rows = config.tower, []
     for clip in clips:
         shown = clip.frames
+        if shown is None:
+            raise ValueError("pixels: a clip has no frames; a layout can be made without them, its pixels cannot")
         if clip.kind == "image":
             shown = cut_tiles(shown[0], v.image_size, v.max_tiles) if v.max_tiles else resize(shown, v.image_size)
         elif v.temporal_patch > 1:
@@ -259,7 +260,7 @@ def make_plan(
     return plans.make_plan(
         reduction,
         config,
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,

@@ -196,7 +196,7 @@ TOP: tuple[WeightSpec, ...] = (
 
 
 def _merged(c: ModelConfig) -> int:
-    return c.vision.width * c.vision.downsample**2
+    return c.tower.width * c.tower.downsample**2
 
 
 PROJECTOR: tuple[WeightSpec, ...] = (

@@ -144,10 +144,10 @@ def _merger(source: str, target: str, spelling: Mapping[str, str], merged: bool)
     """The rows of one merger; `merged`: its norm comes after the neighbours are joined."""
 
     def inner(c: ModelConfig) -> int:
-        return c.vision.width * c.vision.downsample**2
+        return c.tower.width * c.tower.downsample**2
 
     def norm(c: ModelConfig) -> Shape:
-        return (inner(c) if merged else c.vision.width,)
+        return (inner(c) if merged else c.tower.width,)
 
     first, second = f"{source}.{spelling['merge1']}", f"{source}.{spelling['merge2']}"
     return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import linen as nn
 from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import PromptStyle
+from hybridvlm.models.prompt import ArrayT, PromptStyle
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout, at_size, encode
 from hybridvlm.models.vamba.weights import config_from_hf, weight_map
@@ -83,7 +83,7 @@ def module(config: VambaConfig) -> Vamba:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket, text and video apart.
 
     input_ids, segment [B,T] int32 (0 = padding, at the end); query [B,T] bool, the text behind the last visual token.
@@ -91,13 +91,13 @@ class Batch:
     frame_count [B] int32: real frames of each example (of the tower: pairs of the film's).
     """
 
-    input_ids: jax.Array
-    segment: jax.Array
-    query: jax.Array
-    video_segment: jax.Array
-    frame: jax.Array
-    index: jax.Array
-    frame_count: jax.Array
+    input_ids: ArrayT
+    segment: ArrayT
+    query: ArrayT
+    video_segment: ArrayT
+    frame: ArrayT
+    index: ArrayT
+    frame_count: ArrayT
 
 
 def style_for(config: VambaConfig) -> PromptStyle:
@@ -110,7 +110,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
     The reference resizes twice, to the edges and then to the cells; this is the size after both, reached at once.
     """
-    v = config.vision
+    v = config.tower
     if kind == "video":
         scale = min(1.0, config.longest_edge / max(height, width))
         height, width = (max(config.shortest_edge, int(side * scale)) for side in (height, width))
@@ -119,7 +119,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
 def trim_frames(config: VambaConfig, clip: Clip) -> Clip:
     """A film without the frames at its end that fill no tubelet, as the reference has it; one shorter than that stays."""
-    patch = config.vision.temporal_patch
+    patch = config.tower.temporal_patch
     whole = len(clip.seconds) // patch * patch
     if clip.kind == "image" or not whole or whole == len(clip.seconds):
         return clip
@@ -153,7 +153,7 @@ def make_batch(
     layouts: Sequence[QwenLayout],
     buckets: Buckets,
     factors: tuple[int, int, int] = (1, 1, 1),
-) -> tuple[Batch, int, int]:
+) -> tuple[Batch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket)."""
     row, frames, text = qwen_vl.make_batch(config, layouts, buckets, factors)
     visual, real = row.frame >= 0, row.segment > 0
@@ -166,7 +166,8 @@ def make_batch(
         last = seen[-1] if len(seen) else -1
         words[:, i, : len(at)] = row.input_ids[i, at], row.segment[i, at], at > last
         video[:, i, : len(seen)] = row.segment[i, seen], row.frame[i, seen], seen
-    return Batch(words[0], words[1], words[2] > 0, *video, row.frame_count), frames, text
+    segment, frame, index = video
+    return Batch(words[0], words[1], words[2] > 0, segment, frame, index, row.frame_count), frames, text
 
 
 def pixels(config: VambaConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
@@ -183,7 +184,7 @@ def make_plan(
     return plans.make_plan(
         reduction,
         VambaReading(config, text),
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,
