@@ -178,7 +178,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
 
     from hybridvlm.bench.prefill import bench_plan, prompt, running_chunk
     from hybridvlm.checkpoints import params_from_hf
-    from hybridvlm.inference.model import Sampling, decode
+    from hybridvlm.inference.sampling import Sampling, decode
     from hybridvlm.models.nemotron_vl.model import prefill as prefill_model
     from hybridvlm.nn.caches import cache_bytes
     from hybridvlm.reduction.cost import decoder_flops
