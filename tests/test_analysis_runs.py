@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybridvlm import analyze
+from hybridvlm.analyze import __main__ as analyze
 from hybridvlm.analyze import ablate, probe
 from hybridvlm.analyze.common import load_model
 from hybridvlm.config import Reduction, Schedule, load_model_config
