@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptions
-from hybridvlm.nn.caches import AttentionCache, MambaCache
+from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
 from hybridvlm.nn.decoder import prefill as prefill_on_one
 from hybridvlm.ops.layer_aux import AttentionAux
@@ -176,6 +176,11 @@ def _one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes[0] if len(axes) == 1 else axes or None
 
 
+def _with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
+    """A node of a tree with partition specs in the places of its arrays, as `jax.shard_map` takes them."""
+    return node(*specs, **named)
+
+
 DEFAULT_RULES = ShardingRules()
 
 
@@ -279,10 +284,14 @@ def prefill(
     """
     mesh = auto_mesh(mesh)
     local = local_config(config, tensor_size(mesh))
-    batch, row, heads, ssm = (
+    batch, heads, ssm = (
         _one_or_all(tuple(axis for axis in getattr(rules, name) if axis in mesh.shape))
-        for name in ("batch", "row", "heads", "ssm")
+        for name in ("batch", "heads", "ssm")
     )
+    rows = [axis for axis in rules.row if axis in mesh.shape]
+    if len(rows) > 1:
+        raise ValueError(f"sharding: rows are cut over one mesh axis, the rules name {', '.join(rows)}")
+    row = rows[0] if rows else None
     parts = math.prod(mesh.shape.get(axis, 1) for axis in rules.batch)
     if tokens.x.shape[0] % parts:
         raise ValueError(
@@ -302,15 +311,17 @@ def prefill(
     length = tokens.length
     tokens = pad_to(tokens, shards * shard_length(config, length, shards) if shards > 1 else length)
     entries = {
-        MAMBA: MambaCache(P(batch, None, ssm), P(batch, ssm), P(batch)),
-        ATTENTION: AttentionCache(
+        MAMBA: _with_specs(MambaCache, P(batch, None, ssm), P(batch, ssm), P(batch)),
+        ATTENTION: _with_specs(
+            AttentionCache,
             *(P(batch, None, heads), P(batch, None, heads), P(batch)),
             *(P(batch, None, heads), P(batch, None, heads), P(batch), P()),
         ),
         MLP: None,
         MOE: None,
     }
-    out_specs = DecoderOutput(
+    out_specs = _with_specs(
+        DecoderOutput,
         tokens=P(batch, row),
         caches=tuple(entries[kind] for kind in config.pattern) if caches else (),
         survivors=P(batch, row),
@@ -318,7 +329,7 @@ def prefill(
         scores=P(batch, row),
     )
 
-    def part(params, tokens, counts):
+    def part(params: Any, tokens: Tokens, counts: jax.Array) -> DecoderOutput[tuple[Cache, ...]]:
         return prefill_on_one(
             params,
             local,
@@ -338,7 +349,7 @@ def prefill(
     )
     if shards == 1:
         return out
-    lengths = [length, *(plan.row_length(layer + 1) for layer in (plan.drops if plan is not None else ()))]
+    lengths = [length] if plan is None else [length, *(plan.row_length(layer + 1) for layer in plan.drops)]
     cut = lambda tree, n: jax.tree.map(lambda a: a[:, :n], tree)  # noqa: E731
     entering = {
         layer: lengths[sum(drop < layer for drop in plan.drops) if plan is not None else 0] for layer in out.scores

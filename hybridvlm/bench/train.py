@@ -129,7 +129,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
         x = jnp.concatenate([visual, jnp.take(embed, ids, axis=0)], axis=1)
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), x.shape[:2])
         seen = place < visual_tokens
-        frame = jnp.where(seen, place // config.vision.tokens_per_frame, -1)
+        frame = jnp.where(seen, place // config.tower.tokens_per_frame, -1)
         tokens = Tokens(x, place, jnp.ones_like(place), seen, ~seen & (place < length - args.answer), place, frame)
         out = sharding.prefill(
             params["decoder"],
