@@ -44,7 +44,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 # -- which tensor goes where ------------------------------------------------------------------------------------------
 
 
-_EXPONENT: dict[int, np.unsignedinteger] = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
+_EXPONENT: dict[int, np.unsignedinteger] = {
+    2: np.uint16(0x7C00),
+    4: np.uint32(0x7F800000),
+    8: np.uint64(0x7FF0000000000000),
+}
 _BLOCK = 1 << 20  # values that are looked at at once, so that it costs no memory
 
 

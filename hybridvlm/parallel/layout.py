@@ -44,9 +44,7 @@ def local_config(config: ModelConfig, devices: int) -> LocalConfig:
         if size % devices:
             raise ValueError(f"sharding: tensor={devices} does not divide {name} {size}")
     fields |= {name: size // devices for name, size in cut.items() if name in fields}
-    return LocalConfig(
-        **fields, axis="tensor", devices=devices, group_devices=group_devices, kv_devices=kv_devices
-    )
+    return LocalConfig(**fields, axis="tensor", devices=devices, group_devices=group_devices, kv_devices=kv_devices)
 
 
 def _whole_heads(name: str, count: int, devices: int) -> None:

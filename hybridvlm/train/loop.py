@@ -264,7 +264,9 @@ class Run:
             stop = self.told_to_stop.is_set() or kept.preempted(step)
             last = step + 1 == config.steps
             if stop or last or (config.checkpoints.every and (step + 1) % config.checkpoints.every == 0):
-                self._saved(kept, functools.partial(meter, *waiting), OSError)  # nothing is kept of a step that went wrong
+                self._saved(
+                    kept, functools.partial(meter, *waiting), OSError
+                )  # nothing is kept of a step that went wrong
                 waiting = None
                 about = {name: stream.state() for name, stream in streams.items()}
                 self._saved(kept, functools.partial(kept.save_state, step + 1, state, about))

@@ -28,7 +28,9 @@ TOWERS = {
     "vit_huge": (1280, 32, 16, 5120),
 }
 # names that speak of one thing
-_ONE: list[tuple[str, ...]] = [(name, *names) for name, names in defaults.NEMOTRON_H_ALIASES.items() if name != "layers_block_type"]
+_ONE: list[tuple[str, ...]] = [
+    (name, *names) for name, names in defaults.NEMOTRON_H_ALIASES.items() if name != "layers_block_type"
+]
 _ONE.append(("layers_block_type", "layer_types", "hybrid_override_pattern"))
 OMNI = ("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3")  # image and video keep their aspect, frames go in pairs
 
