@@ -15,7 +15,6 @@ from hybridvlm.config import Buckets
 from hybridvlm.tokenizers.messages import Message, parts_of
 from hybridvlm.tokenizers.text import Text, concatenate, cut_at_media
 
-
 # What stands in the fields of a batch: NumPy's arrays as the host makes them, JAX's in a program, or shapes alone
 ArrayT = TypeVar("ArrayT")
 
