@@ -1,7 +1,7 @@
 """VAMBA (arXiv 2503.11579): Qwen2-VL's tower and text layers, the video in a Mamba-2 stream of its own.
 
-The video never reads the text, so `build_video_memory` makes everything that a question needs of it once, and `prefill`
-takes the memory instead of the visual tokens. This holds for dense videos and for plans that do not look at the question; a plan that does
+The video never reads the text, so `build_video_memory` makes everything that a question needs of it once, and `prefill` takes the
+memory instead of the visual tokens. This holds for dense videos and for plans that do not look at the question; a plan that does
 is refused there.
 """
 
