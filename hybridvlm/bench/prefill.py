@@ -127,7 +127,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
 
 
 def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
-    from hybridvlm.models.nemotron_vl.model import prefill as prefill_model
+    from hybridvlm.models import nemotron_vl
 
     frames, per_frame = visual.shape[1:3]
     text = args.text + stamps * frames
@@ -140,7 +140,7 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
         batch = dataclasses.replace(batch, frame_count=np.full(1, frames, np.int32))
 
         def prefill(params, batch, visual, plan=plan):
-            out = prefill_model(params, config, batch, visual, plan, 0)
+            out = nemotron_vl.prefill(params, config, batch, visual, plan, 0)
             return out.logits, out.decoder.caches
 
         calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)

@@ -197,7 +197,8 @@ def train_stage(
             line = accuracy_by_type(np.concatenate(seen), np.concatenate(kinds))
             each = (time.time() - begin) / (step + 1 - start)
             print(
-                f"{stage.name} {step + 1}/{stage.steps}: loss {loss:.3f}, hop spelt {metrics['hop']:.2f}, looked at {metrics['look']:.2f}"
+                f"{stage.name} {step + 1}/{stage.steps}: loss {loss:.3f}, hop spelt {metrics['hop']:.2f}, "
+                f"looked at {metrics['look']:.2f}"
                 f" | {line} | {each:.2f} s/step",
                 flush=True,
             )

@@ -24,10 +24,9 @@ from hybridvlm.models.nemotron_vl.config import config_from_hf
 from hybridvlm.models.nemotron_vl.weights import weight_map
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
+from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, step, unstack, visual_counts
-from hybridvlm.nn.decoder import extend as extend_decoder
-from hybridvlm.nn.decoder import prefill as prefill_decoder
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, unstack, visual_counts
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
@@ -303,11 +302,21 @@ def decoder_output(
 ) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
     """Embeddings through the decoder under a plan (None: dense): its output, and the visual tokens given, counts [B,S].
 
-    The batch must be laid out for this plan: with average pooling it has the pooled number of places. visual [B,F,m,D]; `decode_capacity`:
-    cache slots for new tokens. assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens
-    carry more behind the first D values has its own. mesh: the devices that `params` were laid out for by `sharding.shard_params`.
-    question [B,L] bool: the text that says what matters, where that is not simply all behind the last visual token, as in rows
-    that hold answers or S = `segments` packed samples. score_fn: instead of the plan's own. options: as of `nn.decoder.prefill`.
+    Args:
+        params: of the model.
+        config: of the family.
+        batch: laid out for this plan: with average pooling it has the pooled number of visual tokens.
+        visual: [B,F,m,D], or None for text alone.
+        plan: what is dropped where.
+        decode_capacity: cache slots for new tokens.
+        assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens carry more after
+            their first D values has its own.
+        mesh: the devices that `params` were laid out for by `sharding.shard_params`.
+        question: [B,L] bool, the text that says what matters, where that is not simply all after the last visual token, as
+            in rows that hold answers or several packed samples.
+        segments: S, samples packed in a row.
+        score_fn: instead of the plan's own.
+        options: as of `nn.decoder.prefill`.
     """
     counts = None
     frame_count = batch.frame_count
@@ -330,7 +339,7 @@ def decoder_output(
             order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
             score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
             tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
-    run = prefill_decoder if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
+    run = decoder.prefill if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
     options = {
         "decode_capacity": decode_capacity,
         "query_capacity": text,
@@ -393,7 +402,7 @@ def make_decode_step(
 
     def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
         x = jnp.take(params["embed"], token, axis=0)[:, None]
-        x, caches = step(layers, params["decoder"]["norm_f"], config, x, caches)
+        x, caches = decoder.step(layers, params["decoder"]["norm_f"], config, x, caches)
         return head(params, config, x[:, 0]), caches
 
     return one
@@ -404,6 +413,6 @@ def extend(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
     x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)
-    x, caches = extend_decoder(params["decoder"], config, x, segment, caches)
+    x, caches = decoder.extend(params["decoder"], config, x, segment, caches)
     last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
     return head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches

@@ -1,7 +1,7 @@
 """VAMBA (arXiv 2503.11579): Qwen2-VL's tower and text layers, the video in a Mamba-2 stream of its own.
 
-The video never reads the text, so `build_video_memory` makes everything that a question needs of it once, and `prefill` takes the memory
-in the place of the visual tokens. This holds for dense videos and for plans that do not look at the question; a plan that does
+The video never reads the text, so `build_video_memory` makes everything that a question needs of it once, and `prefill` takes the
+memory instead of the visual tokens. This holds for dense videos and for plans that do not look at the question; a plan that does
 is refused there.
 """
 
@@ -298,8 +298,8 @@ def prefill(
 ) -> PrefillOutput[Decoded]:
     """Prompts to last-token logits, with `decode_capacity` cache slots for new tokens.
 
-    visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may then hold several
-    questions on each video, those on one video side by side); or None for text alone.
+    visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may
+    then hold several questions on each video, those on one video next to each other); or None for text alone.
     """
     if scores or hidden_states:
         raise ValueError("prefill: VAMBA's two streams return no scores and no hidden states of one row")
@@ -309,7 +309,7 @@ def prefill(
         if visual is not None and plan is not None and plan.depends_on_query:
             raise ValueError(f"prefill: {plan.method!r} looks at the question; give it visual tokens, not a memory")
         memory = vamba.no_video(config, b, text.x.dtype) if visual is None else visual
-        text, own = vamba.read(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
+        text, own = vamba.prefill_text(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
         given = memory.kept[0] if visual is None else jnp.sum(batch.video_segment > 0, axis=1, dtype=jnp.int32)[:, None]
     else:
         memory, text, own, given = _walk(params, config, batch, visual, text, plan, decode_capacity)
