@@ -33,9 +33,9 @@ _HOME = {
     "Model": "inference.model",
     "Answer": "inference.conversation",
     "Conversation": "inference.conversation",
-    "Sampling": "inference.model",
-    "compile_count": "inference.model",
-    "load": "checkpoints.folder",
+    "Sampling": "inference.sampling",
+    "compile_count": "inference.programs",
+    "load": "inference.model",
 }
 _MODULES = (
     "config",

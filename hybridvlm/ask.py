@@ -145,8 +145,8 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> int:
-    from hybridvlm.checkpoints.folder import load
     from hybridvlm.inference.conversation import Conversation, check_question
+    from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
     from hybridvlm.tokenizers.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet

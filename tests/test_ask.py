@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from hybridvlm import ask
-from hybridvlm.checkpoints import load, samples, save_folder
+from hybridvlm.checkpoints import samples, save_folder
 from hybridvlm.config import Buckets, Reduction, Schedule
 from hybridvlm.eval import __main__ as evaluation
 from hybridvlm.inference.conversation import Conversation
-from hybridvlm.inference.model import Model
+from hybridvlm.inference.model import Model, load
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, tile_count, tile_grid, video_grid
 from hybridvlm.models.nemotron_vl.model import STYLES
 from hybridvlm.models.prompt import Pieces, render, video_pieces
@@ -231,7 +231,7 @@ def test_command_line(nano, tmp_path, capsys, monkeypatch):
     import io
 
     path = samples.write_sample("nemotron_nano_vl", tmp_path / "nano")
-    monkeypatch.setattr("hybridvlm.checkpoints.folder.load", lambda *a, **k: nano)
+    monkeypatch.setattr("hybridvlm.inference.model.load", lambda *a, **k: nano)
     monkeypatch.setattr("sys.stdin", io.StringIO("And?\n\n"))
     for number, frame in enumerate(FRAMES):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
@@ -254,7 +254,7 @@ def test_a_slip_does_not_end_the_conversation(nano, tmp_path, capsys, monkeypatc
     """A further question that cannot be asked is refused, and the next one is answered from what was read."""
     import io
 
-    monkeypatch.setattr("hybridvlm.checkpoints.folder.load", lambda *a, **k: nano)
+    monkeypatch.setattr("hybridvlm.inference.model.load", lambda *a, **k: nano)
     monkeypatch.setattr("sys.stdin", io.StringIO("\ud800\nAnd?\n"))
     Image.fromarray(FRAMES[0]).save(tmp_path / "0.png")
     assert ask.main([str(tmp_path / "0.png"), "What is this?", "--max-new", "2", "--follow-up"]) == 0
@@ -316,7 +316,7 @@ def test_grids_that_keep_the_aspect():
 def test_jit_is_shared_between_turns(nano):
     """A second video of the same bucket compiles nothing."""
     nano.ask(FRAMES, "What is this?", max_new=6)
-    before = nano.compile_seconds
+    before = nano.programs.compile_seconds
     nano.ask(FRAMES[:3][::-1].copy(), "Who is that?", max_new=6)
-    assert nano.compile_seconds == before
+    assert nano.programs.compile_seconds == before
     assert jax.default_backend() == "cpu"

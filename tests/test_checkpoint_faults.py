@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 import hybridvlm.checkpoints.folder as folders
-from hybridvlm.checkpoints import CheckpointError, TensorFolder, load, samples, save_folder
+from hybridvlm.checkpoints import CheckpointError, TensorFolder, samples, save_folder
 from hybridvlm.checkpoints.hf import check_finite, read_json
 from hybridvlm.config import Reduction
+from hybridvlm.inference.model import load
 from hybridvlm.models.weights import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent

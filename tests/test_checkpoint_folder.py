@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from hybridvlm.checkpoints import folder
 from hybridvlm.config import Buckets, ModelConfig, Reduction, Schedule, VisionConfig
-from hybridvlm.inference.model import Model
+from hybridvlm.inference.model import Model, load
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.tokenizers.word_level import UnknownWord, WordLevel
 
@@ -78,7 +78,7 @@ def edit_tensors(path, change):
 
 
 def test_round_trip_keeps_everything(model, saved):
-    again = folder.load(saved)
+    again = load(saved)
     assert again.config == model.config
     assert (again.buckets, again.style, again.reduction) == (model.buckets, model.style, model.reduction)
     before, after = leaves(model.params), leaves(again.params)
@@ -94,22 +94,22 @@ def test_half_storage_and_half_dtype(model, tmp_path):
     full = folder.save_folder(tmp_path / "full", model)
     size = [(p / "model.safetensors").stat().st_size for p in (path, full)]
     assert size[0] < 0.7 * size[1]
-    assert {leaf.dtype for leaf in leaves(folder.load(path).params).values()} == {np.dtype("float32")}
-    loaded = leaves(folder.load(path, dtype="bfloat16").params)
+    assert {leaf.dtype for leaf in leaves(load(path).params).values()} == {np.dtype("float32")}
+    loaded = leaves(load(path, dtype="bfloat16").params)
     assert loaded["embed"].dtype == jnp.bfloat16
     assert loaded["decoder/mamba/A_log"].dtype == np.float32  # decays keep their precision
 
 
 def test_load_arguments_win(saved):
     buckets, reduction = Buckets(frames=(2,), text=(4,), max_new=1), Reduction("uniform", 0.3)
-    again = folder.load(saved, buckets=buckets, reduction=reduction)
+    again = load(saved, buckets=buckets, reduction=reduction)
     assert (again.buckets, again.reduction) == (buckets, reduction)
 
 
 def test_saving_replaces_a_checkpoint_and_nothing_else(model, saved, tmp_path):
     other = dataclasses.replace(model.config, name="other")
     folder.save_folder(saved, Model(other, model.params, model.tokenizer))
-    assert folder.load(saved).config.name == "other"
+    assert load(saved).config.name == "other"
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "chapter.txt").write_text("1")
@@ -126,7 +126,7 @@ def test_a_failed_save_leaves_the_old_one(model, saved):
     huge = dict(model.params, embed=model.params["embed"] + 1e6)
     with pytest.raises(ValueError, match="embed is not finite in float16"):
         folder.save_folder(saved, Model(model.config, huge, model.tokenizer), storage="float16")
-    np.testing.assert_array_equal(leaves(folder.load(saved).params)["embed"], np.asarray(model.params["embed"]))
+    np.testing.assert_array_equal(leaves(load(saved).params)["embed"], np.asarray(model.params["embed"]))
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
@@ -134,12 +134,12 @@ def test_a_failed_save_leaves_the_old_one(model, saved):
 def test_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer" if name.startswith("tok") else name):
-        folder.load(saved)
+        load(saved)
 
 
 def test_unknown_name_lists_the_packaged_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match="tiny, tiny-reduced"):
-        folder.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_unknown_name_lists_the_packaged_ones(tmp_path):
 def test_wrong_config_is_refused_in_one_line(saved, change, words):
     edit_config(saved, **change)
     with pytest.raises(folder.CheckpointError, match=words) as caught:
-        folder.load(saved)
+        load(saved)
     assert "\n" not in str(caught.value)
 
 
 def test_config_that_is_not_json(saved):
     (saved / "config.json").write_text('{"format": ')
     with pytest.raises(folder.CheckpointError, match=r"config\.json is not JSON"):
-        folder.load(saved)
+        load(saved)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_config_that_is_not_json(saved):
 def test_wrong_tensors_are_named(saved, change, words):
     edit_tensors(saved, change)
     with pytest.raises(folder.CheckpointError, match=words) as caught:
-        folder.load(saved)
+        load(saved)
     assert "\n" not in str(caught.value)
 
 
@@ -190,10 +190,10 @@ def test_truncated_weights_and_tokenizer(saved):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(folder.CheckpointError, match="not a readable safetensors file"):
-        folder.load(saved)
+        load(saved)
     (saved / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     with pytest.raises(ValueError, match="is not a tokenizer"):
-        folder.load(saved)
+        load(saved)
 
 
 def test_closed_vocabulary():

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from hybridvlm.checkpoints.folder import load
 from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.config import Reduction
 from hybridvlm.eval import __main__ as command
@@ -14,6 +13,7 @@ from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.runner import Planner, Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
 from hybridvlm.inference.conversation import Conversation
+from hybridvlm.inference.model import load
 from hybridvlm.models.prompt import user_message
 from hybridvlm.options import override
 from hybridvlm.tiny.export import write_video

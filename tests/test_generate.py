@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction, VisionConfig
-from hybridvlm.inference.model import Model, Sampling, compile_count, sample_token
+from hybridvlm.inference.model import Model
+from hybridvlm.inference.programs import compile_count
+from hybridvlm.inference.sampling import Sampling, sample_token
 from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.models.prompt import PromptStyle
 
@@ -107,12 +109,16 @@ def test_same_bucket_compiles_nothing(model, pixels):
         again = model.generate(other, model.encode(pixels[::-1].copy()), plan)
         assert compile_count() == before
         model.verify(again)
-    assert model.peak_bytes() > 0
+    assert model.programs.peak_bytes > 0
+
+
+def _add(x, rest, *, amount):
+    return x + amount, rest
 
 
 def test_programs_of_any_arguments(model):
     """Empty containers and None are part of a program's key; values are not, their shapes and dtypes are."""
-    held = len(model._programs)
+    held = len(model.programs)
     for arguments in (
         (np.ones(2), ()),
         (np.zeros(2), ()),
@@ -120,10 +126,12 @@ def test_programs_of_any_arguments(model):
         (np.ones(3), ()),
         (np.ones(2), ((), {})),
     ):
-        out = model.program("add", lambda x, rest: (x + 1, rest), (), *arguments)(*arguments)
+        out = model.programs.get(_add, *arguments, amount=1)(*arguments)
         np.testing.assert_array_equal(out[0], arguments[0] + 1)
         assert out[1] == arguments[1]
-    assert len(model._programs) == held + 4
+    assert len(model.programs) == held + 4
+    # a static argument is part of the key: another one is another program
+    assert model.programs.get(_add, np.ones(2), (), amount=2)(np.ones(2), ())[0].tolist() == [3, 3]
 
 
 def test_after_a_warm_up_no_number_of_frames_compiles(model, pixels):
@@ -138,7 +146,7 @@ def test_after_a_warm_up_no_number_of_frames_compiles(model, pixels):
 
 def test_frames_that_are_missing_are_refused(model, pixels):
     batch, _ = model.batch(QUESTIONS[:1], [[0.0, 1.0, 2.0]], None)
-    with pytest.raises(ValueError, match="places for 3 frames"):
+    with pytest.raises(ValueError, match="visual tokens of 3 frames"):
         model.generate(batch, None)
     with pytest.raises(ValueError, match="at least 3 frames"):
         model.generate(batch, model.encode(pixels[:1, :2]))

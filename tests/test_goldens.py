@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hybridvlm.checkpoints import TensorFolder, params_from_hf
-from hybridvlm.checkpoints import load as load_folder
-from hybridvlm.inference.model import Sampling, decode
+from hybridvlm.inference.model import load as load_folder
+from hybridvlm.inference.sampling import Sampling, decode
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.nemotron_vl.config import config_from_hf, vision_from_hf
 from hybridvlm.models.nemotron_vl.model import HybridVLM

@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import hybridvlm.checkpoints.folder as folders
-from hybridvlm.checkpoints import CheckpointError, TensorFolder, hf, load, samples, save_published
+from hybridvlm.checkpoints import CheckpointError, TensorFolder, hf, samples, save_published
 from hybridvlm.checkpoints.atomic import _host, whole_folder
 from hybridvlm.config import load_model_config
+from hybridvlm.inference.model import load
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.weights import flatten
@@ -388,7 +389,8 @@ def test_onto_a_mesh_and_onto_another(source, tmp_path):
     """Streamed onto four devices, cached, and restored onto two: in a process of its own, which has that many."""
     code = f"""
 import jax, numpy as np
-from hybridvlm.checkpoints import hf, load
+from hybridvlm.checkpoints import hf
+from hybridvlm.inference.model import load
 from hybridvlm.models.weights import flatten
 from hybridvlm.sharding import make_mesh
 hf.PIECE_BYTES = 2048
@@ -416,7 +418,7 @@ def test_answers_on_meshes_of_all_kinds(source):
     code = f"""
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
-from hybridvlm.checkpoints import load
+from hybridvlm.inference.model import load
 from hybridvlm.config import Buckets
 from hybridvlm.sharding import ShardingRules, auto_mesh, shard_params
 buckets = Buckets(frames=(2,), text=(128,), max_new=2)
@@ -475,7 +477,7 @@ def test_a_killed_copy_leaves_nothing_half_written(source, tmp_path):
     """The Orbax copy, killed behind its weights: there is none, and the next load makes it."""
     code = """
 import os, signal, sys
-from hybridvlm.checkpoints import load
+from hybridvlm.inference.model import load
 from hybridvlm.tokenizers.published import PublishedTokenizer
 PublishedTokenizer.save = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
 load(sys.argv[1], cache=sys.argv[2])

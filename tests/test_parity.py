@@ -5,7 +5,9 @@ import pytest
 from test_video import stamped
 
 from hybridvlm import ask
-from hybridvlm.checkpoints import memory, parity, samples
+from hybridvlm.bench import load_memory as memory
+from hybridvlm.bench import parity
+from hybridvlm.checkpoints import samples
 
 pytestmark = pytest.mark.slow
 

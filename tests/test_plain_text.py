@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from hybridvlm.checkpoints import load, samples
+from hybridvlm.checkpoints import samples
 from hybridvlm.inference.conversation import Conversation
+from hybridvlm.inference.model import load
 from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle, allow_special_tokens, user_message

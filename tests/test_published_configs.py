@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hybridvlm.checkpoints import CheckpointError, TensorFolder, load, parity, samples
+from hybridvlm.bench import parity
+from hybridvlm.checkpoints import CheckpointError, TensorFolder, samples
 from hybridvlm.config import ModelConfig, VisionConfig
+from hybridvlm.inference.model import load
 from hybridvlm.models import config_defaults
 from hybridvlm.models.family import family_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from hybridvlm.checkpoints.samples import byte_tokenizer
 from hybridvlm.eval.tasks import parse_choice, parse_open
-from hybridvlm.inference.model import Sampling, decode
+from hybridvlm.inference.sampling import Sampling, decode
 from hybridvlm.inference.thinking import Reply, ThinkBudget, opens, read_reply, split_reply
 from hybridvlm.tokenizers.published import PublishedTokenizer
 

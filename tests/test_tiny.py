@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hybridvlm.analyze.deletion import separate
-from hybridvlm.checkpoints.folder import load
 from hybridvlm.config import load_model_config
+from hybridvlm.inference.model import load
 from hybridvlm.tiny import codes, needle, train
 from hybridvlm.tiny.bank import draw, draw_videos, make_bank
 from hybridvlm.tiny.resume import Saved

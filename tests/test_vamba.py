@@ -414,7 +414,7 @@ def test_drops_by_cross_attention_against_the_oracle():
     config, params = small()
     video, text = film(2, 24), words(3, 10)
     text = text.replace(query=(text.position >= 5) & (text.position < 9))
-    plan = vamba.plan_for(
+    plan = vamba.plans.make_plan(
         Reduction("str", 0.5, schedule=Schedule(shape="linear", floor=0.1)),
         vamba.VambaReading(config, 9),
         visual_tokens=24,

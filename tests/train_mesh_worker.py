@@ -8,7 +8,8 @@ import jax
 from train_micro import micro, settings
 
 from hybridvlm import distributed
-from hybridvlm.checkpoints.folder import load, save_folder
+from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.inference.model import load
 from hybridvlm.train import loop
 
 MESHES = {

@@ -81,21 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass
 class Checkpoint:
-    """One set of weights. model: shared by all of one configuration, whose compiled programs they so share."""
+    """One set of weights. Those of one configuration share compiled programs."""
 
     group: str
     name: str
     model: Model
-    params: dict[str, Any]
     reduction: Reduction | None
     runner: Runner
     planner: CellPlanner
 
     def run(self, cell: Variant, progress: Any) -> None:
         """Answer what is missing of one cell."""
-        self.model.params = self.params
-        self.runner.variants = [cell]  # without dense beside it: nothing is timed here
-        self.runner.run(progress)
+        # without dense: nothing is timed here
+        self.runner.run(progress, [cell])
 
     def missing(self, cell: Variant) -> set[tuple[str, str]]:
         """(file, key) of the answers to a cell that are still to be found."""
@@ -146,14 +144,16 @@ def load_checkpoints(
     out = []
     for group, name in named:
         model = load_embedded(name)
-        model.config = dataclasses.replace(model.config, name="")  # answers are told apart by weights, not by names
-        kind = repr((model.config, model.buckets, model.style, model.family.__name__))
-        own, planner = shared.setdefault(kind, (model, CellPlanner(model)))
+        # answers are told apart by weights, not by names
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, name=""))
+        kind = repr((model.config, model.buckets, model.style, model.family.NAME))
+        first, planner = shared.setdefault(kind, (model, CellPlanner(model)))
+        own = dataclasses.replace(model, programs=first.programs)
         weights = fingerprint(model.params)
         store = stores.setdefault(weights, SampleStore(folder / f"{weights}.jsonl"))
         task = build_task("needle", TaskOptions(model.config, split=options.split, limit=options.limit))
         runner = Runner(own, task, [], planner, store, batch_size=options.batch_size, weights=weights)
-        out.append(Checkpoint(group, name, own, model.params, model.reduction, runner, planner))
+        out.append(Checkpoint(group, name, own, model.reduction, runner, planner))
     return out
 
 

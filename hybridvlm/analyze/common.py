@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.checkpoints import folder
 from hybridvlm.config import MIXERS, ModelConfig, Reduction
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.eval.tasks import Task, TaskOptions, build_task
-from hybridvlm.inference.model import Model
-from hybridvlm.models import nemotron_vl, qwen_vl
+from hybridvlm.inference.model import Model, load
+from hybridvlm.models import nemotron_vl
 from hybridvlm.models.media import Clip
-from hybridvlm.models.nemotron_vl.model import assemble
 from hybridvlm.models.prompt import Batch, user_message
-from hybridvlm.models.qwen_vl import model as qwen_model
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.video import default_frames, most_frames, shown_clip
 
@@ -100,8 +97,8 @@ def short(model: str) -> str:
 
 def load_model(name: str, dtype: str = "float32") -> Model:
     """A checkpoint of the Nemotron VL family or of Qwen VL; ValueError for a family whose layers these analyses do not know."""
-    model = folder.load(name, dtype=dtype)
-    if model.family not in (nemotron_vl, qwen_vl):
+    model = load(name, dtype=dtype)
+    if model.family.embed_prompt is None:
         raise ValueError(f"--model {name}: layers of a {type(model.config).__name__} are not analysed here")
     return model
 
@@ -113,7 +110,7 @@ def load_embedded(name: str) -> Model:
         ValueError: for any other.
     """
     model = load_model(name)
-    if model.family is not nemotron_vl or model.config.vision is None or model.config.vision.kind != "stem":
+    if model.family.NAME != nemotron_vl.NAME or model.config.vision is None or model.config.vision.kind != "stem":
         raise ValueError(
             f"--model {name}: this analysis asks the embedded benchmark's questions, which this model was not made for; "
             "give tiny, tiny-reduced or a checkpoint trained from them (sparsity, stability and calibrate take any model)"
@@ -262,6 +259,5 @@ def _on_needle(model: Model, options: argparse.Namespace) -> Iterator[list[Asked
 
 def tokens_of(model: Model, params: dict, batch: Batch, visual: Any) -> Tokens:
     """The prompt's Tokens as layer 0 sees them."""
-    if model.family is nemotron_vl:
-        return assemble(params["embed"], batch, visual)
-    return qwen_model._assemble(model.config)(params["embed"], batch, visual)  # type: ignore[arg-type]
+    assert model.family.embed_prompt is not None, "load_model refuses families without one row"
+    return model.family.embed_prompt(params, model.config, batch, visual)

@@ -20,6 +20,17 @@ DEFAULT = {"plain": ScoreOptions()}
 WITH_DECAY = DEFAULT | {"decay": ScoreOptions(decay=True)}
 
 
+def _scores(params, batch, visual, *, model: Model, variants: tuple[tuple[str, ScoreOptions], ...]):
+    tokens = tokens_of(model, params, batch, visual)
+
+    def score_fn(_layer, aux, tokens):
+        score = attention_score if isinstance(aux, AttentionAux) else mamba_score
+        return {name: score(aux, tokens, options) for name, options in variants}
+
+    out = prefill(params["decoder"], model.config, tokens, score_fn=score_fn, collect=mixers(model))
+    return out.scores, tokens.visual
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """score[variant][layer]: [M] of one question's visual tokens, in their order in the prompt."""
@@ -33,26 +44,14 @@ def score_questions(
 ) -> list[list[Scored]]:
     """Every mixer layer's score of every visual token for every question: a dense prefill each, one list per video."""
     layers = mixers(model)
-
-    def run(params, batch, visual):
-        tokens = tokens_of(model, params, batch, visual)
-
-        def scores(_layer, aux, tokens):
-            if isinstance(aux, AttentionAux):
-                return {name: attention_score(aux, tokens, options) for name, options in variants.items()}
-            return {name: mamba_score(aux, tokens, options) for name, options in variants.items()}
-
-        out = prefill(params["decoder"], model.config, tokens, score_fn=scores, collect=layers)
-        return out.scores, tokens.visual
-
     out: list[list[Scored]] = []
-    static = tuple(variants.items())
+    static = {"model": model, "variants": tuple(variants.items())}
     with progress(sum(map(len, questions)), "question", "scores") as bar:
         for asked in questions:
             out.append([])
             for one in asked:
                 args = (model.params, one.batch, one.visual)
-                found, visual = jax.device_get(model.program("scores", run, static, *args)(*args))
+                found, visual = jax.device_get(model.programs.get(_scores, *args, **static)(*args))
                 place = np.flatnonzero(visual[0])
                 score = {
                     name: {layer: np.asarray(found[layer][name][0], np.float32)[place] for layer in layers}

@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows for the drop layers, then for the answers."""
-    from hybridvlm.checkpoints import folder
     from hybridvlm.eval.tasks import TaskOptions, build_task
+    from hybridvlm.inference.model import load
 
-    models = {dtype: folder.load(args.model, dtype=dtype) for dtype in DTYPES}
+    models = {dtype: load(args.model, dtype=dtype) for dtype in DTYPES}
     task = build_task(
         "needle", TaskOptions(models["float32"].config, frames=args.frames, split="val", limit=args.limit)
     )

@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.checkpoints.folder import load, save_folder
+from hybridvlm.checkpoints.folder import Checkpoint, read_checkpoint, save_folder
 from hybridvlm.checkpoints.hf import params_from_tensors, read_params, save_published
 from hybridvlm.checkpoints.tensors import TensorFolder
 from hybridvlm.config import ModelConfig, VisionConfig
 from hybridvlm.errors import CheckpointError
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "TensorFolder",
-    "load",
     "params_from_hf",
     "params_from_tensors",
+    "read_checkpoint",
     "read_params",
     "save_folder",
     "save_published",

@@ -1,4 +1,4 @@
-"""Checkpoint folders of three kinds behind one door, `load`: the library's own, Orbax's, and published ones.
+"""Checkpoint folders of three kinds, which `read_checkpoint` tells apart: the library's own, Orbax's, and published ones.
 
 The library's own: a folder with config.json, model.safetensors and tokenizer.json. config.json is a family's config with
 {"format": "hybridvlm", "version": 1, "family": ...} (nemotron_vl if it says nothing), "tokenizer": false for a model that
@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,6 @@ from hybridvlm.checkpoints.orbax import ABOUT, is_orbax, read_about, restore_orb
 from hybridvlm.checkpoints.tensors import TensorFolder
 from hybridvlm.config import Buckets, Reduction, from_dict, to_dict
 from hybridvlm.errors import CheckpointError
-from hybridvlm.inference.model import Model
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.config_fields import token_ids
 from hybridvlm.models.family import Family, family_of, get_family
@@ -97,10 +96,43 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: the fields of a `hybridvlm.Model` by their names."""
+
+    config: Any
+    params: dict[str, Any]
+    tokenizer: WordLevel | PublishedTokenizer | None
+    name: str
+    family: Family
+    reduction: Reduction | None = None
+    style: PromptStyle = PromptStyle()
+    buckets: Buckets = Buckets()
+
+
+class Savable(Protocol):
+    """What is written of a model: a `hybridvlm.Model`, or a `Checkpoint`."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def params(self) -> dict[str, Any]: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def reduction(self) -> Reduction | None: ...
+    @property
+    def style(self) -> PromptStyle: ...
+    @property
+    def buckets(self) -> Buckets: ...
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_folder(path: str | pathlib.Path, model: Model, *, storage: str = "float32") -> pathlib.Path:
+def save_folder(path: str | pathlib.Path, model: Savable, *, storage: str = "float32") -> pathlib.Path:
     """Write `model` as a checkpoint folder, whole or not at all; an older checkpoint at `path` is replaced.
 
     storage: "float32", or "float16" at half the bytes. ValueError for weights that are not finite in it, or a `path`
@@ -132,7 +164,7 @@ def save_folder(path: str | pathlib.Path, model: Model, *, storage: str = "float
     return path
 
 
-def _sections(model: Model) -> dict[str, Any]:
+def _sections(model: Savable) -> dict[str, Any]:
     sections = {"reduction": model.reduction, "style": model.style, "buckets": model.buckets}
     return {name: to_dict(value) for name, value in sections.items() if value is not None}
 
@@ -253,7 +285,7 @@ def read_weights(
     return unflatten(flat)
 
 
-def load(
+def read_checkpoint(
     name_or_path: str | pathlib.Path,
     *,
     mesh: jax.sharding.Mesh | None = None,
@@ -262,16 +294,8 @@ def load(
     buckets: Buckets | None = None,
     revision: str | None = None,
     cache: str | pathlib.Path | None = None,
-) -> Model:
-    """The model of a checkpoint folder (this library's, Orbax's or a published one), of a packaged name (`tiny`,
-    `tiny-reduced`), or of an id of the Hugging Face hub.
-
-    mesh: where the weights go, by the rules of hybridvlm/sharding.py (default: one device). dtype: of the weights and so of the
-    activations, e.g. "bfloat16" (default: float32 for the library's own, else as stored). reduction, buckets: instead of
-    the checkpoint's own. revision: of the hub. cache: a folder for an Orbax copy of a published checkpoint, which is made at
-    the first time and read, onto any mesh, from then on. FileNotFoundError for a missing file, CheckpointError (a
-    ValueError) where one does not fit.
-    """
+) -> Checkpoint:
+    """What a checkpoint folder (this library's, Orbax's or a published one) holds; arguments and errors as of `hybridvlm.load`."""
     if dtype is not None:
         dtype = _floating(dtype)
     path = resolve(name_or_path, revision)
@@ -285,7 +309,7 @@ def load(
         raise
 
 
-def _load(path, mesh, dtype, reduction, buckets, cache) -> Model:
+def _load(path, mesh, dtype, reduction, buckets, cache) -> Checkpoint:
     place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, place, reduction, buckets)
@@ -303,7 +327,7 @@ def _load(path, mesh, dtype, reduction, buckets, cache) -> Model:
     if tokenizer is None and data.get("tokenizer") is not False:
         raise FileNotFoundError(f"no tokenizer at {path / TOKENIZER}")
     params = read_weights(path, config, dtype, kind, place)
-    return _model(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
+    return _checkpoint(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
 
 
 def _check_method(file: pathlib.Path, sections: dict[str, Any]) -> None:
@@ -338,7 +362,7 @@ def _placing(mesh: jax.sharding.Mesh) -> Place:
     return functools.partial(sharding_of, mesh)
 
 
-def _model(name, kind, config, params, tokenizer, sections, reduction, buckets) -> Model:
+def _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets) -> Checkpoint:
     sections = dict(sections)
     if reduction is not None:
         sections["reduction"] = reduction
@@ -346,7 +370,7 @@ def _model(name, kind, config, params, tokenizer, sections, reduction, buckets) 
         sections["buckets"] = buckets
     if not config.name:
         config = dataclasses.replace(config, name=name)
-    return Model(config, params, tokenizer, name=name, family=kind, **sections)
+    return Checkpoint(config, params, tokenizer, name=name, family=kind, **sections)
 
 
 def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenizer | None:
@@ -364,7 +388,7 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
     return tokenizer
 
 
-def _load_orbax(path, dtype, place, reduction, buckets) -> Model:
+def _load_orbax(path, dtype, place, reduction, buckets) -> Checkpoint:
     about = read_about(path)
     if not isinstance(about.get("model"), dict):
         raise CheckpointError(f"{path / ABOUT}: model must be a table, got {shown(about.get('model'))}")
@@ -372,12 +396,12 @@ def _load_orbax(path, dtype, place, reduction, buckets) -> Model:
     if reduction is None:
         _check_method(path / ABOUT, sections)
     params = restore_orbax(path, expected_shapes(config, kind, str(path / ABOUT)), dtype=dtype, place=place)
-    return _model(
+    return _checkpoint(
         about.get("name", path.name), kind, config, params, _tokenizer(path, config), sections, reduction, buckets
     )
 
 
-def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Model:
+def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Checkpoint:
     raw = raw | _preprocessors(path)
     try:
         kind = family_of(raw)
@@ -401,13 +425,13 @@ def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Model
     sections = {"style": style, "buckets": PUBLISHED_BUCKETS}
     if cache is None:
         params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
-        return _model(name, kind, config, params, tokenizer, sections, reduction, buckets)
+        return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
     cache, source = pathlib.Path(cache), _source(path, tensors, dtype)
     if not is_orbax(cache) or read_about(cache).get("source") != source:
         params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
         about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
         save_orbax(cache, params, {"name": name, "model": about, "source": source}, tokenizer)
-        return _model(name, kind, config, params, tokenizer, sections, reduction, buckets)
+        return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
     return _load_orbax(cache, None, place, reduction, buckets)
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hybridvlm.checkpoints import folder
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
@@ -19,7 +18,7 @@ from hybridvlm.eval import report, statistics
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
-from hybridvlm.inference.model import Model
+from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
@@ -74,8 +73,8 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
-    model = folder.load(options.model, dtype=options.dtype)
-    model.buckets = override(model.buckets, options.buckets, "--buckets")
+    model = load(options.model, dtype=options.dtype)
+    model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)
     check_tokenizer(model)
     if options.allow_special_tokens:

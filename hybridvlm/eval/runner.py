@@ -24,7 +24,8 @@ from hybridvlm.checkpoints.folder import flatten
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
-from hybridvlm.inference.model import Generation, Model, compile_count
+from hybridvlm.inference.model import Model
+from hybridvlm.inference.programs import Generation, compile_count
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Layout, user_message
 from hybridvlm.reduction import ReductionPlan, parse_method
@@ -114,7 +115,10 @@ class Planner:
                 _, goal = self(Variant(self.match, variant.budget), bucket)
                 reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
             config = bucket.config(self.model)
-            self._plans[variant, bucket] = reduction, self.model.plan_for(config, reduction, bucket.frames, bucket.text)
+            self._plans[variant, bucket] = (
+                reduction,
+                self.model.plan(reduction, bucket.frames, bucket.text, config=config),
+            )
         return self._plans[variant, bucket]
 
     def unmatched(self, variant: Variant, bucket: Bucket) -> str | None:
@@ -295,14 +299,22 @@ class Runner:
         """Answers that are still to be found: samples times variants, less what the store holds."""
         return sum(self.key(v, s) not in self.store for v in self.variants for s in self.task.samples)
 
-    def run(self, progress: Callable[[int, str], None] = lambda count, text: None) -> None:
+    def run(
+        self,
+        progress: Callable[[int, str], None] = lambda count, text: None,
+        variants: Sequence[Variant] | None = None,
+    ) -> None:
         """Answer what is missing, of several processes each its share.
 
-        progress(count, label) is called after each batch of a variant with its new answers.
+        Args:
+            progress: (count, label) is called after each batch of a variant with its new answers.
+            variants: instead of all that this runner was made for.
 
-        Raises PlanMismatch if a run kept something else than its plan says; what was answered before is in the store.
+        Raises:
+            PlanMismatch: a run kept something else than its plan says; what was answered before is in the store.
         """
-        for number, (bucket, samples), missing in self._missing():
+        variants = self.variants if variants is None else variants
+        for number, (bucket, samples), missing in self._missing(variants):
             encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
             unread = [sample for sample in samples if encoded[sample.id] is None]
             read = [sample for sample in samples if encoded[sample.id] is not None]
@@ -310,7 +322,7 @@ class Runner:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
                 tokens = [encoded[sample.id] for sample in rows]
                 visual = jax.block_until_ready(jax.device_put(np.stack(tokens)))
-            for variant in self.variants:
+            for variant in variants:
                 # dense goes along, so that every clock has its counterpart
                 if missing[variant] or variant == DENSE:
                     records = [self._unanswered(variant, sample) for sample in unread]
@@ -319,11 +331,13 @@ class Runner:
                     self.store.append(records)
                     progress(len(missing[variant]), variant.label)
 
-    def _missing(self) -> list[tuple[int, tuple[Bucket, list[Sample]], dict[Variant, list[Sample]]]]:
+    def _missing(
+        self, variants: Sequence[Variant]
+    ) -> list[tuple[int, tuple[Bucket, list[Sample]], dict[Variant, list[Sample]]]]:
         """This process's share of the batches with answers to be found: (number, batch, samples by variant)."""
         todo = []
         for number, (bucket, samples) in enumerate(self.batches()):
-            missing = {v: [s for s in samples if self.key(v, s) not in self.store] for v in self.variants}
+            missing = {v: [s for s in samples if self.key(v, s) not in self.store] for v in variants}
             if any(missing.values()):
                 todo.append((number, (bucket, samples), missing))
         return todo[self.store.process.index :: self.store.process.count]
@@ -341,8 +355,8 @@ class Runner:
         reduction, plan = self.planner(variant, bucket)
         compiled = compile_count()
         config, options = bucket.config(self.model), {"think_tokens": self.asking.think_tokens}
-        batch, plan = self.model.batch_for(
-            config, lambda factors: [self.layout(sample, factors) for sample in rows], reduction
+        batch, plan = self.model.batch_of(
+            lambda factors: [self.layout(sample, factors) for sample in rows], reduction, config=config
         )
         batch = jax.block_until_ready(jax.device_put(batch))
         if (variant, bucket) not in self._warm:
@@ -357,7 +371,7 @@ class Runner:
             "prefill_ms": generation.timing.prefill * per,
             "decode_ms": generation.timing.decode * per,
             "compiles": compile_count() - compiled,
-            "peak_bytes": self.model.peak_bytes([self.model.latest["prefill"], self.model.latest["decode"]]),
+            "peak_bytes": generation.peak_bytes,
             "run": self.run_id,
             "batch": number,
         }

@@ -1,7 +1,7 @@
 """Questions about one video or image: what is decoded and encoded once, and what every question makes of it.
 
 The projector's outputs are kept, so that a further question never decodes or encodes anything again. Where the prompt so far
-stands unchanged in the caches, and what was kept of the video does not hang on the question (no plan, or one that does
+stands unchanged in the caches, and what was kept of the video does not depend on the question (no plan, or one that does
 not read it), the next turn goes on from the caches. Otherwise it is prefilled anew from the projector's outputs.
 """
 
@@ -11,13 +11,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from hybridvlm.config import Reduction
 from hybridvlm.files import text_problem
+from hybridvlm.inference.programs import ModelPrograms
+from hybridvlm.inference.sampling import Sampling
 from hybridvlm.inference.thinking import opens, read_reply, switch, think_budget
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, user_message
@@ -26,9 +28,6 @@ from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video.shown import default_frames, most_frames, shown_clip
-
-if TYPE_CHECKING:
-    from hybridvlm.inference.model import Model, Sampling
 
 PIECE = 8  # tokens that are decoded before they are shown
 _UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a letter
@@ -106,7 +105,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: Model,
+        model: ModelPrograms,
         video: Any,
         *,
         frames: int | None = None,
@@ -170,9 +169,9 @@ class Conversation:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Add a phase's seconds, those of compiling apart."""
-        compiled, start = self.model.compile_seconds, time.perf_counter()
+        compiled, start = self.model.programs.compile_seconds, time.perf_counter()
         yield
-        compiled = self.model.compile_seconds - compiled
+        compiled = self.model.programs.compile_seconds - compiled
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - compiled
         if compiled:
             self.seconds["compile"] = self.seconds.get("compile", 0.0) + compiled
@@ -192,16 +191,16 @@ class Conversation:
         question by itself, about the same video."""
         check_question(question)
         model = self.model
-        max_new = model.buckets.max_new if max_new is None else max_new
-        if not 1 <= max_new <= model.buckets.max_new:
-            raise ValueError(f"max_new must lie in 1..{model.buckets.max_new} (Buckets.max_new), got {max_new}")
+        max_new = model.check_max_new(max_new)
         talks = hasattr(model.tokenizer, "chat")
         begun = any(message["role"] == "user" for message in self.messages)
         kinds = [] if talks and begun else [clip.kind for clip in self.clips]
         message = user_message(question, model.style, kinds)
         messages = [*self.messages, message] if talks else [message]
 
-        batch, plan = model.batch_for(self.config, lambda factors: self._layouts(messages, factors), self.reduction)
+        batch, plan = model.batch_of(
+            lambda factors: self._layouts(messages, factors), self.reduction, config=self.config
+        )
         (layout,) = self._layouts(messages, (1, 1, 1) if plan is None else plan.pool_factors)
         most = max_new + (0 if self.budget is None else self.budget.decode_capacity)
         rest = self._rest(layout, plan, most)
@@ -224,13 +223,13 @@ class Conversation:
         answer.tokens, state = self._decode(logits, caches, max_new, sampling, seed, show, opened)
         answer.text, answer.thinking, answer.unfinished = read_reply(model.tokenizer, answer.tokens, opened)
         answer.seconds, self.seconds = self.seconds, {}
-        fed = answer.tokens[: int(state.place) - 1]  # the token that was chosen last did not go in
+        fed = answer.tokens[: int(state.steps) - 1]  # the token that was chosen last did not go in
         held = Layout(
             np.concatenate([layout.ids, np.asarray(fed, np.int32)]),
             np.concatenate([layout.frame, np.full(len(fed), -1, np.int32)]),
             layout.frames,
         )
-        self._held = CachedTurn(held, state.caches, free - int(state.place) + 1, answer)
+        self._held = CachedTurn(held, state.caches, free - int(state.steps) + 1, answer)
         if talks:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer
@@ -308,8 +307,9 @@ class Conversation:
             survivors = prefilled.decoder.survivors
             last = survivors[-1] if survivors else (prefilled.decoder.tokens.index, prefilled.decoder.tokens.visual)
             index, visual = (np.asarray(jax.device_get(part))[0] for part in last)
-            places = np.cumsum(layout.frame >= 0) - 1  # place in the prompt -> which visual token
-            alive.reshape(-1)[places[index[visual]]] = True
+            # index in the prompt -> which visual token
+            visual_index = np.cumsum(layout.frame >= 0) - 1
+            alive.reshape(-1)[visual_index[index[visual]]] = True
         for axis, factor in enumerate(factors):
             alive = np.repeat(alive, factor, axis=axis)
         return alive[: layout.frames]

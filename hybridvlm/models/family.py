@@ -17,6 +17,7 @@ from hybridvlm.config import Buckets, Reduction
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, PromptStyle
 from hybridvlm.models.weights import WeightMap
+from hybridvlm.ops.tokens import Tokens
 from hybridvlm.plain import shown
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
@@ -38,6 +39,8 @@ class Family(Protocol):
         trim_frames: (config, clip) -> the clip without the frames that the model leaves out; None where it looks at all.
         build_video_memory: (params, config, batch, visual, plan) -> what all questions about a video can share, given to
             `prefill` in the place of visual tokens; None where there is no such thing.
+        embed_prompt: (params, config, batch, visual) -> the Tokens that enter layer 0 of a dense pass; None for a family
+            without a row of video and text.
         decoder_output: rows of training and analyses through the decoder; None where the family has none of one stream.
     """
 
@@ -48,6 +51,7 @@ class Family(Protocol):
     CHAT: str
     trim_frames: Callable[[Any, Clip], Clip] | None
     build_video_memory: Callable[..., Any] | None
+    embed_prompt: Callable[..., Tokens] | None
     decoder_output: Callable[..., Any] | None
 
     # -- its form on disk
@@ -115,9 +119,22 @@ class Family(Protocol):
         ...
 
     def prefill(
-        self, params: Params, config: Any, batch: Any, visual: Any, plan: ReductionPlan | None, decode_capacity: int
+        self,
+        params: Params,
+        config: Any,
+        batch: Any,
+        visual: Any,
+        plan: ReductionPlan | None,
+        decode_capacity: int,
+        *,
+        scores: bool = False,
+        hidden_states: bool = False,
     ) -> Any:
-        """Prompts -> logits of the last token and caches with `decode_capacity` empty slots."""
+        """Prompts -> logits of the last token and caches with `decode_capacity` empty slots.
+
+        With `scores` also those of every mixer layer, with `hidden_states` the residual stream after every layer; a
+        ValueError where the family has none.
+        """
         ...
 
     def make_decode_step(self, params: Params, config: Any) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:

@@ -54,6 +54,7 @@ class DecoderOutput:
         survivors: for every drop, (index [B,L], visual [B,L]) of the row after it.
         kept: [1+drops,B,S], visual tokens that entered layer 0, then what was left after each drop.
         scores: [B,L] of every layer named in `collect`.
+        hidden_states: [B,L,D] after every layer named in `hidden_states`, before what is dropped there.
     """
 
     tokens: Tokens
@@ -61,6 +62,7 @@ class DecoderOutput:
     survivors: tuple[tuple[jax.Array, jax.Array], ...]
     kept: jax.Array
     scores: dict[int, jax.Array]
+    hidden_states: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 class Decoder(nn.Module):
@@ -91,6 +93,7 @@ def prefill(
     plan: DropPlan | None = None,
     score_fn: ScoreFn | None = None,
     collect: tuple[int, ...] = (),
+    hidden_states: tuple[int, ...] = (),
     decode_capacity: int = 0,
     segments: int = 1,
     query_capacity: int | None = None,
@@ -108,6 +111,7 @@ def prefill(
         plan: where tokens drop.
         score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`.
         collect: mixer layers whose scores are returned without dropping.
+        hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
         segments: samples packed in a row.
         query_capacity: most question rows of an example (default: the text length, L minus visual).
@@ -134,8 +138,8 @@ def prefill(
         tokens = _with_index_in_segment(config, tokens)
 
     entries: list[Cache] = []
-    survivors, kept, scores = [], [here], {}
-    for start, site in _ranges(len(config.pattern), scored | deepstack):
+    survivors, kept, scores, hidden = [], [here], {}, {}
+    for start, site in _ranges(len(config.pattern), scored | deepstack | set(hidden_states)):
         layers = LayerRange(config, start, site, decode_capacity, remat, caches)
         if start < site:
             x, new = run_layers(layers, params, tokens.x, tokens.segment, tokens.position)
@@ -157,6 +161,8 @@ def prefill(
         )
         entries.append(cache)
         tokens = _add_deepstack(tokens.replace(x=x), site)
+        if site in hidden_states:
+            hidden[site] = tokens.x
         if site in scored:
             differentiable = site in collect or straight_through is not None
             score = score_fn(site, *((aux, tokens) if differentiable else jax.lax.stop_gradient((aux, tokens))))
@@ -170,7 +176,7 @@ def prefill(
             survivors.append((tokens.index, tokens.visual))
             kept.append(row_total(config, visual_counts(tokens, segments)))
     tokens = tokens.replace(x=rms_norm(tokens.x, params["norm_f"], config.norm_eps))
-    return DecoderOutput(tokens, tuple(entries) if caches else (), tuple(survivors), jnp.stack(kept), scores)
+    return DecoderOutput(tokens, tuple(entries) if caches else (), tuple(survivors), jnp.stack(kept), scores, hidden)
 
 
 def step(

@@ -230,6 +230,13 @@ class AttentionMethods(Collection[str]):
         return method is not None and (method.place != "decoder" or ATTENTION in method.where)
 
 
+def layer_score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
+    """Every layer's own score under the default options, without a plan: what "str" ranks by."""
+    if isinstance(aux, AttentionAux):
+        return scores.attention_score(aux, tokens, ScoreOptions())
+    return scores.mamba_score(aux, tokens, ScoreOptions())
+
+
 def score_fn(plan: PlanView, *, segments: int = 1) -> ScoreFn:
     """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer; its attribute
     `method` says what it reads.

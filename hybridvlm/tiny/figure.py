@@ -58,8 +58,8 @@ def trace(model_name: str, budget: float, split: str, videos: int) -> Trace:
     """
     import jax
 
-    from hybridvlm.checkpoints.folder import load
     from hybridvlm.config import Reduction
+    from hybridvlm.inference.model import load
 
     model = load(model_name)
     reduction = dataclasses.replace(model.reduction or Reduction(), method="str", budget=budget)

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from hybridvlm import distributed, sharding
-from hybridvlm.checkpoints.folder import load, save_folder
+from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
 from hybridvlm.errors import reason
 from hybridvlm.files import FolderBusy, folder_lock
-from hybridvlm.inference.model import Model
+from hybridvlm.inference.model import Model, load
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.cost import decoder_flops

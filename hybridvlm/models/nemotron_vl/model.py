@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from hybridvlm import sharding
-from hybridvlm.config import Buckets, ModelConfig, Reduction
+from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
 from hybridvlm.models.nemotron_vl.config import config_from_hf
 from hybridvlm.models.nemotron_vl.weights import table
@@ -32,8 +32,8 @@ from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import methods
+from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.reduction.plan import make_plan as settle
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
 
@@ -256,7 +256,7 @@ def make_plan(
     """The static plan of a reduction for a bucket; None when there is nothing to reduce."""
     if reduction.method == "none" or not frames:
         return None
-    return settle(
+    return plans.make_plan(
         reduction,
         config,
         visual_tokens=frames * config.vision.tokens_per_frame,
@@ -273,6 +273,11 @@ def make_plan(
 def encode(params: dict, config: ModelConfig, pixels: jax.Array) -> jax.Array:
     """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
     return HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
+
+
+def embed_prompt(params: dict, config: ModelConfig, batch: Batch, visual: jax.Array | None) -> Tokens:
+    """Prompts as layer 0 of a dense pass sees them; visual [B,F,m,D], or None for text alone."""
+    return assemble(params["embed"], batch, visual)
 
 
 def decoder_output(
@@ -338,11 +343,23 @@ def prefill(
     decode_capacity: int,
     assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
     mesh: Mesh | None = None,
+    *,
+    scores: bool = False,
+    hidden_states: bool = False,
 ) -> PrefillOutput:
-    """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`."""
-    out, given = decoder_output(
-        params, config, batch, visual, plan, decode_capacity=decode_capacity, assemble=assemble, mesh=mesh
-    )
+    """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`.
+
+    scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
+    in `decoder.hidden_states`.
+    """
+    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble": assemble, "mesh": mesh}
+    if scores:
+        options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
+        if plan is None:
+            options["score_fn"] = methods.layer_score
+    if hidden_states:
+        options["hidden_states"] = tuple(range(len(config.pattern)))
+    out, given = decoder_output(params, config, batch, visual, plan, **options)
     last = jnp.maximum(jnp.sum(out.tokens.segment > 0, axis=1) - 1, 0)
     x = jnp.take_along_axis(out.tokens.x, last[:, None, None], axis=1)[:, 0]
     return PrefillOutput(head(params, config, x), out, given)

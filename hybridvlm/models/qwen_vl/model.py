@@ -32,8 +32,8 @@ from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.reduction.plan import make_plan as plan_for
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
 from hybridvlm.vision.model import CONNECTORS, TOWERS, encode_frames
@@ -336,7 +336,7 @@ def make_plan(
     """The static plan for a bucket of `frames` tubelets, of the size in config.vision; None when there is nothing to reduce."""
     if reduction is None or reduction.method == "none" or not frames:
         return None
-    return plan_for(
+    return plans.make_plan(
         reduction,
         config,
         visual_tokens=frames * config.vision.tokens_per_frame,
@@ -386,6 +386,11 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
     return assemble
 
 
+def embed_prompt(params: Mapping[str, Any], config: QwenConfig, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
+    """Prompts as layer 0 of a dense pass sees them, with M-RoPE positions and DeepStack planes."""
+    return _assemble(config)(params["embed"], batch, visual)
+
+
 def decoder_output(
     params: Mapping[str, Any],
     config: QwenConfig,
@@ -405,9 +410,22 @@ def prefill(
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
+    *,
+    scores: bool = False,
+    hidden_states: bool = False,
 ) -> PrefillOutput:
     """Prompts to last-token logits [B,V] fp32 under a plan (None: dense), and QwenCaches with `decode_capacity` for new tokens."""
-    done = nemotron_vl.prefill(params, config, batch, visual, plan, decode_capacity, _assemble(config))
+    done = nemotron_vl.prefill(
+        params,
+        config,
+        batch,
+        visual,
+        plan,
+        decode_capacity,
+        _assemble(config),
+        scores=scores,
+        hidden_states=hidden_states,
+    )
     real = (jnp.asarray(batch.segment) > 0)[..., None]
     following = jnp.max(jnp.where(real, batch.position, -1), axis=(1, 2)) + 1
     caches = QwenCaches(done.decoder.caches, following)

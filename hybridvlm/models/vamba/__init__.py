@@ -29,6 +29,7 @@ from hybridvlm.models.vamba.model import (
 
 # Two streams: rows of training and analyses have no place for them.
 decoder_output = None
+embed_prompt = None
 
 __all__ = [
     "CHAT",
@@ -53,4 +54,5 @@ __all__ = [
     "table",
     "trim_frames",
     "decoder_output",
+    "embed_prompt",
 ]

@@ -30,8 +30,8 @@ from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import methods
+from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.reduction.plan import make_plan as plan_for
 from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision.model import CONNECTORS, TOWERS
@@ -180,7 +180,7 @@ def make_plan(
     """The static plan for a bucket of `frames` tubelets, of the size in config.vision; one layer of the plan is one of VAMBA's."""
     if reduction is None or reduction.method == "none" or not frames:
         return None
-    return plan_for(
+    return plans.make_plan(
         reduction,
         VambaReading(config, text),
         visual_tokens=frames * config.vision.tokens_per_frame,
@@ -291,12 +291,17 @@ def prefill(
     visual: jax.Array | VideoMemory | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
+    *,
+    scores: bool = False,
+    hidden_states: bool = False,
 ) -> PrefillOutput:
     """Prompts to last-token logits, with `decode_capacity` cache slots for new tokens.
 
     visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may then hold several
     questions on each video, those on one video side by side); or None for text alone.
     """
+    if scores or hidden_states:
+        raise ValueError("prefill: VAMBA's two streams return no scores and no hidden states of one row")
     text = text_stream(params["embed"], batch)
     b = batch.input_ids.shape[0]
     if visual is None or isinstance(visual, VideoMemory):

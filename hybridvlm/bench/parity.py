@@ -1,4 +1,4 @@
-"""Round trips with the reference classes: `python -m hybridvlm.checkpoints.parity` (needs `pip install hybridvlm[parity]`).
+"""Round trips with the reference classes: `python -m hybridvlm.bench.parity` (needs `pip install hybridvlm[parity]`).
 
 Of every sample (tiny, random, in the published layout) two ways are walked, each to logits in float32: ours, written as
 safetensors, read by transformers; and a reference model, saved by transformers, read by `hv.load`. Prefill and cached
@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from hybridvlm.checkpoints import samples
-from hybridvlm.checkpoints.folder import load
 from hybridvlm.checkpoints.hf import read_json
+from hybridvlm.inference.model import load
 from hybridvlm.models.media import Clip
 
 TOLERANCE = 1e-4  # on logits
@@ -172,7 +172,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
     """Print a line per sample and way; 1 if one is over the tolerance."""
-    parser = argparse.ArgumentParser(prog="python -m hybridvlm.checkpoints.parity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m hybridvlm.bench.parity", description=__doc__.splitlines()[0])
     parser.add_argument("--samples", default=",".join(REFERENCES), help="of %(default)s")
     args = parser.parse_args(arguments)
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,4 +1,4 @@
-"""What loading costs beside the model itself: `python -m hybridvlm.checkpoints.memory`.
+"""What loading costs beside the model itself: `python -m hybridvlm.bench.load_memory`.
 
 Writes a synthetic checkpoint in Nemotron-H's published layout, loads it in a process of its own, and prints that process's
 largest resident size, its final one, and the difference beside the largest tensor. Linux alone counts this way.
@@ -103,7 +103,7 @@ def resident(field: str) -> int:
 def _child(path: str) -> None:
     import jax
 
-    from hybridvlm.checkpoints.folder import load
+    from hybridvlm.inference.model import load
 
     jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the backend is there before the count begins
     before, start = resident("VmRSS"), time.perf_counter()
@@ -116,14 +116,14 @@ def _child(path: str) -> None:
 
 def measure(path: pathlib.Path) -> Loaded:
     """Load a checkpoint in a process of its own."""
-    command = [sys.executable, "-m", "hybridvlm.checkpoints.memory", "--child", str(path)]
+    command = [sys.executable, "-m", "hybridvlm.bench.load_memory", "--child", str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return Loaded(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the sizes; 1 if loading held more than the largest tensor and 1 GB beside the model."""
-    parser = argparse.ArgumentParser(prog="python -m hybridvlm.checkpoints.memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m hybridvlm.bench.load_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.6, help="of the checkpoint (%(default)s)")
     parser.add_argument("--folder", default=None, help="where it is written (default: a temporary place)")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)

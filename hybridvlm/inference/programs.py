@@ -1,0 +1,445 @@
+"""What a model runs: one compiled program per function, static arguments and shapes of its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridvlm.config import Buckets, Reduction
+from hybridvlm.inference import sampling as decoding
+from hybridvlm.inference.sampling import DecodeState, Sampling
+from hybridvlm.inference.thinking import ThinkBudget, opens, read_reply, think_budget
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.family import Family
+from hybridvlm.models.media import Clip
+from hybridvlm.models.nemotron_vl.model import PrefillOutput
+from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
+from hybridvlm.nn.caches import check_capacity
+from hybridvlm.reduction.methods import parse_method
+from hybridvlm.reduction.plan import ReductionPlan
+
+_BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+_compiled: list[int] = []
+
+
+def compile_count() -> int:
+    """How many programs XLA has compiled in this process since the first call of this function, which returns 0."""
+    if not _compiled:
+        _compiled.append(0)
+
+        def count(event: str, duration: float, **_: Any) -> None:
+            _compiled[0] += event == _BACKEND_COMPILE
+
+        jax.monitoring.register_event_duration_secs_listener(count)
+    return _compiled[0]
+
+
+def peak_bytes(program: Any) -> int:
+    """Memory that a compiled program needs (arguments, outputs, temporaries), by its compiler; 0 where that says nothing."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+class ProgramCache:
+    """Compiled programs. What a program depends on is its key: the function, its static arguments, and its arrays' shapes.
+
+    Attributes:
+        compile_seconds: that compiling took so far.
+    """
+
+    def __init__(self) -> None:
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple[Any, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def get(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        """The compiled program of `function(*args, **static)`, made at the first call.
+
+        Args:
+            function: of a module, not a closure: whatever it reads besides its arguments is not in the key.
+            args: pytrees of arrays; their values do not matter.
+            donate: arguments whose memory the results may take; they are gone after the call.
+            static: hashable arguments by name.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        shapes = tuple((jnp.shape(a), str(jnp.result_type(a))) for a in leaves)
+        key = (function, donate, tuple(sorted(static.items())), shapes, tree)
+        if key not in self._programs:
+            start = time.perf_counter()
+
+            def run(*args: Any) -> Any:
+                return function(*args, **static)
+
+            self._programs[key] = jax.jit(run, donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that one of the programs needs."""
+        return max(map(peak_bytes, self._programs.values()), default=0)
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds of one generate(), device work awaited: compile (0 where the programs were there), prefill, decode."""
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclasses.dataclass
+class Generation:
+    """What generate() gives.
+
+    Attributes:
+        tokens: ids of each reply.
+        text: of each answer alone.
+        prefilled: what the prefill gave.
+        plan: what was dropped.
+        timing: seconds per phase.
+        thinking: the reasoning before each answer.
+        unfinished: whether that never came to an end, so that there is no answer, and text is all that came.
+        peak_bytes: most memory that the two programs need, by the compiler.
+    """
+
+    tokens: list[list[int]]
+    text: list[str]
+    prefilled: PrefillOutput
+    plan: ReductionPlan | None
+    timing: Timing
+    thinking: list[str] = dataclasses.field(default_factory=list)
+    unfinished: list[bool] = dataclasses.field(default_factory=list)
+    peak_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ModelPrograms:
+    """A config, its parameters and a tokenizer, with the programs that run them; `Model` adds what people ask of it.
+
+    Attributes:
+        config: of the family.
+        params: a nested dict of arrays.
+        tokenizer: text to ids and back; None takes and gives ids alone.
+        buckets: lengths that programs are compiled for.
+        reduction: what the checkpoint was tuned under.
+        style: the text around frames and question.
+        name: for people (default: the config's).
+        family: whose functions do the work.
+        programs: what is compiled; copies by `dataclasses.replace` share it.
+    """
+
+    config: Any
+    params: dict[str, Any]
+    tokenizer: Any = None
+    _: dataclasses.KW_ONLY
+    buckets: Buckets = Buckets()
+    reduction: Reduction | None = None
+    style: PromptStyle = PromptStyle()
+    name: str = ""
+    family: Family = nemotron_vl
+    programs: ProgramCache = dataclasses.field(default_factory=ProgramCache)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.config.name)
+
+    # -- from samples to arrays -----------------------------------------------------------------------------------
+
+    def plan(self, reduction: Reduction | None, frames: int, text: int, *, config: Any = None) -> ReductionPlan | None:
+        """The static plan of a reduction for a bucket; None when there is nothing to reduce.
+
+        Args:
+            reduction: method and budget.
+            frames: frame bucket.
+            text: text bucket, in tokens.
+            config: where frames have another size than the model's own.
+        """
+        if reduction is None:
+            return None
+        config = self.config if config is None else config
+        return self.family.make_plan(config, reduction, frames, text, self.params["embed"].dtype.itemsize)
+
+    def layout(self, question: str, seconds: Sequence[float], factors: tuple[int, int, int] = (1, 1, 1)) -> Layout:
+        """One prompt of this model's style: frames at these time stamps, then the question."""
+        clips = [Clip(tuple(seconds))] if len(seconds) else []
+        messages = [user_message(question, self.style, [clip.kind for clip in clips])]
+        return self.family.prompt(self.config, self.tokenizer, messages, clips, style=self.style, factors=factors)
+
+    def batch(
+        self, questions: Sequence[str], seconds: Sequence[Sequence[float]], reduction: Reduction | None
+    ) -> tuple[Batch, ReductionPlan | None]:
+        """Questions, each with the time stamps of its frames, as the arrays of the smallest bucket; and the plan for it."""
+        asked = list(zip(questions, seconds, strict=True))
+        return self.batch_of(lambda factors: [self.layout(q, s, factors) for q, s in asked], reduction)
+
+    def batch_of(
+        self,
+        layouts: Callable[[tuple[int, int, int]], Sequence[Layout]],
+        reduction: Reduction | None,
+        *,
+        config: Any = None,
+        buckets: Buckets | None = None,
+    ) -> tuple[Batch, ReductionPlan | None]:
+        """Prompts as the arrays of the smallest bucket, and the plan for it.
+
+        Args:
+            layouts: prompts by the factors (frames, rows, columns) that a plan merges by; called again where it merges.
+            reduction: method and budget.
+            config: where frames have another size than the model's own.
+            buckets: instead of the model's own.
+        """
+        config = self.config if config is None else config
+        buckets = self.buckets if buckets is None else buckets
+        batch, frames, text = self.family.make_batch(config, layouts((1, 1, 1)), buckets)
+        plan = self.plan(reduction, frames, text, config=config)
+        if plan is not None and plan.pool_factors != (1, 1, 1):
+            buckets = dataclasses.replace(buckets, text=(text,))
+            batch, _, _ = self.family.make_batch(config, layouts(plan.pool_factors), buckets, plan.pool_factors)
+        return batch, plan
+
+    def reduction_for(self, method: str, budget: float | None = None, kind: str | None = None) -> Reduction | None:
+        """The Reduction of a method's name, under the checkpoint's own schedule, score options and seed; None for "none".
+
+        Args:
+            method: a name such as "str", or a composition such as "evs:0.5+str:0.5".
+            budget: share of the visual tokens (default: 0.25).
+            kind: how it is counted, of `BUDGET_KINDS` (default: the checkpoint's own).
+
+        Raises:
+            ValueError: for an unknown method (with near names) or a budget outside (0, 1].
+        """
+        parse_method(method)
+        if method == "none":
+            return None
+        own = self.reduction or Reduction()
+        budget = 0.25 if budget is None else budget
+        return dataclasses.replace(own, method=method, budget=budget, kind=kind or own.kind)
+
+    def opened(self, batch: Batch) -> list[bool]:
+        """Of each prompt, whether it ends inside reasoning that the reply has to end."""
+        if not hasattr(self.tokenizer, "chat"):
+            return [False] * len(batch.input_ids)
+        ids, segment = jax.device_get((batch.input_ids, batch.segment))
+        return [opens(self.tokenizer, row[real > 0]) for row, real in zip(ids, segment, strict=True)]
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def encode(self, pixels: Any) -> Any:
+        """What the family's `pixels` gives (frames [B,F,h,w,3] uint8) -> visual tokens [B,F,m,D].
+
+        Frames are filled up with black ones to their bucket: no prompt has an index for those.
+        """
+        if not isinstance(pixels, dict | tuple | list):
+            spare = self.buckets.pick("frames", pixels.shape[1]) - pixels.shape[1]
+            if spare:
+                # on the host: on the device every number of frames would compile a padding of its own
+                pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
+        return self._run(_encode, self.params, pixels)
+
+    def prefill(
+        self,
+        batch: Batch,
+        visual: Any,
+        plan: ReductionPlan | None = None,
+        decode_capacity: int | None = None,
+        *,
+        return_scores: bool = False,
+        return_hidden_states: bool = False,
+    ) -> PrefillOutput:
+        """Prompts to last-token logits and caches.
+
+        Args:
+            batch: prompts, of `batch`.
+            visual: [B,F,m,D] from `encode`, a family's video memory, or None for text alone.
+            plan: what is dropped where.
+            decode_capacity: cache slots for new tokens (default: the buckets' max_new).
+            return_scores: also the score [B,L] of every mixer layer, in `decoder.scores`: the plan's own, or the one of
+                "str" without a plan.
+            return_hidden_states: also the residual stream [B,L,D] after every layer, in `decoder.hidden_states`. L is that
+                layer's row; after a drop `decoder.survivors` says which tokens it holds.
+
+        Raises:
+            ValueError: where visual tokens do not fit the batch, or the family has no such scores or states.
+        """
+        return self._prefill_program(batch, visual, plan, decode_capacity, return_scores, return_hidden_states)(
+            self.params, batch, visual
+        )
+
+    def _prefill_program(
+        self,
+        batch: Batch,
+        visual: Any,
+        plan: ReductionPlan | None,
+        decode_capacity: int | None,
+        scores: bool = False,
+        hidden_states: bool = False,
+    ) -> Any:
+        frames = int(np.max(np.asarray(batch.frame_count), initial=0))
+        if visual is None and frames:
+            raise ValueError(f"visual is None, but the batch has visual tokens of {frames} frames; pass encode(frames)")
+        if visual is not None and hasattr(visual, "shape"):
+            rows = len(batch.input_ids)
+            if visual.shape[0] != rows or visual.shape[1] < frames:
+                raise ValueError(
+                    f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has, "
+                    f"got {visual.shape}"
+                )
+        static = {"plan": plan, "decode_capacity": self.buckets.max_new if decode_capacity is None else decode_capacity}
+        collected = {"scores": scores, "hidden_states": hidden_states}
+        return self._program(_prefill, self.params, batch, visual, **static, **collected)
+
+    def generate(
+        self,
+        batch: Batch,
+        visual: Any,
+        plan: ReductionPlan | None = None,
+        *,
+        max_new: int | None = None,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        think_tokens: int | None = None,
+    ) -> Generation:
+        """Answer a batch.
+
+        Args:
+            batch: prompts, of `batch`.
+            visual: [B,F,m,D] from `encode`, or None for text alone.
+            plan: what is dropped where.
+            max_new: most tokens of an answer (default: Buckets.max_new).
+            sampling: how tokens are chosen (default: greedy).
+            seeds: one per example, for sampling (default: all 0).
+            think_tokens: most tokens of reasoning, in addition to those of the answer (default: max_new is for both).
+        """
+        max_new = self.check_max_new(max_new)
+        sampling = Sampling() if sampling is None else sampling
+        budget = think_budget(self, think_tokens)
+        opened = self.opened(batch)
+        seeds = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
+        timing = Timing()
+        start = time.perf_counter()
+        most = self.buckets.max_new + (0 if budget is None else budget.decode_capacity)
+        prefill = self._prefill_program(batch, visual, plan, most)
+        timing.compile = time.perf_counter() - start
+        start = time.perf_counter()
+        prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
+        timing.prefill = time.perf_counter() - start
+        args = (self.params, prefilled.logits, prefilled.decoder.caches, seeds, np.int32(max_new))
+        args += () if budget is None else (np.asarray(opened),)
+        start = time.perf_counter()
+        decode = self._program(_decode_tokens, *args, max_new=most, sampling=sampling, budget=budget)
+        timing.compile += time.perf_counter() - start
+        start = time.perf_counter()
+        tokens, lengths = jax.device_get(decode(*args))
+        timing.decode = time.perf_counter() - start
+        ids = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+        replies = [read_reply(self.tokenizer, *row) for row in zip(ids, opened, strict=True)]
+        text, thinking, unfinished = (list(part) for part in zip(*replies, strict=True))
+        peak = max(peak_bytes(prefill), peak_bytes(decode))
+        return Generation(ids, text, prefilled, plan, timing, thinking, unfinished, peak)
+
+    def check_max_new(self, max_new: int | None) -> int:
+        """The most tokens of an answer (default: the buckets' own); ValueError where they have fewer."""
+        max_new = self.buckets.max_new if max_new is None else max_new
+        if not 1 <= max_new <= self.buckets.max_new:
+            raise ValueError(f"max_new must lie in 1..{self.buckets.max_new} (Buckets.max_new), got {max_new}")
+        return max_new
+
+    def decode(
+        self,
+        logits: jax.Array | None,
+        caches: Any,
+        seeds: np.ndarray,
+        *,
+        max_new: int,
+        sampling: Sampling | None = None,
+        budget: ThinkBudget | None = None,
+        inside: Sequence[bool] | None = None,
+        answer: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, DecodeState]:
+        """Up to `max_new` tokens, and where decoding then stands, as `hybridvlm.inference.sampling.decode`: answers in pieces.
+
+        Args:
+            logits: [B,V]; None goes on from a DecodeState.
+            caches: may not be used again: their memory goes over to the new ones.
+            seeds: [B] int32.
+            max_new: most tokens.
+            sampling: how they are chosen (default: greedy).
+            budget: of reasoning.
+            inside: which prompts opened it.
+            answer: with a budget, most tokens after the reasoning, over all pieces.
+        """
+        sampling = Sampling() if sampling is None else sampling
+        # the token that is chosen last does not go in, that of an earlier call does
+        check_capacity(caches, max_new - (logits is not None), "decode puts in")
+        args = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
+        if budget is not None and logits is not None:
+            args += (np.asarray([False] * len(seeds) if inside is None else inside, bool),)
+        tokens, lengths, state = self._run(
+            _decode, *args, max_new=max_new, sampling=sampling, budget=budget, donate=(2,)
+        )
+        return *jax.device_get((tokens, lengths)), state
+
+    def extend(self, ids: np.ndarray, segment: np.ndarray, caches: Any) -> tuple[jax.Array, Any]:
+        """Text after what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the longer caches.
+
+        ValueError where they have fewer than T slots free: prefill(decode_capacity=...) says how many there are.
+        """
+        check_capacity(caches, ids.shape[1], "extend takes")
+        return self._run(_extend, self.params, ids, segment, caches, donate=(3,))
+
+    def build_video_memory(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> Any:
+        """Of a family that can make it: what every question needs of these videos, to be given to prefill as `visual`."""
+        return self._run(_build_video_memory, self.params, batch, visual, plan=plan)
+
+    def verify(self, generation: Generation) -> None:
+        """Raise PlanMismatch if what the run kept is not what its plan says."""
+        if generation.plan is not None:
+            kept, counts = jax.device_get((generation.prefilled.decoder.kept, generation.prefilled.counts))
+            drops = np.asarray(generation.plan.drops, int)
+            entering = [int((drops < layer).sum()) for layer in range(generation.plan.layers)]
+            generation.plan.verify(kept[entering, :, 0], counts[..., 0])
+
+    def _program(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        return self.programs.get(function, *args, family=self.family, config=self.config, **static)
+
+    def _run(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        return self._program(function, *args, **static)(*args)
+
+
+# -- what is compiled -----------------------------------------------------------------------------------------------------
+
+
+def _encode(params, pixels, *, family: Family, config):
+    return family.encode(params, config, pixels)
+
+
+def _prefill(params, batch, visual, *, family: Family, config, plan, decode_capacity: int, **collected: bool):
+    return family.prefill(params, config, batch, visual, plan, decode_capacity, **collected)
+
+
+def _decode(params, logits, caches, seeds, limit, inside=None, *, family: Family, config, **static):
+    return decoding.decode(params, config, logits, caches, seeds, limit=limit, family=family, inside=inside, **static)
+
+
+def _decode_tokens(*args, **static):
+    # without the caches, which would be copied out
+    return _decode(*args, **static)[:2]
+
+
+def _extend(params, ids, segment, caches, *, family: Family, config):
+    return family.extend(params, config, ids, segment, caches)
+
+
+def _build_video_memory(params, batch, visual, *, family: Family, config, plan):
+    return family.build_video_memory(params, config, batch, visual, plan)
