@@ -164,8 +164,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.pattern) - set(KINDS))
         if unknown or not self.pattern or len(self.pattern) > MOST_LAYERS:
-            unknown = unknown or (f"{len(self.pattern)} layers" if self.pattern else "")
-            raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {unknown or 'an empty pattern'}")
+            got = unknown or (f"{len(self.pattern)} layers" if self.pattern else "an empty pattern")
+            raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {got}")
         _counted(
             "ModelConfig",
             width=self.width,
@@ -207,6 +207,13 @@ class ModelConfig:
                 f"ModelConfig.rope_sections must be three counts (time, row, column) that add up to head_dim / 2 = "
                 f"{self.head_dim // 2}, got {self.rope_sections}"
             )
+
+    @property
+    def tower(self) -> VisionConfig:
+        """The vision tower's config. ValueError for a model that has none."""
+        if self.vision is None:
+            raise ValueError(f"the model {self.name!r} has no vision tower: ModelConfig.vision is None")
+        return self.vision
 
     @property
     def mamba_width(self) -> int:

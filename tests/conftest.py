@@ -1,21 +1,15 @@
 """Shared by all tests: where the goldens lie, and numerics that do not depend on the machine's settings."""
 
-import atexit
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The interpreters of Pallas kernels wait in one thread for what another computes: with a pool of two they can wait for ever.
 os.environ.setdefault("NPROC", "8")
 
-# What one test worker or process of a test has compiled, the others read: much of the suite's time is compilation.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hybridvlm-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most of the suite's time is compilation, and most programs run once: LLVM's optimizations cost more than they save.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np

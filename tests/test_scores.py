@@ -1,12 +1,13 @@
 """Scores against an oracle that writes the implicit attention matrix out, token by token."""
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.config import ScoreOptions
@@ -16,6 +17,8 @@ from hybridvlm.reduction import attention_score, mamba_score, saliency_score
 from hybridvlm.reduction.scores import random_score, spread_score
 
 H, G, N, P, K, D = 6, 3, 5, 4, 2, 8
+# Entries of a smaller relative spread are equal; up to NEAR, rounding in fp32 decides what their z-score is.
+EQUAL, NEAR = 1e-7, 3e-3
 
 
 def prompts(rows, length):
@@ -44,8 +47,12 @@ def mamba_aux(tokens, seed=0):
     return MambaAux(*(jnp.asarray(a, jnp.float32) for a in (*r.normal(size=(2, b, length, G, N)), dt, log_decay)))
 
 
-def oracle(aux, tokens, options):
-    """[B,L] float64: every entry of the implicit attention matrix, one by one, then the five steps in order."""
+def oracle(aux, tokens, options, spreads=None):
+    """[B,L] float64: every entry of the implicit attention matrix, one by one, then the five steps in order.
+
+    Args:
+        spreads: list that takes, for every query row and group of a z-score, the spread as a share of the largest entry.
+    """
     b, c, dt, decay = (np.asarray(a, np.float64) for a in (aux.b, aux.c, aux.dt, aux.log_decay))
     segment, visual, query = (np.asarray(a) for a in (tokens.segment, tokens.visual, tokens.query))
     mean_or_max = {"mean": np.mean, "max": np.max}
@@ -73,7 +80,11 @@ def oracle(aux, tokens, options):
                 entry = np.exp(entry - entry.max(1, keepdims=True))
                 entry /= entry.sum(1, keepdims=True)
             elif options.norm == "zscore":
-                entry = (entry - entry.mean(1, keepdims=True)) / np.sqrt(entry.var(1, keepdims=True) + 1e-12)
+                share = entry.std(1, keepdims=True) / np.maximum(np.abs(entry).max(1, keepdims=True), 1e-300)
+                z = (entry - entry.mean(1, keepdims=True)) / np.sqrt(entry.var(1, keepdims=True) + 1e-12)
+                entry = np.where(share > EQUAL, z, 0.0)
+                if spreads is not None:
+                    spreads += share.ravel().tolist()
             reduced = mean_or_max.get(options.queries, np.mean)(entry, axis=0)
             out[row, keys] = mean_or_max[options.groups](reduced, axis=-1)
     return out
@@ -112,8 +123,7 @@ def test_mamba_score_is_the_implicit_attention_matrix(options):
         decay=st.booleans(),
         dt=st.booleans(),
         sign=st.sampled_from(("raw", "relu", "abs")),
-        # not zscore: of keys that score alike it divides rounding by itself; OPTIONS tests it where keys differ
-        norm=st.sampled_from(("none", "l1", "softmax")),
+        norm=st.sampled_from(("none", "l1", "softmax", "zscore")),
         groups=st.sampled_from(("mean", "max")),
         heads=st.sampled_from(("mean", "max")),
         queries=st.sampled_from(("mean", "max", "last")),
@@ -123,10 +133,27 @@ def test_mamba_score_is_the_implicit_attention_matrix(options):
 )
 def test_mamba_score_on_random_prompts(options, rows, seed):
     tokens = prompts(rows, 29)
-    aux = mamba_aux(tokens, seed)
-    expected = oracle(aux, tokens, options)
+    aux, spreads = mamba_aux(tokens, seed), []
+    expected = oracle(aux, tokens, options, spreads)
+    assume(not any(EQUAL < share < NEAR for share in spreads))
     score = scored(aux, tokens, options)
     np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_the_zscore_of_keys_that_score_alike_is_zero(scale, noise):
+    """Where nothing but rounding tells keys apart, it does not decide which of them stay."""
+    tokens = prompts([[(0, 17, 3)]], 20)
+    aux = mamba_aux(tokens)
+    factor = 1 + noise * jnp.asarray(np.random.default_rng(0).normal(size=aux.b.shape), jnp.float32)
+    alike = dataclasses.replace(aux, b=scale * jnp.broadcast_to(aux.b[:, :1], aux.b.shape) * factor)
+    options = ScoreOptions(norm="zscore")
+    assert not np.asarray(scored(alike, tokens, options)).any()
+    apart = dataclasses.replace(alike, b=alike.b * jnp.where(jnp.arange(20) < 9, 1.0, 1.001)[None, :, None, None])
+    assert np.abs(np.asarray(scored(apart, tokens, options))[0, :17]).min() > 0.5
+    slope = jax.grad(lambda b: (scored(dataclasses.replace(alike, b=b), tokens, options) ** 2).sum())(alike.b)
+    assert np.isfinite(slope).all()
 
 
 def test_the_linear_path_and_the_blocks_agree_and_the_linear_one_has_no_square():

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 same[kind] += sum(a == b for a, b in zip(*answers.values(), strict=True))
                 if kept:
                     tokens = _video_tokens(models["float32"], task, asked)
-                    drops.append(_agreement(*kept.values(), tokens))
+                    ours, theirs = kept.values()
+                    drops.append(_agreement(ours, theirs, tokens))
             bar.update(len(asked))
     agreed, overlap, share = np.concatenate(drops, axis=1).mean(axis=1).T
     pattern = models["float32"].config.pattern

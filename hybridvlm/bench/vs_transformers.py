@@ -191,7 +191,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     from hybridvlm.bench.prefill import bench_plan, prompt, running_chunk
     from hybridvlm.checkpoints import params_from_hf
     from hybridvlm.inference.sampling import Sampling, decode
-    from hybridvlm.models.nemotron_vl.model import prefill as prefill_model
+    from hybridvlm.models import nemotron_vl
     from hybridvlm.nn.caches import cache_bytes
     from hybridvlm.reduction.cost import decoder_flops
 
@@ -205,7 +205,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
 
     def program(config, batch, visual, plan, decode_capacity):
         def function(params, batch, visual):
-            out = prefill_model(params, config, batch, visual, plan, decode_capacity)
+            out = nemotron_vl.prefill(params, config, batch, visual, plan, decode_capacity)
             return out.logits, out.decoder.caches
 
         return jax.jit(function).lower(params, batch, visual).compile()

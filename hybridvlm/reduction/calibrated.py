@@ -31,7 +31,7 @@ def weighted_curve(schedule: Schedule, layers: int) -> schedules.Curve:
     """The schedule's curve with each layer at its position in the accumulated weights."""
     if schedule.shape == "list":
         raise ValueError("str-calibrated takes a schedule with a shape of its own, got shape 'list'")
-    curve, span = schedules.schedule_curve(schedule, layers), max(1, layers - 1)
+    curve, span = schedules.shape_curve(schedule, layers), max(1, layers - 1)
     total = sum(schedule.layer_weights[: layers - 1]) or 1.0  # nothing drops after the last layer
     position = [span * sum(schedule.layer_weights[:layer]) / total for layer in range(layers)]
     return lambda layer, ordinal, p: curve(position[layer], ordinal, p)

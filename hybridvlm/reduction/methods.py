@@ -74,6 +74,10 @@ class Method:
     where: str = ""
     token_local: bool = False
 
+    def __post_init__(self) -> None:
+        if self.place == "decoder" and (self.sites is None or self.curve is None):
+            raise ValueError(f"Method {self.name!r} drops inside the decoder, so it needs sites and a curve")
+
     @property
     def depends_on_query(self) -> bool:
         """Whether its score reads the question."""

@@ -10,7 +10,8 @@ which is a bias towards late positions; how it aggregates is not public, so `Sco
 1. entry[t,s,g] = (c_t,g . b_s,g) * w[t,s,g]; w is the mean (or max, `heads`) over the heads of group g of
    dt_s (`dt`) and exp(decay from s to t) (`decay`), 1 where both are off;
 2. `sign` of the entry: as it is, positive part, or magnitude;
-3. `norm` of one query row's entries over the visual tokens it may look at, per group;
+3. `norm` of one query row's entries over the visual tokens it may look at, per group; a z-score of entries that differ by
+   no more than rounding (`_ALIKE` of the largest) is 0;
 4. `queries`: mean, max or the last of the query rows; then 5. `groups`: mean or max.
 
 Scores rank tokens inside one layer only. Query rows stand behind the visual tokens of their segment (earlier text
@@ -28,6 +29,8 @@ from hybridvlm.ops.tokens import Tokens
 
 _DEFAULT = ScoreOptions()
 _LOW = -1e30
+# A spread below this share of the largest entry is what fp32 makes of products that are equal.
+_ALIKE = 64 * float(jnp.finfo(jnp.float32).eps)
 _BLOCK_VALUES = 1 << 22  # entries of one block of query rows that are held at once, per example
 
 
@@ -222,5 +225,7 @@ def _signed_and_normed(entry: jax.Array, sees: jax.Array, options: ScoreOptions)
         count = jnp.maximum(sees.sum(2, keepdims=True), 1)
         mean = jnp.where(sees, entry, 0.0).sum(2, keepdims=True) / count
         square = jnp.where(sees, (entry - mean) ** 2, 0.0).sum(2, keepdims=True) / count
-        return (entry - mean) * jax.lax.rsqrt(square + 1e-12)
+        largest = jnp.where(sees, jnp.abs(entry), 0.0).max(2, keepdims=True)
+        differ = square > (_ALIKE * largest) ** 2
+        return jnp.where(differ, (entry - mean) * jax.lax.rsqrt(square + 1e-12), 0.0)
     return entry

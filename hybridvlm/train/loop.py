@@ -259,15 +259,17 @@ class Run:
             now = (step, plan, metrics, waited, compiled)
             # the step before is looked at while this one runs
             if waiting is not None:
-                self._saved(kept, lambda w=waiting: meter(*w), OSError)
+                self._saved(kept, functools.partial(meter, *waiting), OSError)
             waiting = now
             stop = self.told_to_stop.is_set() or kept.preempted(step)
             last = step + 1 == config.steps
             if stop or last or (config.checkpoints.every and (step + 1) % config.checkpoints.every == 0):
-                self._saved(kept, lambda w=waiting: meter(*w), OSError)  # nothing is kept of a step that went wrong
+                self._saved(
+                    kept, functools.partial(meter, *waiting), OSError
+                )  # nothing is kept of a step that went wrong
                 waiting = None
                 about = {name: stream.state() for name, stream in streams.items()}
-                self._saved(kept, lambda s=step, a=about, now=state: kept.save_state(s + 1, now, a))
+                self._saved(kept, functools.partial(kept.save_state, step + 1, state, about))
             else:
                 self._saved(kept, kept.check)
             if stop and not last:
