@@ -11,7 +11,8 @@ import pytest
 
 from hybridvlm.bench import prefill, vs_transformers
 from hybridvlm.bench.__main__ import main, table
-from hybridvlm.config import Reduction, load_model_config
+from hybridvlm.config import Reduction
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models.nemotron_vl.model import assemble
 
 MICRO = {

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.analyze import ablate, measures
+from hybridvlm.analyze import ablate, ablate_checkpoints, ablate_report, measures
 from hybridvlm.analyze.cells import REFERENCE, Cell, cell
 from hybridvlm.analyze.common import (
     COLOURS,
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace) -> int:
         with folder_lock(folder, "an analysis"):
             results = compare(options, base, reduction, folder)
         write_json(folder / "calibration.json", data | {"comparison": results})
-        text += f"\n{ablate.report(results)}"
-        print_markdown(ablate.report(results))
+        text += f"\n{ablate_report.report(results)}"
+        print_markdown(ablate_report.report(results))
     write_atomic(folder / "calibration.md", text)
     print(folder / "calibration.md")
     return 0
@@ -216,7 +216,7 @@ def compare(options: argparse.Namespace, base: Reduction, reduction: Reduction, 
     """str and str-calibrated at the predicted FLOPs of str, on the same validation questions."""
     own = argparse.Namespace(**vars(options))
     own.split, own.limit, own.dry_run = "val", options.compare, False
-    checkpoints = ablate.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
+    checkpoints = ablate_checkpoints.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
     results = ablate.answer_cells(own, checkpoints, compared(base, reduction))
     assert results is not None
     return results

@@ -18,7 +18,8 @@ from typing import Any
 
 from hybridvlm.bench import timing
 from hybridvlm.bench.aot import STAGES, mesh_sizes, plan_there
-from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.options import override
 
 
@@ -99,7 +100,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot, sharding
-    from hybridvlm.models.nemotron_vl import model as nemotron_vl
+    from hybridvlm.models import nemotron_vl
     from hybridvlm.ops.tokens import Tokens
     from hybridvlm.reduction.methods import score_fn
     from hybridvlm.train.optimizer import decays

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.config import ModelConfig, VambaConfig, load_model_config
+from hybridvlm.config import ModelConfig, VambaConfig
+from hybridvlm.config_files import load_model_config
 
 MODELS = {"vamba": "vamba_qwen2_vl_7b", "qwen2-vl": "qwen2_vl_7b"}
 PHASES = ("prefill", "film", "train")
@@ -148,8 +149,7 @@ def shapes(config: ModelConfig, dtype: Any, tower: bool = False) -> dict[str, An
     import jax
     import jax.numpy as jnp
 
-    from hybridvlm.models.qwen_vl import model as qwen_vl
-    from hybridvlm.models.vamba import model as vamba
+    from hybridvlm.models import qwen_vl, vamba
     from hybridvlm.models.weights import FLOAT32
 
     family = vamba if isinstance(config, VambaConfig) else qwen_vl

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.bench import timing
-from hybridvlm.config import ModelConfig, Reduction, load_model_config
+from hybridvlm.config import ModelConfig, Reduction
+from hybridvlm.config_files import load_model_config
 
 SIDES = ("transformers", "hybridvlm")
 CHECK_TOKENS = 200  # length of the prompt on which the two must agree

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, load_model_config
+from hybridvlm.config import ATTENTION, MAMBA, ModelConfig
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.tiny import codes
 

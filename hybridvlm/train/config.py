@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from hybridvlm.config import Reduction, config_folder, from_dict
+from hybridvlm.config import Reduction, from_dict
+from hybridvlm.config_files import config_folder
 from hybridvlm.files import parse_json
 from hybridvlm.video import VideoInfo, sample_indices
 

@@ -20,8 +20,6 @@ from jax.sharding import Mesh
 from hybridvlm import sharding
 from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
-from hybridvlm.models.nemotron_vl.config import config_from_hf
-from hybridvlm.models.nemotron_vl.weights import weight_map
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
 from hybridvlm.nn import decoder
@@ -35,8 +33,6 @@ from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
-
-__all__ = ["config_from_hf", "weight_map"]
 
 NAME = "nemotron_vl"
 MODEL_TYPES = (
