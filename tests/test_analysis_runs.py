@@ -11,7 +11,7 @@ from hybridvlm.analyze import __main__ as analyze
 from hybridvlm.analyze import ablate, probe
 from hybridvlm.analyze.common import load_model
 from hybridvlm.config import Reduction, Schedule, load_model_config
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models import nemotron_vl
 from hybridvlm.tiny.resume import write_checkpoint
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hybridvlm.checkpoints import samples
 from hybridvlm.checkpoints.folder import expected_shapes
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models import nemotron_vl
 from hybridvlm.models.weights import flatten
 from hybridvlm.sharding import DEFAULT_RULES
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,14 +20,6 @@ from hybridvlm.tiny.export import write_video
 FAMILIES = ("nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")
 WORDS = ["red", "green", "blue"]
 BUCKETS = ["--buckets", "frames=4", "text=384", "max_new=4"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Programs that compile quickly: what they compute is compared with itself."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def film(path, number, height=40, width=64, frames=5):

@@ -12,7 +12,7 @@ import hybridvlm as hv
 from hybridvlm import __main__ as commands
 from hybridvlm.config import ModelConfig
 from hybridvlm.inference.conversation import Answer, Conversation
-from hybridvlm.models.vamba import model as vamba
+from hybridvlm.models import vamba
 from hybridvlm.nn import decoder
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import METHODS, describe_methods, get_method, make_plan, parse_method, score_fn

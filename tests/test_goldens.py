@@ -13,7 +13,7 @@ import pytest
 from hybridvlm.checkpoints import TensorFolder, params_from_hf
 from hybridvlm.inference.model import load as load_folder
 from hybridvlm.inference.sampling import Sampling, decode
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models import nemotron_vl
 from hybridvlm.models.nemotron_vl.config import config_from_hf, vision_from_hf
 from hybridvlm.models.nemotron_vl.model import HybridVLM
 from hybridvlm.models.prompt import Batch

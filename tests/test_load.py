@@ -19,8 +19,7 @@ from hybridvlm.checkpoints import CheckpointError, TensorFolder, hf, samples, sa
 from hybridvlm.checkpoints.atomic import _host, whole_folder
 from hybridvlm.config import load_model_config
 from hybridvlm.inference.model import load
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
-from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models import nemotron_vl, qwen_vl
 from hybridvlm.models.weights import flatten
 from hybridvlm.tokenizers.published import PublishedTokenizer
 

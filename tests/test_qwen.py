@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from hybridvlm.checkpoints.hf import params_from_tensors
 from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, load_model_config, to_dict
+from hybridvlm.models import qwen_vl
 from hybridvlm.models.family import family_of
-from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models.qwen_vl import model as qwen_vl_model
 from hybridvlm.models.qwen_vl.config import pixel_limits
 from hybridvlm.models.qwen_vl.model import QwenBatch, rope_positions
 from hybridvlm.models.weights import flatten
@@ -125,7 +126,7 @@ def row(name, ids, visual, grid=(2, 2)):
     """One prompt as the oracle takes it: x [L,D], position [L,3], planes [L,D] each."""
     config, params, _ = load(name)
     batch = batch_of(config, ids, grid)
-    tokens = qwen_vl._assemble(config)(params["embed"], batch, visual)
+    tokens = qwen_vl_model._assemble(config)(params["embed"], batch, visual)
     planes = [tokens.extra[key][0] for key in sorted(tokens.extra)]
     return tokens.x[0], batch.position[0], planes
 
@@ -335,7 +336,7 @@ def test_averaged_blocks_take_their_planes_along():
     """Pooling acts on visual tokens and planes alike: as if the tower had given the averages."""
     name = "qwen3_vl"
     config, _, _ = load(name)
-    config = qwen_vl.at_size(config, 16, 16)
+    config = qwen_vl_model.at_size(config, 16, 16)
     ids, visual = sample(name)
     plan = make_plan(Reduction("avgpool", 0.5), config, visual_tokens=16, text_tokens=12, frames=4)
     assert plan.pool_factors == (1, 1, 2)

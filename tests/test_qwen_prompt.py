@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hybridvlm.config import Buckets, Reduction, load_model_config
+from hybridvlm.models import qwen_vl
 from hybridvlm.models.media import Clip
-from hybridvlm.models.qwen_vl import model as qwen_vl
+from hybridvlm.models.qwen_vl import model as qwen_vl_model
 from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.tokenizers.text import plain
 
@@ -68,7 +69,7 @@ def test_sizes(source, second, third, image):
 
 def test_extreme_aspects_are_refused():
     with pytest.raises(ValueError, match="more than 200 times"):
-        qwen_vl.smart_resize(10, 3000, 28, 1, 10**9)
+        qwen_vl_model.smart_resize(10, 3000, 28, 1, 10**9)
 
 
 def test_qwen2_video_prompt():
@@ -164,7 +165,7 @@ def test_pixels_are_tubelets_with_the_last_frame_repeated():
 
 
 def test_plans_follow_the_size_of_the_clip():
-    config = qwen_vl.at_size(QWEN3, 64, 96)
+    config = qwen_vl_model.at_size(QWEN3, 64, 96)
     plan = qwen_vl.make_plan(config, Reduction("str", 0.5), frames=8, text=32)
     assert plan.visual_tokens == 8 * 2 * 3
     assert {plan.pattern[layer] for layer in plan.drops} == {"*"}

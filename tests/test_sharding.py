@@ -18,7 +18,7 @@ from sharding_worker import IN_SUITE, TRAIN
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions, load_model_config
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models import nemotron_vl
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.sharding import ShardingRules, local_config, make_mesh, permute_for_tp, unpermute_for_tp

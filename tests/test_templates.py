@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from hybridvlm.checkpoints import samples
+from hybridvlm.models import qwen_vl
 from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle, render, user_message
-from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.tokenizers import template
 from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.tokenizers.text import Text, cut_at_media, medium, origin_of, person, plain, trusted

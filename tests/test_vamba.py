@@ -14,10 +14,10 @@ from vamba_oracle import forward
 
 from hybridvlm.bench import vamba as bench
 from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig, load_model_config
+from hybridvlm.models import qwen_vl, vamba
 from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
-from hybridvlm.models.qwen_vl import model as qwen_vl
-from hybridvlm.models.vamba import model as vamba
+from hybridvlm.models.vamba import model as vamba_model
 from hybridvlm.nn import vamba as blocks
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.ops.norms import rms_norm
@@ -178,10 +178,10 @@ def test_golden_prefill_and_decode(name, piece):
     video, text = golden_streams(config, params, io)
     close(video.x[0], io["act.visual"], 1e-5)
     memory, out, own = run(params, config, video, text, decode_capacity=4, segment_tokens=piece)
-    close(vamba.logits(params, config, out.x), io["out.logits"])
-    caches = vamba.Caches(own, memory)
+    close(vamba_model.logits(params, config, out.x), io["out.logits"])
+    caches = vamba_model.Caches(own, memory)
     step = jit(vamba.make_decode_step(params, config))
-    logits = vamba.logits(params, config, out.x)[:, -1]
+    logits = vamba_model.logits(params, config, out.x)[:, -1]
     for at, expected in enumerate(io["dec.tokens"]):
         token = jnp.argmax(logits, axis=-1)
         assert int(token[0]) == expected
@@ -232,7 +232,7 @@ def test_golden_packed_rows():
     video = text_tokens(jnp.concatenate(visual)[None], owner)
     text = text_tokens(params["embed"][jnp.asarray(io["packed.input_ids"])], segment).replace(position=position)
     _, out, _ = run(params, config, video, text, segments=2, segment_tokens=8)
-    close(vamba.logits(params, config, out.x), io["packed.logits"])
+    close(vamba_model.logits(params, config, out.x), io["packed.logits"])
 
 
 # -- the oracle ---------------------------------------------------------------------------------------------------------
@@ -414,15 +414,15 @@ def test_drops_by_cross_attention_against_the_oracle():
     config, params = small()
     video, text = film(2, 24), words(3, 10)
     text = text.replace(query=(text.position >= 5) & (text.position < 9))
-    plan = vamba.plans.make_plan(
+    plan = vamba_model.plans.make_plan(
         Reduction("str", 0.5, schedule=Schedule(shape="linear", floor=0.1)),
-        vamba.VambaReading(config, 9),
+        vamba_model.VambaReading(config, 9),
         visual_tokens=24,
         text_tokens=9,
         frames=4,
     )
     assert plan.drops == (0, 1)
-    rows, score = vamba._VideoRows(plan), vamba.methods.score_fn(plan)
+    rows, score = vamba_model._VideoRows(plan), vamba_model.methods.score_fn(plan)
     first = dataclasses.replace(text, **{n: getattr(text, n)[:, :9] for n in ("x", "position", "segment", "query")})
     memory, out, own = jit(
         lambda p, v, t: blocks.prefill(p, config, v, t, plan=rows, score_fn=score, segment_tokens=16, decode_capacity=1)
@@ -466,11 +466,11 @@ def test_methods_keep_what_their_plans_say(method):
 def test_plans_count_both_streams():
     """FLOPs and bytes of the released model at 1,024 frames of 644x364, by hand."""
     config = released()
-    config = vamba.at_size(config, 364, 644)
+    config = vamba_model.at_size(config, 364, 644)
     plan = vamba.make_plan(config, Reduction("uniform", 0.25), 512, 128)
     m, t, d = 153_088, 128, 3584
     assert plan.visual_tokens == m
-    chunk = vamba.default_choice().chunk_size
+    chunk = vamba_model.default_choice().chunk_size
     block = 2 * m * d * (14704 + 7168) + 2 * m * 7424 * 4 + 2 * m * chunk * (128 + 7168) + 4 * m * 7168 * 128
     block += 2 * math.ceil(m / chunk) * 7168 * 128
     keys = 4 * m * d * 512
@@ -485,7 +485,7 @@ def test_plans_count_both_streams():
 def test_flops_are_those_of_the_papers_plots():
     """Prefill at 640x360 (TFLOPs read off the plots, +-3 %), counted as a profiler does that sees no attention products."""
     for model, plotted in bench.PAPER["prefill"].items():
-        config = vamba.at_size(load_model_config(bench.MODELS[model]), 364, 644)
+        config = vamba_model.at_size(load_model_config(bench.MODELS[model]), 364, 644)
         for frames, (_, tflops) in plotted.items():
             assert abs(bench.papers_flops(config, frames, 128) / (tflops * 1e12) - 1) < 0.03
 

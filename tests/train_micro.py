@@ -10,7 +10,7 @@ import jax
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction, Schedule, VisionConfig
 from hybridvlm.inference.model import Model
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models import nemotron_vl
 from hybridvlm.tiny import vocabulary
 from hybridvlm.tokenizers.word_level import WordLevel
 from hybridvlm.train.config import TrainConfig, build
