@@ -414,6 +414,7 @@ def arguments(world, output, *more):
     return [*base, "--output", str(output), "--batch-size", "1", "--methods", "str", "--budgets", "0.5", *more]
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill(world, done, compiled, tmp_path):
     output = tmp_path / "out"
     process = subprocess.Popen(arguments(world, output), env=environment(compiled), stderr=subprocess.DEVNULL)
