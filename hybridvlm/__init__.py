@@ -49,6 +49,7 @@ _MODULES = (
     "inference",
     "parallel",
     "tokenizers",
+    "train",
 )
 
 __all__ = sorted([*_HOME, "ops", "__version__"])

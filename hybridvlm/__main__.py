@@ -11,7 +11,7 @@ COMMANDS = {
     "eval": ("hybridvlm.eval.__main__", "accuracy and cost of a model, dense and with visual tokens dropped"),
     "ask": ("hybridvlm.ask", "answer a question about a video or an image"),
     "train": ("hybridvlm.train.__main__", "finetune a model under token reduction"),
-    "analyze": ("hybridvlm.analyze", "which layers' scores can be trusted, ablations, probes"),
+    "analyze": ("hybridvlm.analyze", "which layers' scores follow the question, ablations, probes"),
     "bench": ("hybridvlm.bench.__main__", "time and memory, measured or by the compilers"),
 }
 

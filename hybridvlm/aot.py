@@ -62,6 +62,22 @@ device_description_str: "{name}"
 _L2 = {"H100": 50 << 20, "H200": 60 << 20}
 
 
+def memory_analysis(executable: jax.stages.Compiled) -> Any:
+    """What a compiled program takes of memory, as its compiler counts. RuntimeError from a compiler that does not tell."""
+    found = executable.memory_analysis()
+    if found is None:
+        raise RuntimeError("the compiler does not tell what memory its program takes")
+    return found
+
+
+def hlo_text(executable: jax.stages.Compiled) -> str:
+    """A compiled program as HLO. RuntimeError from a compiler that does not show it."""
+    text = executable.as_text()
+    if text is None:
+        raise RuntimeError("the compiler does not show its program")
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Devices to compile for. platform: "tpu" or "gpu"."""
@@ -237,7 +253,7 @@ def compile_for(
         start, cpu = time.perf_counter(), _cpu_seconds()
         executable = lowered.compile(compiler_options=compiler_options)
     compile_seconds, compile_cpu_seconds = time.perf_counter() - start, _cpu_seconds() - cpu
-    memory, cost = executable.memory_analysis(), executable.cost_analysis() or {}
+    memory, cost = memory_analysis(executable), executable.cost_analysis() or {}
     seconds = cost.get("optimal_seconds", 0.0)
     return Compiled(
         executable=executable,

@@ -189,7 +189,7 @@ def _answer(args: argparse.Namespace) -> int:
         print(report(answer, model), file=sys.stderr)
         if args.show_kept is not None:
             (clip,) = conversation.clips
-            patch = model.config.vision.temporal_patch if clip.kind == "video" else 1
+            patch = model.config.tower.temporal_patch if clip.kind == "video" else 1
             frames = conversation.shown()
             contact_sheet(frames, answer.survivors, args.show_kept, clip.seconds, patch)
             print(f"wrote {args.show_kept}", file=sys.stderr)

@@ -164,8 +164,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.pattern) - set(KINDS))
         if unknown or not self.pattern or len(self.pattern) > MOST_LAYERS:
-            unknown = unknown or (f"{len(self.pattern)} layers" if self.pattern else "")
-            raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {unknown or 'an empty pattern'}")
+            got = unknown or (f"{len(self.pattern)} layers" if self.pattern else "an empty pattern")
+            raise ValueError(f"ModelConfig.pattern may hold only {sorted(KINDS)}, got {got}")
         _counted(
             "ModelConfig",
             width=self.width,
@@ -207,6 +207,13 @@ class ModelConfig:
                 f"ModelConfig.rope_sections must be three counts (time, row, column) that add up to head_dim / 2 = "
                 f"{self.head_dim // 2}, got {self.rope_sections}"
             )
+
+    @property
+    def tower(self) -> VisionConfig:
+        """The vision tower's config. ValueError for a model that has none."""
+        if self.vision is None:
+            raise ValueError(f"the model {self.name!r} has no vision tower: ModelConfig.vision is None")
+        return self.vision
 
     @property
     def mamba_width(self) -> int:
@@ -335,8 +342,8 @@ class Schedule:
     shape: constant | step | linear | cosine | sigmoid | list. `steepness` is the sigmoid's k; `floor` the least share;
     `values` the shares of shape "list", one per layer: taken as written where the budget is 1, else raised to the power
     that meets the budget. `start`: no drop before the layer with this index has run. `never`: layers after which
-    nothing is dropped. `stages` > 0 merges neighbouring drops into that many lengths. `trust`, for str-calibrated: how far
-    each layer's score is to be believed, one number per layer, 0 for not at all.
+    nothing is dropped. `stages` > 0 merges neighbouring drops into that many lengths. `layer_weights`, for str-calibrated: how far
+    each layer's score follows the question, one number per layer, 0 for not at all.
     """
 
     shape: str = "sigmoid"
@@ -346,7 +353,7 @@ class Schedule:
     never: tuple[int, ...] = ()
     stages: int = 0
     values: tuple[float, ...] = ()
-    trust: tuple[float, ...] = ()
+    layer_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         shapes = ("constant", "step", "linear", "cosine", "sigmoid", "list")
@@ -361,9 +368,11 @@ class Schedule:
                 raise ValueError(f"Schedule.{name} must be at least 0, got {getattr(self, name)}")
         if (self.shape == "list") != bool(self.values):
             raise ValueError("Schedule.values goes with shape 'list', and only with it")
-        if any(not 0.0 <= t < math.inf for t in self.trust) or (self.trust and not any(self.trust)):
+        if any(not 0.0 <= w < math.inf for w in self.layer_weights) or (
+            self.layer_weights and not any(self.layer_weights)
+        ):
             raise ValueError(
-                f"Schedule.trust must be finite numbers of at least 0, not all of them 0, got {self.trust}"
+                f"Schedule.layer_weights must be finite numbers of at least 0, not all of them 0, got {self.layer_weights}"
             )
 
 

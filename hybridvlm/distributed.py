@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ GRACE = 3.0  # seconds in which a process that hears of it may come to its own e
 HEARD = 15.0  # seconds that a failing process waits for the others to hear of it
 
 
-class Process(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Process:
     """This process and how many there are."""
 
     index: int
@@ -59,7 +61,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> Process:
     return here()
 
 
-def _silence() -> dict[str, int]:
+def _silence() -> dict[str, Any]:
     """How JAX is told of SILENCE, where its release can be."""
     known = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
     return {"heartbeat_timeout_seconds": SILENCE} if known else {}

@@ -46,7 +46,7 @@ def parse_pairs(tokens: Sequence[str], option: str) -> dict[str, list[str]]:
 
 def override(base: Any, tokens: Sequence[str], option: str) -> Any:
     """A config dataclass with some fields replaced by `key=value` texts; InputError for a wrong one, with the keys."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for key, values in parse_pairs(tokens, option).items():
         names = [f.name for f in dataclasses.fields(base)]
         if key not in names:

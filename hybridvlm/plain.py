@@ -8,9 +8,12 @@ import functools
 import math
 import types
 import typing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-ConfigT = TypeVar("ConfigT")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def from_dict(cls: type[ConfigT], data: dict[str, Any], *, kinds: bool = True) -> ConfigT:
@@ -21,7 +24,7 @@ def from_dict(cls: type[ConfigT], data: dict[str, Any], *, kinds: bool = True) -
     """
     if not isinstance(data, dict):
         raise ValueError(f"{cls.__name__} must be a table, got {shown(data)}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
         if key not in fields:
@@ -65,7 +68,7 @@ def _of_kind(where: str, kind: Any, value: Any) -> Any:
             return None
         left = [part for part in parts if part is not type(None)]
         return _of_kind(where, left[0], value) if len(left) == 1 else value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if dataclasses.is_dataclass(value) else from_dict(kind, value)
     if origin is tuple and isinstance(value, (list, tuple)):
         if parts[-1] is not Ellipsis and len(value) != len(parts):

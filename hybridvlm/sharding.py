@@ -5,9 +5,9 @@ the vocabulary by row. Each device then runs the ordinary layers, kernels includ
 (hybridvlm/parallel/tensor.py), and the residual stream is whole everywhere, so that all devices drop the same tokens. For that,
 packed columns are first put in the order of the devices: `permute_for_tp` (hybridvlm/parallel/layout.py).
 
-The data and fsdp axes cut the batch, the sequence axis cuts every row (hybridvlm/parallel/sequence.py). Matrices are also cut over fsdp and
-sequence, along a dimension that products sum over or the vocabulary, and put together layer by layer as they run, so that
-parameters, gradients and the optimizer's moments all live in shares: give `ShardingRules.shardings` the optimizer's state.
+The data and fsdp axes cut the batch, the sequence axis cuts every row (hybridvlm/parallel/sequence.py). Matrices are also
+cut over fsdp and sequence, along a dimension that products sum over or the vocabulary, and gathered layer by layer as they
+run, so that parameters, gradients and the optimizer's moments all live in shares: give `ShardingRules.shardings` the optimizer's state.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptions
+from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
-from hybridvlm.nn.decoder import prefill as prefill_on_one
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.layout import local_config, permute_for_tp
@@ -36,7 +36,9 @@ from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
 
-AXES = ("data", "fsdp", "sequence", "tensor")  # devices of the last one are neighbours
+# devices of the last one are neighbours
+AXES = ("data", "fsdp", "sequence", "tensor")
+Axes = str | tuple[str, ...] | None
 
 # Path of a parameter -> its logical axes, of which a dimension may have two; "*" ends a path whose every parameter is whole on
 # each device.
@@ -301,25 +303,10 @@ def prefill(
         counts = visual_counts(tokens, segments)
     length = tokens.length
     tokens = pad_to(tokens, shards * shard_length(config, length, shards) if shards > 1 else length)
-    entries = {
-        MAMBA: MambaCache(P(batch, None, ssm), P(batch, ssm), P(batch)),
-        ATTENTION: AttentionCache(
-            *(P(batch, None, heads), P(batch, None, heads), P(batch)),
-            *(P(batch, None, heads), P(batch, None, heads), P(batch), P()),
-        ),
-        MLP: None,
-        MOE: None,
-    }
-    out_specs = DecoderOutput(
-        tokens=P(batch, row),
-        caches=tuple(entries[kind] for kind in config.pattern) if caches else (),
-        survivors=P(batch, row),
-        kept=P(None, batch),
-        scores=P(batch, row),
-    )
+    out_specs = _output_specs(config, batch, row, heads, ssm, caches)
 
     def part(params, tokens, counts):
-        return prefill_on_one(
+        return decoder.prefill(
             params,
             local,
             tokens,
@@ -336,18 +323,40 @@ def prefill(
     out = jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
         params, tokens, counts
     )
-    if shards == 1:
-        return out
-    lengths = [length, *(plan.row_length(layer + 1) for layer in (plan.drops if plan is not None else ()))]
-    cut = lambda tree, n: jax.tree.map(lambda a: a[:, :n], tree)  # noqa: E731
-    entering = {
-        layer: lengths[sum(drop < layer for drop in plan.drops) if plan is not None else 0] for layer in out.scores
+    return out if shards == 1 else _without_padding(out, plan, length)
+
+
+def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm: Axes, caches: bool) -> DecoderOutput:
+    """How what `prefill` returns lies on the mesh: PartitionSpecs in the place of arrays."""
+    kv = P(batch, None, heads)
+    entries = {
+        MAMBA: MambaCache(P(batch, None, ssm), P(batch, ssm), P(batch)),
+        ATTENTION: AttentionCache(kv, kv, P(batch), kv, kv, P(batch), P()),
+        MLP: None,
+        MOE: None,
     }
+    return DecoderOutput(
+        tokens=P(batch, row),
+        caches=tuple(entries[kind] for kind in config.pattern) if caches else (),
+        survivors=P(batch, row),
+        kept=P(None, batch),
+        scores=P(batch, row),
+        hidden_states=P(batch, row),
+    )
+
+
+def _without_padding(out: DecoderOutput, plan: ReductionPlan | None, length: int) -> DecoderOutput:
+    """Rows that were padded to be cut evenly, at the lengths of the plan; `length` is that of layer 0."""
+    drops = plan.drops if plan is not None else ()
+    lengths = [length, *(plan.row_length(layer + 1) for layer in drops)] if plan is not None else [length]
+    cut = lambda tree, n: jax.tree.map(lambda a: a[:, :n], tree)  # noqa: E731
+    at_layer = lambda found: {i: cut(a, lengths[sum(drop < i for drop in drops)]) for i, a in found.items()}  # noqa: E731
     return dataclasses.replace(
         out,
         tokens=cut(out.tokens, lengths[-1]),
         survivors=tuple(cut(pair, n) for pair, n in zip(out.survivors, lengths[1:], strict=True)),
-        scores={layer: cut(score, entering[layer]) for layer, score in out.scores.items()},
+        scores=at_layer(out.scores),
+        hidden_states=at_layer(out.hidden_states),
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures, probes, statistics over seeds, and the schedule over trust: against references that are plain to see."""
+"""Measures, probes, statistics over seeds, and the schedule over layer weights: against references that are plain to see."""
 
 import dataclasses
 import itertools
@@ -263,7 +263,7 @@ def test_a_table_lines_up():
     assert len({len(line) for line in lines}) == 1 and "0.500 1.000" in lines[-1]
 
 
-# -- trust ----------------------------------------------------------------------------------------------------------------
+# -- layer weights --------------------------------------------------------------------------------------------------------
 
 
 def planted(noise_layer):
@@ -279,26 +279,26 @@ def planted(noise_layer):
     return out
 
 
-def test_calibration_trusts_layers_that_follow_the_question():
+def test_calibration_weights_layers_that_follow_the_question():
     rows = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=0), "M*M*", 0.25)}
     assert rows[0]["overlap"] == pytest.approx(1) and rows[0]["own"] == pytest.approx(rows[0]["other"])
     assert rows[2]["own"] > 0.9 > 0.5 > rows[2]["other"] and abs(rows[2]["overlap"]) < 0.4
-    assert rows[3]["trust"] == 1 and rows[3]["at stake"] == 0  # nothing behind it looks anything up
-    trust = calibrate.trusted(list(rows.values()), 5, skip=0.5)
-    assert trust[0] == 0 and trust[2] > 0.8 and trust[4] == 0
+    assert rows[3]["retained"] == 1 and rows[3]["at stake"] == 0  # nothing after it looks anything up
+    weights = calibrate.layer_weights(list(rows.values()), 5, skip=0.5)
+    assert weights[0] == 0 and weights[2] > 0.8 and weights[4] == 0
     told = [[Scored(dataclasses.replace(one.asked, needed=(5, 9)), one.score) for one in own] for own in planted(0)]
     assert calibrate.judge(told, "M*M*", 0.25) == list(rows.values())  # needed tokens, where known, are not looked at
     with pytest.raises(ValueError, match="no attention layer"):
         calibrate.judge(planted(0), "MMMM", 0.25)
     both = {row["layer"]: row for row in calibrate.judge(planted(noise_layer=None), "M*M*", 0.25)}
-    assert both[0]["trust"] > 0.8
+    assert both[0]["retained"] > 0.8
     with pytest.raises(ValueError, match="two on a video"):
         calibrate.judge([own[:1] for own in planted(0)], "M*M*", 0.25)
     with pytest.raises(ValueError, match="reaches --skip"):
-        calibrate.trusted([row | {"trust": 0.5} for row in rows.values()], 5, skip=0.5)
+        calibrate.layer_weights([row | {"retained": 0.5} for row in rows.values()], 5, skip=0.5)
 
 
-def test_trust_shapes_the_plan_and_is_serialised():
+def test_layer_weights_shape_the_plan_and_is_serialised():
     config = load_model_config("tiny")
     plain = Reduction("str", 0.25, schedule=Schedule(start=4, floor=0.02))
     mixers = [float(kind in "M*") for kind in config.pattern]
@@ -311,18 +311,18 @@ def test_trust_shapes_the_plan_and_is_serialised():
     def dropped(name, layer):
         return plans[name].relative[layer] - plans[name].relative[layer + 1]
 
-    # layer 7 lies where the sigmoid is steeper than at 8, and drops less than that once it is trusted little
+    # layer 7 lies where the sigmoid is steeper than at 8, and drops less than that with a low weight
     assert dropped("even", 7) > dropped("even", 8) and dropped("low", 7) < dropped("low", 8)
     assert all(abs(p.retention_mean - 0.25) < 1e-3 for p in plans.values())
     again = ReductionPlan.from_dict(json.loads(plans["low"].to_json()))
     assert (
         again == plans["low"]
-        and again.schedule.trust == low.schedule.trust
+        and again.schedule.layer_weights == low.schedule.layer_weights
         and again.decoder_method == "str-calibrated"
     )
 
 
-def test_even_trust_is_the_plain_schedule_and_wrong_trust_is_refused():
+def test_even_weights_are_the_plain_schedule_and_wrong_ones_are_refused():
     config = load_model_config("tiny")
     plain = Reduction("str", 0.3, schedule=Schedule(start=4))
     even = calibrate.calibrated(plain, [0.5] * len(config.pattern))
@@ -333,5 +333,5 @@ def test_even_trust_is_the_plain_schedule_and_wrong_trust_is_refused():
     with pytest.raises(ValueError, match="got 3 numbers"):
         make_plan(calibrate.calibrated(plain, [1.0] * 3), config, **FORMS)
     for wrong in ((1.0, -0.1), (float("inf"),), (0.0, 0.0)):
-        with pytest.raises(ValueError, match=r"Schedule\.trust"):
-            Schedule(trust=wrong)
+        with pytest.raises(ValueError, match=r"Schedule\.layer_weights"):
+            Schedule(layer_weights=wrong)

@@ -186,11 +186,11 @@ def test_calibration_is_written_and_taken_by_a_plan(capsys, folders, tmp_path):
     code, told, error = run(capsys, *argv, "--output", out)
     assert code == 0, error
     data = json.loads((out / "calibration.json").read_text())
-    assert len(data["trust"]) == 4 and data["reduction"]["method"] == "str-calibrated"
+    assert len(data["layer_weights"]) == 4 and data["reduction"]["method"] == "str-calibrated"
     from hybridvlm.config import from_dict
     from hybridvlm.reduction import make_plan
 
     reduction = from_dict(Reduction, data["reduction"])
     plan = make_plan(reduction, load_model(folders["h0"]).config, visual_tokens=128, text_tokens=8, frames=8)
-    assert plan.decoder_method == "str-calibrated" and plan.schedule.trust == tuple(data["trust"])
-    assert f"trust={','.join(f'{t:g}' for t in data['trust'])}" in told
+    assert plan.decoder_method == "str-calibrated" and plan.schedule.layer_weights == tuple(data["layer_weights"])
+    assert f"layer_weights={','.join(f'{t:g}' for t in data['layer_weights'])}" in told

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridvlm.bench import prefill
-from hybridvlm.bench import vs_transformers as peers
+from hybridvlm.bench import prefill, vs_transformers
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.config import Reduction, load_model_config
 from hybridvlm.models.nemotron_vl.model import assemble
@@ -88,7 +87,7 @@ def test_plan_counts_at_the_chunk_that_runs(micro):
         (["--visual", "15"], "multiple of 4"),
         (["--methods", "sr"], "did you mean"),
         (["--schedule", "shape"], "key=value"),
-        (["--config", "peers_56m"], "no vision side"),
+        (["--config", "vs_transformers_56m"], "no vision side"),
         (["--repeats", "0"], "at least 1"),
     ],
 )
@@ -98,9 +97,9 @@ def test_bad_options_are_one_line(micro, capsys, options, message):
     assert message in said and "\n" not in said
 
 
-def test_peers_without_their_packages(monkeypatch, capsys):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert main(["peers"]) == 2
+def test_vs_transformers_without_its_packages(monkeypatch, capsys):
+    monkeypatch.setattr(vs_transformers.importlib.util, "find_spec", lambda name: None)
+    assert main(["vs-transformers"]) == 2
     assert "hybridvlm[parity]" in capsys.readouterr().err
 
 
@@ -110,7 +109,9 @@ def test_peer_rows():
     ours = {"version": "o", "matmul": 200.0, "prefill": {"8": 2.0, "16": 3.0}, "decode": 0.5}
     ours |= {"reduced": 1.0, "flop_speedup": 4.0, "flops": {"8": 160, "16": 480}, "decode_bytes": 10, "logits_error": 0}
     args = argparse.Namespace(tokens="8,16", budget=0.25)
-    rows = peers.rows(args, load_model_config("peers_56m"), {"transformers": theirs, "hybridvlm": ours})
+    rows = vs_transformers.rows(
+        args, load_model_config("vs_transformers_56m"), {"transformers": theirs, "hybridvlm": ours}
+    )
     by = {(row["measure"], row["side"], row.get("tokens")): row for row in rows}
     assert by["prefill", "hybridvlm", 16]["speedup"] == 3 and by["prefill", "transformers", 16]["speedup"] == 1
     assert by["prefill", "hybridvlm", 16]["share_of_matmul"] == 0.8
@@ -122,11 +123,11 @@ def test_peer_rows():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the [parity] extra")
-def test_peers(tmp_path, capfd):
+def test_vs_transformers(tmp_path, capfd):
     path, out = tmp_path / "micro.json", tmp_path / "rows.json"
     path.write_text(json.dumps(MICRO | {"pattern": "M-*M-"}))
     options = ["--config", str(path), "--tokens", "24,40", "--text", "8", "--new", "4", "--repeats", "1"]
-    assert main(["peers", *options, "--json", str(out)]) == 0
+    assert main(["vs-transformers", *options, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [row["measure"] for row in rows] == ["prefill"] * 4 + ["prefill str:0.25"] + ["decode"] * 2 + ["machine"] * 2
     assert rows[-1]["logits_error"] < 1e-5

@@ -46,7 +46,7 @@ def test_every_bias_has_its_rule_and_its_published_name():
     for name, shape in shapes.items():
         assert len(DEFAULT_RULES.spec(name, shape)) in (0, len(shape))
 
-    published = {job[1].target for job in nemotron_vl.table(dataclasses.replace(config, output_bias=False)).jobs}
+    published = {job[1].target for job in nemotron_vl.weight_map(dataclasses.replace(config, output_bias=False)).jobs}
     assert published == set(shapes) - {"decoder/attention/o_bias"}  # which Nemotron-H never has
     assert biases == {name for name in flatten(biased_params(config)) if name.endswith("_bias")}
 

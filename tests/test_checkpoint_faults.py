@@ -247,7 +247,7 @@ DOUBLES = {
 @pytest.mark.parametrize("name", DOUBLES)
 def test_a_constant_under_two_spellings_is_no_fault(name, copy, sources):
     path = copy(name)
-    table = load(path).family.table(load(path).config)
+    table = load(path).family.weight_map(load(path).config)
     assert len({table.canonical(one) for one in DOUBLES[name]}) == 1
     in_one_file(path, lambda tensors: tensors.update(dict.fromkeys(DOUBLES[name], np.zeros(4, np.float32))))
     same(load(path), load(sources(name)))

@@ -56,8 +56,10 @@ def test_environment_is_checked():
         distributed.initialize({distributed.ADDRESS: "a:1", distributed.COUNT: "two", distributed.INDEX: "0"})
     with pytest.raises(ValueError, match=r"0\.\.JAX_NUM_PROCESSES-1 = 0\.\.1, got 2"):
         distributed.initialize({distributed.ADDRESS: "a:1", distributed.COUNT: "2", distributed.INDEX: "2"})
-    assert distributed.initialize({}) == (0, 1)
-    assert distributed.initialize({"SLURM_NTASKS": "8"}) == (0, 1)  # a batch script that starts its steps elsewhere
+    assert distributed.initialize({}) == distributed.Process(0, 1)
+    assert distributed.initialize({"SLURM_NTASKS": "8"}) == distributed.Process(
+        0, 1
+    )  # a batch script that starts its steps elsewhere
     assert distributed.gather(b"alone") == [b"alone"]
 
 

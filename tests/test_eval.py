@@ -176,8 +176,8 @@ def test_override():
     assert override(Schedule(), ["shape=step,start=2,never=0,3"], "--schedule") == Schedule(
         "step", start=2, never=(0, 3)
     )
-    told = override(Schedule(), ["shape=list", "trust=0,0.5", "values=1,0.25"], "--schedule")
-    assert (told.trust, told.values) == ((0.0, 0.5), (1.0, 0.25))
+    told = override(Schedule(), ["shape=list", "layer_weights=0,0.5", "values=1,0.25"], "--schedule")
+    assert (told.layer_weights, told.values) == ((0.0, 0.5), (1.0, 0.25))
     for tokens, words in (
         (["decai=on"], "did you mean 'decay'"),
         (["decay=maybe"], "on or off"),

@@ -55,7 +55,7 @@ def edit(folder, change):
 
 def test_what_was_written_is_what_is_read(source):
     raw = samples.raw_config("nemotron_omni")
-    table = nemotron_vl.table(nemotron_vl.config_from_hf(raw))
+    table = nemotron_vl.weight_map(nemotron_vl.config_from_hf(raw))
     equal(load(source).params, samples.random_params(table))
     found = TensorFolder(source)
     assert found.shapes() == table.shapes()
@@ -529,7 +529,7 @@ def test_the_hub(source, monkeypatch):
 
 def test_save_published_refuses_what_does_not_fit(source, tmp_path):
     model = load(source)
-    table = nemotron_vl.table(model.config)
+    table = nemotron_vl.weight_map(model.config)
     with pytest.raises(ValueError, match=r"lm_head should be \(32, 288\), is \(288, 32\)"):
         save_published(tmp_path / "x", model.params | {"lm_head": model.params["lm_head"].T}, table, {})
     assert not (tmp_path / "x").exists()
@@ -545,7 +545,7 @@ SIZES = {
 def test_full_size(name):
     """Every array of the full-size model comes from published tensors, once, and has the shape that the module declares."""
     config = load_model_config(name)
-    table = nemotron_vl.table(config)
+    table = nemotron_vl.weight_map(config)
     expected = folders.expected_shapes(config)
     assert {job[1].target: table.target_shape(job) for job in table.jobs} == expected
     assert len({job[1].target for job in table.jobs}) == len(table.jobs)
@@ -577,7 +577,7 @@ def test_full_size(name):
 def test_published_config_of_the_12b():
     """Fields as published leave sizes of the tower to its name, and rows to the tensors."""
     config = load_model_config("nemotron_nano_12b_v2_vl")
-    shapes = nemotron_vl.table(config).shapes()
+    shapes = nemotron_vl.weight_map(config).shapes()
     raw = samples.raw_config("nemotron_nano_vl")
     raw["llm_config"] |= {
         "vocab_size": 131072,

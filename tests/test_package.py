@@ -42,7 +42,7 @@ def test_public_names():
 
 
 def test_configs_are_found_by_name():
-    for name in ("nemotron_nano_12b_v2_vl", "bench_100m", "peers_56m"):
+    for name in ("nemotron_nano_12b_v2_vl", "bench_100m", "vs_transformers_56m"):
         assert load_model_config(name).name == name
     with pytest.raises(FileNotFoundError, match="bench_100m"):
         load_model_config("bench_1m")

@@ -87,9 +87,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in INSIDE if name no
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_alone_in_a_batch_in_a_longer_bucket_and_packed(params, name):
-    trust = tuple(1.0 if kind in "M*" else 0.0 for kind in CONFIG.pattern)
+    weights = tuple(1.0 if kind in "M*" else 0.0 for kind in CONFIG.pattern)
     # two drops: every further one is another length of every layer after it to compile
-    schedule = Schedule(stages=2, trust=trust if name == "str-calibrated" else ())
+    schedule = Schedule(stages=2, layer_weights=weights if name == "str-calibrated" else ())
     plan = make_plan(
         Reduction(name, 0.5, schedule=schedule), CONFIG, visual_tokens=60, text_tokens=LENGTH - 60, frames=15
     )

@@ -290,7 +290,7 @@ def test_colours_of_the_processor():
 def test_what_the_reference_reads_past(name, change):
     """Of a checkpoint without the tensors that such a field would bring, the same model as without it."""
     raw = samples.raw_config(name)
-    shapes = family_of(raw).table(config_of(raw)).shapes()
+    shapes = family_of(raw).weight_map(config_of(raw)).shapes()
     for key, value in change.items():
         raw[key] = raw[key] | value if isinstance(value, dict) else value
     assert config_of(raw, shapes) == config_of(samples.raw_config(name), shapes)
@@ -355,7 +355,7 @@ def test_every_field_with_every_odd_value(name):
     """A config or one line that says what is wrong with which field; nothing of such a size is built."""
     raw = copy.deepcopy(KINDS[name])
     kind = family_of(raw)
-    shapes = dict([*kind.table(kind.config_from_hf(raw)).shapes().items()][:6])
+    shapes = dict([*kind.weight_map(kind.config_from_hf(raw)).shapes().items()][:6])
     known = {
         "text_config": config_defaults.QWEN2_TEXT | config_defaults.QWEN3_TEXT,
         "vision_config": config_defaults.QWEN2_VISION | config_defaults.QWEN3_VISION,

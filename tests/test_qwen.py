@@ -40,7 +40,7 @@ def load(name):
     tensors = load_file(GOLDENS / name / "weights.safetensors")
     assert family_of(raw) is qwen_vl
     config = qwen_vl.config_from_hf(raw, {key: x.shape for key, x in tensors.items()})
-    params = params_from_tensors(qwen_vl.table(config), tensors)
+    params = params_from_tensors(qwen_vl.weight_map(config), tensors)
     with np.load(GOLDENS / name / "io.npz") as io:
         return config, jax.tree.map(jnp.asarray, params), dict(io)
 
@@ -380,7 +380,7 @@ def test_gradients_reach_the_planes_and_every_parameter():
 )
 def test_every_published_tensor_of_the_full_size_has_its_place(config, count, tensors, vision):
     c = load_model_config(config)
-    table = qwen_vl.table(c)
+    table = qwen_vl.weight_map(c)
     ours = {
         path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: qwen_vl.init(c, jax.random.key(0)))).items()
     }
@@ -407,7 +407,7 @@ def test_every_published_tensor_of_the_full_size_has_its_place(config, count, te
 @pytest.mark.parametrize("name", NAMES)
 def test_old_and_new_prefixes_are_the_same_tensors(name):
     config, _, _ = load(name)
-    table = qwen_vl.table(config)
+    table = qwen_vl.weight_map(config)
     tensors = load_file(GOLDENS / name / "weights.safetensors")
     for stored in tensors:
         old = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
@@ -477,9 +477,9 @@ def test_tied_heads_need_no_tensor_and_drop_none():
     embed = next(x for key, x in tensors.items() if key.endswith("embed_tokens.weight"))
     bare = {key: x for key, x in tensors.items() if key != "lm_head.weight"}
     for held in (bare, bare | {"lm_head.weight": embed.copy()}):
-        assert "lm_head" not in params_from_tensors(qwen_vl.table(config), held)
+        assert "lm_head" not in params_from_tensors(qwen_vl.weight_map(config), held)
     with pytest.raises(ValueError, match=r"lm_head\.weight has other values"):
-        params_from_tensors(qwen_vl.table(config), tensors)
+        params_from_tensors(qwen_vl.weight_map(config), tensors)
     # saved under the head's name alone
     moved = {("lm_head.weight" if key.endswith("embed_tokens.weight") else key): x for key, x in bare.items()}
-    np.testing.assert_array_equal(params_from_tensors(qwen_vl.table(config), moved)["embed"], embed)
+    np.testing.assert_array_equal(params_from_tensors(qwen_vl.weight_map(config), moved)["embed"], embed)

@@ -34,7 +34,7 @@ def test_logits_and_positions(name, reference):
                 weight.add_(1)
     tensors = {key: x.numpy() for key, x in model.state_dict().items()}
     config = qwen_vl.config_from_hf(raw, {key: x.shape for key, x in tensors.items()})
-    params = jax.tree.map(jnp.asarray, params_from_tensors(qwen_vl.table(config), tensors))
+    params = jax.tree.map(jnp.asarray, params_from_tensors(qwen_vl.weight_map(config), tensors))
 
     frames, m = 3, GRID[0] * GRID[1] // 4
     rows = np.random.default_rng(0).normal(size=(frames, 4 * m, 96)).astype(np.float32)

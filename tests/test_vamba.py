@@ -101,7 +101,7 @@ def golden(name):
     raw = json.loads(str(io["config_json"]))
     tensors = {key[2:]: x for key, x in io.items() if key.startswith("w.")}
     config = family_of(raw).config_from_hf(raw, {key: x.shape for key, x in tensors.items()})
-    params, used = build(vamba.table(config), tensors)
+    params, used = build(vamba.weight_map(config), tensors)
     assert used == set(tensors)
     return config, params, io
 
@@ -499,7 +499,7 @@ def released():
 
 def test_every_published_tensor_of_the_released_model_has_its_place():
     config = released()
-    table = vamba.table(config)
+    table = vamba.weight_map(config)
     shapes = table.shapes()
     assert len(shapes) == 1206
     assert sum(math.prod(shape) for shape in shapes.values()) == 11_309_837_020
@@ -554,7 +554,7 @@ def test_config_json():
     config = vamba.config_from_hf(raw, {"model.layers.0.vision_mixer.mixer.conv1d.weight": (7296, 1, 4)})
     assert (config.ssm_state, config.mamba_heads, config.in_proj_width) == (64, 112, 14576)
     config = vamba.config_from_hf(raw)
-    assert vamba.table(config).shapes() == vamba.table(released()).shapes()
+    assert vamba.weight_map(config).shapes() == vamba.weight_map(released()).shapes()
     for key, value in (("cross_attn_use_layer_norm", True), ("cross_attn_use_position_embeddings", True)):
         with pytest.raises(ValueError, match=key):
             vamba.config_from_hf(raw | {key: value})

@@ -195,5 +195,5 @@ def test_sizes_of_the_bench_models():
     config, params = shapes_of("bench_100m")
     assert 85e6 < size(params["decoder"]) < 110e6
     assert 8192 % config.vision.tokens_per_frame == 0
-    _, peers = shapes_of("peers_56m")
+    _, peers = shapes_of("vs_transformers_56m")
     assert 55e6 < size(peers) < 57e6

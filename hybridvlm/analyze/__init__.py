@@ -1,1 +1,1 @@
-"""What scores look like, what is kept of a dropped token, which layers to trust, which choices matter."""
+"""What scores look like, what is kept of a dropped token, which layers follow the question, which choices matter."""

@@ -23,7 +23,7 @@ ANALYSES = {
     "deletion": ("hybridvlm.analyze.deletion", "accuracy when exactly the needed tokens are deleted after a layer"),
     "ablate": (
         "hybridvlm.analyze.ablate",
-        "which choices matter: layers, schedules, decay, budgets, rivals, seeds, twins",
+        "which choices matter: layers, schedules, decay, budgets, rivals, seeds, Transformer baselines",
     ),
     "probe": (
         "hybridvlm.analyze.probe",
@@ -31,7 +31,7 @@ ANALYSES = {
     ),
     "calibrate": (
         "hybridvlm.analyze.calibrate",
-        "which layers' scores follow the question, and a plan that trusts those",
+        "which layers' scores follow the question, and layer weights for str-calibrated",
     ),
 }
 

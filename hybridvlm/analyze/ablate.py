@@ -2,7 +2,7 @@
 
     python -m hybridvlm.analyze ablate --models tiny-reduced --sets scores --limit 140
         one checkpoint; intervals are over videos
-    python -m hybridvlm.analyze ablate --models hybrid=runs/h0,runs/h1,runs/h2 twin=runs/t0,runs/t1,runs/t2 --sets layers,budgets
+    python -m hybridvlm.analyze ablate --models hybrid=runs/h0,runs/h1,runs/h2 transformer=runs/t0,runs/t1,runs/t2 --sets layers,budgets
         groups of training seeds; intervals are over seeds, all cells on the same questions
     python -m hybridvlm.analyze ablate --models tiny --sets "" --cell "late: start=8" --cell "sharp: steepness=30 match=on"
         cells of your own: fields of the reduction, its schedule and its score; match=on solves it to the reference's FLOPs
@@ -43,6 +43,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.config import Reduction, to_dict
+from hybridvlm.console import progress
 from hybridvlm.eval.results import SampleStore, write_atomic
 from hybridvlm.eval.runner import DENSE, Runner, Variant, fingerprint, versions
 from hybridvlm.eval.tasks import TaskOptions, build_task
@@ -296,10 +297,7 @@ def _estimate(checkpoints, work) -> str:
 
 
 def _answer(checkpoints, work) -> None:
-    from tqdm import tqdm
-
-    total = sum(n for _, _, n in work)
-    with tqdm(total=total, unit="answer", disable=None, mininterval=0.5) as bar:
+    with progress(sum(n for _, _, n in work), "answer") as bar:
         for i, cell, _ in work:
             checkpoint = checkpoints[i]
             bar.set_postfix_str(f"{checkpoint.name} {getattr(cell, 'name', 'dense')}", refresh=True)

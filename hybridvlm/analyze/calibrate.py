@@ -1,4 +1,4 @@
-"""Which layers' scores follow the question? A plan that trusts those: the method `str-calibrated`.
+"""Which layers' scores follow the question? Weights of the layers for the method `str-calibrated`.
 
     python -m hybridvlm.analyze calibrate --model tiny
     python -m hybridvlm.analyze calibrate --model tiny --compare 280      # and str beside str-calibrated on validation questions
@@ -10,15 +10,17 @@ Dense passes over a few videos with several questions each; no answer or needed 
   own, other of the later attention layers' weight, the part that lies on l's top share: of the weight that the same question puts
              there, and of the weight that another question on the video does. A score that ignores the question holds as much of
              both, and so does noise; their difference is what follows the question
-  at stake   the part of all question-following attention that is still to come behind l, each attention layer counted by the
+  at stake   the part of all question-following attention that is still to come after l, each attention layer counted by the
              difference of its own top share
-  trust      1 - at stake * (1 - the part of that difference which l's top share keeps): 1 where the choice keeps all that later
+  retained   1 - at stake * (1 - the part of that difference which l's top share keeps): 1 where the choice keeps all that later
              attention tells questions apart by, or where nothing is read any more
-  weight     (trust - skip) / (1 - skip), 0 below --skip: such a layer neither scores nor drops
+  weight     (retained - skip) / (1 - skip), 0 below --skip: such a layer neither scores nor drops
 
-`str-calibrated` lets its schedule run over accumulated trust in place of depth, so that tokens go where scores are believed. The
-trust is a field of the Schedule, goes into plans, results and checkpoints with it, and is one option of the evaluation:
---methods str-calibrated --schedule trust=…, as printed. Written: calibration.json, calibration.md, calibration.png.
+`str-calibrated` lets its schedule run over the accumulated weights instead of depth, so that most tokens are dropped where scores
+follow the question. The weights are the field `layer_weights` of the Schedule, go into plans, results and checkpoints with it, and
+are one option of the evaluation: --methods str-calibrated --schedule layer_weights=…, as printed.
+
+Written: calibration.json, calibration.md, calibration.png.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.25,
         help="share of tokens that a layer's choice is judged by (default: %(default)s)",
     )
-    add("--skip", type=float, default=0.5, help="trust below which a layer is skipped (default: %(default)s)")
+    add("--skip", type=float, default=0.5, help="retained part below which a layer is skipped (default: %(default)s)")
     add(
         "--compare",
         type=int,
@@ -94,19 +96,19 @@ def run(options: argparse.Namespace) -> int:
     if all(len(own) < 2 for own in asked):
         raise ValueError(f"{source_name(options)} has one question a video; calibration compares at least two on one")
     layers = judge(score_questions(model, asked), model.config.pattern, options.top)
-    trust = trusted(layers, len(model.config.pattern), options.skip)
-    reduction = calibrated(base, trust)
+    weights = layer_weights(layers, len(model.config.pattern), options.skip)
+    reduction = calibrated(base, weights)
     data = {
         "command": options.command,
         "model": options.model,
         "layers": layers,
-        "trust": trust,
+        "layer_weights": weights,
         "reduction": to_dict(reduction),
     }
     write_json(folder / "calibration.json", data)
     title = f"# {options.model}: which scores follow the question ({len(asked)} videos of {source_name(options)})"
-    table = markdown([row | {"weight": trust[row["layer"]]} for row in layers])
-    option = f"--methods str-calibrated --schedule trust={','.join(f'{t:g}' for t in trust)}"
+    table = markdown([row | {"weight": weights[row["layer"]]} for row in layers])
+    option = f"--methods str-calibrated --schedule layer_weights={','.join(f'{w:g}' for w in weights)}"
     text = f"{title}\n\n`{options.command}`\n\n{table}\n\n`{option}`\n"
     write_figure(folder / "calibration.png", picture(layers))
     print(text)
@@ -121,15 +123,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def calibrated(base: Reduction, trust: Sequence[float]) -> Reduction:
-    """`str-calibrated` with `base`'s budget, schedule and score options, and this trust in the layers."""
+def calibrated(base: Reduction, weights: Sequence[float]) -> Reduction:
+    """`str-calibrated` with `base`'s budget, schedule and score options, and these weights of the layers."""
     return dataclasses.replace(
-        base, method="str-calibrated", schedule=dataclasses.replace(base.schedule, trust=tuple(trust))
+        base, method="str-calibrated", schedule=dataclasses.replace(base.schedule, layer_weights=tuple(weights))
     )
 
 
 def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> list[Row]:
-    """One row per mixer layer: overlap, own, other, at stake, trust. ValueError where no video has two questions."""
+    """One row per mixer layer: overlap, own, other, at stake, retained. ValueError where no video has two questions."""
     if all(len(own) < 2 for own in scored):
         raise ValueError("calibration compares different questions on one video; ask at least two on a video")
     depth = sorted(scored[0][0].score["plain"])
@@ -175,22 +177,23 @@ def judge(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> lis
         for which in ("own", "other"):
             row[which] = sum(follows[a] * mean[layer, a][which] for a in later) / coming if later else None
         lost = sum(max(0.0, follows[a] - gap(layer, a)) for a in later) / total
-        rows.append(row | {"at stake": coming / total, "trust": 1.0 - lost})
+        rows.append(row | {"at stake": coming / total, "retained": 1.0 - lost})
     return rows
 
 
-def trusted(layers: Sequence[Row], count: int, skip: float) -> list[float]:
-    """Schedule.trust: a number per layer of the pattern, 0 below `skip` and for layers without a score."""
-    trust = [0.0] * count
+def layer_weights(layers: Sequence[Row], count: int, skip: float) -> list[float]:
+    """Schedule.layer_weights: a number per layer of the pattern, 0 below `skip` and for layers without a score."""
+    weights = [0.0] * count
     for row in layers:
-        trust[row["layer"]] = round(max(0.0, row["trust"] - skip) / (1 - skip), 3)
-    if not any(trust):
-        raise ValueError(f"no layer's trust reaches --skip {skip:g}; the most is {max(r['trust'] for r in layers):.3f}")
-    return trust
+        weights[row["layer"]] = round(max(0.0, row["retained"] - skip) / (1 - skip), 3)
+    if not any(weights):
+        most = max(row["retained"] for row in layers)
+        raise ValueError(f"no layer's retained part reaches --skip {skip:g}; the most is {most:.3f}")
+    return weights
 
 
 def compared(base: Reduction, reduction: Reduction) -> list[Cell]:
-    """str, str-calibrated and attention layers alone; where str starts late, both also from layer 0: an untrusted layer near the
+    """str, str-calibrated and attention layers alone; where str starts late, both also from layer 0: a layer of weight 0 near the
     start makes str-calibrated start earlier, which by itself changes what is kept."""
     attention = dataclasses.replace(base, method="str-attention")
     cells = [
@@ -216,15 +219,19 @@ def compare(options: argparse.Namespace, base: Reduction, reduction: Reduction, 
 
 
 def picture(layers: Sequence[Row]) -> Any:
-    """Overlap and trust over depth, Mamba and attention layers apart."""
+    """Overlap and the retained part over depth, Mamba and attention layers apart."""
     fig, panels = figure(2)
-    for panel, name in zip(panels[0], ("overlap", "trust"), strict=True):
+    for panel, name in zip(panels[0], ("overlap", "retained"), strict=True):
         for i, (kind, label) in enumerate((("M", "Mamba"), ("*", "attention"))):
             own = [row for row in layers if row["kind"] == kind]
             if own:
                 panel.plot([r["layer"] for r in own], [r[name] for r in own], ".-", color=COLOURS[i], label=label)
         panel.set(
-            xlabel="layer", title={"overlap": "choice shared by two questions (0: chance)", "trust": "trust"}[name]
+            xlabel="layer",
+            title={
+                "overlap": "choice shared by two questions (0: chance)",
+                "retained": "retained: what it keeps of later attention",
+            }[name],
         )
         panel.legend(fontsize=8, frameon=False)
     return fig

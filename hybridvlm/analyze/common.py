@@ -104,7 +104,11 @@ def load_model(name: str, dtype: str = "float32") -> Model:
 
 
 def load_embedded(name: str) -> Model:
-    """A checkpoint that knows the embedded benchmark: `tiny`, one trained from it, or its twin. ValueError for any other."""
+    """A checkpoint that knows the embedded benchmark: `tiny`, one trained from it, or the Transformer baseline.
+
+    Raises:
+        ValueError: for any other.
+    """
     model = load_model(name)
     if model.family.NAME != nemotron_vl.NAME or model.config.vision is None or model.config.vision.kind != "stem":
         raise ValueError(

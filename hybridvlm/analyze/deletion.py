@@ -33,6 +33,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.config import ATTENTION, ModelConfig
+from hybridvlm.console import track
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.tiny import codes, needle
 from hybridvlm.tiny.bank import Bank, draw_videos, make_bank
@@ -76,8 +77,6 @@ def deletion_table(
     params: dict, config: ModelConfig, bank: Bank, layers: tuple[int, ...], videos: int, seed: int, part: int = 4
 ) -> list[dict]:
     """Accuracy per type with nothing deleted and with hop-1, hop-2 or unrelated tokens deleted after each of `layers`."""
-    from tqdm import tqdm
-
     tokens = FRAMES * 16
 
     @functools.partial(jax.jit, static_argnames="layer")
@@ -115,7 +114,7 @@ def deletion_table(
         )
 
     table = []
-    for layer in tqdm((None, *layers), unit="layer", disable=None):
+    for layer in track((None, *layers), "layer"):
         for name in ("nothing",) if layer is None else ("hop 1", "hop 2", "unrelated"):
             right, kind = [], []
             for sample, doomed, rows, counted, types in batches:

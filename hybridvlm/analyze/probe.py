@@ -1,6 +1,6 @@
 """How much of a dropped token does the model still hold: compression, or dropping?
 
-    python -m hybridvlm.analyze probe --model tiny --twin runs/twin
+    python -m hybridvlm.analyze probe --model tiny --baseline runs/transformer
 
 On validation videos of the embedded benchmark, exactly the tokens that 16 one-hop questions ask about are dropped after a layer;
 ridge probes then try to read each one's content back: its features (what the tower said, place and time left out: R2), its class
@@ -52,6 +52,7 @@ from hybridvlm.analyze.common import (
 from hybridvlm.analyze.deletion import separate
 from hybridvlm.analyze.ridge import probe
 from hybridvlm.config import ATTENTION, MAMBA, ModelConfig
+from hybridvlm.console import track
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.inference.model import Model
 from hybridvlm.nn.attention import attention_layer, attention_shared
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     add = parser.add_argument
     add("--model", default="tiny", help="packaged name or checkpoint folder (default: %(default)s)")
-    add("--twin", help="a Transformer of the same size trained on the same data, probed in the same way")
+    add("--baseline", help="a Transformer of the same size trained on the same data, probed in the same way")
     add("--videos", type=int, default=64, help="validation videos, 16 tokens each (default: %(default)s)")
     add("--layers", help="layers to drop after, such as 0,2,8 (default: every M and * but the last)")
     add(
@@ -86,10 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Probe the model, and the twin if there is one."""
+    """Probe the model, and the Transformer baseline if there is one."""
     if options.videos < 10:
         raise ValueError(f"--videos must be at least 10, for folds over videos, got {options.videos}")
-    models = [(name, load_embedded(name)) for name in (options.model, options.twin) if name]
+    models = [(name, load_embedded(name)) for name in (options.model, options.baseline) if name]
     for _, model in models:
         _layers(options.layers, model)  # refused before anything is computed
     folder = output_folder(options, f"probe-{short(options.model)}")
@@ -118,19 +119,14 @@ def _layers(text: str | None, model: Model) -> list[int]:
 
 def probe_model(model: Model, layers: Sequence[int], videos: int, seed: int, width: int) -> list[Row]:
     """One row per reader and drop: never shown, after each of `layers`, never dropped; and the shuffled control."""
-    from tqdm import tqdm
-
     bank = make_bank(model.params, model.config, FRAMES, 500, seed, split="val")
     batches, asked, last = _targets(bank, videos, seed)
     rows: list[Row] = []
     for content, place in ((asked, 1), (last, 2)):
         if place == 2 and MAMBA not in model.config.pattern:
             continue  # a Transformer keeps the last frame as it keeps any other
-        found = [
-            _read(model, bank, batch[0], batch[place], layers)
-            for batch in tqdm(batches, desc="videos", unit="part", disable=None)
-        ]
-        for layer in tqdm([NEVER_SHOWN, *layers, NEVER_DROPPED], desc="probes", unit="drop", disable=None):
+        found = [_read(model, bank, batch[0], batch[place], layers) for batch in track(batches, "part", "videos")]
+        for layer in track([NEVER_SHOWN, *layers, NEVER_DROPPED], "drop", "probes"):
             inputs = _inputs([reading[layer] for reading in found], layer, width, seed, place == 2)
             for reader, x in inputs.items():
                 rows.append(_drop(layer, model) | {"read from": reader} | content.probe(x))

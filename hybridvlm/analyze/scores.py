@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridvlm.analyze.common import Asked, mixers, tokens_of
 from hybridvlm.config import ScoreOptions
+from hybridvlm.console import progress
 from hybridvlm.inference.model import Model
 from hybridvlm.nn.decoder import prefill
 from hybridvlm.ops.layer_aux import AttentionAux
@@ -42,12 +43,10 @@ def score_questions(
     model: Model, questions: Sequence[Sequence[Asked]], variants: Mapping[str, ScoreOptions] = DEFAULT
 ) -> list[list[Scored]]:
     """Every mixer layer's score of every visual token for every question: a dense prefill each, one list per video."""
-    from tqdm import tqdm
-
     layers = mixers(model)
     out: list[list[Scored]] = []
     static = {"model": model, "variants": tuple(variants.items())}
-    with tqdm(total=sum(map(len, questions)), unit="question", disable=None, mininterval=0.5) as bar:
+    with progress(sum(map(len, questions)), "question", "scores") as bar:
         for asked in questions:
             out.append([])
             for one in asked:

@@ -37,6 +37,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.analyze.scores import Scored, score_questions
+from hybridvlm.console import track
 from hybridvlm.eval.results import write_atomic
 
 
@@ -72,14 +73,12 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> dict[str, Any]:
     """pairs, by_type, layers and the matrices behind them; `depth` lists the layers of their rows."""
-    from tqdm import tqdm
-
     flat = [one for own in scored for one in own]
     depth = sorted(flat[0].score["plain"])
     n = len(depth)
     matrices = {name: np.zeros((len(flat), n, n)) for name in ("jaccard", "kendall", "rbo")}
     chance: dict[str, list[float]] = {"chance": [], "rbo chance": []}
-    for q, one in enumerate(tqdm(flat, unit="question", disable=None, mininterval=0.5)):
+    for q, one in enumerate(track(flat, "question", "agreement")):
         scores = [one.score["plain"][layer] for layer in depth]
         m = len(scores[0])
         k = measures.count_of(share, m)

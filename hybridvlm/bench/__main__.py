@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import pathlib
 import sys
 from typing import Any
+
+from hybridvlm.console import plain_table, print_table
 
 # name -> (module, what it measures). A module has add_arguments(parser) and run(args) -> list of rows, dicts with the
 # same keys; its docstring is its help. It is imported only when it is asked for.
@@ -25,7 +28,7 @@ BENCHES = {
     "train": ("hybridvlm.bench.train", "a whole step of training compiled for TPUs that are not there, as aot"),
     "step": ("hybridvlm.bench.step", "a training step, dense beside reduction"),
     "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense beside reduction methods"),
-    "vs_transformers": ("hybridvlm.bench.vs_transformers", "prefill and decode beside transformers' NemotronH"),
+    "vs-transformers": ("hybridvlm.bench.vs_transformers", "prefill and decode, with transformers' NemotronH"),
 }
 
 
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench {name}: {error}", file=sys.stderr)
         return 2
     if rows:
-        print(table(rows))
+        print_table(_texts(rows), keys=_keys(rows), right=True)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -64,11 +67,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as aligned text, a column per key, in the order in which keys first appear; None is shown as '-'."""
+    return plain_table(_texts(rows), right=True)
+
+
+def _texts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return [{key: _cell(row.get(key)) for key in columns} for row in rows]
+
+
+def _keys(rows: list[dict[str, Any]]) -> int:
+    """How many columns name a row: those of text before the first one of numbers. A narrow terminal repeats them."""
+    columns = list(_texts(rows)[0])
+    names = itertools.takewhile(lambda key: all(isinstance(row.get(key), str) for row in rows), columns)
+    return max(1, len(list(names)))
 
 
 def _cell(value: Any) -> str:

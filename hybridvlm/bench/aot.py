@@ -105,7 +105,7 @@ def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Names
     def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((args.batch, *shape), dtype, sharding=over_batch)
 
-    per_frame = config.vision.tokens_per_frame
+    per_frame = config.tower.tokens_per_frame
     length = args.frames * (per_frame + stamp) + args.text
     merged = (
         (args.frames, per_frame) if plan is None else (plan.decoder_frames, plan.decoder_tokens // plan.decoder_frames)
@@ -128,7 +128,7 @@ def plan_there(reduction: Reduction, config: ModelConfig, frames: int, text: int
     import jax
 
     with jax.default_device(where.devices[0]):  # the chunk that runs there is part of the plan
-        return bench_plan(reduction, config, frames, config.vision.tokens_per_frame, text)
+        return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
 
 
 def _row(args: argparse.Namespace, mesh, plan, stamp: int, compiled) -> dict[str, Any]:

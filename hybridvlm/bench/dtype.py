@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.bench import timing
 from hybridvlm.bench.op_bench import positive
 from hybridvlm.config import Reduction
+from hybridvlm.console import progress
 
 DTYPES = ("float32", "bfloat16")
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     same = dict.fromkeys(reductions, 0)
     drops: list[np.ndarray] = []  # of every batch [drops, both, own], agreed and kept tokens
     samples, plan = task.samples, None
-    with timing.progress("answering", len(samples)) as bar:
+    with progress(len(samples), "question", "answering", delay=2, leave=False) as bar:
         for start in range(0, len(samples), args.batch_size):
             asked = samples[start : start + args.batch_size]
             rows = asked + asked[-1:] * (args.batch_size - len(asked))  # one shape, so one program
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 same[kind] += sum(a == b for a, b in zip(*answers.values(), strict=True))
                 if kept:
                     tokens = _video_tokens(models["float32"], task, asked)
-                    drops.append(_agreement(*kept.values(), tokens))
+                    ours, theirs = kept.values()
+                    drops.append(_agreement(ours, theirs, tokens))
             bar.update(len(asked))
     agreed, overlap, share = np.concatenate(drops, axis=1).mean(axis=1).T
     pattern = models["float32"].config.pattern

@@ -230,6 +230,8 @@ class _Program:
 
 def _instruction(line: str) -> Instruction:
     head = _NAME.match(line)
+    if head is None:
+        raise ValueError(f"not an instruction of HLO: {line[:80]!r}")
     rest = line[head.end() :]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end + 1 :]

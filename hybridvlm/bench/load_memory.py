@@ -52,7 +52,7 @@ def synthetic_raw(gigabytes: float) -> dict[str, Any]:
 def write_synthetic(path: pathlib.Path, gigabytes: float, shard_bytes: int = 1 << 30) -> int:
     """Write the checkpoint; returns the bytes of its largest tensor."""
     raw = synthetic_raw(gigabytes)
-    shapes = nemotron_vl.table(nemotron_vl.config_from_hf(raw)).shapes()
+    shapes = nemotron_vl.weight_map(nemotron_vl.config_from_hf(raw)).shapes()
     block = (0.02 * np.random.default_rng(0).standard_normal(_BLOCK, np.float32)).astype(ml_dtypes.bfloat16)
 
     def pieces(name: str) -> Iterator[np.ndarray]:
@@ -71,7 +71,7 @@ def write_synthetic(path: pathlib.Path, gigabytes: float, shard_bytes: int = 1 <
             held = 0
         shards[-1][name] = (block.dtype, shape)
         held += size
-    home = {}
+    home: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         write_tensors(path / file, shard, pieces)

@@ -61,9 +61,9 @@ def measure(
     rows = {}
     for name, mine in seconds.items():
         ms = timing.median_ms(mine)
-        row = {"ms": ms, "x_fastest": timing.paired_ratio(mine, seconds[fastest]), **limits}
+        row: dict[str, float | None] = {"ms": ms, "x_fastest": timing.paired_ratio(mine, seconds[fastest]), **limits}
         row["of_floor"] = max(limits.values()) / ms if limits else None
-        row["temp_mb"] = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
+        row["temp_mb"] = aot.memory_analysis(compiled[name]).temp_size_in_bytes / 1e6
         rows[name] = {prefix + key: value for key, value in row.items()}
     return rows
 
@@ -97,14 +97,14 @@ def compiled(
     timing.say(f"compiling {name} for {target.name}")
     program = aot.compile_for(target, function, *shapes)
     limit = of_chip(target.name.partition(":")[0])
-    text = program.executable.as_text()
+    text = aot.hlo_text(program.executable)
     cost = program_cost(text, target.chip)
     row: dict[str, Any] = {"target": target.name}
     if target.platform == "tpu":
         extra = limit.floor_seconds(library.flops, library.moved, dtype) if library else 0.0
         # What a kernel fetches again and again only its declaration knows, and the compiler's own count, which is right where
         # there is no loop, has that in it.
-        moved = cost.bytes if " while(" in text else program.bytes_accessed
+        moved = cost.bytes if " while(" in text or program.bytes_accessed is None else program.bytes_accessed
         row |= {"gb": (moved + (library.moved if library else 0)) / 1e9, "cost_ms": 1e3 * (cost.seconds + extra)}
     else:
         row |= {"gb": cost.bytes / 1e9, "launches": cost.launches}

@@ -49,8 +49,9 @@ def ours(folder: pathlib.Path, name: str) -> tuple[np.ndarray, Any, np.ndarray]:
     clips, config = ([] if clip is None else [clip]), model.config
     if clip is not None:
         size = model.family.frame_size(config, *clip.size, len(clip.seconds), clip.kind)
-        size = clip.frames.shape[1:3] if clip.kind == "video" else size
-        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=tuple(size)))
+        if clip.kind == "video":
+            size = clip.size
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=size))
     content = [*({"type": clip.kind} for clip in clips), {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
     layout = model.family.prompt(config, model.tokenizer, messages, clips, style=model.style)
@@ -76,11 +77,12 @@ def theirs(model: Any, name: str, layout: Any, more: np.ndarray) -> np.ndarray:
     ids = np.concatenate([np.where(visual, token, layout.ids), more])
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids[None].astype(np.int64))}
     clip = sample_clip(name)
-    if clip is not None and name.startswith("nemotron"):
-        patches, grid = _patches(clip.frames, raw["vision_config"])
-        inputs |= {"pixel_values": torch.from_numpy(patches), "image_grid_hw": torch.tensor([grid])}
-    elif clip is not None:
-        rows, grid = _rows(clip.frames, raw["vision_config"], 0.5 if name == "qwen3_vl" else None)
+    frames = None if clip is None else clip.frames
+    if frames is not None and name.startswith("nemotron"):
+        patches, sides = _patches(frames, raw["vision_config"])
+        inputs |= {"pixel_values": torch.from_numpy(patches), "image_grid_hw": torch.tensor([sides])}
+    elif frames is not None:
+        rows, grid = _rows(frames, raw["vision_config"], 0.5 if name == "qwen3_vl" else None)
         kinds = np.concatenate([2 * visual, np.zeros(len(more))]).astype(np.int64)
         inputs |= {
             "pixel_values_videos": torch.from_numpy(rows),

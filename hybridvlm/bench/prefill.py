@@ -99,7 +99,7 @@ def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames:
     if method == "none":
         return None
     reduction = Reduction(method, args.budget, schedule=override(Schedule(), args.schedule, "--schedule"))
-    return bench_plan(reduction, config, frames, config.vision.tokens_per_frame, text)
+    return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
 
 
 def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
@@ -119,7 +119,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
     from hybridvlm.models.nemotron_vl.model import HybridVLM
 
     timing.say(f"timing the vision tower on {frames} frames")
-    shape = (1, frames, *config.vision.image_size, 3)
+    shape = (1, frames, *config.tower.image_size, 3)
     pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     encode = lambda params, pixels: HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)  # noqa: E731
     call, _ = _compiled(encode, params, pixels)
@@ -127,7 +127,7 @@ def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> floa
 
 
 def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
-    from hybridvlm.models.nemotron_vl.model import prefill as prefill_model
+    from hybridvlm.models import nemotron_vl
 
     frames, per_frame = visual.shape[1:3]
     text = args.text + stamps * frames
@@ -140,7 +140,7 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
         batch = dataclasses.replace(batch, frame_count=np.full(1, frames, np.int32))
 
         def prefill(params, batch, visual, plan=plan):
-            out = prefill_model(params, config, batch, visual, plan, 0)
+            out = nemotron_vl.prefill(params, config, batch, visual, plan, 0)
             return out.logits, out.decoder.caches
 
         calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)

@@ -85,7 +85,8 @@ def _spec(text: str, length: int):
     if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts) or int(parts[0]) % int(parts[2]):
         print(f"bench ssd: a shape is H,P,G,N with G dividing H, for example 8,64,1,64; got {text!r}", file=sys.stderr)
         raise SystemExit(2)
-    return SsdSpec(1, length, *(int(part) for part in parts), initial=True, skip=False)
+    heads, p, groups, n = map(int, parts)
+    return SsdSpec(1, length, heads, p, groups, n, initial=True, skip=False)
 
 
 def _candidates(spec, implementations, chunk_sizes):
@@ -161,7 +162,7 @@ def _compile(spec, dtype: str, implementations, where, args: argparse.Namespace)
                     raise
                 say(f"{name} {'with its gradient ' if prefix else ''}does not fit: {str(error).splitlines()[0]}")
                 continue
-            cost = program_cost(compiled.executable.as_text(), where.chip)
+            cost = program_cost(aot.hlo_text(compiled.executable), where.chip)
             row[f"{prefix}gb"] = cost.bytes / 1e9
             if where.platform == "tpu":
                 row[f"{prefix}cost_ms"] = 1e3 * cost.seconds
@@ -192,7 +193,7 @@ def _measure(spec, dtype: str, implementations, args: argparse.Namespace) -> lis
         forward[name] = functools.partial(jax.jit(op).lower(arrays).compile(), arrays)
         if args.gradient_rounds > 0:
             program = jax.jit(with_gradient).lower(arrays, cotangents).compile()
-            temporary = program.memory_analysis().temp_size_in_bytes
+            temporary = aot.memory_analysis(program).temp_size_in_bytes
             row |= {"temp_mb": temporary / 1e6, "temp_share": temporary / state_bytes}
             if _fits(name, row["shape"], temporary):
                 gradient[name] = functools.partial(program, arrays, cotangents)

@@ -8,10 +8,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from hybridvlm.console import progress
+
+Key = TypeVar("Key")
 
 
-def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(candidates: Mapping[Key, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[Key, list[float]]:
     """Seconds of every call, by candidate: `warmup` unmeasured rounds, then `rounds` in which each is called once.
 
     A call counts as over when every array that it returned is ready. From round to round the order is turned by one
@@ -22,8 +26,8 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, war
     if rounds < 1:
         raise ValueError(f"interleaved: rounds must be at least 1, got {rounds}")
     names = list(candidates)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with progress("measuring", (rounds + warmup) * len(names)) as bar:
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
+    with progress((rounds + warmup) * len(names), "call", "measuring", delay=2, leave=False) as bar:
         for turn in range(-warmup, rounds):
             for place in range(len(names)):
                 name = names[(place + turn) % len(names)]
@@ -33,13 +37,6 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, war
                     seconds[name].append(time.perf_counter() - start)
                 bar.update()
     return seconds
-
-
-def progress(what: str, total: int) -> Any:
-    """A progress bar on stderr, shown only to a person at a terminal and only once it has taken some seconds."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, leave=False, delay=2, disable=None)
 
 
 def say(what: str) -> None:

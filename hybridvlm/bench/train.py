@@ -119,7 +119,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
         return jax.tree.map(struct, tree, rules.shardings(mesh, tree))
 
     over_batch, per_tensor = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(None, "tensor"))
-    visual_tokens = args.frames * config.vision.tokens_per_frame
+    visual_tokens = args.frames * config.tower.tokens_per_frame
     length = visual_tokens + args.text
 
     def loss(params, visual, ids):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from hybridvlm.bench import timing
@@ -70,10 +71,14 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     from hybridvlm.reduction import cost as flops
 
     config = load_model_config(MODELS[model])
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=tuple(args.size)))
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=tuple(args.size)))
     where = aot.target(args.train_target if phase == "train" else args.target)
-    build = {"prefill": prefill_program, "film": film_program, "train": train_program}[phase]
-    compiled, parts = build(where, config, frames, args)
+    programs: dict[str, Callable[..., Any]] = {
+        "prefill": prefill_program,
+        "film": film_program,
+        "train": train_program,
+    }
+    compiled, parts = programs[phase](where, config, frames, args)
     named = sum(parts.values())
     cost = None
     if where.platform == "tpu":
@@ -92,7 +97,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
         "fits_80gb": compiled.peak_bytes <= 80e9,
         "paper_gb": paper[0],
         "decoder_tflops": decoder_flops(config, frames, args.text) * films * (3 if phase == "train" else 1) * 1e-12,
-        "tower_tflops": flops.vision_flops(config.vision, _slices(config, frames), config.width) * films * 1e-12,
+        "tower_tflops": flops.vision_flops(config.tower, _slices(config, frames), config.width) * films * 1e-12,
         "as_paper_tflops": None if phase == "train" else papers_flops(config, frames, args.text) * 1e-12,
         "paper_tflops": paper[1],
         "cost_s": None if cost is None else cost.seconds,
@@ -107,11 +112,11 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
 
 def _slices(config: ModelConfig, frames: int) -> int:
     """Frames of the tower: one for every two of the film's."""
-    return -(-frames // config.vision.temporal_patch)
+    return -(-frames // config.tower.temporal_patch)
 
 
 def visual_tokens(config: ModelConfig, frames: int) -> int:
-    return _slices(config, frames) * config.vision.tokens_per_frame
+    return _slices(config, frames) * config.tower.tokens_per_frame
 
 
 def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
@@ -120,7 +125,7 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     from hybridvlm.reduction.vamba import VambaReading
 
     row = visual_tokens(config, frames) + text
-    counted = VambaReading(config, text) if isinstance(config, VambaConfig) else config
+    counted: flops.Counted = VambaReading(config, text) if isinstance(config, VambaConfig) else config
     return flops.decoder_flops(counted, [row] * len(counted.pattern))
 
 
@@ -128,7 +133,7 @@ def papers_flops(config: ModelConfig, frames: int, text: int) -> int:
     """Operations of one prompt's prefill as a profiler counts them that does not look into FlashAttention."""
     from hybridvlm.reduction import cost as flops
 
-    v, video, vamba = config.vision, visual_tokens(config, frames), isinstance(config, VambaConfig)
+    v, video, vamba = config.tower, visual_tokens(config, frames), isinstance(config, VambaConfig)
     row = text if vamba else video + text
     heads, layers = config.attention_heads * config.head_dim, config.count("*")
     products = layers * (2 * heads * row * row + (4 * heads * text * video if vamba else 0))
@@ -164,8 +169,9 @@ def vamba_states(params, config: VambaConfig, visual, ids, piece: int, **options
 
     video = text_tokens(visual, jnp.ones(visual.shape[:2], jnp.int32))
     text = text_tokens(jnp.take(params["embed"], ids, axis=0), jnp.ones(ids.shape, jnp.int32))
-    memory, text, caches = vamba.prefill(params["decoder"], config, video, text, segment_tokens=piece, **options)
-    return text.x, (memory, caches)
+    memory, read, caches = vamba.prefill(params["decoder"], config, video, text, segment_tokens=piece, **options)
+    assert read is not None  # as text was given
+    return read.x, (memory, caches)
 
 
 def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
@@ -277,7 +283,7 @@ def film_program(where, config: ModelConfig, frames: int, args: argparse.Namespa
     import jax
     import jax.numpy as jnp
 
-    shape = (1, _slices(config, frames), config.vision.temporal_patch, *args.size, 3)
+    shape = (1, _slices(config, frames), config.tower.temporal_patch, *args.size, 3)
     film = jax.ShapeDtypeStruct(shape, jnp.uint8)
     _, ids = _inputs(config, frames, args.text, 1)
     return _prefill(where, config, args, shapes(config, jnp.bfloat16, tower=True), film, ids)

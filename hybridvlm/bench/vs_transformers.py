@@ -36,9 +36,13 @@ LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m hybridvlm.bench peers`."""
+    """The options of `python -m hybridvlm.bench vs-transformers`."""
     add = parser.add_argument
-    add("--config", default="peers_56m", help="name or JSON file of a text-only model config (default: peers_56m)")
+    add(
+        "--config",
+        default="vs_transformers_56m",
+        help="name or JSON file of a text-only model config (default: vs_transformers_56m)",
+    )
     add(
         "--tokens", default="4096,8192", help="comma list of prompt lengths; the last also reduced (default: 4096,8192)"
     )
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"the peers bench needs {' and '.join(missing)}: pip install 'hybridvlm[parity]'")
+        raise ValueError(f"bench vs-transformers needs {' and '.join(missing)}: pip install 'hybridvlm[parity]'")
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for side in SIDES:
@@ -72,14 +76,22 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _worker(side: str, args: argparse.Namespace, folder: str) -> None:
     names = ("config", "tokens", "text", "budget", "new", "repeats", "threads")
     options = [f"--{name}={getattr(args, name)}" for name in names]
-    program = [sys.executable, "-m", "hybridvlm.bench", "peers", *options, f"--worker={side}", f"--folder={folder}"]
+    program = [
+        sys.executable,
+        "-m",
+        "hybridvlm.bench",
+        "vs-transformers",
+        *options,
+        f"--worker={side}",
+        f"--folder={folder}",
+    ]
     cores = sorted(os.sched_getaffinity(0))[: args.threads] if hasattr(os, "sched_getaffinity") else None
     pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None  # both sides take their thread count from it
     threads = str(args.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(program, env=environment, preexec_fn=pin, check=False)
     if done.returncode:
-        raise ValueError(f"the {side} side of the peers bench ended with exit code {done.returncode}")
+        raise ValueError(f"the {side} side of bench vs-transformers ended with exit code {done.returncode}")
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -179,7 +191,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     from hybridvlm.bench.prefill import bench_plan, prompt, running_chunk
     from hybridvlm.checkpoints import params_from_hf
     from hybridvlm.inference.sampling import Sampling, decode
-    from hybridvlm.models.nemotron_vl.model import prefill as prefill_model
+    from hybridvlm.models import nemotron_vl
     from hybridvlm.nn.caches import cache_bytes
     from hybridvlm.reduction.cost import decoder_flops
 
@@ -193,7 +205,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
 
     def program(config, batch, visual, plan, decode_capacity):
         def function(params, batch, visual):
-            out = prefill_model(params, config, batch, visual, plan, decode_capacity)
+            out = nemotron_vl.prefill(params, config, batch, visual, plan, decode_capacity)
             return out.logits, out.decoder.caches
 
         return jax.jit(function).lower(params, batch, visual).compile()

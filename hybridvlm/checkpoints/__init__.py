@@ -30,7 +30,7 @@ def params_from_hf(
     config: ModelConfig | VisionConfig, tensors: Mapping[str, np.ndarray], *, dtype: Any = None
 ) -> dict[str, Any]:
     """Our parameters (NumPy) from Nemotron tensors under any of their known names; of a VisionConfig, a RADIO tower alone."""
-    from hybridvlm.models.nemotron_vl.weights import table
+    from hybridvlm.models.nemotron_vl.weights import weight_map
 
-    params = params_from_tensors(table(config), tensors, dtype=dtype)
+    params = params_from_tensors(weight_map(config), tensors, dtype=dtype)
     return params["vision"] if isinstance(config, VisionConfig) else params

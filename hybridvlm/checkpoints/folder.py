@@ -278,10 +278,10 @@ def read_weights(
         if str(stored) not in STORAGE:
             raise CheckpointError(f"{file}: {name} is stored as {stored}; this format holds {' or '.join(STORAGE)}")
         array = tensors[name]
-        kind = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
-        check_finite(array, f"{file}: {name}", kind)
-        array = jnp.asarray(array, kind)
-        flat[name] = array if place is None else jax.device_put(array, place(name, array.shape))
+        to = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
+        check_finite(array, f"{file}: {name}", to)
+        here = jnp.asarray(array, to)
+        flat[name] = here if place is None else jax.device_put(here, place(name, here.shape))
     return unflatten(flat)
 
 
@@ -417,9 +417,9 @@ def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Check
     if path.parent.name == "snapshots":  # the hub's cache: .../models--owner--name/snapshots/commit
         name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
     config = dataclasses.replace(config, name=config.name or name, eos_ids=_stops(path, config))
-    if own_head(kind.table(config), tensors):
+    if own_head(kind.weight_map(config), tensors):
         config = dataclasses.replace(config, tie_embeddings=False)
-    table = kind.table(config)
+    table = kind.weight_map(config)
     tokenizer = _tokenizer(path, config)
     style = kind.style_for(config)
     sections = {"style": style, "buckets": PUBLISHED_BUCKETS}

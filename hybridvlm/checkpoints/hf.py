@@ -44,7 +44,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 # -- which tensor goes where ------------------------------------------------------------------------------------------
 
 
-_EXPONENT = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
+_EXPONENT: dict[int, np.unsignedinteger] = {
+    2: np.uint16(0x7C00),
+    4: np.uint32(0x7F800000),
+    8: np.uint64(0x7FF0000000000000),
+}
 _BLOCK = 1 << 20  # values that are looked at at once, so that it costs no memory
 
 
@@ -55,7 +59,9 @@ def check_finite(values: np.ndarray, name: str, kind: Any = None) -> None:
     flat = np.ascontiguousarray(values).reshape(-1)
     for at in range(0, flat.size, _BLOCK):
         part = flat[at : at + _BLOCK]
-        exponent = np.uint16(0x7F80) if part.dtype == jnp.bfloat16 else _EXPONENT[part.dtype.itemsize]
+        exponent: np.unsignedinteger = _EXPONENT[part.dtype.itemsize]
+        if part.dtype == jnp.bfloat16:
+            exponent = np.uint16(0x7F80)
         odd = (part.view(exponent.dtype) & exponent) == exponent
         if odd.any():
             raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity); take another copy of it")
@@ -82,9 +88,11 @@ class _Sources:
     def __init__(self, table: WeightMap, tensors: Mapping[str, np.ndarray], kind: Any = None):
         self.table, self.tensors = table, tensors
         self.kind = None if kind is None else np.dtype(kind)
-        streamed = isinstance(tensors, TensorFolder)
-        self.shapes = tensors.shapes() if streamed else {name: np.shape(x) for name, x in tensors.items()}
-        self.dtypes = tensors.dtypes() if streamed else {name: np.asarray(x).dtype for name, x in tensors.items()}
+        if isinstance(tensors, TensorFolder):
+            self.shapes, self.dtypes = tensors.shapes(), tensors.dtypes()
+        else:
+            self.shapes = {name: np.shape(x) for name, x in tensors.items()}
+            self.dtypes = {name: np.asarray(x).dtype for name, x in tensors.items()}
         # the table's name -> name in the checkpoint, part, parts
         self.found: dict[str, tuple[str, int, int]] = {}
         self.faults: dict[str, None] = {}  # in order, each once
@@ -110,10 +118,11 @@ class _Sources:
         if shape != self.shapes[head] or not shape:
             return True
         step = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * self.dtypes[embed].itemsize))
-        return any(
-            not np.array_equal(*(np.asarray(self._read(name, at, min(at + step, shape[0]))) for name in (embed, head)))
-            for at in range(0, shape[0], step)
-        )
+        for at in range(0, shape[0], step):
+            rows = [np.asarray(self._read(name, at, min(at + step, shape[0]))) for name in (embed, head)]
+            if not np.array_equal(rows[0], rows[1]):
+                return True
+        return False
 
     def check(self, compared: bool = False) -> None:
         """ValueError with every tensor that is missing, has another shape than the config says, or no place to go.
@@ -150,7 +159,7 @@ class _Sources:
     def _stacked(self, job: StackedSpec) -> list[tuple[str, Shape]]:
         """(name, shape) of the tensors that hold all experts of a layer, where the checkpoint has those."""
         c, row, layers = job
-        if not row.stacked or layers is None:
+        if not row.stacked or row.experts is None or layers is None:
             return []
         names = [row.stacked.format(i=layer) for layer in layers]
         return [(name, (row.experts(c), *row.shape(c))) for name in names] if names[0] in self.found else []
@@ -244,7 +253,7 @@ def read_params(
     sources = _Sources(table, tensors, dtype)
     sources.check(compared)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    flat = {}
+    flat: dict[str, jax.Array] = {}
     for job in table.jobs:
         target = job[1].target
         keep = target.rsplit("/", 1)[-1] in FLOAT32
@@ -254,7 +263,7 @@ def read_params(
         progress(target)
         if math.prod(shape) * kind.itemsize <= PIECE_BYTES:
             array = _on_host(sources, job, kind)
-            flat[target] = jax.make_array_from_callback(shape, sharding, lambda index, array=array: array[index])
+            flat[target] = jax.make_array_from_callback(shape, sharding, array.__getitem__)
         else:
             flat[target] = _streamed(sources, job, shape, kind, sharding)
     return unflatten(flat)
@@ -284,6 +293,7 @@ def _streamed(
     stored = row.shape(c)
     parts = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # every array has a place on each of its devices
         low = [s.start or 0 for s in index]
         high = [n if s.stop is None else s.stop for s, n in zip(index, shape, strict=True)]
         sizes = tuple(b - a for a, b in zip(low, high, strict=True))
@@ -344,9 +354,10 @@ def save_published(
     dtype: as what (default: each as it is). shard_bytes: most that one file holds. extra(folder) may add files (tokenizer).
     A tensor that a LayerScale was folded into is written without one.
     """
-    path, leaves = pathlib.Path(path), {}
+    path = pathlib.Path(path)
+    leaves: dict[str, tuple[Any, Shape, StackedSpec]] = {}
     for job in table.jobs:
-        leaf = params
+        leaf: Any = params
         for key in job[1].target.split("/"):
             leaf = leaf[key]
         if tuple(leaf.shape) != table.target_shape(job):
@@ -380,7 +391,7 @@ def save_published(
         if len(shards) == 1:
             write_tensors(new / "model.safetensors", shards[0], pieces)
         else:
-            home = {}
+            home: dict[str, str] = {}
             for number, shard in enumerate(shards):
                 file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
                 write_tensors(new / file, shard, pieces)

@@ -292,7 +292,7 @@ def write_sample(
     """Write a sample in two shards. params: instead of random ones; raw: another config.json around the same weights."""
     own = raw_config(name)
     kind = family_of(own)
-    table = kind.table(kind.config_from_hf(own))
+    table = kind.weight_map(kind.config_from_hf(own))
     params = random_params(table, seed) if params is None else params
     half = sum(math.prod(shape) for shape in table.shapes().values()) * 4 // 2 + 1
     return save_published(

@@ -191,6 +191,7 @@ class Steps:
         problems = [text.decode() for text in distributed.gather(problem.encode())]
         if any(problems):
             raise Damaged(next(text for text in problems if text))
+        assert tree is not None and note is not None  # else there was a problem
         saved, read = note["arrays"], digests(tree)
         other = sorted(path for path in {*saved, *read} if saved.get(path) != read.get(path))
         if other:

@@ -14,6 +14,7 @@ import pathlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -81,7 +82,7 @@ class _File:
             self.places[name] = (DTYPES[kind], tuple(shape), self.begin + first)
         self._check_spans(sorted(spans), size - self.begin)
 
-    def _header(self, data: bytes) -> dict[str, object]:
+    def _header(self, data: bytes) -> dict[str, Any]:
         """The table of tensors; not JSON's other encodings, nor a name twice, nor metadata other than words."""
 
         try:
@@ -121,7 +122,7 @@ class _File:
             offset += start * math.prod(shape[1:]) * dtype.itemsize
             shape = (stop - start, *shape[1:])
         out = np.empty(shape, dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
         done = 0
         while done < len(view):
             got = os.preadv(self.handle.fileno(), [view[done : done + (1 << 30)]], offset + done)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridvlm.config import Reduction, to_dict
+from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
 from hybridvlm.eval import report, statistics
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
@@ -195,17 +196,14 @@ class Evaluation:
         self.store.finish()
 
     def _answer(self, total: int, missing: int) -> None:
-        from tqdm import tqdm
-
-        hidden = None if self.process.first else True
-        with tqdm(total=total, initial=total - missing, unit="answer", disable=hidden, mininterval=0.5) as bar:
+        with progress(total, "answer", done=total - missing, shown=self.process.first) as bar:
             for runner in self.runners:
 
-                def progress(count: int, label: str, task: str = runner.task.name) -> None:
+                def count_on(count: int, label: str, task: str = runner.task.name) -> None:
                     bar.set_postfix_str(f"{task} {label}", refresh=False)
                     bar.update(count * self.process.count)  # the others are about as far
 
-                runner.run(progress)
+                runner.run(count_on)
 
     def _write(self) -> None:
         results = self.results()
@@ -213,12 +211,13 @@ class Evaluation:
         report.write_report(self.folder, results)
         for task in self.tasks:
             rows = [row for row in results["rows"] if row["task"] == task.name]
-            print(
-                f"\n{task.name}: {rows[0]['n']} questions on {len(task.videos)} videos\n\n{report.terminal_table(rows)}"
-            )
-        for line in report.warnings_of(results["rows"], results["details"]):
-            print(f"warning: {line}")
-        print(f"\n{self.folder / 'report.md'}")
+            print(f"\n{task.name}: {rows[0]['n']} questions on {len(task.videos)} videos\n")
+            report.print_rows(rows)
+        print(f"\n{report.READING}")
+        warnings = report.warnings_of(results["rows"], results["details"])
+        print_lines((f"warning: {line}" for line in warnings), "yellow")
+        print(f"\npictures: {', '.join(str(self.folder / name) for name in report.PICTURES)}")
+        print(f"results:  {self.folder / 'report.md'}, results.json, samples.jsonl")
 
     def _remarks(self) -> list[str]:
         """What was said of the videos: by the decoder, and of those that could not be read."""

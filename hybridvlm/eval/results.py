@@ -67,7 +67,7 @@ class SampleStore:
     process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) beside it, and reads all there are.
     """
 
-    def __init__(self, path: pathlib.Path, process: Process = Process(0, 1)):  # noqa: B008, a tuple
+    def __init__(self, path: pathlib.Path, process: Process = Process(0, 1)):  # noqa: B008, frozen
         self.path, self.process = path, process
         self.own = path if process.first else path.with_stem(f"{path.stem}-{process.index}")
         self.records: list[Record] = []

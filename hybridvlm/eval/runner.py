@@ -86,8 +86,8 @@ def expand(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
         parts = parse_method(method)
         if method == "none":
             continue
-        rates = [rate for _, rate in parts]
-        if None not in rates:
+        rates = [rate for _, rate in parts if rate is not None]
+        if len(rates) == len(parts):
             variants.append(Variant(method, float(np.prod(rates)), fixed=True))
         else:
             variants += [Variant(method, float(budget)) for budget in budgets]
@@ -113,7 +113,8 @@ class Planner:
             )
             if self.match not in (None, variant.method) and variant != DENSE and not variant.fixed:
                 _, goal = self(Variant(self.match, variant.budget), bucket)
-                reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
+                if goal is not None:
+                    reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
             config = bucket.config(self.model)
             self._plans[variant, bucket] = (
                 reduction,
@@ -129,7 +130,7 @@ class Planner:
             return f"{variant.label} was not matched: its rates are written out"
         _, plan = self(variant, bucket)
         _, goal = self(Variant(self.match, variant.budget), bucket)
-        if abs(plan.flop_ratio / goal.flop_ratio - 1) <= MATCHED:
+        if plan is None or goal is None or abs(plan.flop_ratio / goal.flop_ratio - 1) <= MATCHED:
             return None
         found = f"predicted FLOPs are {plan.flop_ratio:.3f} of dense where {self.match} has {goal.flop_ratio:.3f}"
         return f"{variant.label} could not be matched: its {found}"
@@ -240,7 +241,7 @@ class Runner:
             layout = self.layout(sample)
             pick = self.model.buckets.pick
             return Bucket(
-                pick("frames", layout.frames), pick("text", layout.text), tuple(config.vision.image_size), clip.kind
+                pick("frames", layout.frames), pick("text", layout.text), tuple(config.tower.image_size), clip.kind
             )
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
@@ -316,12 +317,12 @@ class Runner:
         variants = self.variants if variants is None else variants
         for number, (bucket, samples), missing in self._missing(variants):
             encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
-            unread = [sample for sample in samples if encoded[sample.id] is None]
-            read = [sample for sample in samples if encoded[sample.id] is not None]
+            seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
+            unread = [sample for sample in samples if sample.id not in seen]
+            read = [sample for sample in samples if sample.id in seen]
             if read:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
-                tokens = [encoded[sample.id] for sample in rows]
-                visual = jax.block_until_ready(jax.device_put(np.stack(tokens)))
+                visual = jax.block_until_ready(jax.device_put(np.stack([seen[sample.id] for sample in rows])))
             for variant in variants:
                 # dense goes along, so that every clock has its counterpart
                 if missing[variant] or variant == DENSE:
@@ -354,15 +355,15 @@ class Runner:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
         reduction, plan = self.planner(variant, bucket)
         compiled = compile_count()
-        config, options = bucket.config(self.model), {"think_tokens": self.asking.think_tokens}
+        config, think_tokens = bucket.config(self.model), self.asking.think_tokens
         batch, plan = self.model.batch_of(
             lambda factors: [self.layout(sample, factors) for sample in rows], reduction, config=config
         )
         batch = jax.block_until_ready(jax.device_put(batch))
         if (variant, bucket) not in self._warm:
-            self.model.generate(batch, visual, plan, **options)
+            self.model.generate(batch, visual, plan, think_tokens=think_tokens)
             self._warm.add((variant, bucket))
-        generation = self.model.generate(batch, visual, plan, **options)
+        generation = self.model.generate(batch, visual, plan, think_tokens=think_tokens)
         self.model.verify(generation)
         m = config.vision.tokens_per_frame
         shares = achieved(generation, [self.layout(sample).frames * m for sample in rows])

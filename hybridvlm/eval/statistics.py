@@ -75,7 +75,7 @@ def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Seq
     if len(correct) != len(reference):
         raise ValueError(f"both must answer the same questions, got {len(correct)} and {len(reference)}")
     d = np.asarray(correct, np.float64) - np.asarray(reference, np.float64)
-    mean, se, groups = cluster_se(d, clusters)
+    mean, se, groups = cluster_se(d.tolist(), clusters)
     if math.isnan(se):
         return Estimate(mean, None, None, len(d), groups)
     half = _quantile(groups) * se if d.any() else 1 - (0.5 - LEVEL / 2) ** (1 / groups)

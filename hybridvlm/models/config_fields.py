@@ -45,7 +45,8 @@ def behind(
     one thing: null under one of them, and not given under any other, is null under each.
     """
     groups = {name: group for group in together for name in group}
-    seen, unread = {}, {}
+    seen: dict[str, Any] = {}
+    unread: dict[str, Any] = {}
     for name, value in outer.items():
         group = groups.get(name, (name,))
         null = any(other in inner for other in group) and all(inner.get(other) is None for other in group)
@@ -160,9 +161,15 @@ class Fields:
         """A list of `length` numbers, of which infinity is one."""
         label, value = self.get(name)
         found = [_float(x) for x in value] if isinstance(value, (list, tuple)) and len(value) == length else [None]
-        if any(x is None or math.isnan(x) for x in found):
+        numbers = tuple(x for x in found if x is not None and not math.isnan(x))
+        if len(numbers) != len(found):
             raise ValueError(f"{self.file}: {label} must be a list of {length} numbers, got {shown(value)}")
-        return tuple(found)  # type: ignore[arg-type]
+        return numbers
+
+    def three(self, name: str) -> tuple[float, float, float]:
+        """A list of three numbers."""
+        first, second, third = self.numbers(name, 3)
+        return first, second, third
 
     def word(self, name: str) -> str:
         """A word."""

@@ -60,7 +60,7 @@ class Family(Protocol):
         """The Config of a published config.json. ValueError names an option that is not supported."""
         ...
 
-    def table(self, config: Any) -> WeightMap:
+    def weight_map(self, config: Any) -> WeightMap:
         """Which published tensor becomes which array of ours."""
         ...
 

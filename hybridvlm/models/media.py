@@ -68,7 +68,7 @@ def tile_grid(height: int, width: int, tile: tuple[int, int], most: int) -> tupl
 
 def cut_tiles(image: np.ndarray, tile: tuple[int, int], most: int) -> np.ndarray:
     """An image [h,w,3] -> tiles [n,height,width,3], row-major, with the whole image as a last tile if there are several."""
-    rows, cols = tile_grid(*image.shape[:2], tile, most)
+    rows, cols = tile_grid(image.shape[0], image.shape[1], tile, most)
     (whole,) = resize(image[None], (rows * tile[0], cols * tile[1]))
     tiles = whole.reshape(rows, tile[0], cols, tile[1], 3).swapaxes(1, 2).reshape(-1, *tile, 3)
     return tiles if len(tiles) == 1 else np.concatenate([tiles, resize(image[None], tile)])

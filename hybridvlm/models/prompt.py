@@ -6,7 +6,7 @@ import dataclasses
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -15,10 +15,13 @@ from hybridvlm.config import Buckets
 from hybridvlm.tokenizers.messages import Message, parts_of
 from hybridvlm.tokenizers.text import Text, concatenate, cut_at_media
 
+# What stands in the fields of a batch: NumPy's arrays as the host makes them, JAX's in a program, or shapes alone
+ArrayT = TypeVar("ArrayT")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket.
 
     input_ids [B,L] int32, with any id at visual places; segment [B,L] int32 (0 = padding, at the end); frame [B,L] int32, the
@@ -26,10 +29,10 @@ class Batch:
     frame bucket is padding).
     """
 
-    input_ids: jax.Array
-    segment: jax.Array
-    frame: jax.Array
-    frame_count: jax.Array
+    input_ids: ArrayT
+    segment: ArrayT
+    frame: ArrayT
+    frame_count: ArrayT
 
 
 # What each formatted piece of a style may name, with a value to try it with
@@ -82,6 +85,7 @@ def _check_form(where: str, form: str, values: Mapping[str, Any]) -> None:
                 continue
             if name not in values:
                 raise ValueError(f"it names {name[:40]!r}")
+            spec = spec or ""
             if conversion or len(spec) > 8 or "{" in spec or re.search(r"\d{4}", spec):
                 raise ValueError(f"{name!r} has the format {(conversion or '') + spec:.40}")
         form.format(**values)
@@ -202,7 +206,7 @@ def allow_special_tokens(tokenizer: Any) -> None:
 
 def make_batch(
     layouts: Sequence[Layout], buckets: Buckets, tokens_per_frame: int, group: int = 1
-) -> tuple[Batch, int, int]:
+) -> tuple[Batch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket).
 
     tokens_per_frame: places per run of `group` frames. ValueError if a prompt is over the largest bucket.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 Shape = tuple[int, ...]
+Leaf = Any  # an array of NumPy or of JAX: transforms only take views, transpose and reshape
 
 # Leaves that stay in float32 whatever the model's dtype: what makes decays and steps, gates of single numbers, and the
 # correction that decides which experts win.
@@ -27,8 +28,8 @@ class Transform:
     """How a stored tensor becomes ours and back. axis: where the stored first axis lies in ours; None if it is split up there,
     and then the tensor is read whole."""
 
-    into: Callable[[np.ndarray, Any], np.ndarray]
-    back: Callable[[np.ndarray, Any], np.ndarray]
+    into: Callable[[Leaf, Any], Leaf]
+    back: Callable[[Leaf, Any], Leaf]
     axis: int | None
 
 

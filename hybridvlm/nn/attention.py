@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +122,8 @@ def _merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     if len(parts) == 1:
         return parts[0]
     lse = jax.nn.logsumexp(jnp.stack([part for _, part in parts]), axis=0)
-    out = sum(part * jnp.exp(mine - lse).swapaxes(1, 2)[..., None] for part, mine in parts)
-    return out.astype(parts[0][0].dtype), lse
+    weighted = [part * jnp.exp(mine - lse).swapaxes(1, 2)[..., None] for part, mine in parts]
+    return functools.reduce(operator.add, weighted).astype(parts[0][0].dtype), lse
 
 
 def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool) -> list[tuple[jax.Array, jax.Array]]:

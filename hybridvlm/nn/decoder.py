@@ -32,7 +32,8 @@ StraightThrough = Callable[[Tokens, jax.Array, jax.Array], Tokens]
 class DropPlan(Protocol):
     """What the decoder needs of a plan: after which layers tokens drop, how many each example keeps, how long rows become."""
 
-    drops: tuple[int, ...]
+    @property
+    def drops(self) -> tuple[int, ...]: ...
 
     def keep(self, layer: int, count: jax.Array) -> jax.Array:
         """Visual tokens that enter `layer`, for examples that came with `count` [B,S]."""
@@ -138,7 +139,8 @@ def prefill(
         tokens = _with_index_in_segment(config, tokens)
 
     entries: list[Cache] = []
-    survivors, kept, scores, hidden = [], [here], {}, {}
+    survivors: list[tuple[jax.Array, jax.Array]] = []
+    kept, scores, hidden = [here], {}, {}
     for start, site in _ranges(len(config.pattern), scored | deepstack | set(hidden_states)):
         layers = LayerRange(config, start, site, decode_capacity, remat, caches)
         if start < site:
@@ -164,11 +166,12 @@ def prefill(
         if site in hidden_states:
             hidden[site] = tokens.x
         if site in scored:
+            assert score_fn is not None  # `_check`
             differentiable = site in collect or straight_through is not None
             score = score_fn(site, *((aux, tokens) if differentiable else jax.lax.stop_gradient((aux, tokens))))
         if site in collect:
             scores[site] = score
-        if site in drops:
+        if plan is not None and site in drops:
             keep = plan.keep(site + 1, counts)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
@@ -180,7 +183,7 @@ def prefill(
 
 
 def step(
-    layers: tuple[dict[str, jax.Array], ...],
+    layers: tuple[Params, ...],
     norm_f: jax.Array,
     config: ModelConfig,
     x: jax.Array,
@@ -283,7 +286,7 @@ def layer_params(params: Params, config: ModelConfig, layer: int) -> dict[str, j
     return index_params(params[name], index)
 
 
-def unstack(params: Params, config: ModelConfig) -> tuple[dict[str, jax.Array], ...]:
+def unstack(params: Params, config: ModelConfig) -> tuple[Params, ...]:
     """One dict per layer, for `step`: a decode loop slices the stacks once, before it starts, not again for every token."""
     layers = []
     for layer in range(len(config.pattern)):

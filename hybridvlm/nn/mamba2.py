@@ -17,7 +17,7 @@ from hybridvlm.ops.layer_aux import MambaAux
 from hybridvlm.ops.norms import gated_rms_norm, rms_norm
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.ssd import ssd, ssd_step
-from hybridvlm.parallel.sequence import halo, incoming_state, sequence_shards
+from hybridvlm.parallel.sequence import halo, incoming_state, row_is_cut
 from hybridvlm.parallel.tensor import group_mean, psum_tensor
 
 Params = dict[str, jax.Array]
@@ -73,12 +73,14 @@ def _project(p: Params, c: ModelConfig, x: jax.Array) -> tuple[jax.Array, jax.Ar
     h, weight = rms_norm(x, p["norm"], c.norm_eps), p["in_proj"]
     cuts = (c.mamba_width, c.mamba_width + c.conv_width)
     if platform() != "tpu" or x.shape[1] == 1:
-        return tuple(jnp.split(linear(h, weight, p.get("in_bias")), cuts, axis=-1))
+        z, channels, dt = jnp.split(linear(h, weight, p.get("in_bias")), cuts, axis=-1)
+        return z, channels, dt
     # A cut of the result is a copy of it, a cut of the weight is read in place: a third less memory for a layer on TPU. Left to
     # itself the compiler turns the whole stack of weights about before the first layer (6.5 GB of the 12B model, and 21 ms).
     weight = with_layout_constraint(weight, Layout((0, 1)))
     biases = jnp.split(p["in_bias"], cuts) if c.mamba_bias else (None, None, None)
-    return tuple(linear(h, *pair) for pair in zip(jnp.split(weight, cuts, axis=-1), biases, strict=True))
+    z, channels, dt = (linear(h, *pair) for pair in zip(jnp.split(weight, cuts, axis=-1), biases, strict=True))
+    return z, channels, dt
 
 
 def _inputs(p: Params, c: ModelConfig, convolved: jax.Array, raw_dt: jax.Array, real: jax.Array):
@@ -123,7 +125,7 @@ def mamba_layer(
         cache = jax.tree.map(
             lambda a: jnp.broadcast_to(a[:, None], (a.shape[0], times, *a.shape[1:])).reshape(-1, *a.shape[1:]), cache
         )
-    blocks, size = (1, length) if sequence_shards(c) > 1 else _blocks(c, b, length)
+    blocks, size = (1, length) if row_is_cut(c) else _blocks(c, b, length)
     if blocks == 1:
         return _whole(p, c, x, segment, cache)
     if cache is None:
@@ -144,9 +146,9 @@ def mamba_layer(
         out, cache, aux = _whole(p, c, *part, cache)
         return cache, (out, aux)
 
-    cache, out = jax.lax.scan(block, cache, (split(x), split(segment)))
+    last, out = jax.lax.scan(block, cache, (split(x), split(segment)))
     x, aux = jax.tree.map(join, out)
-    return x, cache, aux
+    return x, last, aux
 
 
 def _blocks(c: ModelConfig, batch: int, length: int) -> tuple[int, int]:
@@ -172,10 +174,12 @@ def _whole(
     p: Params, c: ModelConfig, x: jax.Array, segment: jax.Array, cache: MambaCache | None
 ) -> tuple[jax.Array, MambaCache, MambaAux]:
     z, channels, raw_dt = _project(p, c, x)
-    if sequence_shards(c) > 1:
+    past: jax.Array | None = None
+    owner: jax.Array | None = None
+    if row_is_cut(c):
         past, owner = halo(c, channels, segment)
-    else:
-        past, owner = (None, None) if cache is None else (cache.conv, cache.segment)
+    elif cache is not None:
+        past, owner = cache.conv, cache.segment
     convolved, conv_state = causal_conv1d(
         channels,
         p["conv_weight"],
@@ -185,10 +189,10 @@ def _whole(
         initial_segment=owner,
     )
     xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt, segment > 0)
-    if sequence_shards(c) > 1:
-        state = incoming_state(c, xs, dt, decay, b, segment, owner)
-    else:
-        state = None if cache is None else cache.ssm
+    before = jnp.zeros_like(segment[:, 0]) if owner is None else owner
+    initial = None if cache is None else cache.ssm
+    if row_is_cut(c):
+        initial = incoming_state(c, xs, dt, decay, b, segment, before)
     y, state = ssd(
         xs,
         dt,
@@ -197,11 +201,10 @@ def _whole(
         cc,
         D=p["D"],
         segment=segment,
-        initial_state=state,
+        initial_state=initial,
         initial_segment=owner,
         chunk_size=c.chunk_size or None,
     )
-    before = jnp.zeros_like(segment[:, 0]) if owner is None else owner
     # segments of one row rise or stay; the last real one is found by its place, since padding (0) ends the row
     count = jnp.sum(segment > 0, axis=1)
     last = jnp.take_along_axis(segment, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]

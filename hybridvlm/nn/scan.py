@@ -101,13 +101,17 @@ def run_layer(layers: LayerRange, layer: int, stack: Params, index, x, segment, 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_layers(layers: LayerRange, params: Params, x, segment, position):
     """x [B,L,D] after a range of layers that neither drop nor score, and their caches."""
+    return _run_layers(layers, params, x, segment, position)
+
+
+def _run_layers(layers: LayerRange, params: Params, x, segment, position):
     first = {kind: layers.config.pattern[: layers.start].count(kind) for kind in KINDS}
     return _run_units(layers, params, first, x, segment, position)
 
 
 def _run_layers_forward(layers: LayerRange, params: Params, x, segment, position):
     sliced = dataclasses.replace(layers, slice_params=True)
-    return jax.vjp(lambda params, x: run_layers.__wrapped__(sliced, params, x, segment, position), params, x)
+    return jax.vjp(lambda params, x: _run_layers(sliced, params, x, segment, position), params, x)
 
 
 def _run_layers_backward(layers: LayerRange, pull, gradient):

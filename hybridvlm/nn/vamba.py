@@ -206,8 +206,7 @@ def video_stage(
     memory of n = stop - first layers (its rows are M filled up to whole pieces), and the states.
     """
     b, length, width = x.shape
-    if state is None:
-        state = start_state(c, stop - first, b, x.dtype)
+    state = start_state(c, stop - first, b, x.dtype) if state is None else state
     pieces = -(-length // segment_tokens)
     size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
     if pieces == 1:
@@ -281,8 +280,8 @@ def text_layer(
 ) -> tuple[jax.Array, AttentionCache, tuple[jax.Array, jax.Array]]:
     """One layer of the text stream: p of one layer, x [B,T,D], segment and position [B,T], memory of this layer (k, v [B,M,K*P]).
 
-    past: the self-attention's cache that x comes after, with room for it; None: x is the whole prompt, and `decode_capacity` slots are left
-    behind it. Returns x, the cache, and q [B,T,H,P] with log-sum-exp [B,H,T] of the cross-attention.
+    past: the self-attention's cache that x comes after, with slots for it; None: x is the whole prompt, and
+    `decode_capacity` slots are left after it. Returns x, the cache, and q [B,T,H,P] with log-sum-exp [B,H,T] of the cross-attention.
     """
     h = rms_norm(x, p["attention"]["norm"], c.norm_eps)
     q, k, v = project_heads(p["attention"], c, h, position)
@@ -323,27 +322,27 @@ def _text_stage(
         x, cache, (q, lse) = text_layer(
             all_gather_params(p), c, x, segment, position, CrossMemory(k, v, memory.segment), past, decode_capacity
         )
-        told = None
+        queries = None
         if question is not None:
             index = question[0]
-            told = (
+            queries = (
                 jnp.take_along_axis(q, index[:, :, None, None], axis=1),
                 jnp.take_along_axis(lse, index[:, None, :], axis=2),
             )
-        return x, (cache, told)
+        return x, (cache, queries)
 
     body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
-    x, (caches, told) = jax.lax.scan(body, x, (stacks, memory.k, memory.v, past))
+    x, (caches, queries) = jax.lax.scan(body, x, (stacks, memory.k, memory.v, past))
     if question is None:
         return x, caches, None
     index, mask = question
     aux = AttentionAux(
-        q=told[0][-1],
+        q=queries[0][-1],
         q_mask=mask,
         q_segment=jnp.where(mask, jnp.take_along_axis(segment, index, axis=1), 0),
         q_index=jnp.full_like(index, _EVERY_KEY),
         k=memory.k[-1].reshape(*memory.segment.shape, c.kv_heads, c.head_dim),
-        lse=told[1][-1],
+        lse=queries[1][-1],
     )
     return x, caches, aux
 
@@ -428,14 +427,15 @@ def prefill(
             text = text.replace(x=x_text)
             caches.append(cache)
         if stop < c.layers:
+            assert plan is not None and score_fn is not None  # another stage begins behind a drop alone
             score = score_fn(stop - 1, _cut(aux, video.length), video.replace(x=x))
             video = compact(video.replace(x=x), score, plan.keep(stop, counts), plan.row_length(stop))
             survivors.append((video.index, video.visual))
             kept.append(visual_counts(video, segments))
-    memory = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
+    whole = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
     if text is not None:
         text = text.replace(x=rms_norm(text.x, params["norm_f"], c.norm_eps))
-    return memory, text, tuple(caches)
+    return whole, text, tuple(caches)
 
 
 def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
@@ -443,7 +443,7 @@ def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
     return None if aux is None else dataclasses.replace(aux, k=aux.k[:, :length])
 
 
-def read(
+def prefill_text(
     params: Params, c: VambaConfig, text: Tokens, memory: VideoMemory, *, decode_capacity: int = 0
 ) -> tuple[Tokens, tuple[AttentionCache, ...]]:
     """Prompts over a memory that is there: text x [B*Q,T,D] with Q questions on each of B videos -> (text, caches)."""

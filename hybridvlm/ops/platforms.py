@@ -25,7 +25,7 @@ def platform() -> str:
     The default device is part of what JAX keys its traces by, so what is traced for a target that is not there
     (`hybridvlm.aot.compile_for` sets its device) never meets what was traced for the CPU before.
     """
-    device = jax.config.jax_default_device
+    device = jax.config.values["jax_default_device"]
     here = jax.default_backend() if device is None else getattr(device, "platform", device)
     return _target.get() or ("gpu" if here in ("cuda", "rocm") else here)
 

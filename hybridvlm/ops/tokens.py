@@ -18,7 +18,8 @@ class Tokens:
     x [B,L,D] embeddings; position [B,L] int32 (or [B,L,3]); segment [B,L] int32, 0 = padding; visual [B,L] bool;
     query [B,L] bool, the text after the last visual token; index [B,L] int32, place in the unreduced prompt;
     frame [B,L] int32, -1 for text; extra: arrays [B,L,...] that are carried along through every reduction.
-    Of packed rows extra[INDEX_IN_SEGMENT] [B,L] int32 is the place in the unreduced prompt of a token's own segment (`index`: in the row).
+    Of packed rows extra[INDEX_IN_SEGMENT] [B,L] int32 is the index in the unreduced prompt of a token's own segment
+    (`index`: in the row).
     """
 
     x: jax.Array

@@ -21,21 +21,21 @@ from hybridvlm.parallel.tensor import LocalConfig
 def local_config(config: ModelConfig, devices: int) -> LocalConfig:
     """What each of `devices` tensor-parallel devices holds of the decoder. ValueError, with the sizes, if it cannot be cut so."""
     c = config
-    fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(ModelConfig)}
-    parts = {"group_devices": 1, "kv_devices": 1}
+    fields: dict[str, Any] = {f.name: getattr(c, f.name) for f in dataclasses.fields(ModelConfig)}
+    group_devices = kv_devices = 1
     cut: dict[str, int] = {}
     if c.count(ATTENTION):
         cut |= {"attention_heads * head_dim": c.attention_heads * c.head_dim}
         _whole_heads("kv_heads", c.kv_heads, devices)
         kv_parts = min(devices, c.kv_heads)
         fields |= {"attention_heads": c.attention_heads // kv_parts, "kv_heads": c.kv_heads // kv_parts}
-        parts["kv_devices"] = devices // kv_parts
+        kv_devices = devices // kv_parts
     if c.count(MAMBA):
         cut |= {"mamba_heads": c.mamba_heads}
         _whole_heads("ssm_groups", c.ssm_groups, devices)
         ssm_parts = min(devices, c.ssm_groups)
         fields |= {"ssm_groups": c.ssm_groups // ssm_parts}
-        parts["group_devices"] = devices // ssm_parts
+        group_devices = devices // ssm_parts
     if c.count(MLP):
         cut |= {"mlp_width": c.mlp_width}
     if c.count(MOE):
@@ -44,7 +44,7 @@ def local_config(config: ModelConfig, devices: int) -> LocalConfig:
         if size % devices:
             raise ValueError(f"sharding: tensor={devices} does not divide {name} {size}")
     fields |= {name: size // devices for name, size in cut.items() if name in fields}
-    return LocalConfig(**fields, axis="tensor", devices=devices, **parts)
+    return LocalConfig(**fields, axis="tensor", devices=devices, group_devices=group_devices, kv_devices=kv_devices)
 
 
 def _whole_heads(name: str, count: int, devices: int) -> None:
@@ -74,8 +74,8 @@ def _reordered(
         order["mamba", "conv_weight"] = order["mamba", "conv_bias"] = _packed(config, devices, ("x", "b", "c"))
     if sharing > 1:
         for name, heads in (("q", config.attention_heads), ("k", config.kv_heads), ("v", config.kv_heads)):
-            columns = np.arange(heads * config.head_dim).reshape(devices // sharing, -1)
-            columns = np.repeat(columns, sharing, axis=0).ravel()
+            parts = np.arange(heads * config.head_dim).reshape(devices // sharing, -1)
+            columns = np.repeat(parts, sharing, axis=0).ravel()
             order |= {("attention", f"{name}_{part}"): columns for part in ("proj", "bias")}
     decoder = {
         kind: {name: change(a, order[kind, name]) if (kind, name) in order else a for name, a in stack.items()}
@@ -104,11 +104,11 @@ def unpermute_for_tp(laid: dict[str, Any], config: ModelConfig, devices: int, *,
     """The inverse of `permute_for_tp`: parameters in the order of the whole model, to be saved or laid out for another mesh.
 
     What is written down more than once counts as it stands first (join="first": parameters, moments), or is added up
-    ("sum": gradients, of which every copy has a part). lay_out(in_one_piece(gradients, ..., join="sum"), ...) keeps copies
+    ("sum": gradients, of which every copy has a part). permute_for_tp(unpermute_for_tp(gradients, ..., join="sum"), ...) keeps copies
     equal; training needs it where the tensor axis is longer than there are SSM groups or kv heads, else there are no copies.
     """
     if join not in ("first", "sum"):
-        raise ValueError(f"in_one_piece: join must be 'first' or 'sum', got {join!r}")
+        raise ValueError(f"unpermute_for_tp: join must be 'first' or 'sum', got {join!r}")
 
     def back(a: Any, columns: np.ndarray) -> Any:
         width = int(columns.max()) + 1

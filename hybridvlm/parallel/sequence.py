@@ -15,6 +15,8 @@ Gradients go the same ways back: a gather's is a reduce-scatter. Everything here
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,11 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
 
 NO_CACHES = "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
+
+
+def row_is_cut(c: ModelConfig) -> TypeGuard[LocalConfig]:
+    """Whether a device holds only a stretch of each row."""
+    return isinstance(c, LocalConfig) and c.shards > 1
 
 
 def sequence_shards(c: ModelConfig) -> int:
@@ -39,20 +46,20 @@ def shard_length(c: ModelConfig, length: int, shards: int) -> int:
 
 def row_total(c: ModelConfig, part: jax.Array) -> jax.Array:
     """The sum over a row of what each stretch has of it."""
-    return jax.lax.psum(part, c.row_axis) if sequence_shards(c) > 1 else part
+    return jax.lax.psum(part, c.row_axis) if row_is_cut(c) else part
 
 
 def row_start(c: ModelConfig, length: int) -> jax.Array | int:
     """The place in its row of the first token here, of `length` a shard."""
-    return jax.lax.axis_index(c.row_axis) * length if sequence_shards(c) > 1 else 0
+    return jax.lax.axis_index(c.row_axis) * length if row_is_cut(c) else 0
 
 
 def gather_sequence(c: ModelConfig, array: jax.Array) -> jax.Array:
     """array [B,l,...] -> [B,L,...]."""
-    return jax.lax.all_gather(array, c.row_axis, axis=1, tiled=True) if sequence_shards(c) > 1 else array
+    return jax.lax.all_gather(array, c.row_axis, axis=1, tiled=True) if row_is_cut(c) else array
 
 
-def halo(c: ModelConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
+def halo(c: LocalConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What a convolution finds before this stretch: channels [B,l,D] -> its inputs [B,W-1,D], and whose they are [B] (0: nobody's)."""
     taps = c.conv_kernel - 1
     tail, owner = channels[:, -taps:] if taps else channels[:, :0], segment[:, -taps:] if taps else segment[:, :0]
@@ -62,7 +69,7 @@ def halo(c: ModelConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.A
 
 
 def incoming_state(
-    c: ModelConfig, x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, segment: jax.Array, before: jax.Array
+    c: LocalConfig, x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, segment: jax.Array, before: jax.Array
 ) -> jax.Array:
     """The SSM state [B,H,P,N] float32 before this stretch; it belongs to segment `before` [B], the last one there.
 
@@ -90,7 +97,7 @@ def incoming_state(
     return _passed_on(c, state)
 
 
-def _passed_on(c: ModelConfig, tree, far: int = 1):
+def _passed_on(c: LocalConfig, tree: Any, far: int = 1) -> Any:
     """What the shard `far` before this one has; zeros where there is none."""
     pairs = [(i, i + far) for i in range(c.shards - far)]
     return jax.tree.map(lambda a: jax.lax.ppermute(a, c.row_axis, pairs), tree)
@@ -110,7 +117,7 @@ def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Arra
 
     Whole, it is of `capacity` tokens or, where that leaves a remainder (or less than a convolution's taps), a few more of padding.
     """
-    if sequence_shards(c) == 1:
+    if not row_is_cut(c):
         return compact(tokens, score, keep, capacity)
     size = shard_length(c, capacity, c.shards)
     segment, visual, ranks = (

@@ -5,9 +5,9 @@ heads, groups and channels (of the MLP, and of every expert: all devices are equ
 `LocalConfig`, and the products with out_proj, o_proj and down_proj, each a part of the sum over channels, are added up. The residual
 stream is whole on every device. hybridvlm/sharding.py cuts.
 
-Devices that work on different examples (or on different stretches of a row, hybridvlm/parallel/sequence.py) may hold a share each of the
-parameters that all of them need (ZeRO-3, arXiv 1910.02054): a layer's are put together as it runs, and of their gradient
-each device is given the sum over its own share.
+Devices that work on different examples (or on different sequence shards of a row, hybridvlm/parallel/sequence.py) may each
+hold a shard of the parameters that all of them need (FSDP; ZeRO-3, arXiv 1910.02054): a layer's are gathered as it runs, and
+each device gets the sum over its own shard of their gradient.
 """
 
 from __future__ import annotations

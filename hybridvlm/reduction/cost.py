@@ -10,8 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 from hybridvlm.config import ATTENTION, MAMBA, MOE, ModelConfig, VisionConfig
+
+
+class OwnCounts(Protocol):
+    """A decoder that is not a ModelConfig's, with its own counts; each method as the function of its name below."""
+
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def vision(self) -> VisionConfig | None: ...
+    @property
+    def chunk_size(self) -> int: ...
+    def layer_flops(self, layer: int, length: int, chunk_size: int | None = None) -> int: ...
+    def head_flops(self) -> int: ...
+    def scoring_flops(self, layer: int, length: int, queries: int) -> int: ...
+    def kv_bytes(self, lengths: Sequence[int], itemsize: int = 2) -> int: ...
+    def state_bytes(self, itemsize: int = 2) -> int: ...
+
+
+# What a plan is made for
+Counted = ModelConfig | OwnCounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +92,7 @@ def moe_flops(config: ModelConfig, length: int) -> int:
     return length * (2 * c.width * c.experts + latent + chosen + 4 * c.width * c.shared_width)
 
 
-def layer_flops(config: ModelConfig, layer: int, length: int, chunk_size: int | None = None) -> int:
+def layer_flops(config: Counted, layer: int, length: int, chunk_size: int | None = None) -> int:
     """Operations of decoder layer `layer` over `length` tokens."""
     if not isinstance(config, ModelConfig):
         return config.layer_flops(layer, length, chunk_size)
@@ -81,21 +104,21 @@ def layer_flops(config: ModelConfig, layer: int, length: int, chunk_size: int | 
     return attention_flops(config, length) if kind == ATTENTION else mlp_flops(config, length)
 
 
-def decoder_flops(config: ModelConfig, lengths: Sequence[int], chunk_size: int | None = None) -> int:
+def decoder_flops(config: Counted, lengths: Sequence[int], chunk_size: int | None = None) -> int:
     """Operations of the decoder, head included, when layer l sees `lengths[l]` tokens (visual and text)."""
     if len(lengths) != len(config.pattern):
         raise ValueError(f"lengths must have one entry per layer: expected {len(config.pattern)}, got {len(lengths)}")
     return sum(layer_flops(config, i, n, chunk_size) for i, n in enumerate(lengths)) + head_flops(config)
 
 
-def head_flops(config: ModelConfig) -> int:
+def head_flops(config: Counted) -> int:
     """Operations of the language-model head for one token."""
     if not isinstance(config, ModelConfig):
         return config.head_flops()
     return 2 * config.width * config.vocab_size
 
 
-def scoring_flops(config: ModelConfig, layer: int, length: int, queries: int) -> int:
+def scoring_flops(config: Counted, layer: int, length: int, queries: int) -> int:
     """Operations of one layer's score over `length` tokens by `queries` rows; the linear Mamba score needs no rows."""
     c = config
     if not isinstance(c, ModelConfig):
@@ -125,7 +148,7 @@ def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
     return frames * (embed + v.layers * block + connect)
 
 
-def kv_bytes(config: ModelConfig, lengths: Sequence[int], itemsize: int = 2) -> int:
+def kv_bytes(config: Counted, lengths: Sequence[int], itemsize: int = 2) -> int:
     """Bytes of one prompt's keys and values when layer l sees `lengths[l]` tokens, `itemsize` bytes a value."""
     if not isinstance(config, ModelConfig):
         return config.kv_bytes(lengths, itemsize)
@@ -133,7 +156,7 @@ def kv_bytes(config: ModelConfig, lengths: Sequence[int], itemsize: int = 2) -> 
     return 2 * rows * config.kv_heads * config.head_dim * itemsize
 
 
-def state_bytes(config: ModelConfig, itemsize: int = 2) -> int:
+def state_bytes(config: Counted, itemsize: int = 2) -> int:
     """Bytes of one example's SSM states (fp32) and convolution states (`itemsize` bytes a value), of any length."""
     c = config
     if not isinstance(c, ModelConfig):

@@ -74,6 +74,10 @@ class Method:
     where: str = ""
     token_local: bool = False
 
+    def __post_init__(self) -> None:
+        if self.place == "decoder" and (self.sites is None or self.curve is None):
+            raise ValueError(f"Method {self.name!r} drops inside the decoder, so it needs sites and a curve")
+
     @property
     def depends_on_query(self) -> bool:
         """Whether its score reads the question."""
@@ -82,7 +86,7 @@ class Method:
     @property
     def scheduled(self) -> bool:
         """Whether the reduction's Schedule shapes it; other methods bring their own curve."""
-        return self.curve in (_scheduled, calibrated.trusted_curve)
+        return self.curve in (_scheduled, calibrated.weighted_curve)
 
     @property
     def summary(self) -> str:
@@ -343,12 +347,12 @@ def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: in
     "decoder",
     token_local=True,
     reads=QUERIES,
-    sites=calibrated.trusted_sites,
-    curve=calibrated.trusted_curve,
-    where="trusted M or *",
+    sites=calibrated.weighted_sites,
+    curve=calibrated.weighted_curve,
+    where="M or * with a weight",
 )
 def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
-    """as str, but each layer drops as far as Schedule.trust believes its scores; trust 0 skips it"""
+    """as str, but each layer drops by its weight in Schedule.layer_weights; a layer of weight 0 is skipped"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 

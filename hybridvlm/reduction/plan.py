@@ -14,10 +14,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from hybridvlm import config as configs
-from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptions
+from hybridvlm.config import KINDS, Reduction, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
@@ -27,7 +28,7 @@ from hybridvlm.reduction.solver import BudgetSolver, drop_flops, entering_tokens
 
 # an example's share times SHARE_ONE must fit an int32 on the device
 MAX_VISUAL_TOKENS = (2**31 - 1 - SHARE_ONE // 2) // SHARE_ONE
-Counts = TypeVar("Counts")  # int, numpy or jax array of int32
+Counts = TypeVar("Counts", int, np.ndarray, jax.Array)  # arrays of int32
 
 
 class PlanMismatch(RuntimeError):
@@ -235,7 +236,7 @@ class ReductionPlan:
 
 def make_plan(
     reduction: Reduction,
-    config: ModelConfig,
+    config: flops.Counted,
     *,
     visual_tokens: int,
     text_tokens: int,

@@ -15,9 +15,10 @@ from hybridvlm.config import Schedule
 SHARE_ONE = 4096  # the integer share that means "all"
 _LEAST = 1.0 / SHARE_ONE  # floor of the methods that have no schedule of their own
 
-# curve(layer, ordinal, p): the wanted share that enters `layer` (a place in depth, whole or not), behind the `ordinal`-th place
-# (from 1) of a drop
-Curve = Callable[[float, int, float], float]
+# curve(layer, ordinal, p): the wanted share that enters `layer`, behind the `ordinal`-th place (from 1) of a drop
+Curve = Callable[[int, int, float], float]
+# the same for places in depth, of which a layer is a whole one
+DepthCurve = Callable[[float, int, float], float]
 
 
 class BudgetError(ValueError):
@@ -30,33 +31,39 @@ class BudgetError(ValueError):
 
 def schedule_curve(schedule: Schedule, layers: int) -> Curve:
     """The curve of a Schedule over `layers` layers; x = layer / (layers - 1)."""
+    if schedule.shape != "list":
+        return shape_curve(schedule, layers)
+    values = schedule.values
+    if len(values) != layers:
+        raise ValueError(f"Schedule.values must have one share per layer: expected {layers}, got {len(values)}")
+    if any(not 0.0 <= v <= 1.0 for v in values) or list(values) != sorted(values, reverse=True):
+        raise ValueError(f"Schedule.values must lie in [0, 1] and never rise, got {values}")
+    # a list is believed: its own last value may lie under the floor
+    least = min(schedule.floor, values[-1])
+    return lambda layer, ordinal, p: max(least, values[layer] ** _squeeze(p))
+
+
+def _squeeze(p: float) -> float:
+    return (1.0 - p) / p if p > 0.0 else 1e9
+
+
+def shape_curve(schedule: Schedule, layers: int) -> DepthCurve:
+    """The curve of a Schedule that has a shape of its own, no list, at any place in the depth of `layers` layers."""
     floor, span = schedule.floor, max(1, layers - 1)
-
-    def squeeze(p: float) -> float:
-        return (1.0 - p) / p if p > 0.0 else 1e9
-
-    if schedule.shape == "list":
-        values = schedule.values
-        if len(values) != layers:
-            raise ValueError(f"Schedule.values must have one share per layer: expected {layers}, got {len(values)}")
-        if any(not 0.0 <= v <= 1.0 for v in values) or list(values) != sorted(values, reverse=True):
-            raise ValueError(f"Schedule.values must lie in [0, 1] and never rise, got {values}")
-        least = min(floor, values[-1])  # a list is believed: its own last value may lie under the floor
-        return lambda layer, ordinal, p: max(least, values[layer] ** squeeze(p))
     if schedule.shape == "constant":
         return lambda layer, ordinal, p: floor + (1.0 - floor) * p
     if schedule.shape == "step":
         # the edge is one layer wide, so that a budget between two layers is met by the share at the edge
         return lambda layer, ordinal, p: floor + (1.0 - floor) * min(1.0, max(0.0, p * span - layer + 1.0))
     if schedule.shape == "linear":
-        return lambda layer, ordinal, p: max(floor, 1.0 - layer / span * squeeze(p))
+        return lambda layer, ordinal, p: max(floor, 1.0 - layer / span * _squeeze(p))
     if schedule.shape == "cosine":
         return lambda layer, ordinal, p: (
-            floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, layer / span * squeeze(p))))
+            floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, layer / span * _squeeze(p))))
         )
     reach = 12.0 / schedule.steepness  # beyond this distance from the midpoint a share rounds to the floor or to all
 
-    def sigmoid(layer: int, ordinal: int, p: float) -> float:
+    def sigmoid(layer: float, ordinal: int, p: float) -> float:
         midpoint = -reach + p * (1.0 + 2.0 * reach)
         return floor + (1.0 - floor) / (1.0 + math.exp(min(700.0, schedule.steepness * (layer / span - midpoint))))
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from hybridvlm.config import ModelConfig, Reduction
+from hybridvlm.config import Reduction
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.evs import evs_keep_count
@@ -25,7 +25,7 @@ def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, fram
     return (decoder_input * share + SHARE_ONE // 2) // SHARE_ONE
 
 
-def drop_flops(method: methods.Method, config: ModelConfig, layer: int, length: int, text_tokens: int) -> int:
+def drop_flops(method: methods.Method, config: flops.Counted, layer: int, length: int, text_tokens: int) -> int:
     if method.reads == methods.FEATURES:
         return 3 * length * config.width
     if method.reads == methods.INDEX_ONLY:
@@ -37,7 +37,7 @@ class BudgetSolver:
     """The steps of make_plan, over one bucket."""
 
     def __init__(
-        self, reduction: Reduction, config: ModelConfig, visual: int, text: int, frames: int, chunk: int | None
+        self, reduction: Reduction, config: flops.Counted, visual: int, text: int, frames: int, chunk: int | None
     ) -> None:
         self.reduction, self.config = reduction, config
         self.visual, self.text, self.frames = visual, text, frames
@@ -133,6 +133,7 @@ class BudgetSolver:
         schedule = self.reduction.schedule
         if method.place != "decoder":
             return everything, ()
+        assert method.sites is not None and method.curve is not None  # as every Method of this place has
         sites = method.sites(self.config.pattern, schedule)
         curve = method.curve(schedule, self.layers)
         if schedule.shape == "list" and budget == 1.0 and method.scheduled:

@@ -7,6 +7,7 @@ video's tokens and a fixed number of text tokens. Counting rules as in hybridvlm
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from hybridvlm.config import ATTENTION, VambaConfig, VisionConfig
 from hybridvlm.reduction import cost as flops
@@ -60,7 +61,7 @@ class VambaReading:
         c = self.config
         return 2 * (length - self.text_tokens) * queries * c.attention_heads * c.head_dim
 
-    def kv_bytes(self, lengths: tuple[int, ...], itemsize: int = 2) -> int:
+    def kv_bytes(self, lengths: Sequence[int], itemsize: int = 2) -> int:
         """The text's own keys and values, and those that it reads of the video: both grow by the same bytes a token."""
         return 2 * sum(lengths) * self.config.kv_heads * self.config.head_dim * itemsize
 

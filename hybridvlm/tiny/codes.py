@@ -35,7 +35,7 @@ def reduction() -> Reduction:
 
 def look_ups(config: ModelConfig) -> tuple[int, int]:
     """The attention layers where the first and the second look-up are taught: the first two of a hybrid. A model of attention alone
-    takes the places that they have in the embedded hybrid, whose twin it is."""
+    takes the places that they have in the embedded hybrid, whose baseline it is."""
     pattern = config.pattern if MAMBA in config.pattern else load_model_config("tiny").pattern
     first = pattern.index(ATTENTION)
     return first, pattern.index(ATTENTION, first + 1)

@@ -42,7 +42,7 @@ def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
     """All parameters before training: `tower` from `train_tower`, the rest random but for what the module docstring names."""
     one = jnp.ones((1, 1), jnp.int32)
     batch = Batch(one, one, -one, one[0])
-    pixels = jnp.zeros((1, 1, *config.vision.image_size, 3), jnp.uint8)
+    pixels = jnp.zeros((1, 1, *config.tower.image_size, 3), jnp.uint8)
     params = HybridVLM(config).init(jax.random.key(seed), batch, pixels)["params"]
     params = jax.tree.map(np.array, params) | jax.tree.map(np.array, tower)
     params["projector"] = {name: AMPLITUDE * array for name, array in params["projector"].items()}
@@ -65,10 +65,10 @@ def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
         strength = READ if layer in reads else QUIET
         attention["o_proj"][layer] = strength * value.T @ codes.codes(config.width)["R"].T
         if layer not in reads:
-            first = slice(config.head_dim)
+            head = slice(config.head_dim)
             both = words_see_words(config, rng)
-            attention["q_proj"][layer, :, first] = attention["k_proj"][layer, :, first] = both
-            attention["o_proj"][layer, first] = MIX * value.T[first]
+            attention["q_proj"][layer, :, head] = attention["k_proj"][layer, :, head] = both
+            attention["o_proj"][layer, head] = MIX * value.T[head]
     attention["q_norm"][:] = SHARP
     attention["k_norm"][:] = SHARP
     first = 2 * config.mamba_width

@@ -24,7 +24,7 @@ SHARPNESS = 8.0  # turns the products with unit directions into logits
 
 def features(params: dict, config: ModelConfig, cells: jax.Array) -> jax.Array:
     """Cells uint8 [n,32,32,3] -> visual tokens [n,D] without place and time."""
-    x = stem_tower(params["vision"], config.vision, cells.astype(jnp.float32) / 255)[:, 0, 0]
+    x = stem_tower(params["vision"], config.tower, cells.astype(jnp.float32) / 255)[:, 0, 0]
     return x @ params["projector"]["proj"] + params["projector"]["proj_bias"]
 
 
@@ -66,8 +66,8 @@ def accuracy(params: dict, config: ModelConfig, split: str, n: int = 6000, seed:
 def initial_tower(config: ModelConfig, seed: int = 0) -> dict:
     """Stem and connector before training: {"vision": ..., "projector": ...}; cell and time embeddings are their directions."""
     key = jax.random.key(seed)
-    pixels = jnp.zeros((1, *config.vision.image_size, 3))
-    tower, connector = StemTower(config.vision), Connector(config.vision, config.width)
+    pixels = jnp.zeros((1, *config.tower.image_size, 3))
+    tower, connector = StemTower(config.tower), Connector(config.tower, config.width)
     vision = tower.init(key, pixels)["params"]
     found = tower.apply({"params": vision}, pixels)
     projector = connector.init(key, found, jnp.zeros((1,), jnp.int32))["params"]

@@ -24,6 +24,7 @@ import optax
 from hybridvlm.config import MIXERS, ModelConfig, load_model_config
 from hybridvlm.errors import said
 from hybridvlm.files import folder_lock
+from hybridvlm.nn.caches import AttentionCache
 from hybridvlm.nn.decoder import DecoderOutput, SharedOutput
 from hybridvlm.tiny import codes, needle, tower
 from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
@@ -71,7 +72,9 @@ def hop_loss(config: ModelConfig, x: jax.Array, sample: dict[str, jax.Array]) ->
     """x [n,D], the last word's residual stream, must spell the second look-up: (mean cross-entropy, share spelt right)."""
     direction = codes.codes(config.width)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-    loss, right, count = 0.0, jnp.ones(len(x), bool), 0.0
+    loss: jax.Array | float = 0.0
+    count: jax.Array | float = 0.0
+    right = jnp.ones(len(x), bool)
     parts = (
         ("high", jnp.where(sample["frame"] >= 0, sample["frame"] // 8, -1)),
         ("low", jnp.where(sample["frame"] >= 0, sample["frame"] % 8, -1)),
@@ -93,7 +96,9 @@ def look_loss(config: ModelConfig, shared: SharedOutput, out: DecoderOutput, hop
     """Minus log of the second look-up's attention weight, mean over heads, from the last word to the token of the second look-up."""
     layer = codes.look_ups(config)[1]
     q, lse = shared.queries[layer]
-    keys = out.caches[layer].k
+    cache = out.caches[layer]
+    assert isinstance(cache, AttentionCache)  # look-ups are layers of attention
+    keys = cache.k
     n, _, heads, width = q.shape
     video = jnp.arange(n) // (n // keys.shape[0])
     k = jnp.repeat(keys[video, jnp.maximum(hop2, 0)], heads // config.kv_heads, axis=1)  # [n,H,P]
@@ -192,7 +197,8 @@ def train_stage(
             line = accuracy_by_type(np.concatenate(seen), np.concatenate(kinds))
             each = (time.time() - begin) / (step + 1 - start)
             print(
-                f"{stage.name} {step + 1}/{stage.steps}: loss {loss:.3f}, hop spelt {metrics['hop']:.2f}, looked at {metrics['look']:.2f}"
+                f"{stage.name} {step + 1}/{stage.steps}: loss {loss:.3f}, hop spelt {metrics['hop']:.2f}, "
+                f"looked at {metrics['look']:.2f}"
                 f" | {line} | {each:.2f} s/step",
                 flush=True,
             )
@@ -213,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--transformer",
         action="store_true",
-        help="train the Transformer twin instead: every Mamba layer is an attention layer of about as many parameters",
+        help="train the Transformer baseline instead: every Mamba layer is an attention layer of about as many parameters",
     )
     args = parser.parse_args(argv)
     work = args.work or args.output.with_name(args.output.name + ".run")

@@ -54,7 +54,7 @@ def build() -> Tokenizer:
 
 
 class Vocabulary(WordLevel):
-    """Words <-> ids, read from a `tokenizer.json` (see `models/wordlevel.py` for what it does).
+    """Words <-> ids, read from a `tokenizer.json` (see `tokenizers/word_level.py` for what it does).
 
     Attributes: `size`, `pad_id`, `video_id` (the placeholder of a visual token), `eos_id`, `tokenizer` (the Hugging
     Face object).

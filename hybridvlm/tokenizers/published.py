@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import re
@@ -236,13 +237,22 @@ def _all_forms(spoken: list[tuple[str, list[Part]]]) -> Iterator[Callable[[str],
     """The ways to give a template each role's content, one after the other: the same for all of them, and then every mixture of
     text for some and parts for the rest."""
     for form in (_as_text, _as_parts, _as_text_parts):
-        yield lambda role, form=form: form
+        yield functools.partial(_same, form)
     # roles that templates do not know share one form, so that there are few mixtures
     known = [role for role in ("system", "assistant", "user") if any(role == own for own, _ in spoken)]
     known += ["other"] if any(own not in known for own, _ in spoken) else []
     for count in range(len(known) - 1, 0, -1):
         for texts in itertools.combinations(known, count):
-            yield lambda role, texts=texts: _as_text if (role if role in known else "other") in texts else _as_parts
+            yield functools.partial(_mixed, texts, known)
+
+
+def _same(form: Form, role: str) -> Form:
+    return form
+
+
+def _mixed(texts: Sequence[str], known: Sequence[str], role: str) -> Form:
+    """Text for the roles in `texts`, parts for the rest."""
+    return _as_text if (role if role in known else "other") in texts else _as_parts
 
 
 def _as_text(parts: list[Part]) -> Text:

@@ -45,7 +45,7 @@ from hybridvlm.tokenizers.template_limits import (
 )
 from hybridvlm.tokenizers.text import LIMIT, Text, concatenate, plain, trusted
 
-_METHODS = {
+_METHODS: dict[type | tuple[type, ...], tuple[str, ...]] = {
     str: (
         *("capitalize", "casefold", "center", "count", "endswith", "find", "format", "index", "isalnum", "isalpha"),
         *("isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace"),
@@ -65,7 +65,7 @@ def render(source: str, variables: Mapping[str, Any]) -> Text:
     """What a template makes of variables. Any exception is the template's; those of `TooMuch` are ours."""
     token = budget.set(Budget())
     try:
-        return _compiled(source).render(dict(variables))
+        return Text(_compiled(source).render(dict(variables)))
     finally:
         budget.reset(token)
 
@@ -170,6 +170,7 @@ class _Formatter(SandboxedFormatter):
         start, automatic = 0, 0
         form = Text(form)
         for literal, name, spec, conversion in self.parse(plain(form)):
+            spec = spec or ""
             budget.get().spend()
             pieces.append(form[start : start + len(literal)])
             start += len(literal)
@@ -201,7 +202,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     admit, written, counted = staticmethod(admit), staticmethod(written), staticmethod(Counted)
 
     @staticmethod
-    def check_values(value: Any) -> Any:
+    def checked(value: Any) -> Any:
         check_values(value)
         return value
 
@@ -310,9 +311,11 @@ def _environment() -> _Environment:
         **jinjas,
         "join": bounded_filter(joined_filter, skip=1),
     }
+    # Jinja leaves the values of its tables without a type
+    tests: dict[str, Any] = {**environment.tests}
     environment.tests = {
         name: function if hasattr(function, "jinja_pass_arg") else bounded_test(function)
-        for name, function in environment.tests.items()
+        for name, function in tests.items()
     }
     ranged = environment.globals["range"]
     environment.globals = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from jinja2 import filters
@@ -64,7 +64,7 @@ def not_offered(name: str) -> Callable[..., Any]:
     return run
 
 
-def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
+def _round(value: Any, precision: int = 0, method: Literal["common", "ceil", "floor"] = "common") -> Any:
     if abs(precision) > 300:
         raise TooMuch(f"round to {precision} places")
     return filters.do_round(value, precision, method)
@@ -149,7 +149,7 @@ def _tojson(
     )
 
 
-OWN = {
+OWN: dict[str, Callable[..., Any]] = {
     "capitalize": lambda value: written(value).capitalize(),
     "center": lambda value, width=80: written(value).center(width),
     "e": _escape,

@@ -7,9 +7,10 @@ cannot tell, the characters count as a person's: that can never make a control t
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 LIMIT = 1 << 24  # characters of one text
 PIECES = 1 << 18  # that one is cut into
@@ -39,7 +40,8 @@ class Text(str):
     def __str__(self) -> Text:
         return self
 
-    def __getnewargs__(self) -> tuple[str, str]:
+    # for `__new__`, which takes one argument more than that of str
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
         return plain(self), self._origin
 
     # -- pieces ---------------------------------------------------------------------------------------------------
@@ -66,26 +68,31 @@ class Text(str):
             at += len(piece) + separator
         return found
 
-    def split(self, sep: str | None = None, maxsplit: int = -1) -> list[Text]:
-        pieces = _few(str.split(self, sep, maxsplit if 0 <= maxsplit < PIECES else PIECES))
+    # The stubs have list[str], which list[Text] is not: a caller might add a plain string. Here the pieces know their origin.
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Text]:  # type: ignore[override]
+        pieces = _few(str.split(self, sep, _limited(maxsplit)))
         return self._cut(pieces) if sep is None else self._apart(pieces, len(sep))
 
-    def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[Text]:
+    # as `split`
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Text]:  # type: ignore[override]
         _searched(self, sep)
-        pieces = _few(str.rsplit(self, sep, maxsplit if 0 <= maxsplit < PIECES else PIECES))
+        pieces = _few(str.rsplit(self, sep, _limited(maxsplit)))
         return self._cut(pieces) if sep is None else self._apart(pieces, len(sep))
 
-    def splitlines(self, keepends: bool = False) -> list[Text]:
+    # as `split`
+    def splitlines(self, keepends: bool = False) -> list[Text]:  # type: ignore[override]
         _pieces(sum(str.count(self, one) for one in _BREAKS))
         lines = self._apart(str.splitlines(self, True), 0)
         return lines if keepends else [line[: len(own)] for line, own in zip(lines, str.splitlines(self), strict=True)]
 
     def partition(self, sep: str) -> tuple[Text, Text, Text]:
-        return tuple(self._apart(str.partition(self, sep), 0))
+        head, found, tail = self._apart(str.partition(self, sep), 0)
+        return head, found, tail
 
     def rpartition(self, sep: str) -> tuple[Text, Text, Text]:
         _searched(self, sep)
-        return tuple(self._apart(str.rpartition(self, sep), 0))
+        head, found, tail = self._apart(str.rpartition(self, sep), 0)
+        return head, found, tail
 
     def rfind(self, sub: str, *ends: Any) -> int:
         _searched(self, sub)
@@ -137,7 +144,8 @@ class Text(str):
             piece for number, part in enumerate(parts) for piece in ((self, part) if number else (part,))
         )
 
-    def replace(self, old: str, new: str, count: int = -1) -> Text:
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Text:
+        count = operator.index(count)
         found = len(self) + 1 if not old else str.count(self, old)
         found = _pieces(found if count < 0 else min(count, found))
         bounded(len(self) + found * (len(new) - len(old)))
@@ -196,18 +204,20 @@ class Text(str):
         fill = Text(fill)
         return concatenate((fill * before, self, fill * after))
 
-    def ljust(self, width: int, fillchar: str = " ") -> Text:
-        return self.pad_to(0, max(0, width - len(self)), fillchar)
+    def ljust(self, width: SupportsIndex, fillchar: str = " ") -> Text:
+        return self.pad_to(0, max(0, operator.index(width) - len(self)), fillchar)
 
-    def rjust(self, width: int, fillchar: str = " ") -> Text:
-        return self.pad_to(max(0, width - len(self)), 0, fillchar)
+    def rjust(self, width: SupportsIndex, fillchar: str = " ") -> Text:
+        return self.pad_to(max(0, operator.index(width) - len(self)), 0, fillchar)
 
-    def center(self, width: int, fillchar: str = " ") -> Text:
+    def center(self, width: SupportsIndex, fillchar: str = " ") -> Text:
+        width = operator.index(width)
         spare = max(0, width - len(self))
         left = spare // 2 + (spare & width & 1)
         return self.pad_to(left, spare - left, fillchar)
 
-    def zfill(self, width: int) -> Text:
+    def zfill(self, width: SupportsIndex) -> Text:
+        width = operator.index(width)
         bounded(width)
         made = str.zfill(self, width)
         return Text(made, PERSON * (len(made) - len(self)) + self._origin) if self[:1] not in ("+", "-") else Text(made)
@@ -287,6 +297,12 @@ def _pieces(count: int) -> int:
     if count > PIECES:
         raise ValueError(f"a text of {count} pieces; at most {PIECES}")
     return count
+
+
+def _limited(count: SupportsIndex) -> int:
+    """A number of cuts, at most what may be made."""
+    wanted = operator.index(count)
+    return wanted if 0 <= wanted < PIECES else PIECES
 
 
 def _few(pieces: list[str]) -> list[str]:

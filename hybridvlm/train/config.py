@@ -126,7 +126,7 @@ class ReductionMode:
 
     mode: "none" (dense), "fixed" (`reduction`), "curriculum" (its budget goes through `budgets` in equal parts of the run) or
     "random" (drawn from `budgets` for every step); 1.0 among the budgets is the dense model. straight_through: 0, or the
-    temperature of the estimator that gives the scores a gradient (train/gate.py).
+    temperature of the estimator that gives the scores a gradient (train/straight_through.py).
     """
 
     mode: str = "fixed"
@@ -152,7 +152,7 @@ class Distill:
     teacher: whose dense pass the answers are compared with: "start" (the frozen start weights) or "self" (the same weights,
     no gradient); kl: weight of KL(teacher || student) on answer tokens at `temperature`.
     scores: weight, in dense steps, of the loss by which Mamba layers' c.b learn to rank as the next attention layer does
-    (train/teach.py). The first `teach` steps are dense, and then every `every`-th (0: none). videos, questions: of a dense step,
+    (train/distill.py). The first `teach` steps are dense, and then every `every`-th (0: none). videos, questions: of a dense step,
     where many questions share one pass over a video (needle only); questions 1: the rows of an ordinary step.
     """
 

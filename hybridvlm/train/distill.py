@@ -81,7 +81,10 @@ def shared_pass(
 
 
 def shared_scores(config: ModelConfig, queries: dict, out: DecoderOutput, question: jax.Array) -> dict[int, jax.Array]:
-    """{mixer layer: score [B,Q,P]} of the questions' part of `extend_shared` and the video's keys; question [B*Q,T] bool: the words that count."""
+    """{mixer layer: score [B,Q,P]} of the questions' part of `extend_shared` and the video's keys.
+
+    question [B*Q,T] bool: the words that count.
+    """
     asked = question.astype(jnp.float32)
     words = jnp.maximum(asked.sum(1), 1)
     found = {}

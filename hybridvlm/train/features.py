@@ -19,9 +19,7 @@ from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.vision import encode_frames
 
 
-def visual(
-    params: Mapping[str, Any], model: Model, given: Mapping[str, jax.Array], table: Any = None
-) -> jax.Array | None:
+def visual(params: dict[str, Any], model: Model, given: Mapping[str, jax.Array], table: Any = None) -> jax.Array | None:
     """Visual tokens [B,F,m,D] of a batch's `visual` arrays; None where there are none.
 
     "pixels" [B,F,h,w,3] uint8 go through the tower; "features" [B,F,m,D] are what it gave; "cells" [B,F,16] are places in the bank
@@ -60,7 +58,7 @@ class FeatureCache:
         device = jax.local_devices()[0]
         # a copy on this process's own device: the run's parameters may lie on a mesh of many processes
         held = unflatten(jax.device_put(own, device))
-        vision, dtype = model.config.vision, model.params["embed"].dtype
+        vision, dtype = model.config.tower, model.params["embed"].dtype
         self._encode = jax.jit(
             lambda pixels: encode_frames(
                 held, vision, pixels.astype(jnp.float32) / 255, jnp.arange(len(pixels)), dtype=dtype

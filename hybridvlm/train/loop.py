@@ -31,7 +31,7 @@ from hybridvlm.train import lora as adapters
 from hybridvlm.train.checkpoint import Checkpoints, check_run_dir
 from hybridvlm.train.config import ReductionMode, TrainConfig
 from hybridvlm.train.log import Log, check_installed, peak_flops
-from hybridvlm.train.meter import TEACH, Meter
+from hybridvlm.train.meter import TEACH, Meter, step_kind
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
@@ -241,7 +241,7 @@ class Run:
         self, state: State, fixed: FrozenParams, streams: dict[str, Stream], kept: Checkpoints, done: int
     ) -> State:
         config, peak = self.config, peak_flops(self.config.logging.peak_flops)
-        meter = Meter(self, peak)
+        meter = Meter(self, peak, done)
         waiting: tuple | None = None
         for step in range(done, config.steps):
             plan = TEACH if teaches(config, step) else self.plans[reduction_at(config, step)]
@@ -251,19 +251,25 @@ class Run:
             arrays = next(stream)
             waited = stream.waited - before
             compiled = plan not in self.trainer.programs
+            if compiled:
+                self.log.say(
+                    f"step {step + 1}: compiling the program of {step_kind(plan)} steps, which can take minutes"
+                )
             state, metrics = self.trainer.program(plan)(state, fixed, self.batch(arrays, shared))
             now = (step, plan, metrics, waited, compiled)
             # the step before is looked at while this one runs
             if waiting is not None:
-                self._saved(kept, lambda w=waiting: meter(*w), OSError)
+                self._saved(kept, functools.partial(meter, *waiting), OSError)
             waiting = now
             stop = self.told_to_stop.is_set() or kept.preempted(step)
             last = step + 1 == config.steps
             if stop or last or (config.checkpoints.every and (step + 1) % config.checkpoints.every == 0):
-                self._saved(kept, lambda w=waiting: meter(*w), OSError)  # nothing is kept of a step that went wrong
+                self._saved(
+                    kept, functools.partial(meter, *waiting), OSError
+                )  # nothing is kept of a step that went wrong
                 waiting = None
                 about = {name: stream.state() for name, stream in streams.items()}
-                self._saved(kept, lambda s=step, a=about, now=state: kept.save_state(s + 1, now, a))
+                self._saved(kept, functools.partial(kept.save_state, step + 1, state, about))
             else:
                 self._saved(kept, kept.check)
             if stop and not last:

@@ -85,9 +85,9 @@ def save(folder: pathlib.Path, lora: Lora, factors: Mapping[str, jax.Array], mod
         save_file({name: np.ascontiguousarray(jax.device_get(a)) for name, a in factors.items()}, new / FILE)
 
 
-def load(folder: pathlib.Path) -> tuple[Lora, Flat]:
+def load(folder: pathlib.Path) -> tuple[Lora, dict[str, np.ndarray]]:
     """What `save` wrote."""
     from safetensors.numpy import load_file
 
     about = json.loads((folder / ABOUT).read_text())
-    return Lora(about["rank"], about["alpha"], tuple(about["targets"])), dict(load_file(folder / FILE))
+    return Lora(about["rank"], about["alpha"], tuple(about["targets"])), load_file(folder / FILE)

@@ -29,9 +29,11 @@ class StepCall:
     compile_seconds: float
 
 
-def random_row(config: ModelConfig, frames: int, text: int, rows: int, answer: int, seed: int = 0) -> TrainBatch:
+def random_row(
+    config: ModelConfig, frames: int, text: int, rows: int, answer: int, seed: int = 0
+) -> TrainBatch[np.ndarray]:
     """Rows of `frames` frames and `text` text tokens behind them, of which the last `answer` are to be said; random features."""
-    rng, m = np.random.default_rng(seed), config.vision.tokens_per_frame
+    rng, m = np.random.default_rng(seed), config.tower.tokens_per_frame
     frame = np.concatenate([np.repeat(np.arange(frames), m), np.full(text, -1)]).astype(np.int32)
     length = len(frame)
     ids = rng.integers(0, config.vocab_size, (rows, length), np.int32)

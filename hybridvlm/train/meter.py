@@ -8,17 +8,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from hybridvlm.console import LogProgress, duration
 from hybridvlm.reduction import PlanMismatch
 from hybridvlm.train.log import memory_bytes
 
 TEACH = "teach"  # the plan of a dense step that teaches
 
 
+def step_kind(plan: Any) -> str:
+    """The name of a step under this plan: "teach", "dense", or a method and its budget."""
+    return TEACH if plan == TEACH else "dense" if plan is None else f"{plan.method}:{plan.budget:g}"
+
+
 class Meter:
     """Turns a step's results into its record, and checks them."""
 
-    def __init__(self, run: Any, peak: tuple[float, str]):
+    def __init__(self, run: Any, peak: tuple[float, str], done: int = 0):
         self.run, self.peak = run, peak
+        self.progress = LogProgress(run.config.steps, "step", done=done) if run.log.active else None
         self.last, self.recent = time.perf_counter(), []  # type: tuple[float, list[dict[str, Any]]]
 
     def __call__(self, step: int, plan: Any, metrics: Any, waited: float, compiled: bool) -> None:
@@ -38,7 +45,7 @@ class Meter:
         tokens, flops = run.step_work(plan)
         record = {
             "step": number,
-            "kind": TEACH if plan == TEACH else "dense" if plan is None else f"{plan.method}:{plan.budget:g}",
+            "kind": step_kind(plan),
             "loss": float(m["loss"]),
             "answer_loss": float(m["entropy"]) / answers,
             "right": float(m["right"]) / answers,
@@ -63,6 +70,9 @@ class Meter:
         record["skipped"] = len(run.reader.bad)
         run.log.step(record)
         self.recent.append(record)
+        if self.progress is not None:
+            self.progress.set_postfix_str(f"loss {record['answer_loss']:.4f}")
+            self.progress.update()
         if number % run.config.logging.every == 0 or number == run.config.steps:
             run.log.say(self.line())
             self.recent = []
@@ -74,6 +84,7 @@ class Meter:
         seconds = sum(r["seconds"] for r in steady)
         waited = sum(r["waited"] * r["seconds"] for r in steady) / seconds
         last = self.recent[-1]
+        left = self.run.config.steps - last["step"]
         parts = []
         for kind in dict.fromkeys(r["kind"] for r in self.recent):
             own = [r for r in self.recent if r["kind"] == kind]
@@ -83,6 +94,6 @@ class Meter:
             parts.append(f"{kind}: loss {mean('answer_loss', own):.4f}, right {mean('right', own):.1%}{extra}{keeps}")
         return (
             f"{last['step']}/{self.run.config.steps} {' | '.join(parts)} | grad {last['grad_norm']:.2f}, rate {last['rate']:.2e}, "
-            f"{seconds / len(steady):.2f} s/step, {mean('tokens_per_s', steady):,.0f} tok/s, "
+            f"{seconds / len(steady):.2f} s/step, about {duration(seconds / len(steady) * left)} left, {mean('tokens_per_s', steady):,.0f} tok/s, "
             f"mfu {mean('mfu', steady):.1%} ({self.peak[1]} peak), waited {waited:.1%}, {last['memory_gib']:.1f} GiB"
         )

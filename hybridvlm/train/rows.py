@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import numpy as np
 
 from hybridvlm.inference.model import Model
 from hybridvlm.models.media import Clip
-from hybridvlm.models.prompt import Batch, user_message
+from hybridvlm.models.prompt import ArrayT, Batch, user_message
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import person
 
@@ -44,14 +44,14 @@ class Shape:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainBatch:
+class TrainBatch(Generic[ArrayT]):
     """Rows as arrays: the prompt's Batch; label [B,L] int32, 1 + the token that comes next where that is an answer's, else 0;
     question [B,L] bool; visual: what visual tokens are made of (`features.visual`)."""
 
-    batch: Batch
-    label: jax.Array
-    question: jax.Array
-    visual: dict[str, jax.Array]
+    batch: Batch[ArrayT]
+    label: ArrayT
+    question: ArrayT
+    visual: dict[str, ArrayT]
 
 
 def example(
@@ -144,7 +144,7 @@ def packed(row: Example, shape: Shape) -> Example:
     return out
 
 
-def train_batch(rows: Example, family: Any) -> TrainBatch:
+def train_batch(rows: Example, family: Any) -> TrainBatch[np.ndarray]:
     """Batched arrays of `single` or `packed` rows as what a step takes."""
     fields = (rows["ids"], rows["segment"], rows["frame"], rows["frame_count"])
     batch = family.QwenBatch(*fields, position=rows["position"]) if "position" in rows else Batch(*fields)

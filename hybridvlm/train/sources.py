@@ -169,7 +169,7 @@ class Files:
 
     def __init__(self, config: TrainConfig, model: Model):
         _check_frames(config, model)
-        vision = model.config.vision
+        vision = model.config.tower
         self.config, self.model = config, model
         self.patch, self.size = vision.temporal_patch, tuple(vision.image_size)
         self.frames = (config.data.sample_frames or config.data.frames) * self.patch
@@ -261,7 +261,13 @@ class JsonlSource(Files):
             raise VideoError(f"{path}: is a still picture, not a video; training takes videos")
         status = path.stat()
         identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{list(clip.numbers)}"
-        return self.arrays(clip.seconds, identity, talk, lambda: look()[0].frames)
+
+        def frames() -> np.ndarray:
+            found = look()[0].frames
+            assert found is not None  # asked for with its pixels
+            return found
+
+        return self.arrays(clip.seconds, identity, talk, frames)
 
 
 def read_line(line: Any) -> tuple[str, Talk]:
@@ -277,7 +283,7 @@ def read_line(line: Any) -> tuple[str, Talk]:
         raise ValueError(f'"system" must be a text, got {system!r}')
     if "conversations" not in line:
         asked, told = line.get("question"), line.get("answer")
-        if not all(isinstance(text, str) and text.strip() for text in (asked, told)):
+        if not (isinstance(asked, str) and asked.strip() and isinstance(told, str) and told.strip()):
             raise ValueError('needs "question" and "answer", texts that are not empty, or "conversations"')
         return line["video"], Talk(((asked, told),), system)
     spoken = line["conversations"]

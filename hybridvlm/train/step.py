@@ -113,12 +113,13 @@ class Trainer:
 
     def _placed(self, tree: Any) -> Any:
         """A tree over parameters by path (the optimizer's state too), each array where the rules put the parameter."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return tree
 
         def place(path: tuple, leaf: jax.Array) -> jax.Array:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-            return jax.device_put(leaf, sharding.sharding_of(self.mesh, keys[-1] if keys else "", leaf.shape))
+            return jax.device_put(leaf, sharding.sharding_of(mesh, keys[-1] if keys else "", leaf.shape))
 
         return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -142,6 +143,7 @@ class Trainer:
             options["remat"] = self.config.remat
         options["caches"] = False
         question, segments = batch.question, self.config.data.segments
+        assert self.family.decoder_output is not None  # `check_family`
         return self.family.decoder_output(
             params, self.model.config, batch.batch, seen, plan, question=question, segments=segments, **options
         )
@@ -230,7 +232,7 @@ class Trainer:
         total = jnp.maximum(jnp.sum(label > 0), 1).astype(jnp.float32)
 
         def loss(train: Flat, part: Any) -> tuple[jax.Array, Sums]:
-            if plan == "teach":
+            if isinstance(plan, str):
                 return self.teach_loss(train, fixed, part, total)
             return self.plan_loss(train, fixed, part, total, plan)
 

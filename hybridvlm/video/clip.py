@@ -44,7 +44,8 @@ def read_clip(
             raise ValueError("the Clip has no frames")
         if source.kind == "image":
             return source
-        size = size_of(*(source.size if all(source.size) else source.frames.shape[1:3]), len(source.seconds), "video")
+        height, width = source.size if all(source.size) else source.frames.shape[1:3]
+        size = size_of(height, width, len(source.seconds), "video")
         return Clip(source.seconds, resize(source.frames, size), "video", source.size, source.numbers, source.fps)
     if isinstance(source, list | tuple) or (hasattr(source, "__array__") and not isinstance(source, np.ndarray)):
         source = _stacked(source)

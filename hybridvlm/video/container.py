@@ -60,7 +60,8 @@ class _Ears:
     def __init__(self) -> None:
         self.lock, self.count = threading.Lock(), 0
         self.level: int | None = None
-        self.repeats, self.sink = True, None
+        self.repeats = True
+        self.sink: av.logging.Capture | None = None
 
     def open(self) -> None:
         from av import logging
@@ -73,8 +74,9 @@ class _Ears:
             logging.set_skip_repeated(False)  # else a second file's like complaint would be lost
             if self.level is None:
                 # what other threads' decoders say meanwhile goes nowhere, as without a listener
-                self.sink = logging.Capture(local=False)
-                self.sink.__enter__()
+                sink = logging.Capture(local=False)
+                sink.__enter__()
+                self.sink = sink
                 logging.set_level(logging.ERROR)
 
     def close(self) -> None:
@@ -85,9 +87,10 @@ class _Ears:
             if self.count:
                 return
             logging.set_skip_repeated(self.repeats)
-            if self.level is None:
+            if self.sink is not None:
                 logging.set_level(None)
                 self.sink.__exit__(None, None, None)
+                self.sink = None
 
 
 _EARS = _Ears()
@@ -165,7 +168,7 @@ def _opened(path: str, source: str | _Plain, said: Said | None) -> Any:
     formats = FORMATS if known else [name for name in FORMATS if name != "mjpeg"]
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(formats)}
     # from PyAV 19 on, notes that are no UTF-8 are replaced without being asked
-    replace = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+    replace: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     with listening() as heard:
         try:
             container = av.open(source, "r", format=known, options=options, **replace)
@@ -351,7 +354,7 @@ def on_white(frame: av.VideoFrame) -> av.VideoFrame:
     # of a picture that is transparent everywhere and yet one, the fourth channel was never filled
     if alpha.any() or (colour == colour[0, 0]).all():
         colour = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(colour), format="rgb24")
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(colour, np.uint8), format="rgb24")
 
 
 def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

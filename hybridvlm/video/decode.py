@@ -108,7 +108,8 @@ class _Task:
     def __init__(self, path: str, index: Index, order: np.ndarray, out: np.ndarray, resize: Resize | None):
         self.path, self.index, self.order, self.out, self.resize = path, index, order, out, resize
         self.found = np.zeros(len(order), bool)
-        self.doubtful, self.complaints = 0, []  # type: tuple[int, list[str]]
+        self.doubtful = 0
+        self.complaints: list[str] = []
         self.reading = bool(index.shifts)  # a clock that restarts cannot be sought by
         # keyless: a key frame did not come out, as where a container marks pictures that are none
         self.keyless = self.from_start = False
@@ -172,6 +173,7 @@ class _Task:
 
     def _walk(self, reader: films.Reader) -> None:
         pts, keys = self.index.pts, self.index.key_pts
+        assert pts is not None  # else `run` counts
         place_of = {int(pts[self.order[i]]): int(i) for i in np.flatnonzero(~self.found)}
         # here: time stamp of the last frame that came out; floor: of the key frame that was last sought, whatever comes
         # out before it (an open group of pictures) was decoded without its references
@@ -184,7 +186,7 @@ class _Task:
             before = int(np.searchsorted(keys, target, side="right"))  # key frames up to the target
             ahead = int(keys[before - 1]) if before else floor
             past = floor if here is None else here
-            if before and ahead > past and not self.from_start and self._far(past, ahead):
+            if before and ahead > past and not self.from_start and self._far(pts, past, ahead):
                 sought = way.to(before - 1)
                 if sought is not None:
                     frames, floor, here = sought, ahead, None
@@ -194,18 +196,19 @@ class _Task:
                 self.keyless |= here is None and frame.pts > floor
                 here = int(frame.pts)
                 asked = place_of.get(here)
-                fresh = asked is not None and not self.found[asked] and here >= floor
                 # a strict pass leaves to the second what stands behind something that did not decode
-                if fresh and not (reader.strict and reader.trouble):
+                sound = here >= floor and not (reader.strict and reader.trouble)
+                if asked is not None and not self.found[asked] and sound:
                     self._keep(asked, self._pixels(frame))
                     self.doubtful += reader.trouble
                 if here >= target:
                     break
             self.keyless |= here is None
 
-    def _far(self, here: int, ahead: int) -> bool:
+    @staticmethod
+    def _far(pts: np.ndarray, here: int, ahead: int) -> bool:
         """Whether a key frame lies so far ahead that seeking beats decoding up to it."""
-        at, to = np.searchsorted(self.index.pts, [here, ahead])
+        at, to = np.searchsorted(pts, [here, ahead])
         return bool(to - at > _NEAR)
 
     def _pixels(self, frame: Any) -> np.ndarray:

@@ -288,8 +288,8 @@ def _restarts(facts: _Facts, track: _Seen, pts: np.ndarray, key: np.ndarray, sho
         step = np.diff(np.array(track.column(1), np.int64))
         anew = step < 0
         if facts.broadcast:
-            anew |= step * facts.tick > _JUMP
-        places = np.flatnonzero(anew) + 1
+            anew |= np.multiply(step, facts.tick) > _JUMP
+        places = (np.flatnonzero(anew) + 1).tolist()
     else:
         # a key frame that is to be shown long before what stands ahead of it in the file
         window = _REORDER * _gap(np.unique(pts[shown]))
@@ -330,7 +330,6 @@ def _assemble(
     complaints: list[str],
 ) -> Index:
     pts = seconds = None
-    nothing = np.zeros(0, np.int64)
     if stamps is not None:
         pts, whole = stamps.pts, not complaints
         seconds = (pts - pts[0]) * facts.tick
@@ -339,8 +338,9 @@ def _assemble(
     else:
         # counted; their times are those of the packets, in ascending order, if every one gave a frame
         clock = [row[1] for row in track.rows if not row[4]]
-        if len(clock) == frames and None not in clock and len(set(clock)) == frames:
-            ticks = np.array(sorted(clock), np.int64)
+        known = {tick for tick in clock if tick is not None}
+        if len(clock) == len(known) == frames:
+            ticks = np.array(sorted(known), np.int64)
             seconds = (ticks - ticks[0]) * facts.tick
             gap = _gap(ticks) * facts.tick
             duration = float(seconds[-1]) + (gap if frames > 1 or not facts.rate else 1 / facts.rate)
@@ -356,11 +356,21 @@ def _assemble(
             break
     remarks = _remarks(name, facts, track, frames, duration, seconds, complaints, stamps)
     info = VideoInfo(frames, fps, duration, size[1], size[0])
-    keys = (nothing, nothing, nothing, ())
-    if stamps is not None:
-        keys = stamps.key_pts, stamps.key_seek, stamps.key_place, stamps.shifts
-    cut = None if stamps is None else stamps.cut
-    return Index(info, remarks, turn, pts, seconds, facts.tick, *keys, track.number, cut)
+    nothing = np.zeros(0, np.int64)
+    return Index(
+        info,
+        remarks,
+        turn,
+        pts,
+        seconds,
+        facts.tick,
+        key_pts=nothing if stamps is None else stamps.key_pts,
+        key_seek=nothing if stamps is None else stamps.key_seek,
+        key_place=nothing if stamps is None else stamps.key_place,
+        shifts=() if stamps is None else stamps.shifts,
+        stream=track.number,
+        cut=None if stamps is None else stamps.cut,
+    )
 
 
 def _last(facts: _Facts, stamps: _Stamps, span: float, whole: bool) -> float:

@@ -53,7 +53,7 @@ def shown_clip(
 
     def size_of(height: int, width: int, count: int, kind: str) -> tuple[int, int]:
         wanted = size if size is not None else family.frame_size(config, height, width, count, kind)
-        found.append(tuple(wanted))
+        found.append((wanted[0], wanted[1]))
         return found[-1]
 
     if isinstance(source, Clip) and not pixels:
@@ -62,7 +62,8 @@ def shown_clip(
     else:
         clip = read_clip(source, size_of, frames=frames, rule=rule, clock=clock, pixels=pixels)
         if clip.kind == "image":
-            size_of(*(clip.size if clip.frames is None else clip.frames.shape[1:3]), 1, "image")
+            height, width = clip.size if clip.frames is None else clip.frames.shape[1:3]
+            size_of(height, width, 1, "image")
     if family.trim_frames is not None:
         clip = family.trim_frames(config, clip)
     if not pixels and clip.kind == "video":

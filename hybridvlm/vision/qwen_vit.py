@@ -15,7 +15,7 @@ and of the merger (C = D * downsample^2, E = projector_width, W = the decoder's 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import einops
 import jax
@@ -29,6 +29,7 @@ from hybridvlm.ops.rope import axial_angles, rotate_pairs
 from hybridvlm.vision.radio import RadioBlocks, normalise, vit_block
 
 Params = dict[str, Any]
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 
 class QwenTower(nn.Module):
@@ -94,7 +95,7 @@ def patch_values(config: VisionConfig) -> int:
     return 3 * config.temporal_patch * config.patch_size**2
 
 
-def patch_rows(config: VisionConfig, pixels: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+def patch_rows(config: VisionConfig, pixels: ArrayT) -> ArrayT:
     """Tubelets [T,t,h,w,3] -> their patches [T,n,R] in merge order, R values in the order channel, frame, row, column."""
     return einops.rearrange(
         pixels,
@@ -160,7 +161,8 @@ def qwen_tower(
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         return vit_block(layer, c, x, turn=lambda heads: rotate_pairs(heads, jnp.asarray(angle))), None
 
-    planes, at = [], 0
+    planes: list[jax.Array] = []
+    at = 0
     for stop in [*(layer + 1 for layer in c.deepstack), c.layers]:
         run = jax.tree.map(lambda a, at=at, stop=stop: a[at:stop], p["blocks"])
         x, _ = jax.lax.scan(block, x, run)

@@ -76,6 +76,7 @@ class Task(abc.ABC):
     def frames(self, video: str) -> tuple[np.ndarray, list[float]]:
         """(the frames that are shown, uint8 [F,h,w,3], and their time stamps in seconds)."""
         clip, _ = self.clip(video)
+        assert clip.frames is not None  # asked for with its pixels
         return clip.frames, list(clip.seconds)
 
     def remarks(self, video: str) -> list[str]:

@@ -24,7 +24,7 @@ from hybridvlm.models.nemotron_vl.model import (
     prefill,
     prompt,
     style_for,
-    table,
+    weight_map,
 )
 
 # Its prompt is one stream: a question is prefilled together with its video.
@@ -53,7 +53,7 @@ __all__ = [
     "prefill",
     "prompt",
     "style_for",
-    "table",
+    "weight_map",
     "build_video_memory",
     "trim_frames",
 ]

@@ -28,7 +28,9 @@ TOWERS = {
     "vit_huge": (1280, 32, 16, 5120),
 }
 # names that speak of one thing
-_ONE = [(name, *names) for name, names in defaults.NEMOTRON_H_ALIASES.items() if name != "layers_block_type"]
+_ONE: list[tuple[str, ...]] = [
+    (name, *names) for name, names in defaults.NEMOTRON_H_ALIASES.items() if name != "layers_block_type"
+]
 _ONE.append(("layers_block_type", "layer_types", "hybrid_override_pattern"))
 OMNI = ("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3")  # image and video keep their aspect, frames go in pairs
 
@@ -75,8 +77,12 @@ def _biased(text: Fields, flag: str, by_name: Shapes | None, names: str) -> bool
 
 def is_vlm(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model that looks."""
-    kinds = raw.get("architectures") if isinstance(raw.get("architectures"), list) else []
-    return raw.get("vision_config") is not None or any(kind in OMNI for kind in [raw.get("model_type"), *kinds])
+    return raw.get("vision_config") is not None or _is_omni(raw)
+
+
+def _is_omni(raw: Mapping[str, Any]) -> bool:
+    kinds = raw.get("architectures")
+    return any(kind in OMNI for kind in [raw.get("model_type"), *(kinds if isinstance(kinds, list) else ())])
 
 
 def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> ModelConfig:
@@ -105,7 +111,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
     width, pad = text.count("hidden_size"), text.id("pad_token_id") or 0
     vocab = _axis(by_name, "backbone.embeddings.weight", 0, text.count("vocab_size", 1, MOST_ROWS))
     said = text.any_flag("tie_word_embeddings")
-    common = {
+    common: dict[str, Any] = {
         "width": width,
         "vocab_size": vocab,
         "ssm_groups": text.count("n_groups"),
@@ -179,8 +185,7 @@ def vision_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Visi
     """
     by_name = _by_name(shapes)
     own = section(raw, "vision_config")
-    kinds = raw.get("architectures") if isinstance(raw.get("architectures"), list) else []
-    omni = any(kind in OMNI for kind in [raw.get("model_type"), *kinds])
+    omni = _is_omni(raw)
     table = {"": raw} if own is None and not omni else {"vision_config.": own or {}}
     vision = Fields(table, defaults.RADIO | _tower(next(iter(table.values()))))
     seen, unread = behind(own or {}, raw) if omni else (raw, {})  # the older releases' own code reads these outside
@@ -240,10 +245,10 @@ def vision_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Visi
 
 
 def _colours(fields: Fields, name: str) -> tuple[float, float, float]:
-    found = fields.numbers(name, 3)
+    found = fields.three(name)
     if any(math.isinf(x) for x in found) or (name == "norm_std" and min(found) <= 0):
         raise ValueError(f"config.json: {fields.get(name)[0]} must be three numbers, got {shown(list(found))}")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _tower(vision: Mapping[str, Any]) -> defaults.Defaults:

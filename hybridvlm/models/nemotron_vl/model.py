@@ -21,13 +21,12 @@ from hybridvlm import sharding
 from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
 from hybridvlm.models.nemotron_vl.config import config_from_hf
-from hybridvlm.models.nemotron_vl.weights import table
+from hybridvlm.models.nemotron_vl.weights import weight_map
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
+from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, step, unstack, visual_counts
-from hybridvlm.nn.decoder import extend as extend_decoder
-from hybridvlm.nn.decoder import prefill as prefill_decoder
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, unstack, visual_counts
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
@@ -37,7 +36,7 @@ from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
 
-__all__ = ["config_from_hf", "table"]
+__all__ = ["config_from_hf", "weight_map"]
 
 NAME = "nemotron_vl"
 MODEL_TYPES = (
@@ -137,7 +136,7 @@ class HybridVLM(nn.Module):
         scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
         params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
         place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-        visual = encode_frames(params, self.config.vision, scaled, place, dtype=self.embed.dtype)
+        visual = encode_frames(params, self.config.tower, scaled, place, dtype=self.embed.dtype)
         return visual.reshape(b, f, *visual.shape[1:])
 
     def prompt(self, batch: Batch, visual: jax.Array | None) -> Tokens:
@@ -181,7 +180,7 @@ class PrefillOutput:
 
 def frame_size(config: ModelConfig, height: int, width: int, frames: int, kind: str) -> tuple[int, int]:
     """(height, width) of the frames that the tower sees of a source of this size (of each tile, for an image in tiles)."""
-    v = config.vision
+    v = config.tower
     if kind == "video" and v.video_patches:
         grid = video_grid(height, width, v.downsample, v.video_patches)
     elif kind == "image" and v.image_patches[1]:
@@ -207,12 +206,11 @@ def prompt(
     """
     pieces = Pieces(tokenizer)
     style = style_for(config) if style is None else style
-    v = config.vision
     for part in render(tokenizer, messages, CHAT, template_options=template_options):
         if isinstance(part, str):
             pieces.text(part)
             continue
-        clip = clips[part]
+        clip, v = clips[part], config.tower
         tokens = v.tokens_per_frame // (factors[1] * factors[2])
         if clip.kind == "video":
             video_pieces(pieces, clip.seconds, tokens, style, patch=v.temporal_patch, group=factors[0])
@@ -235,9 +233,11 @@ def make_batch(
 
 def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
     """What `encode` takes of one clip per example: uint8 [B,frames,h,w,3], or [B,frames,t,h,w,3] where t frames make a patch."""
-    v, rows = config.vision, []
+    v, rows = config.tower, []
     for clip in clips:
         shown = clip.frames
+        if shown is None:
+            raise ValueError("pixels: a clip has no frames; a layout can be made without them, its pixels cannot")
         if clip.kind == "image":
             shown = cut_tiles(shown[0], v.image_size, v.max_tiles) if v.max_tiles else resize(shown, v.image_size)
         elif v.temporal_patch > 1:
@@ -259,7 +259,7 @@ def make_plan(
     return plans.make_plan(
         reduction,
         config,
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,
@@ -297,11 +297,21 @@ def decoder_output(
 ) -> tuple[DecoderOutput, jax.Array]:
     """Embeddings through the decoder under a plan (None: dense): its output, and the visual tokens given, counts [B,S].
 
-    The batch must be laid out for this plan: with average pooling it has the pooled number of places. visual [B,F,m,D]; `decode_capacity`:
-    cache slots for new tokens. assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens
-    carry more behind the first D values has its own. mesh: the devices that `params` were laid out for by `sharding.shard_params`.
-    question [B,L] bool: the text that says what matters, where that is not simply all behind the last visual token, as in rows
-    that hold answers or S = `segments` packed samples. score_fn: instead of the plan's own. options: as of `nn.decoder.prefill`.
+    Args:
+        params: of the model.
+        config: of the family.
+        batch: laid out for this plan: with average pooling it has the pooled number of visual tokens.
+        visual: [B,F,m,D], or None for text alone.
+        plan: what is dropped where.
+        decode_capacity: cache slots for new tokens.
+        assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens carry more after
+            their first D values has its own.
+        mesh: the devices that `params` were laid out for by `sharding.shard_params`.
+        question: [B,L] bool, the text that says what matters, where that is not simply all after the last visual token, as
+            in rows that hold answers or several packed samples.
+        segments: S, samples packed in a row.
+        score_fn: instead of the plan's own.
+        options: as of `nn.decoder.prefill`.
     """
     counts = None
     frame_count = batch.frame_count
@@ -324,7 +334,7 @@ def decoder_output(
             order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
             score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
             tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
-    run = prefill_decoder if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
+    run = decoder.prefill if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
     options = {
         "decode_capacity": decode_capacity,
         "query_capacity": text,
@@ -379,7 +389,7 @@ def make_decode_step(
 
     def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
         x = jnp.take(params["embed"], token, axis=0)[:, None]
-        x, caches = step(layers, params["decoder"]["norm_f"], config, x, caches)
+        x, caches = decoder.step(layers, params["decoder"]["norm_f"], config, x, caches)
         return head(params, config, x[:, 0]), caches
 
     return one
@@ -390,6 +400,6 @@ def extend(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
     x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)
-    x, caches = extend_decoder(params["decoder"], config, x, segment, caches)
+    x, caches = decoder.extend(params["decoder"], config, x, segment, caches)
     last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
     return head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches

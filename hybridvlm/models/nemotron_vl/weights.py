@@ -196,7 +196,7 @@ TOP: tuple[WeightSpec, ...] = (
 
 
 def _merged(c: ModelConfig) -> int:
-    return c.vision.width * c.vision.downsample**2
+    return c.tower.width * c.tower.downsample**2
 
 
 PROJECTOR: tuple[WeightSpec, ...] = (
@@ -252,7 +252,7 @@ RADIO_BLOCK: tuple[WeightSpec, ...] = (
 _SOUND = r"sound_encoder|sound_projection|audio_tower|embed_audio"
 
 
-def table(config: ModelConfig | VisionConfig) -> WeightMap:
+def weight_map(config: ModelConfig | VisionConfig) -> WeightMap:
     """Published names <-> our arrays of a config; a VisionConfig has a RADIO tower alone."""
     jobs: list[StackedSpec] = []
     vision = config if isinstance(config, VisionConfig) else config.vision

@@ -61,7 +61,9 @@ def pixel_limits(raw: Mapping[str, Any], generation: int) -> dict[str, Any]:
 def _edges(file: str, raw: Mapping[str, Any], part: str, default: tuple[int, int]) -> tuple[int, int]:
     """(least, most) pixels that a processor's file allows, under its old names or its new ones."""
     own = raw.get(part) or {}
-    size = own.get("size") if isinstance(own.get("size"), Mapping) else {}
+    size = own.get("size")
+    if not isinstance(size, Mapping):
+        size = {}
     found = []
     for old, new, usual in (("min_pixels", "shortest_edge", default[0]), ("max_pixels", "longest_edge", default[1])):
         value = next((v for v in (own.get(old), size.get(new)) if v is not None), usual)
@@ -179,8 +181,8 @@ def vision_fields(
 ) -> VisionConfig | None:
     """The tower of a config.json's `vision_config`, None where neither that nor a tensor speaks of one. ValueError names an
     option that is not supported."""
-    silent = section(raw, "vision_config") is None and shapes is not None
-    if silent and not any(re.search(r"(?:^|\.)visual\.", name) for name in shapes):
+    silent = section(raw, "vision_config") is None
+    if silent and shapes is not None and not any(re.search(r"(?:^|\.)visual\.", name) for name in shapes):
         return None
     v = _vision_fields_of(raw, generation)
     v.only("hidden_act", *ACTIVATIONS)
@@ -193,7 +195,8 @@ def vision_fields(
         )
     width = v.count("embed_dim" if generation == 2 else "hidden_size")
     merge, patch, heads = v.count("spatial_merge_size", 1, 64), v.side("patch_size"), v.count("num_heads")
-    side, planes, depth = 0, (), v.count("depth", 1, MOST_LAYERS)
+    side, depth = 0, v.count("depth", 1, MOST_LAYERS)
+    planes: tuple[int, ...] = ()
     if generation == 3:
         rows = v.count("num_position_embeddings", 1, MOST_ROWS)
         side = math.isqrt(rows)
@@ -227,8 +230,8 @@ def vision_fields(
         norm_eps=1e-6,
         downsample=merge,
         projector_width=width * merge**2,
-        pixel_mean=shown_as.numbers("image_mean", 3),
-        pixel_std=shown_as.numbers("image_std", 3),
+        pixel_mean=shown_as.three("image_mean"),
+        pixel_std=shown_as.three("image_std"),
         activation=ACTIVATIONS[v.word("hidden_act")],
         patch_bias=generation == 3,
         deepstack=planes,

@@ -25,9 +25,9 @@ from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import Batch, Layout, Pieces
+from hybridvlm.models.prompt import ArrayT, Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.config import config_from_hf
-from hybridvlm.models.qwen_vl.weights import table
+from hybridvlm.models.qwen_vl.weights import weight_map
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack
@@ -38,7 +38,7 @@ from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
 from hybridvlm.vision.model import CONNECTORS, TOWERS, encode_frames
 
-__all__ = ["config_from_hf", "table"]
+__all__ = ["config_from_hf", "weight_map"]
 
 NAME = "qwen_vl"
 MODEL_TYPES = ("qwen2_vl", "qwen3_vl", "Qwen2VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
@@ -130,7 +130,7 @@ def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: s
 
     A video's frame gets at most its own limit and an even share of the whole video's.
     """
-    v = config.vision
+    v = config.tower
     factor = v.patch_size * v.downsample
     if kind == "image":
         return smart_resize(height, width, factor, *config.image_pixels)
@@ -144,7 +144,7 @@ def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: s
 
 def at_size(config: QwenConfig, height: int, width: int) -> QwenConfig:
     """The config for clips of this size, as `frame_size` gives it: plans and batches read their grid off it."""
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=(height, width)))
+    return dataclasses.replace(config, vision=dataclasses.replace(config.tower, image_size=(height, width)))
 
 
 # -- prompts (host) -----------------------------------------------------------------------------------------------------
@@ -161,10 +161,10 @@ class QwenLayout(Layout):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QwenBatch(Batch):
+class QwenBatch(Batch[ArrayT]):
     """A Batch with position [B,L,3] int32."""
 
-    position: jax.Array
+    position: ArrayT
 
 
 def rope_positions(
@@ -208,7 +208,7 @@ def rope_positions(
 
 def _grid(config: QwenConfig, clip: Clip) -> tuple[int, int]:
     """Rows and columns of visual tokens of a clip's frames, as they are or as they will be."""
-    v = config.vision
+    v = config.tower
     if clip.frames is not None and clip.kind == "video":
         size = clip.frames.shape[1:3]
     else:
@@ -249,7 +249,7 @@ def prompt(
         if rows % factors[1] or cols % factors[2]:
             raise ValueError(f"a grid of {rows}x{cols} tokens cannot be pooled by {factors[1]}x{factors[2]}")
         grid = rows // factors[1], cols // factors[2]
-        patch = config.vision.temporal_patch
+        patch = config.tower.temporal_patch
         starts = range(0, len(clip.seconds), patch)
         if not times or clip.kind == "image":
             pieces.text(pending + trusted(VISION_START))
@@ -280,7 +280,7 @@ def make_batch(
     layouts: Sequence[QwenLayout],
     buckets: Buckets,
     factors: tuple[int, int, int] = (1, 1, 1),
-) -> tuple[QwenBatch, int, int]:
+) -> tuple[QwenBatch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket).
 
     factors: as the prompts were laid out with. ValueError if frames are not of one size in all of them, or a prompt is over the
@@ -308,13 +308,14 @@ def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray
 
     The last frame is repeated to fill its tubelet, and tubelets behind the last one are black and never read.
     """
-    patch = config.vision.temporal_patch
+    patch = config.tower.temporal_patch
     sized = []
     for clip in clips:
         if clip.frames is None:
             raise ValueError("pixels: a clip has no frames; a layout can be made without them, its pixels cannot")
         if clip.kind == "image":
-            sized.append(resize(clip.frames, frame_size(config, *clip.frames.shape[1:3], 1, "image")))
+            height, width = clip.frames.shape[1:3]
+            sized.append(resize(clip.frames, frame_size(config, height, width, 1, "image")))
         else:
             sized.append(clip.frames)
     sizes = sorted({array.shape[1:3] for array in sized})
@@ -339,7 +340,7 @@ def make_plan(
     return plans.make_plan(
         reduction,
         config,
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         itemsize=itemsize,
@@ -363,7 +364,7 @@ def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> 
     b, f = pixels.shape[:2]
     scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
     place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-    visual = encode_frames(params, config.vision, scaled, place, dtype=params["embed"].dtype)
+    visual = encode_frames(params, config.tower, scaled, place, dtype=params["embed"].dtype)
     return visual.reshape(b, f, *visual.shape[1:])
 
 

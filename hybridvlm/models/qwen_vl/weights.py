@@ -144,10 +144,10 @@ def _merger(source: str, target: str, spelling: Mapping[str, str], merged: bool)
     """The rows of one merger; `merged`: its norm comes after the neighbours are joined."""
 
     def inner(c: ModelConfig) -> int:
-        return c.vision.width * c.vision.downsample**2
+        return c.tower.width * c.tower.downsample**2
 
     def norm(c: ModelConfig) -> Shape:
-        return (inner(c) if merged else c.vision.width,)
+        return (inner(c) if merged else c.tower.width,)
 
     first, second = f"{source}.{spelling['merge1']}", f"{source}.{spelling['merge2']}"
     return (
@@ -177,13 +177,13 @@ def vision_jobs(c: ModelConfig, generation: int) -> list[StackedSpec]:
     return jobs + stacked_specs(c, stacked, range(len(v.deepstack)))
 
 
-def table(c: QwenConfig) -> WeightMap:
+def weight_map(config: QwenConfig) -> WeightMap:
     """Published names and our arrays."""
     return WeightMap(
-        jobs=(*text_jobs(c, c.count("*")), *vision_jobs(c, c.generation)),
+        jobs=(*text_jobs(config, config.count("*")), *vision_jobs(config, config.generation)),
         renames=RENAMES,
-        publish=PUBLISH[c.generation],
+        publish=PUBLISH[config.generation],
         fused=FUSED,
-        tied=("embed_tokens.weight", "lm_head.weight") if c.tie_embeddings else (),
-        who=f"the config {c.name}" if c.name else "the config",
+        tied=("embed_tokens.weight", "lm_head.weight") if config.tie_embeddings else (),
+        who=f"the config {config.name}" if config.name else "the config",
     )

@@ -23,8 +23,8 @@ from hybridvlm.models.vamba.model import (
     prefill,
     prompt,
     style_for,
-    table,
     trim_frames,
+    weight_map,
 )
 
 # Two streams: rows of training and analyses have no place for them.
@@ -51,7 +51,7 @@ __all__ = [
     "prefill",
     "prompt",
     "style_for",
-    "table",
+    "weight_map",
     "trim_frames",
     "decoder_output",
     "embed_prompt",

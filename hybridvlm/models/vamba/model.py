@@ -1,7 +1,7 @@
 """VAMBA (arXiv 2503.11579): Qwen2-VL's tower and text layers, the video in a Mamba-2 stream of its own.
 
-The video never reads the text, so `build_video_memory` makes everything that a question needs of it once, and `prefill` takes the memory
-in the place of the visual tokens. This holds for dense videos and for plans that do not look at the question; a plan that does
+The video never reads the text, so `build_video_memory` makes everything that a question needs of it once, and `prefill` takes the
+memory instead of the visual tokens. This holds for dense videos and for plans that do not look at the question; a plan that does
 is refused there.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from flax import linen as nn
 from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import PromptStyle
+from hybridvlm.models.prompt import ArrayT, PromptStyle
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout, at_size, encode
-from hybridvlm.models.vamba.weights import config_from_hf, table
+from hybridvlm.models.vamba.weights import config_from_hf, weight_map
 from hybridvlm.nn import vamba
 from hybridvlm.nn.caches import AttentionCache
 from hybridvlm.nn.vamba import VambaDecoder, VideoMemory
@@ -36,7 +36,7 @@ from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision.model import CONNECTORS, TOWERS
 
-__all__ = ["at_size", "config_from_hf", "encode", "table"]
+__all__ = ["at_size", "config_from_hf", "encode", "weight_map"]
 
 NAME = "vamba"
 # It has the names of Qwen2-VL; hybridvlm.models.family.family_of knows it by its vision_mamba_mixer_config.
@@ -83,7 +83,7 @@ def module(config: VambaConfig) -> Vamba:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket, text and video apart.
 
     input_ids, segment [B,T] int32 (0 = padding, at the end); query [B,T] bool, the text behind the last visual token.
@@ -91,13 +91,13 @@ class Batch:
     frame_count [B] int32: real frames of each example (of the tower: pairs of the film's).
     """
 
-    input_ids: jax.Array
-    segment: jax.Array
-    query: jax.Array
-    video_segment: jax.Array
-    frame: jax.Array
-    index: jax.Array
-    frame_count: jax.Array
+    input_ids: ArrayT
+    segment: ArrayT
+    query: ArrayT
+    video_segment: ArrayT
+    frame: ArrayT
+    index: ArrayT
+    frame_count: ArrayT
 
 
 def style_for(config: VambaConfig) -> PromptStyle:
@@ -110,7 +110,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
     The reference resizes twice, to the edges and then to the cells; this is the size after both, reached at once.
     """
-    v = config.vision
+    v = config.tower
     if kind == "video":
         scale = min(1.0, config.longest_edge / max(height, width))
         height, width = (max(config.shortest_edge, int(side * scale)) for side in (height, width))
@@ -119,7 +119,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
 def trim_frames(config: VambaConfig, clip: Clip) -> Clip:
     """A film without the frames at its end that fill no tubelet, as the reference has it; one shorter than that stays."""
-    patch = config.vision.temporal_patch
+    patch = config.tower.temporal_patch
     whole = len(clip.seconds) // patch * patch
     if clip.kind == "image" or not whole or whole == len(clip.seconds):
         return clip
@@ -153,7 +153,7 @@ def make_batch(
     layouts: Sequence[QwenLayout],
     buckets: Buckets,
     factors: tuple[int, int, int] = (1, 1, 1),
-) -> tuple[Batch, int, int]:
+) -> tuple[Batch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket)."""
     row, frames, text = qwen_vl.make_batch(config, layouts, buckets, factors)
     visual, real = row.frame >= 0, row.segment > 0
@@ -166,7 +166,8 @@ def make_batch(
         last = seen[-1] if len(seen) else -1
         words[:, i, : len(at)] = row.input_ids[i, at], row.segment[i, at], at > last
         video[:, i, : len(seen)] = row.segment[i, seen], row.frame[i, seen], seen
-    return Batch(words[0], words[1], words[2] > 0, *video, row.frame_count), frames, text
+    segment, frame, index = video
+    return Batch(words[0], words[1], words[2] > 0, segment, frame, index, row.frame_count), frames, text
 
 
 def pixels(config: VambaConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
@@ -183,7 +184,7 @@ def make_plan(
     return plans.make_plan(
         reduction,
         VambaReading(config, text),
-        visual_tokens=frames * config.vision.tokens_per_frame,
+        visual_tokens=frames * config.tower.tokens_per_frame,
         text_tokens=text,
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,
@@ -297,8 +298,8 @@ def prefill(
 ) -> PrefillOutput:
     """Prompts to last-token logits, with `decode_capacity` cache slots for new tokens.
 
-    visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may then hold several
-    questions on each video, those on one video side by side); or None for text alone.
+    visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may
+    then hold several questions on each video, those on one video next to each other); or None for text alone.
     """
     if scores or hidden_states:
         raise ValueError("prefill: VAMBA's two streams return no scores and no hidden states of one row")
@@ -308,7 +309,7 @@ def prefill(
         if visual is not None and plan is not None and plan.depends_on_query:
             raise ValueError(f"prefill: {plan.method!r} looks at the question; give it visual tokens, not a memory")
         memory = vamba.no_video(config, b, text.x.dtype) if visual is None else visual
-        text, own = vamba.read(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
+        text, own = vamba.prefill_text(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
         given = memory.kept[0] if visual is None else jnp.sum(batch.video_segment > 0, axis=1, dtype=jnp.int32)[:, None]
     else:
         memory, text, own, given = _walk(params, config, batch, visual, text, plan, decode_capacity)

@@ -60,15 +60,19 @@ LAYER: tuple[WeightSpec, ...] = (
 )
 
 
-def table(c: VambaConfig) -> WeightMap:
+def weight_map(config: VambaConfig) -> WeightMap:
     """Published names and our arrays; the last layer's Mamba block, which reaches no output, among them."""
     return WeightMap(
-        jobs=(*text_jobs(c, c.layers), *stacked_specs(c, LAYER, range(c.layers)), *vision_jobs(c, c.generation)),
+        jobs=(
+            *text_jobs(config, config.layers),
+            *stacked_specs(config, LAYER, range(config.layers)),
+            *vision_jobs(config, config.generation),
+        ),
         renames=RENAMES,
-        publish=PUBLISH[c.generation],
+        publish=PUBLISH[config.generation],
         fused=FUSED,
-        tied=("embed_tokens.weight", "lm_head.weight") if c.tie_embeddings else (),
-        who=f"the config {c.name}" if c.name else "the config",
+        tied=("embed_tokens.weight", "lm_head.weight") if config.tie_embeddings else (),
+        who=f"the config {config.name}" if config.name else "the config",
     )
 
 
@@ -96,14 +100,14 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = 
     shapes: the checkpoint's tensor shapes by name; given, they decide the size of the SSM state (the paper says 64, the code's
     default is 128) and of the vocabulary. ValueError names an option that is not supported.
     """
-    if section(raw, "vision_mamba_mixer_config") is None:
+    declared = section(raw, "vision_mamba_mixer_config")
+    if declared is None:
         raise ValueError(
             "config.json has no vision_mamba_mixer_config: it is not VAMBA's (Qwen2-VL has the same model_type)"
         )
     text, own = text_fields(raw, shapes), Fields({"": raw}, defaults.VAMBA)
     width = text["width"]
-    table = {"vision_mamba_mixer_config.": section(raw, "vision_mamba_mixer_config")}
-    mixer = Fields(table, defaults.VAMBA_MIXER | {"hidden_dim": width})
+    mixer = Fields({"vision_mamba_mixer_config.": declared}, defaults.VAMBA_MIXER | {"hidden_dim": width})
     for fields, fixed in ((own, FIXED), (mixer, FIXED_MIXER)):
         for key, allowed in fixed.items():
             fields.only(key, *allowed)

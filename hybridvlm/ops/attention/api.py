@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import jax
@@ -67,16 +68,23 @@ def attention(
     with the reason, for a named implementation that cannot run on this platform or for these arguments.
     """
     check_shapes(q, k, v, q_segment, kv_segment, q_index, kv_index)
-    given = dict(q_segment=q_segment, kv_segment=kv_segment, q_index=q_index, kv_index=kv_index)
-    given |= dict(causal=causal, scale=scale, implementation=implementation)
-    if q_segment is None:
-        return attend(q, k, v, **given)
+    given = functools.partial(
+        attend,
+        q_segment=q_segment,
+        kv_segment=kv_segment,
+        q_index=q_index,
+        kv_index=kv_index,
+        causal=causal,
+        scale=scale,
+        implementation=implementation,
+    )
+    if q_segment is None or kv_segment is None:
+        return given(q, k, v)
     # What stands at padding counts for nothing, be it NaN: 0 * NaN is no 0, neither here nor in a gradient.
     real = q_segment > 0
-    q, k, v = (
-        jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, kv_segment > 0), (v, kv_segment > 0))
-    )
-    out, lse = attend(q, k, v, **given)
+    filled = kv_segment > 0
+    q, k, v = (jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, filled), (v, filled)))
+    out, lse = given(q, k, v)
     return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, EMPTY_LSE)
 
 

@@ -176,7 +176,7 @@ def _core_bwd(static: _Static, saved, gradients):
     # d score = weight * (d_out.v - d_out.out + d_lse): the last two are the same for all keys of a row.
     shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse.swapaxes(1, 2)
     tiles, back = jax.vjp(lambda q, k, v: (of_rows(q), of_keys(k), of_keys(v)), q, k, v)
-    per_row = (of_rows(x[..., None])[..., 0] for x in (lse.swapaxes(1, 2), shift))
+    lse, shift = (of_rows(x[..., None])[..., 0] for x in (lse.swapaxes(1, 2), shift))
     gradient = xla._backward(
         xla.Tiling(rows, columns, pairs, static.causal, static.scale),
         *tiles,
@@ -184,7 +184,8 @@ def _core_bwd(static: _Static, saved, gradients):
         per_head(kv_segment, kv_tiles, columns),
         per_head(q_index, q_tiles, rows),
         per_head(kv_index, kv_tiles, columns),
-        *per_row,
+        lse,
+        shift,
         of_rows(d_out),
     )
     return *back(gradient), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -192,8 +193,9 @@ def visible(sizes: Sizes, place, kv_where) -> jax.Array:
 
 def parameters(lines: int) -> pltpu.CompilerParams:
     """The grid is (example, head block, ..., lines of tiles, steps): only what accumulates goes in order."""
-    semantics = ("parallel", "parallel", *("arbitrary",) * lines)
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)
+    semantics: list[Literal["parallel", "arbitrary"]] = ["parallel", "parallel"]
+    semantics += ["arbitrary"] * lines
+    return pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=VMEM_BYTES)
 
 
 def nbytes(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def _kernel(sizes: tuple[bool, int, int], heads: int, t: int, length: int, with_
 
     causal, q_block, kv_block = sizes
     mask = masks.CausalMask((t, length)) if causal else masks.FullMask((t, length))
-    blocks = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), q_block)
+    blocks: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), q_block)
     blocks |= dict.fromkeys(
         ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq"), kv_block
     )

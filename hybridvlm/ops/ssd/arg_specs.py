@@ -80,7 +80,7 @@ class SsdSpec:
         values["A"] = -a * np.float32(self.nats / (128 * values["dt"].mean() * 16.0))
         arrays = {name: jnp.asarray(value, shapes[name].dtype) for name, value in values.items()}
         numbers = {}
-        if "segment" in rest:
+        if self.segments is not None:
             segment = np.zeros((self.batch, self.length), np.int32)
             for b, row in enumerate(segment):
                 ids = np.concatenate([np.full(max(1, part - b), i + 1) for i, part in enumerate(self.segments)])

@@ -162,7 +162,7 @@ def _kernel(sizes: Sizes, keep_states: bool, read: list[str], *refs) -> None:
         y = mixed_ref[:, lanes] + common.dot(c, state.astype(dtype)) * read_weight[:, lanes]
         if sizes.skip:
             skip = x * ref["d"][:, lanes]
-            y = y + (jnp.where(k.real, skip, 0.0) if sizes.packed else skip)
+            y = y + (skip if k.real is None else jnp.where(k.real, skip, 0.0))
         y_ref[0, :, lanes] = y.astype(dtype)
         inflow = common.dot(b, (x * write_weight[:, lanes]).astype(dtype), (0, 0))
         state_ref[:, lanes] = state * keep[:, lanes] + inflow

@@ -150,7 +150,7 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
         gkeep += common.sum_heads(jnp.broadcast_to(kept, (common.SUBLANES, kept.shape[1])), mine)
         gstate_ref[:, lanes] = gstate * keep[:, lanes] + common.dot(c, weighted, (0, 0))
         if sizes.skip:
-            skipped = jnp.where(k.real, gy, 0.0) if sizes.packed else gy
+            skipped = gy if k.real is None else jnp.where(k.real, gy, 0.0)
             gx = gx + skipped * ref["d"][:, lanes]
             product = (skipped * x).reshape(-1, common.SUBLANES, x.shape[1])
             gd_ref[0][0, :, lanes] += jnp.sum(product, axis=0)

@@ -131,8 +131,8 @@ def who_rows(sizes: Sizes, run: jax.Array, real: jax.Array) -> jax.Array:
     before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
     ends, before = (jnp.repeat(v, sizes.chunk, axis=1)[:, : sizes.length] for v in (ends, before))
     reader = jnp.where(real, run, -1)
-    rows = (reader, run, reader == before, run == ends, before == ends)
-    rows = jnp.stack([row.astype(jnp.float32) for row in rows], axis=1)
+    who = (reader, run, reader == before, run == ends, before == ends)
+    rows = jnp.stack([row.astype(jnp.float32) for row in who], axis=1)
     return jnp.pad(rows, ((0, 0), (0, WHO - rows.shape[1]), (0, 0)))
 
 
