@@ -29,6 +29,24 @@ def pytest_runtest_setup(item):
             pytest.skip(reason)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a class that lists `quick` cases, the other parametrized ones are slow: every interpreted kernel takes seconds."""
+    for item in items:
+        quick = getattr(item.cls, "quick", None)
+        if quick is not None and hasattr(item, "callspec") and item.name not in quick:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_maps_to_spare():
+    """A compiled program holds some 15 memory maps, Linux gives a process 65530, and XLA crashes where there are none left."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden():
     """golden(name) -> (config.json or None, io.npz as a dict) of a reference under tests/goldens."""

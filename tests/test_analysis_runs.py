@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
     root, out = tmp_path_factory.mktemp("checkpoints"), {}
     for name, pattern, seed in (("h0", "M*M*", 0), ("h1", "M*M*", 1), ("t0", "****", 0)):
         config = dataclasses.replace(load_model_config("tiny"), pattern=pattern, name=name)
-        params = nemotron_vl.init(config, jax.random.key(seed))
+        params = jax.jit(lambda key, config=config: nemotron_vl.init(config, key))(jax.random.key(seed))
         write_checkpoint(root / name, config, params, name, Reduction("str", 0.5, schedule=Schedule(start=0)))
         out[name] = str(root / name)
     return out
@@ -81,6 +81,7 @@ def test_scores_of_a_hybrid_and_of_a_transformer(capsys, folders, tmp_path):
     assert "M-*" in out
 
 
+@pytest.mark.slow
 def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monkeypatch):
     argv = ["ablate", "--models", f"hybrid={folders['h0']},{folders['h1']}", f"twin={folders['t0']}", "--sets", ""]
     argv += ["--cell", "mamba: method=oneshot-mamba match=on", "--budget", 0.5, "--limit", 4, "--batch-size", 2]
@@ -131,7 +132,7 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
     assert code == 0 and "nothing is left" in out, error
 
 
-@pytest.mark.parametrize("name", ["h0", "t0"])
+@pytest.mark.parametrize("name", ["t0", pytest.param("h0", marks=pytest.mark.slow)])
 def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name):
     """The walk layer by layer against the decoder's own prefill, with the tokens dropped after layer 1."""
     from hybridvlm.analyze.deletion import Deletion
@@ -165,6 +166,7 @@ def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name)
         np.testing.assert_array_equal(found[1]["states"][0], found[None]["states"][0])  # layer 0 saw the token
 
 
+@pytest.mark.slow
 def test_calibration_is_written_and_taken_by_a_plan(capsys, folders, tmp_path):
     out = tmp_path / "c"
     argv = [

@@ -148,6 +148,7 @@ def rows_of(tmp_path, *arguments: str) -> list[dict]:
     return json.loads(file.read_text())
 
 
+@needs["tpu"]
 def test_bench_refuses_what_it_cannot_do(capsys):
     for arguments, reason in (
         (("--model", "bench_100m", "--topology", "H200"), "must be a TPU slice"),

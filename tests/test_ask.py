@@ -1,5 +1,8 @@
 """Questions about videos and images: conversations, what they say of themselves, and the command line."""
 
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -59,14 +62,17 @@ def test_survivors_are_those_of_the_prompt(nano):
     assert pooled.survivors.all()
 
 
+@pytest.mark.slow
 def test_next_turn_from_the_caches_and_from_the_start(nano):
     """A turn that goes on from the caches says what a prefill of the whole conversation says."""
-    first = "What is this? /no_think"
+    # so that an answer comes back as it was given
+    template = "{%- for m in messages -%}{{ m.content }}|{%- endfor -%}"
+    tokenizer = copy.copy(nano.tokenizer)
+    tokenizer.template = template
+    nano, first = dataclasses.replace(nano, tokenizer=tokenizer), "What is this? /no_think"
     going = Conversation(nano, FRAMES, decode_capacity=512)
     fresh = Conversation(nano, FRAMES)
-    plain = "{%- for m in messages -%}{{ m.content }}|{%- endfor -%}"  # so that an answer comes back as it was given
     for conversation in (going, fresh):
-        nano.tokenizer.template = plain
         conversation.ask(first, max_new=2)
     # bytes of a noisy answer need not come back from its text; the turn then starts anew, and says so
     one, other = going.ask("And now?", max_new=3), fresh.ask("And now?", max_new=3)
@@ -79,36 +85,37 @@ def test_next_turn_from_the_caches_and_from_the_start(nano):
     assert not asked.ask("And now?", max_new=2).continued
 
 
+class Digits(PublishedTokenizer):
+    def __init__(self):
+        super().__init__(None, "{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    def encode(self, text):
+        return [int(word) for word in text.split() if word.isdigit()]
+
+    def decode(self, ids, skip_special=True):
+        return "".join(f" {i}" for i in ids)
+
+
 def test_caches_go_on(nano):
     """The extension itself, with a tokenizer whose ids always come back."""
+    model = dataclasses.replace(nano, tokenizer=Digits(), style=type(nano.style)())
+    going, fresh = Conversation(model, FRAMES, decode_capacity=400), Conversation(model, FRAMES)
+    for question in ("5 6 7", " 8 9"):
+        one, other = going.ask(question, max_new=4), fresh.ask(question, max_new=4)
+        assert one.tokens == other.tokens
+        assert not other.continued
+    assert one.continued
 
-    class Digits(PublishedTokenizer):
-        def __init__(self):
-            super().__init__(None, "{% for m in messages %}{{ m.content }}{% endfor %}")
 
-        def encode(self, text):
-            return [int(word) for word in text.split() if word.isdigit()]
-
-        def decode(self, ids, skip_special=True):
-            return "".join(f" {i}" for i in ids)
-
-    held, nano.tokenizer = nano.tokenizer, Digits()
-    style, nano.style = nano.style, STYLES["training"].__class__()
-    try:
-        going, fresh = Conversation(nano, FRAMES, decode_capacity=400), Conversation(nano, FRAMES)
-        for question in ("5 6 7", " 8 9", " 10 11 12"):
-            one, other = going.ask(question, max_new=4), fresh.ask(question, max_new=4)
-            assert one.tokens == other.tokens
-            assert not other.continued
-        assert one.continued
-        query_free = Conversation(nano, FRAMES, reduction=Reduction("uniform", 0.5), decode_capacity=400)
-        query_free.ask("5 6 7", max_new=4)
-        assert query_free.ask(" 8 9", max_new=4).continued
-        bound = Conversation(nano, FRAMES, reduction=STR, decode_capacity=400)
-        bound.ask("5 6 7", max_new=4)
-        assert not bound.ask(" 8 9", max_new=4).continued
-    finally:
-        nano.tokenizer, nano.style = held, style
+@pytest.mark.slow
+def test_caches_go_on_under_a_plan_that_no_question_has_a_say_in(nano):
+    model = dataclasses.replace(nano, tokenizer=Digits(), style=type(nano.style)())
+    query_free = Conversation(model, FRAMES, reduction=Reduction("uniform", 0.5), decode_capacity=400)
+    query_free.ask("5 6 7", max_new=4)
+    assert query_free.ask(" 8 9", max_new=4).continued
+    bound = Conversation(model, FRAMES, reduction=STR, decode_capacity=400)
+    bound.ask("5 6 7", max_new=4)
+    assert not bound.ask(" 8 9", max_new=4).continued
 
 
 def test_images_and_text(nano, omni, tmp_path):
@@ -257,7 +264,8 @@ def test_a_slip_does_not_end_the_conversation(nano, tmp_path, capsys, monkeypatc
     monkeypatch.setattr("hybridvlm.inference.model.load", lambda *a, **k: nano)
     monkeypatch.setattr("sys.stdin", io.StringIO("\ud800\nAnd?\n"))
     Image.fromarray(FRAMES[0]).save(tmp_path / "0.png")
-    assert ask.main([str(tmp_path / "0.png"), "What is this?", "--max-new", "2", "--follow-up"]) == 0
+    options = ["--reduction", "str", "--max-new", "4", "--follow-up"]
+    assert ask.main([str(tmp_path / "0.png"), "What is this?", *options]) == 0
     said = capsys.readouterr().err
     assert said.count("tokens answered") == 2
     assert "hybridvlm.ask: the question: " in said and "half a surrogate pair" in said

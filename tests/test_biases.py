@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from hybridvlm.checkpoints import samples
 from hybridvlm.checkpoints.folder import expected_shapes
@@ -28,7 +29,7 @@ def biased_config():
 
 def biased_params(config):
     rng = np.random.default_rng(0)
-    params = nemotron_vl.init(config, jax.random.key(0))
+    params = jax.jit(lambda key: nemotron_vl.init(config, key))(jax.random.key(0))
 
     def moved(path, leaf):
         scale = 0.3 if "bias" in path[-1].key else 0.0
@@ -50,6 +51,7 @@ def test_every_bias_has_its_rule_and_its_published_name():
     assert biases == {name for name in flatten(biased_params(config)) if name.endswith("_bias")}
 
 
+@pytest.mark.slow
 def test_biases_on_several_devices():
     """Two tensor-parallel devices give what one gives, in a process of its own."""
     code = """

@@ -63,6 +63,7 @@ def test_environment_is_checked():
     assert distributed.gather(b"alone") == [b"alone"]
 
 
+@pytest.mark.slow
 def test_evaluation_of_two_processes_is_that_of_one(evaluate, tmp_path):
     one = subprocess.run(
         [sys.executable, *evaluate, str(tmp_path / "one")], env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=240

@@ -65,7 +65,7 @@ def test_a_registered_method_drops_by_its_own_score(registry):
     assert "latest" in describe_methods() and "the last frames" in describe_methods()
     visual, text = 12, 3
     plan = make_plan(hv.Reduction("latest", 0.6), CONFIG, visual_tokens=visual, text_tokens=text, frames=6)
-    params = decoder.Decoder(CONFIG).init(jax.random.key(0), _tokens(visual, text))["params"]
+    params = jax.jit(decoder.Decoder(CONFIG).init)(jax.random.key(0), _tokens(visual, text))["params"]
     out = decoder.prefill(params, CONFIG, _tokens(visual, text), plan=plan, score_fn=score_fn(plan))
     left = np.asarray(out.tokens.frame)[0]
     left = left[left >= 0]

@@ -47,7 +47,7 @@ class Letters:
 def model():
     one = jnp.ones((1, 1), jnp.int32)
     pixels = jnp.zeros((1, 1, 8, 8, 3), jnp.uint8)
-    params = HybridVLM(CONFIG).init(jax.random.key(0), Batch(one, one, -one, one[0]), pixels)["params"]
+    params = jax.jit(HybridVLM(CONFIG).init)(jax.random.key(0), Batch(one, one, -one, one[0]), pixels)["params"]
     params["lm_head"] = 4 * params["lm_head"]  # far from uniform, so that greedy and sampled answers differ
     return Model(CONFIG, params, Letters(), buckets=Buckets(frames=(2, 4, 8), text=(8,), max_new=6))
 
@@ -57,8 +57,18 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (2, 4, 8, 8, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("reduction", [None, Reduction("str", 0.5), Reduction("avgpool", 0.25), Reduction("evs", 0.5)])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, top_p=0.9)])
+REDUCTIONS = (None, Reduction("str", 0.5), Reduction("avgpool", 0.25), Reduction("evs", 0.5))
+SAMPLINGS = (Sampling(), Sampling(temperature=1.5, top_p=0.9))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "sampling"),
+    [
+        pytest.param(r, s, marks=() if (i, j) in ((0, 0), (1, 1)) else pytest.mark.slow)
+        for i, r in enumerate(REDUCTIONS)
+        for j, s in enumerate(SAMPLINGS)
+    ],
+)
 def test_each_gets_in_a_batch_what_it_gets_alone(model, pixels, reduction, sampling):
     seeds = [11, 12]
     batch, plan = model.batch(QUESTIONS, SECONDS, reduction)

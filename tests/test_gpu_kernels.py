@@ -36,14 +36,19 @@ class Interpreted:
 
 
 class TestSsd(Interpreted, SharedSsdTests):
-    pass
+    quick = ()
 
 
 class TestAttention(Interpreted, SharedAttentionTests):
-    pass
+    quick = (
+        "test_agrees_with_the_reference[12b_packed]",
+        "test_gradients_agree_with_the_reference[tiny]",
+    )
 
 
 class TestScores(Interpreted, SharedScoreTests):
+    quick = ("test_scores_agree_with_the_reference[12b_packed]",)
+
     def test_the_gradient_is_that_of_xla(self):
         spec = ATTENTION_SPECS["vamba_text"].small(70)
         arrays, rest = spec.score_inputs(jnp.bfloat16)

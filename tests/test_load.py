@@ -413,6 +413,7 @@ print("same")
     assert done.stdout.endswith("same\n"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_answers_on_meshes_of_all_kinds(source):
     """Axes left out, and axes as `jax.make_mesh` makes them: the same words as without a mesh."""
     code = f"""

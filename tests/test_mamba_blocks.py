@@ -30,7 +30,7 @@ LENGTH = 150
 
 @pytest.fixture
 def layer():
-    tree = mamba2.MambaStack(CONFIG).init(jax.random.key(0))["params"]
+    tree = jax.jit(mamba2.MambaStack(CONFIG).init)(jax.random.key(0))["params"]
     keys = iter(jax.random.split(jax.random.key(1), len(tree)))
     p = {name: a[0] + 0.1 * jax.random.normal(next(keys), a.shape[1:]) for name, a in tree.items()}
     return p, jax.random.normal(jax.random.key(2), (2, LENGTH, CONFIG.width))

@@ -33,9 +33,10 @@ def tracing(implementation):
     return tpu_interpreter() if implementation == "pallas_tpu" else contextlib.nullcontext()
 
 
-def check(function, given, dirt, implementation=None):
+def check(function, given, implementation=None, dirt=DIRT):
     """function(*given) -> arrays, all 0 at padding or without it: the same, and the same gradients, from soiled arguments."""
 
+    @jax.jit
     def run(given):
         def loss(given):
             outs = function(*given)
@@ -44,18 +45,19 @@ def check(function, given, dirt, implementation=None):
         return jax.value_and_grad(loss, has_aux=True)(given)
 
     with tracing(implementation):
-        clean = jax.block_until_ready(jax.jit(run)(given))
-        dirty = jax.block_until_ready(jax.jit(run)([soiled(a, dirt) if a.shape[:2] == (B, L) else a for a in given]))
-    for got, want in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        clean = jax.block_until_ready(run(given))
+        soil = [[soiled(a, value) if a.shape[:2] == (B, L) else a for a in given] for value in dirt]
+        dirty = [jax.block_until_ready(run(arrays)) for arrays in soil]
+    for want in jax.tree.leaves(clean):
         assert np.isfinite(np.asarray(want)).all()
-        np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-6 * max(1.0, np.abs(want).max()))
+    for value, found in zip(dirt, dirty, strict=True):
+        for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(clean), strict=True):
+            tolerance = 1e-6 * max(1.0, np.abs(want).max())
+            np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=tolerance, err_msg=str(value))
 
 
-@pytest.mark.parametrize("dirt", DIRT)
 @pytest.mark.parametrize("implementation", ["reference", "associative", "sequential", KERNEL])
-def test_ssd(implementation, dirt):
-    if implementation == "pallas_tpu" and dirt != np.inf and not np.isnan(dirt):
-        pytest.skip("an interpreted kernel takes long; the other two say it")
+def test_ssd(implementation):
     x, dt, b, c, state = arrays((B, L, H, P), (B, L, H), (B, L, G, N), (B, L, G, N), (B, H, P, N))
     a, d = -jnp.arange(1.0, H + 1), jnp.ones(H)
     options = {} if implementation in ("reference", "pallas_tpu") else {"chunk_size": 16}
@@ -63,14 +65,13 @@ def test_ssd(implementation, dirt):
     def function(x, dt, b, c, state):
         return ssd(x, dt, a, b, c, D=d, segment=SEGMENT, initial_state=state, implementation=implementation, **options)
 
-    check(function, [x, jax.nn.softplus(dt), b, c, state], dirt, implementation)
+    check(function, [x, jax.nn.softplus(dt), b, c, state], implementation)
 
 
-@pytest.mark.parametrize("dirt", DIRT)
 @pytest.mark.parametrize("implementation", ["reference", "xla", KERNEL])
 @pytest.mark.parametrize("rows", [L, 5])
-def test_attention(implementation, dirt, rows):
-    if implementation == "pallas_tpu" and (rows < L or not np.isnan(dirt)):
+def test_attention(implementation, rows):
+    if implementation == "pallas_tpu" and rows < L:
         pytest.skip("an interpreted kernel takes long")
     q, k, v = arrays((B, L, H, P), (B, L, G, P), (B, L, G, P))
     place = jnp.broadcast_to(jnp.arange(L), (B, L))
@@ -80,12 +81,11 @@ def test_attention(implementation, dirt, rows):
         out, lse = attention(q[:, -rows:], k, v, implementation=implementation, **options)
         return out, jnp.where(lse > -1e29, lse, 0)
 
-    check(function, [q, k, v], dirt, implementation)
+    check(function, [q, k, v], implementation)
 
 
-@pytest.mark.parametrize("dirt", DIRT)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_text_to_visual(implementation, dirt):
+def test_text_to_visual(implementation):
     q, k = arrays((B, L, H, P), (B, L, G, P))
     mask = (SEGMENT > 0) & (jnp.arange(L) % 3 == 0)
     visual = SEGMENT > 0
@@ -97,15 +97,12 @@ def test_text_to_visual(implementation, dirt):
             ),
         )
 
-    check(function, [q, k], dirt)
+    check(function, [q, k])
 
 
-@pytest.mark.parametrize("dirt", DIRT)
-def test_convolution(dirt):
+def test_convolution():
     x, weight, bias, state = arrays((B, L, 6), (4, 6), (6,), (B, 3, 6))
-    check(
-        lambda *args: causal_conv1d(*args[:3], segment=SEGMENT, initial_state=args[3]), [x, weight, bias, state], dirt
-    )
+    check(lambda *args: causal_conv1d(*args[:3], segment=SEGMENT, initial_state=args[3]), [x, weight, bias, state])
 
 
 def test_a_state_of_another_segment_may_hold_anything():
@@ -142,28 +139,30 @@ STRONG = {
 }
 
 
-@pytest.mark.parametrize("name", STRONG)
 @pytest.mark.parametrize("implementation", ["associative", "sequential", KERNEL])
-def test_behind_a_strong_decay_the_scan_is_exact(implementation, name):
-    if implementation == "pallas_tpu" and name not in ("one", "a run, then calm"):
-        pytest.skip("an interpreted kernel takes long")
+def test_behind_a_strong_decay_the_scan_is_exact(implementation):
+    # an interpreted kernel takes long
+    names = ("one", "a run, then calm") if implementation == "pallas_tpu" else tuple(STRONG)
     r = np.random.default_rng(1)
     x, b, c = arrays((1, 200, H, P), (1, 200, G, N), (1, 200, G, N))
-    dt = jnp.asarray(STRONG[name][None, :, None] * (1 + 0.3 * r.random((1, 200, H))), jnp.float32)
+    a, noise = -jnp.asarray([1.0, 0.5, 2.0, 4.0]), 1 + 0.3 * r.random((1, 200, H))
 
-    def run(x, dt, a, b, c, implementation):
+    def program(implementation):
         def loss(x, dt, a, b, c):
             y, state = ssd(x, dt, a, b, c, implementation=implementation)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))) + jnp.sum(state), (y, state)
 
-        (_, outs), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, dt, a, b, c)
-        return (*outs, *gradients)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
 
-    args = (x, dt, -jnp.asarray([1.0, 0.5, 2.0, 4.0]), b, c)
-    want = jax.jit(run, static_argnums=5)(*args, "reference")
-    with tracing(implementation):
-        got = jax.block_until_ready(jax.jit(run, static_argnums=5)(*args, implementation))
-    for part, one, other in zip(("y", "state", "x", "dt", "A", "B", "C"), got, want, strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        tolerance = 1e-5 if part in ("y", "state") else 1e-4
-        assert np.isfinite(one).all() and np.abs(one - other).max() <= tolerance * np.abs(other).max(), part
+    expected, found = program("reference"), program(implementation)
+    for name in names:
+        dt = jnp.asarray(STRONG[name][None, :, None] * noise, jnp.float32)
+        (_, outs), gradients = expected(x, dt, a, b, c)
+        want = (*outs, *gradients)
+        with tracing(implementation):
+            (_, outs), gradients = jax.block_until_ready(found(x, dt, a, b, c))
+        for part, one, other in zip(("y", "state", "x", "dt", "A", "B", "C"), (*outs, *gradients), want, strict=True):
+            one, other = np.asarray(one), np.asarray(other)
+            tolerance = 1e-5 if part in ("y", "state") else 1e-4
+            assert np.isfinite(one).all(), (name, part)
+            assert np.abs(one - other).max() <= tolerance * np.abs(other).max(), (name, part)

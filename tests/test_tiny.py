@@ -89,6 +89,7 @@ def test_the_optimizer_leaves_tower_and_connector_alone_and_decays_projections_o
     assert not any("vision" in name or "projector" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(small, tmp_path):
     config, params, bank = small
     stage = train.Stage("short", 4, 2, 6, 6, 1e-3, 0.1)
@@ -124,7 +125,7 @@ def test_separate_questions_need_no_token_twice(small):
         assert len(needed) == len(set(needed)) and chosen.any()
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-reduced"])
+@pytest.mark.parametrize("name", ["tiny-reduced", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_packaged_checkpoints_answer(name):
     model = load(name)
     assert sum(a.size for a in jax.tree.leaves(model.params)) < 3_000_000

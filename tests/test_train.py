@@ -103,6 +103,7 @@ def test_labels_are_found_after_reduction(model, source):
     np.testing.assert_array_equal(x[0, 0], reduced.tokens.x[0, at])
 
 
+@pytest.mark.slow
 def test_a_packed_row_gives_what_its_samples_give_alone(model, source):
     alone = rows(source, 2)
     shape = Shape(2 * FRAMES, 2 * TEXT, 2, PER_FRAME)
@@ -185,6 +186,7 @@ def test_packed_rows_of_a_transformer_with_positions_and_planes():
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_microbatches_add_up_to_the_big_batch(model, source, kl):
     config = settings(distill={"kl": kl, "temperature": 2.0}, optimizer={"accumulate": 2, "decay": 0.0})
@@ -240,6 +242,7 @@ def test_rank_loss_is_what_its_words_say():
     assert np.isfinite(slope(jnp.zeros((2, 2, 7)))).all()  # a layer that scores everything alike
 
 
+@pytest.mark.slow
 def test_many_questions_on_one_pass_score_as_each_alone(model, source):
     many = source.shared(3, 4)
     given = {name: jnp.asarray(a)[None] for name, a in many.items()}
@@ -288,6 +291,7 @@ def test_many_questions_on_one_pass_score_as_each_alone(model, source):
         assert (many["label"][q, at] - 1 == said[q]).all()
 
 
+@pytest.mark.slow
 def test_selection_has_no_gradient_unless_asked(model, source):
     batch, plan = rows(source, 2), plan_for(model)
     seen = visual(model.params, model, batch.visual, source.table)
@@ -511,6 +515,7 @@ def test_adapters_of_a_tower_need_its_pixels(model):
     )
 
 
+@pytest.mark.slow
 def test_lora_trains_the_factors_alone_and_is_merged_on_export(tmp_path, model):
     config = settings(
         tmp_path / "run", steps=2, reduction={"mode": "none"}, lora={"rank": 2, "targets": ["q_proj$", "out_proj$"]}
