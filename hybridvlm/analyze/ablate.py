@@ -43,7 +43,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.config import Reduction, to_dict
-from hybridvlm.console import progress
+from hybridvlm.console import print_markdown, progress
 from hybridvlm.eval.results import SampleStore, write_atomic
 from hybridvlm.eval.runner import DENSE, Runner, Variant, fingerprint, versions
 from hybridvlm.eval.tasks import TaskOptions, build_task
@@ -180,7 +180,7 @@ def _run(options: argparse.Namespace, folder: pathlib.Path) -> int:
     write_atomic(folder / "ablation.md", text)
     for name, fig in pictures(results).items():
         write_figure(folder / name, fig)
-    print(text)
+    print_markdown(text)
     print(folder / "ablation.md")
     return 0
 

@@ -54,6 +54,7 @@ from hybridvlm.analyze.common import (
 )
 from hybridvlm.analyze.scores import Scored, score_questions
 from hybridvlm.config import ATTENTION, Reduction, to_dict
+from hybridvlm.console import print_markdown
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.files import folder_lock
 
@@ -109,15 +110,18 @@ def run(options: argparse.Namespace) -> int:
     title = f"# {options.model}: which scores follow the question ({len(asked)} videos of {source_name(options)})"
     table = markdown([row | {"weight": weights[row["layer"]]} for row in layers])
     option = f"--methods str-calibrated --schedule layer_weights={','.join(f'{w:g}' for w in weights)}"
-    text = f"{title}\n\n`{options.command}`\n\n{table}\n\n`{option}`\n"
+    text = f"{title}\n\n`{options.command}`\n\n{table}\n"
     write_figure(folder / "calibration.png", picture(layers))
-    print(text)
+    print_markdown(text)
+    # On a line of its own, as it is to be pasted.
+    print(option)
+    text += f"\n`{option}`\n"
     if options.compare:
         with folder_lock(folder, "an analysis"):
             results = compare(options, base, reduction, folder)
         write_json(folder / "calibration.json", data | {"comparison": results})
         text += f"\n{ablate.report(results)}"
-        print(ablate.report(results))
+        print_markdown(ablate.report(results))
     write_atomic(folder / "calibration.md", text)
     print(folder / "calibration.md")
     return 0

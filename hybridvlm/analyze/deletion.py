@@ -33,7 +33,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.config import ATTENTION, ModelConfig
-from hybridvlm.console import track
+from hybridvlm.console import print_markdown, track
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.tiny import codes, needle
 from hybridvlm.tiny.bank import Bank, draw_videos, make_bank
@@ -168,7 +168,8 @@ def run(options: argparse.Namespace) -> int:
     write_json(folder / "deletion.json", {"command": options.command, "model": options.model, "rows": rows})
     write_atomic(folder / "deletion.md", f"{title}\n\n`{options.command}`\n\n{markdown(rows)}\n")
     write_figure(folder / "deletion.png", picture(rows))
-    print(f"{title}\n\n{markdown(rows)}\n\n{folder / 'deletion.md'}")
+    print_markdown(f"{title}\n\n{markdown(rows)}\n")
+    print(folder / "deletion.md")
     return 0
 
 
