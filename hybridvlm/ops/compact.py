@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.tokens import Tokens
+
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Bool, Float, Int
 
 # `python -m hybridvlm.bench compact`, on CPU and with --aot v5p:2x2x1: on CPU sorting is up to four times faster for short rows and
 # counting even with it for long ones. The TPU compilers estimate no time for a sort or a scatter, so their cost model
@@ -15,10 +20,10 @@ DEFAULTS = {"tpu": "threshold"}
 
 
 def compact_indices(
-    segment: jax.Array,
-    visual: jax.Array,
-    score: jax.Array,
-    keep: jax.Array,
+    segment: Int[Array, "B L"],
+    visual: Bool[Array, "B L"],
+    score: Float[Array, "B L"],
+    keep: Int[Array, "B S"],
     capacity: int,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +142,11 @@ def gather_rows(array: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def compact(
-    tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int, implementation: str | None = None
+    tokens: Tokens,
+    score: Float[Array, "B L"],
+    keep: Int[Array, "B S"],
+    capacity: int,
+    implementation: str | None = None,
 ) -> Tokens:
     """The tokens that survive, in their order, in rows of `capacity`.
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.segments import segment_runs
 
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float, Int
+
 
 def causal_conv1d(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None = None,
+    x: Float[Array, "B L D"],
+    weight: Float[Array, "W D"],
+    bias: Float[Array, " D"] | None = None,
     *,
-    segment: jax.Array | None = None,
-    initial_state: jax.Array | None = None,
-    initial_segment: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    segment: Int[Array, "B L"] | None = None,
+    initial_state: Float[Array, "B W-1 D"] | None = None,
+    initial_segment: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B W-1 D"]]:
     """y[t] = bias + sum_j weight[j] * x[t - (W-1) + j], each channel for itself, no activation.
 
     x [B,L,D]; weight [W,D]; bias [D] or None; segment [B,L] int32 (0 = padding, only at the end of a row; None: all one

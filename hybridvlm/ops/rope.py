@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float
+
 
 def apply_rope(
-    x: jax.Array,
+    x: Float[Array, "B L H P"],
     position: jax.Array,
     theta: float = 10000.0,
     fraction: float = 1.0,
     sections: tuple[int, ...] = (),
     interleaved: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B L H P"]:
     """Turn each pair (i, i + R/2) of the first R = fraction * P channels by position * theta ** (-2i/R) radians.
 
     x [B,L,H,P] queries or keys; position [B,L] int32 or float, in tokens; channels from R on pass through.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.attention.xla import FEW_ROWS
 from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
+
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float, Int
 
 # name -> module, imported when it is asked for. Its attention(q, k, v, *, q_segment, kv_segment, q_index, kv_index, causal,
 # scale) takes what `attention` below has checked, None for what was not given, and raises NotImplementedError, with
@@ -34,18 +38,18 @@ DEFAULTS = {"tpu": "pallas_tpu"}
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T H P"],
+    k: Float[Array, "B L K P"],
+    v: Float[Array, "B L K Q"],
     *,
-    q_segment: jax.Array | None = None,
-    kv_segment: jax.Array | None = None,
-    q_index: jax.Array | None = None,
-    kv_index: jax.Array | None = None,
+    q_segment: Int[Array, "B T"] | None = None,
+    kv_segment: Int[Array, "B L"] | None = None,
+    q_index: Int[Array, "B T"] | None = None,
+    kv_index: Int[Array, "B L"] | None = None,
     causal: bool = True,
     scale: float | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T H Q"], Float[Array, "B H T"]]:
     """Grouped-query softmax attention.
 
     q [B,T,H,P], k and v [B,L,K,P]; query head h reads kv head h // (H // K), and nothing is repeated in memory.
