@@ -99,11 +99,11 @@ class _Generator(CodeGenerator):
         self.write("))")
 
     def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
-        self.write("(environment.check_values(")
+        self.write("(environment.checked(")
         self.visit(node.expr, frame)
         self.write(")")
         for operand in node.ops:
-            self.write(f" {operators[operand.op]} environment.check_values(")
+            self.write(f" {operators[operand.op]} environment.checked(")
             self.visit(operand.expr, frame)
             self.write(")")
         self.write(")")
