@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 
 from hybridvlm.plain import from_dict as from_dict
 from hybridvlm.plain import shown
@@ -339,11 +337,16 @@ class Buckets:
 class Schedule:
     """How the share of visual tokens falls with depth (x = layer / (layers - 1)).
 
-    shape: constant | step | linear | cosine | sigmoid | list. `steepness` is the sigmoid's k; `floor` the least share;
-    `values` the shares of shape "list", one per layer: taken as written where the budget is 1, else raised to the power
-    that meets the budget. `start`: no drop before the layer with this index has run. `never`: layers after which
-    nothing is dropped. `stages` > 0 merges neighbouring drops into that many lengths. `layer_weights`, for str-calibrated: how far
-    each layer's score follows the question, one number per layer, 0 for not at all.
+    Attributes:
+        shape: constant, step, linear, cosine, sigmoid or list.
+        steepness: the sigmoid's k.
+        floor: the least share.
+        start: no drop before the layer with this index has run.
+        never: layers after which nothing is dropped.
+        stages: above 0, neighbouring drops are merged into that many lengths.
+        values: shares of shape "list", one per layer: taken as written where the budget is 1, else raised to the power that
+            meets the budget.
+        layer_weights: for str-calibrated, how far each layer's score follows the question, one number per layer, 0 for not at all.
     """
 
     shape: str = "sigmoid"
@@ -380,9 +383,14 @@ class Schedule:
 class ScoreOptions:
     """How a layer's scores are made (arXiv 2603.00198 leaves these open; see hybridvlm/reduction/scores.py).
 
-    decay, dt: keep the cumulative decay / the dt factor of the Mamba score. sign: raw | relu | abs. norm: none | l1 |
-    softmax | zscore (over the visual tokens of one query row and group). groups: mean | max. heads: mean | max, of
-    attention heads, and of the dt and decay factors inside a Mamba group. queries: mean | max | last.
+    Attributes:
+        decay: keep the cumulative decay of the Mamba score.
+        dt: keep the dt factor of the Mamba score.
+        sign: raw, relu or abs.
+        norm: none, l1, softmax or zscore, over the visual tokens of one query row and group.
+        groups: mean or max over groups.
+        heads: mean or max over attention heads, and over the dt and decay factors inside a Mamba group.
+        queries: mean, max or last of the query rows.
     """
 
     decay: bool = False
@@ -411,7 +419,16 @@ BUDGET_KINDS = ("mean", "final", "flops")
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """What to drop: a method of the registry, its budget and how the budget is counted, schedule, score options, seed."""
+    """What to drop.
+
+    Attributes:
+        method: a name of the registry, or a composition such as "evs:0.5+str:0.5".
+        budget: share of visual tokens to keep, in (0, 1].
+        kind: what the budget counts: mean over layers, final (the last layer) or flops.
+        schedule: how the share falls with depth.
+        score: how a layer's scores are made.
+        seed: of the random methods.
+    """
 
     method: str = "none"
     budget: float = 1.0
@@ -425,37 +442,3 @@ class Reduction:
             raise ValueError(f"Reduction.budget must lie in (0, 1], got {self.budget!r}")
         if self.kind not in BUDGET_KINDS:
             raise ValueError(f"Reduction.kind must be one of {BUDGET_KINDS}, got {self.kind!r}")
-
-
-_CONFIGS: dict[str, type[ModelConfig]] = {"nemotron_vl": ModelConfig, "vamba": VambaConfig, "qwen_vl": QwenConfig}
-
-
-def config_names() -> list[str]:
-    """Names of the configurations that come with the library."""
-    return sorted(path.stem for path in config_folder().glob("*.json"))
-
-
-def config_folder() -> pathlib.Path:
-    """Where the configs that come with the package lie."""
-    here = pathlib.Path(__file__).parent
-    installed = here / "_configs"  # an installed wheel carries the repository's configs/ there
-    return installed if installed.is_dir() else here.parent / "configs"
-
-
-def load_model_config(name_or_path: str | pathlib.Path) -> ModelConfig:
-    """A ModelConfig by the name of one of the files in `configs/` (such as "tiny"), or from a JSON file of the same form.
-
-    The file's "family" says which kind of ModelConfig it is (none: the Nemotron VL family's). ValueError for an unknown one.
-    """
-    path = pathlib.Path(name_or_path)
-    if path.suffix != ".json":
-        path = config_folder() / f"{name_or_path}.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no model config {str(name_or_path)!r}; give a JSON file or one of {', '.join(config_names())}"
-        )
-    data = json.loads(path.read_text())
-    name = data.pop("family", "nemotron_vl")
-    if name not in _CONFIGS:
-        raise ValueError(f"{path}: no model family {name!r}; there are {', '.join(_CONFIGS)}")
-    return from_dict(_CONFIGS[name], data)

@@ -148,7 +148,9 @@ def print_table(
         return
     if sys.stdout.isatty():
         console = Console(color_system="auto" if rich_terminal() else None, width=width, highlight=False)
-        for columns in column_blocks(rows, keys, console.width):
+        for number, columns in enumerate(column_blocks(rows, keys, console.width)):
+            if number:
+                console.print()
             console.print(_table(rows, columns, style, right, lines=True))
     else:
         print(plain_table(rows, right=right))

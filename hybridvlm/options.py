@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
+import json
+import re
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 THINKING = {"auto": None, "on": True, "off": False}
 
@@ -22,6 +25,50 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
     budget = "most tokens of reasoning; then it is ended, and the answer has its own (default: one limit for both)"
     parser.add_argument("--thinking", default="auto", choices=tuple(THINKING), help=switch)
     parser.add_argument("--think-tokens", type=int, metavar="N", help=budget)
+
+
+class FieldHelp(NamedTuple):
+    """One field of a config: its dotted key, its type and default as texts, and its documentation."""
+
+    key: str
+    type: str
+    default: str
+    text: str
+
+
+def field_help(config: Any, prefix: str = "") -> dict[str, list[FieldHelp]]:
+    """The fields of a config dataclass and of those nested in it, by the dotted key of their group ("" for its own).
+
+    Documentation is read from the `Attributes:` of the docstrings. A nested config whose default is None is one field.
+    """
+    docs, hints = attribute_docs(type(config)), typing.get_type_hints(type(config))
+    groups: dict[str, list[FieldHelp]] = {prefix: []}
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}.{field.name}".lstrip("."), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            groups |= field_help(value, key)
+        else:
+            groups[prefix].append(FieldHelp(key, _type_name(hints[field.name]), _as_set(value), docs[field.name]))
+    return groups
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The entries under `Attributes:` of a class's docstring, each on one line."""
+    _, _, section = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"list of {typing.get_args(kind)[0].__name__}"
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    return " or ".join(part.__name__ for part in parts) if parts else kind.__name__
+
+
+def _as_set(value: Any) -> str:
+    """A value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def split(text: str) -> list[str]:

@@ -9,14 +9,16 @@ import pytest
 from scipy import stats
 
 from hybridvlm.analyze import calibrate, measures, over_seeds, ridge
-from hybridvlm.analyze.ablate import parse_models, verdict
+from hybridvlm.analyze.ablate_checkpoints import parse_models
+from hybridvlm.analyze.ablate_report import verdict
 from hybridvlm.analyze.cells import CLAIMS, REFERENCE, SETS, cells_of
 from hybridvlm.analyze.common import Asked, layers_of, markdown
 from hybridvlm.analyze.probe import _retrieve as retrieve
 from hybridvlm.analyze.scores import Scored
 from hybridvlm.analyze.sparsity import measure as sparsity
 from hybridvlm.analyze.stability import measure as stability
-from hybridvlm.config import Reduction, Schedule, load_model_config
+from hybridvlm.config import Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.options import InputError
 from hybridvlm.reduction import ReductionPlan, make_plan
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from hybridvlm.analyze import __main__ as analyze
-from hybridvlm.analyze import ablate, probe
+from hybridvlm.analyze import ablate, ablate_checkpoints, probe
 from hybridvlm.analyze.common import load_model
-from hybridvlm.config import Reduction, Schedule, load_model_config
+from hybridvlm.config import Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models import nemotron_vl
 from hybridvlm.tiny.resume import write_checkpoint
 
@@ -90,7 +91,7 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
         code, out, _ = run(capsys, *argv, "--dry-run")
     assert code == 0 and "answers to find" in out and not (tmp_path / "a" / "ablation.json").exists()
 
-    answered, real = [], ablate.Checkpoint.run
+    answered, real = [], ablate_checkpoints.Checkpoint.run
 
     def stops(self, cell, progress):
         if len(answered) == 2:
@@ -99,7 +100,7 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
         real(self, cell, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ablate.Checkpoint, "run", stops)
+        patch.setattr(ablate_checkpoints.Checkpoint, "run", stops)
         code, out, _ = run(capsys, *argv)
         assert code == 130 and "ms each when dense" in out
     kept = {path.name: path.read_text() for path in (tmp_path / "a" / "answers").iterdir()}
@@ -126,7 +127,7 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
     def nothing(self, cell, progress):
         raise AssertionError("a cell that is done is run again")
 
-    monkeypatch.setattr(ablate.Checkpoint, "run", nothing)
+    monkeypatch.setattr(ablate_checkpoints.Checkpoint, "run", nothing)
     code, out, error = run(capsys, *argv)
     assert code == 0 and "nothing is left" in out, error
 

@@ -11,7 +11,8 @@ import pytest
 
 from hybridvlm.bench import prefill, vs_transformers
 from hybridvlm.bench.__main__ import main, table
-from hybridvlm.config import Reduction, load_model_config
+from hybridvlm.config import Reduction
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models.nemotron_vl.model import assemble
 
 MICRO = {
@@ -99,7 +100,7 @@ def test_bad_options_are_one_line(micro, capsys, options, message):
 
 def test_vs_transformers_without_its_packages(monkeypatch, capsys):
     monkeypatch.setattr(vs_transformers.importlib.util, "find_spec", lambda name: None)
-    assert main(["vs-transformers"]) == 2
+    assert main(["vs_transformers"]) == 2
     assert "hybridvlm[parity]" in capsys.readouterr().err
 
 
@@ -127,7 +128,7 @@ def test_vs_transformers(tmp_path, capfd):
     path, out = tmp_path / "micro.json", tmp_path / "rows.json"
     path.write_text(json.dumps(MICRO | {"pattern": "M-*M-"}))
     options = ["--config", str(path), "--tokens", "24,40", "--text", "8", "--new", "4", "--repeats", "1"]
-    assert main(["vs-transformers", *options, "--json", str(out)]) == 0
+    assert main(["vs_transformers", *options, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [row["measure"] for row in rows] == ["prefill"] * 4 + ["prefill str:0.25"] + ["decode"] * 2 + ["machine"] * 2
     assert rows[-1]["logits_error"] < 1e-5

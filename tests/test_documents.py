@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 
-from hybridvlm.config import config_names
+from hybridvlm.config_files import config_names
 from hybridvlm.reduction import parse_method
 from hybridvlm.tiny import figure
 from hybridvlm.train import config as train_config

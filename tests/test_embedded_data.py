@@ -10,7 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from hybridvlm.config import config_folder
+from hybridvlm.config_files import config_folder
 from hybridvlm.tiny import assets, tiles
 from hybridvlm.train import config as configs
 

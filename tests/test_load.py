@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, hf, samples, save_published
 from hybridvlm.checkpoints.atomic import _host, whole_folder
-from hybridvlm.config import load_model_config
+from hybridvlm.config_files import load_model_config
 from hybridvlm.inference.model import load
-from hybridvlm.models import nemotron_vl, qwen_vl
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.weights import flatten
 from hybridvlm.tokenizers.published import PublishedTokenizer
 
@@ -293,7 +294,7 @@ def test_limits_of_the_processors_files(tmp_path):
     (path / "video_preprocessor_config.json").write_text('{"size": {"shortest_edge": 128, "longest_edge": 8192}}')
     config = load(path).config
     assert (config.frame_pixels, config.video_pixels) == ((128, 8192), 8192)
-    assert np.prod(qwen_vl.frame_size(config, 400, 560, 8)) * 8 <= 8192
+    assert np.prod(geometry.frame_size(config, 400, 560, 8)) * 8 <= 8192
     nested = {"image_processor": {"min_pixels": 256, "max_pixels": 4096}}
     (path / "processor_config.json").write_text(json.dumps(nested))
     assert load(path).config.image_pixels == (256, 4096)

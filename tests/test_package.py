@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hybridvlm as hv
-from hybridvlm.config import load_model_config
+from hybridvlm.config_files import load_model_config
 
 
 def test_import_is_light():

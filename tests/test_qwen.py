@@ -14,12 +14,15 @@ from qwen_oracle import forward
 from safetensors.numpy import load_file
 
 from hybridvlm.checkpoints.hf import params_from_tensors
-from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, load_model_config, to_dict
+from hybridvlm.config import QwenConfig, Reduction, ScoreOptions, from_dict, to_dict
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models import qwen_vl
 from hybridvlm.models.family import family_of
+from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl_model
 from hybridvlm.models.qwen_vl.config import pixel_limits
-from hybridvlm.models.qwen_vl.model import QwenBatch, rope_positions
+from hybridvlm.models.qwen_vl.geometry import rope_positions
+from hybridvlm.models.qwen_vl.model import QwenBatch
 from hybridvlm.models.weights import flatten
 from hybridvlm.reduction.plan import make_plan
 from hybridvlm.reduction.scores import spread_score
@@ -336,7 +339,7 @@ def test_averaged_blocks_take_their_planes_along():
     """Pooling acts on visual tokens and planes alike: as if the tower had given the averages."""
     name = "qwen3_vl"
     config, _, _ = load(name)
-    config = qwen_vl_model.at_size(config, 16, 16)
+    config = geometry.at_size(config, 16, 16)
     ids, visual = sample(name)
     plan = make_plan(Reduction("avgpool", 0.5), config, visual_tokens=16, text_tokens=12, frames=4)
     assert plan.pool_factors == (1, 1, 2)

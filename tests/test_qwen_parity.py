@@ -10,6 +10,7 @@ import pytest
 
 from hybridvlm.checkpoints.hf import params_from_tensors
 from hybridvlm.models import qwen_vl
+from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl_model
 from hybridvlm.nn import decoder
 from hybridvlm.vision import qwen_merge, qwen_tower
@@ -55,7 +56,7 @@ def test_logits_and_positions(name, reference):
         params["projector"], config.vision, *qwen_tower(params["vision"], config.vision, jnp.asarray(rows), GRID)
     )
     frame = np.where(ids == VIDEO, (np.cumsum(ids == VIDEO, axis=1) - 1) // m, -1)
-    position = qwen_vl_model.rope_positions(frame[0], (GRID[0] // 2, GRID[1] // 2), apart=config.generation == 3)
+    position = geometry.rope_positions(frame[0], (GRID[0] // 2, GRID[1] // 2), apart=config.generation == 3)
     np.testing.assert_array_equal(position.T, places[:, 0])
     batch = qwen_vl_model.QwenBatch(ids, np.ones_like(ids), frame, np.asarray([frames]), position[None])
     tokens = qwen_vl_model._assemble(config)(params["embed"], batch, visual[None])

@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from hybridvlm.config import Buckets, Reduction, load_model_config
+from hybridvlm.config import Buckets, Reduction
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models import qwen_vl
 from hybridvlm.models.media import Clip
-from hybridvlm.models.qwen_vl import model as qwen_vl_model
+from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.tokenizers.text import plain
 
@@ -62,14 +63,14 @@ SYSTEM = f"{START}system\nYou are a helpful assistant.{END}\n"
     ],
 )
 def test_sizes(source, second, third, image):
-    assert qwen_vl.frame_size(QWEN2, *source) == second
-    assert qwen_vl.frame_size(QWEN3, *source) == third
-    assert qwen_vl.frame_size(QWEN2, *source[:2], 1, "image") == image
+    assert geometry.frame_size(QWEN2, *source) == second
+    assert geometry.frame_size(QWEN3, *source) == third
+    assert geometry.frame_size(QWEN2, *source[:2], 1, "image") == image
 
 
 def test_extreme_aspects_are_refused():
     with pytest.raises(ValueError, match="more than 200 times"):
-        qwen_vl_model.smart_resize(10, 3000, 28, 1, 10**9)
+        geometry.smart_resize(10, 3000, 28, 1, 10**9)
 
 
 def test_qwen2_video_prompt():
@@ -97,7 +98,7 @@ def test_qwen3_video_prompt_has_times():
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3])
 def test_image_text_and_turns(config):
-    size = qwen_vl.frame_size(config, 56, 84, 1, "image")
+    size = geometry.frame_size(config, 56, 84, 1, "image")
     step = config.vision.patch_size * 2
     layout = qwen_vl.prompt(config, Words(), ask("image"), [clip(1, (56, 84), "image")])
     assert f"{OPEN}{'|' * (size[0] * size[1] // step**2)}{CLOSE}why?" in shown(layout)
@@ -157,7 +158,7 @@ def test_pixels_are_tubelets_with_the_last_frame_repeated():
     assert out.shape == (1, 4, 2, 28, 56, 3)
     assert out[0, :, :, 0, 0, 0].tolist() == [[1, 2], [3, 3], [0, 0], [0, 0]]
     picture = qwen_vl.pixels(QWEN2, [clip(1, (50, 80), "image")], 1)
-    assert picture.shape == (1, 1, 2, *qwen_vl.frame_size(QWEN2, 50, 80, 1, "image"), 3)
+    assert picture.shape == (1, 1, 2, *geometry.frame_size(QWEN2, 50, 80, 1, "image"), 3)
     with pytest.raises(ValueError, match="over its bucket"):
         qwen_vl.pixels(QWEN2, [video], 1)
     with pytest.raises(ValueError, match="must be of one size"):
@@ -165,7 +166,7 @@ def test_pixels_are_tubelets_with_the_last_frame_repeated():
 
 
 def test_plans_follow_the_size_of_the_clip():
-    config = qwen_vl_model.at_size(QWEN3, 64, 96)
+    config = geometry.at_size(QWEN3, 64, 96)
     plan = qwen_vl.make_plan(config, Reduction("str", 0.5), frames=8, text=32)
     assert plan.visual_tokens == 8 * 2 * 3
     assert {plan.pattern[layer] for layer in plan.drops} == {"*"}

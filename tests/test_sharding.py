@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from sharding_worker import IN_SUITE, TRAIN
 
 from hybridvlm import sharding
-from hybridvlm.config import ModelConfig, ScoreOptions, load_model_config
+from hybridvlm.config import ModelConfig, ScoreOptions
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models import nemotron_vl
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.ops.tokens import Tokens

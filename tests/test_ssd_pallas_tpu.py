@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from ssd_shared import SPECS, SharedSsdTests, small_arrays
 
 from hybridvlm import aot
-from hybridvlm.config import load_model_config
+from hybridvlm.config_files import load_model_config
 from hybridvlm.nn.mamba2 import MambaStack, mamba_layer
 from hybridvlm.ops import traffic
 from hybridvlm.ops.platforms import compiling_for, tpu_interpreter

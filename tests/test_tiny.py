@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.analyze.deletion import separate
-from hybridvlm.config import load_model_config
+from hybridvlm.config_files import load_model_config
 from hybridvlm.inference.model import load
 from hybridvlm.tiny import codes, needle, train
 from hybridvlm.tiny.bank import draw, draw_videos, make_bank

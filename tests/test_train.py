@@ -140,7 +140,7 @@ def test_packed_rows_of_a_transformer_with_positions_and_planes():
 
     from hybridvlm.inference.model import Model
     from hybridvlm.models import qwen_vl
-    from hybridvlm.models.qwen_vl import model as qwen_vl_model
+    from hybridvlm.models.qwen_vl import geometry
     from hybridvlm.train.rows import arrange
 
     config, params, _ = load("qwen3_vl")
@@ -150,9 +150,7 @@ def test_packed_rows_of_a_transformer_with_positions_and_planes():
     for asked in ([7, 8], [9, 10, 11]):
         ids = np.asarray([5, *[91] * 4, 6, *[91] * 4, *asked], np.int32)
         frame = np.asarray([-1, *[0] * 4, -1, *[1] * 4, *[-1] * len(asked)], np.int32)
-        row = arrange(
-            ids, frame, np.asarray([12, 2], np.int32), qwen_vl_model.rope_positions(frame, (2, 2), apart=True)
-        )
+        row = arrange(ids, frame, np.asarray([12, 2], np.int32), geometry.rope_positions(frame, (2, 2), apart=True))
         made.append(row | {"visual_features": rng.normal(size=(2, 4, config.width * planes)).astype(np.float32)})
     one, two = Shape(2, 8, 1, 4), Shape(4, 16, 2, 4)
     alone = [single(row, one) for row in made]

@@ -9,7 +9,7 @@ import pytest
 from train_micro import settings
 
 from hybridvlm.checkpoints.folder import expected_shapes
-from hybridvlm.config import load_model_config
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models.family import get_family
 from hybridvlm.train import lora, optimizer
 from hybridvlm.train.config import Lora, Optimizer, TrainConfig, read

@@ -13,12 +13,15 @@ import pytest
 from vamba_oracle import forward
 
 from hybridvlm.bench import vamba as bench
-from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig, load_model_config
+from hybridvlm.config import Buckets, Reduction, Schedule, VambaConfig, VisionConfig
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models import qwen_vl, vamba
 from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
+from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.vamba import model as vamba_model
 from hybridvlm.nn import vamba as blocks
+from hybridvlm.nn import vamba_layers
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import text_tokens
@@ -194,7 +197,7 @@ def test_golden_activations():
     """What every sub-block adds, beside the reference's."""
     config, params, io = golden("short")
     p, video, text = params["decoder"], jnp.asarray(io["act.visual"])[None], jnp.asarray(io["out.hidden.0"])
-    layer = jit(functools.partial(blocks.text_layer, c=config))
+    layer = jit(functools.partial(vamba_layers.text_layer, c=config))
     mix = jit(lambda p, v, s: mamba_layer(p, config.mixer, v, s)[0])
     ones = jnp.ones(video.shape[:2], jnp.int32)
     segment, position = jnp.ones(text.shape[:2], jnp.int32), jnp.arange(text.shape[1])[None]
@@ -202,10 +205,10 @@ def test_golden_activations():
     for i in range(config.layers):
         mine = jax.tree.map(lambda a, i=i: a[i], {name: p[name] for name in ("attention", "cross", "mlp", "mamba")})
         h = rms_norm(text, mine["attention"]["norm"], config.norm_eps)
-        keys = blocks.cross_keys(mine["cross"], config, video)
-        seen, _, _ = blocks.cross_attention(mine["cross"], config, h, segment, *keys, ones)
+        keys = vamba_layers.cross_keys(mine["cross"], config, video)
+        seen, _, _ = vamba_layers.cross_attention(mine["cross"], config, h, segment, *keys, ones)
         close(seen, io[f"act.{i}.cross_attn"], 1e-5)
-        memory = blocks.CrossMemory(*keys, ones)
+        memory = vamba_layers.CrossMemory(*keys, ones)
         text, _, _ = layer(mine, x=text, segment=segment, position=position, memory=memory)
         if i + 1 < config.layers:
             close(text, io[f"out.hidden.{i + 1}"], 1e-5)
@@ -465,7 +468,7 @@ def test_methods_keep_what_their_plans_say(method):
 def test_plans_count_both_streams():
     """FLOPs and bytes of the released model at 1,024 frames of 644x364, by hand."""
     config = released()
-    config = vamba_model.at_size(config, 364, 644)
+    config = geometry.at_size(config, 364, 644)
     plan = vamba.make_plan(config, Reduction("uniform", 0.25), 512, 128)
     m, t, d = 153_088, 128, 3584
     assert plan.visual_tokens == m
@@ -484,7 +487,7 @@ def test_plans_count_both_streams():
 def test_flops_are_those_of_the_papers_plots():
     """Prefill at 640x360 (TFLOPs read off the plots, +-3 %), counted as a profiler does that sees no attention products."""
     for model, plotted in bench.PAPER["prefill"].items():
-        config = vamba_model.at_size(load_model_config(bench.MODELS[model]), 364, 644)
+        config = geometry.at_size(load_model_config(bench.MODELS[model]), 364, 644)
         for frames, (_, tflops) in plotted.items():
             assert abs(bench.papers_flops(config, frames, 128) / (tflops * 1e12) - 1) < 0.03
 

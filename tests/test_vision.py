@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridvlm.config import VisionConfig, load_model_config
+from hybridvlm.config import VisionConfig
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.vision import StemTower, VisionModel, encode_frames, pixel_shuffle, radio_tower
 from hybridvlm.vision.radio import position_table

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridvlm.analyze import ablate, measures
+from hybridvlm.analyze import ablate, ablate_checkpoints, ablate_report, measures
 from hybridvlm.analyze.cells import REFERENCE, Cell, cell
 from hybridvlm.analyze.common import (
     COLOURS,
@@ -54,6 +54,7 @@ from hybridvlm.analyze.common import (
 )
 from hybridvlm.analyze.scores import Scored, score_questions
 from hybridvlm.config import ATTENTION, Reduction, to_dict
+from hybridvlm.console import print_markdown
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.files import folder_lock
 
@@ -109,15 +110,18 @@ def run(options: argparse.Namespace) -> int:
     title = f"# {options.model}: which scores follow the question ({len(asked)} videos of {source_name(options)})"
     table = markdown([row | {"weight": weights[row["layer"]]} for row in layers])
     option = f"--methods str-calibrated --schedule layer_weights={','.join(f'{w:g}' for w in weights)}"
-    text = f"{title}\n\n`{options.command}`\n\n{table}\n\n`{option}`\n"
+    text = f"{title}\n\n`{options.command}`\n\n{table}\n"
     write_figure(folder / "calibration.png", picture(layers))
-    print(text)
+    print_markdown(text)
+    # On a line of its own, as it is to be pasted.
+    print(option)
+    text += f"\n`{option}`\n"
     if options.compare:
         with folder_lock(folder, "an analysis"):
             results = compare(options, base, reduction, folder)
         write_json(folder / "calibration.json", data | {"comparison": results})
-        text += f"\n{ablate.report(results)}"
-        print(ablate.report(results))
+        text += f"\n{ablate_report.report(results)}"
+        print_markdown(ablate_report.report(results))
     write_atomic(folder / "calibration.md", text)
     print(folder / "calibration.md")
     return 0
@@ -212,7 +216,7 @@ def compare(options: argparse.Namespace, base: Reduction, reduction: Reduction, 
     """str and str-calibrated at the predicted FLOPs of str, on the same validation questions."""
     own = argparse.Namespace(**vars(options))
     own.split, own.limit, own.dry_run = "val", options.compare, False
-    checkpoints = ablate.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
+    checkpoints = ablate_checkpoints.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
     results = ablate.answer_cells(own, checkpoints, compared(base, reduction))
     assert results is not None
     return results

@@ -52,7 +52,7 @@ from hybridvlm.analyze.common import (
 from hybridvlm.analyze.deletion import separate
 from hybridvlm.analyze.ridge import probe
 from hybridvlm.config import ATTENTION, MAMBA, ModelConfig
-from hybridvlm.console import track
+from hybridvlm.console import print_markdown, track
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.inference.model import Model
 from hybridvlm.nn.attention import attention_layer, attention_shared
@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
     write_json(folder / "probe.json", {"command": options.command, "results": results})
     write_atomic(folder / "probe.md", text)
     write_figure(folder / "probe.png", picture(results))
-    print(f"{text}\n{folder / 'probe.md'}")
+    print_markdown(text)
+    print(folder / "probe.md")
     return 0
 
 

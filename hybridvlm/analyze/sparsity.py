@@ -39,6 +39,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.analyze.scores import WITH_DECAY, Scored, score_questions
+from hybridvlm.console import print_markdown
 from hybridvlm.eval.results import write_atomic
 
 SHARES = (0.5, 0.8, 0.9, 0.95)
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     )
     write_atomic(folder / "sparsity.md", f"{title}\n\n`{options.command}`\n\n{table}\n")
     write_figure(folder / "sparsity.png", picture(layers, options.mass))
-    print(f"{title}\n\n{table}\n\n{folder / 'sparsity.md'}")
+    print_markdown(f"{title}\n\n{table}\n")
+    print(folder / "sparsity.md")
     return 0
 
 

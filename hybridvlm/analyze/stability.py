@@ -37,7 +37,7 @@ from hybridvlm.analyze.common import (
     write_json,
 )
 from hybridvlm.analyze.scores import Scored, score_questions
-from hybridvlm.console import track
+from hybridvlm.console import print_markdown, track
 from hybridvlm.eval.results import write_atomic
 
 
@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     text = f"{markdown(found['by_type'])}\n\n{markdown(found['layers'])}"
     write_atomic(folder / "stability.md", f"{title}\n\n`{options.command}`\n\n{text}\n")
     write_figure(folder / "stability.png", picture(found))
-    print(f"{title}\n\n{text}\n\n{folder / 'stability.md'}")
+    print_markdown(f"{title}\n\n{text}\n")
+    print(folder / "stability.md")
     return 0
 
 

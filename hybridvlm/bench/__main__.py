@@ -28,7 +28,7 @@ BENCHES = {
     "train": ("hybridvlm.bench.train", "a whole step of training compiled for TPUs that are not there, as aot"),
     "step": ("hybridvlm.bench.step", "a training step, dense beside reduction"),
     "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense beside reduction methods"),
-    "vs-transformers": ("hybridvlm.bench.vs_transformers", "prefill and decode, with transformers' NemotronH"),
+    "vs_transformers": ("hybridvlm.bench.vs_transformers", "prefill and decode, with transformers' NemotronH"),
 }
 
 

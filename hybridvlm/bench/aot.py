@@ -17,7 +17,8 @@ from typing import Any
 
 from hybridvlm.bench import timing
 from hybridvlm.bench.prefill import STAMP_TOKENS, bench_plan
-from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.options import override
 
 
@@ -89,7 +90,7 @@ def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Names
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot, sharding
-    from hybridvlm.models.nemotron_vl import model as nemotron_vl
+    from hybridvlm.models import nemotron_vl
     from hybridvlm.models.prompt import Batch
 
     devices = sharding.tensor_size(mesh)

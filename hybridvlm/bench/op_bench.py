@@ -50,6 +50,8 @@ def measure(
     """name -> {ms, x_fastest, temp_mb, bytes_ms, flops_ms, of_floor} of functions with their arguments, taking turns."""
     import jax
 
+    from hybridvlm import aot
+
     compiled = {}
     for name, (function, arrays) in calls.items():
         timing.say(f"compiling {name}")

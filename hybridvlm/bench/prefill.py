@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.bench import timing
-from hybridvlm.config import ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.config import ModelConfig, Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.options import override
 
 STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano

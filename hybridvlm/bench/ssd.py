@@ -181,6 +181,7 @@ def _compile(spec, dtype: str, implementations, where, args: argparse.Namespace)
 def _measure(spec, dtype: str, implementations, args: argparse.Namespace) -> list[dict[str, Any]]:
     import jax
 
+    from hybridvlm import aot
     from hybridvlm.bench.timing import interleaved, median_ms, paired_ratio
 
     arrays, _ = spec.arrays(dtype)

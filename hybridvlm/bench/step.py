@@ -10,7 +10,8 @@ import argparse
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.config import Reduction, load_model_config
+from hybridvlm.config import Reduction
+from hybridvlm.config_files import load_model_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

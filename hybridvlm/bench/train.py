@@ -18,7 +18,8 @@ from typing import Any
 
 from hybridvlm.bench import timing
 from hybridvlm.bench.aot import STAGES, mesh_sizes, plan_there
-from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.options import override
 
 
@@ -99,7 +100,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot, sharding
-    from hybridvlm.models.nemotron_vl import model as nemotron_vl
+    from hybridvlm.models import nemotron_vl
     from hybridvlm.ops.tokens import Tokens
     from hybridvlm.reduction.methods import score_fn
     from hybridvlm.train.optimizer import decays
@@ -129,7 +130,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
         x = jnp.concatenate([visual, jnp.take(embed, ids, axis=0)], axis=1)
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), x.shape[:2])
         seen = place < visual_tokens
-        frame = jnp.where(seen, place // config.vision.tokens_per_frame, -1)
+        frame = jnp.where(seen, place // config.tower.tokens_per_frame, -1)
         tokens = Tokens(x, place, jnp.ones_like(place), seen, ~seen & (place < length - args.answer), place, frame)
         out = sharding.prefill(
             params["decoder"],

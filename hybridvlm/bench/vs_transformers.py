@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.bench import timing
-from hybridvlm.config import ModelConfig, Reduction, load_model_config
+from hybridvlm.config import ModelConfig, Reduction
+from hybridvlm.config_files import load_model_config
 
 SIDES = ("transformers", "hybridvlm")
 CHECK_TOKENS = 200  # length of the prompt on which the two must agree
@@ -36,7 +37,7 @@ LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m hybridvlm.bench vs-transformers`."""
+    """The options of `python -m hybridvlm.bench vs_transformers`."""
     add = parser.add_argument
     add(
         "--config",
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"bench vs-transformers needs {' and '.join(missing)}: pip install 'hybridvlm[parity]'")
+        raise ValueError(f"bench vs_transformers needs {' and '.join(missing)}: pip install 'hybridvlm[parity]'")
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for side in SIDES:
@@ -80,7 +81,7 @@ def _worker(side: str, args: argparse.Namespace, folder: str) -> None:
         sys.executable,
         "-m",
         "hybridvlm.bench",
-        "vs-transformers",
+        "vs_transformers",
         *options,
         f"--worker={side}",
         f"--folder={folder}",
@@ -91,7 +92,7 @@ def _worker(side: str, args: argparse.Namespace, folder: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": threads, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(program, env=environment, preexec_fn=pin, check=False)
     if done.returncode:
-        raise ValueError(f"the {side} side of bench vs-transformers ended with exit code {done.returncode}")
+        raise ValueError(f"the {side} side of bench vs_transformers ended with exit code {done.returncode}")
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.checkpoints.hf import CONFIG, Place, check_finite, own_head, read_json, read_params
+from hybridvlm.checkpoints.names import SETTINGS, resolve
 from hybridvlm.checkpoints.orbax import ABOUT, is_orbax, read_about, restore_orbax, save_orbax
 from hybridvlm.checkpoints.tensors import TensorFolder
 from hybridvlm.config import Buckets, Reduction, from_dict, to_dict
@@ -49,17 +49,6 @@ PREPROCESSORS = {
 STORAGE = ("float32", "float16")
 SECTIONS = {"reduction": Reduction, "style": PromptStyle, "buckets": Buckets}
 PUBLISHED_BUCKETS = Buckets(frames=(1, 2, 4, 8, 16, 32, 64, 128), text=(64, 256, 1024, 4096), max_new=256)
-_DATA = pathlib.Path(__file__).parent.parent / "tiny" / "data"
-PACKAGED = {"tiny": _DATA / "tiny", "tiny-reduced": _DATA / "tiny-reduced"}
-SETTINGS = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-)  # beside the weights
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
 def expected_shapes(config: Any, kind: Family = nemotron_vl, where: str = "the config") -> dict[str, tuple[int, ...]]:
@@ -172,73 +161,6 @@ def _sections(model: Savable) -> dict[str, Any]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(name_or_path: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
-    """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
-
-    Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already; HF_HUB_OFFLINE=1 asks nobody.
-    FileNotFoundError names what there is.
-    """
-    packaged = PACKAGED.get(str(name_or_path))
-    path = packaged or pathlib.Path(name_or_path).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} goes with an id of the hub, and {path} is a folder")
-        return path
-    name = str(name_or_path)
-    if packaged is None and isinstance(name_or_path, str) and not _is_path(name):
-        return _download(name, revision)
-    known = ", ".join(PACKAGED)
-    what = "is packaged but not installed" if packaged else "is no folder here, and no packaged name"
-    if path.is_file():
-        what = "is a file; give the checkpoint's folder"
-    raise FileNotFoundError(
-        f"{name!r} {what} (packaged: {known}; or the path of a folder with {CONFIG}, or owner/name on the hub)"
-    )
-
-
-# where people keep their own: "runs/tiny" is a folder that is missing, and asked of nobody
-LOCAL = frozenset(
-    (
-        "runs",
-        "run",
-        "results",
-        "checkpoints",
-        "checkpoint",
-        "ckpt",
-        "ckpts",
-        "models",
-        "model",
-        "weights",
-        "outputs",
-        "output",
-    )
-    + ("out", "data", "tmp", "cache", "experiments", "exp", "logs", "work", "saved", "build", "dist", "tests")
-)
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name that is no folder can only be meant as one: anything but owner/name as the hub has them, or below a folder
-    that is here or that is called as such folders are."""
-    owner, _, rest = name.partition("/")
-    plain = re.fullmatch(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?", owner, re.ASCII) and re.fullmatch(
-        r"[\w.-]+", rest, re.ASCII
-    )
-    return not plain or set(rest) <= {"."} or owner.lower() in LOCAL or pathlib.Path(owner).exists()
-
-
-def _download(name: str, revision: str | None) -> pathlib.Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(
-            f"{name!r} is no folder here, and could not be had from the hub{at}: {(str(error) or 'no answer').splitlines()[0]}"
-        ) from error
-
-
 def read_config(path: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
     """(family, config, {section: its dataclass}) of a folder in the library's own form; data: its config.json, parsed."""
     file = path / CONFIG
@@ -255,8 +177,10 @@ def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[
     sections = {name: data.pop(name, None) for name in SECTIONS}
     try:
         kind = get_family(data.pop("family", nemotron_vl.NAME))
-        config = from_dict(kind.Config, data)
-        built = {name: from_dict(cls, sections[name]) for name, cls in SECTIONS.items() if sections[name] is not None}
+        config: Any = from_dict(kind.Config, data)
+        built: dict[str, Any] = {
+            name: from_dict(cls, sections[name]) for name, cls in SECTIONS.items() if sections[name] is not None
+        }
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     return kind, config, built
@@ -286,14 +210,14 @@ def read_weights(
 
 
 def read_checkpoint(
-    name_or_path: str | pathlib.Path,
+    name_or_path: str | os.PathLike[str],
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = None,
     reduction: Reduction | None = None,
     buckets: Buckets | None = None,
     revision: str | None = None,
-    cache: str | pathlib.Path | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """What a checkpoint folder (this library's, Orbax's or a published one) holds; arguments and errors as of `hybridvlm.load`."""
     if dtype is not None:
@@ -309,7 +233,14 @@ def read_checkpoint(
         raise
 
 
-def _load(path, mesh, dtype, reduction, buckets, cache) -> Checkpoint:
+def _load(
+    path: pathlib.Path,
+    mesh: jax.sharding.Mesh | None,
+    dtype: Any,
+    reduction: Reduction | None,
+    buckets: Buckets | None,
+    cache: str | os.PathLike[str] | None,
+) -> Checkpoint:
     place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, place, reduction, buckets)
@@ -362,15 +293,24 @@ def _placing(mesh: jax.sharding.Mesh) -> Place:
     return functools.partial(sharding_of, mesh)
 
 
-def _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets) -> Checkpoint:
-    sections = dict(sections)
+def _checkpoint(
+    name: str,
+    kind: Family,
+    config: Any,
+    params: dict[str, Any],
+    tokenizer: Any,
+    sections: Mapping[str, Any],
+    reduction: Reduction | None,
+    buckets: Buckets | None,
+) -> Checkpoint:
+    fields = dict(sections)
     if reduction is not None:
-        sections["reduction"] = reduction
+        fields["reduction"] = reduction
     if buckets is not None:
-        sections["buckets"] = buckets
+        fields["buckets"] = buckets
     if not config.name:
         config = dataclasses.replace(config, name=name)
-    return Checkpoint(config, params, tokenizer, name=name, family=kind, **sections)
+    return Checkpoint(config, params, tokenizer, name=name, family=kind, **fields)
 
 
 def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenizer | None:
@@ -388,7 +328,9 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
     return tokenizer
 
 
-def _load_orbax(path, dtype, place, reduction, buckets) -> Checkpoint:
+def _load_orbax(
+    path: pathlib.Path, dtype: Any, place: Place | None, reduction: Reduction | None, buckets: Buckets | None
+) -> Checkpoint:
     about = read_about(path)
     if not isinstance(about.get("model"), dict):
         raise CheckpointError(f"{path / ABOUT}: model must be a table, got {shown(about.get('model'))}")
@@ -401,7 +343,15 @@ def _load_orbax(path, dtype, place, reduction, buckets) -> Checkpoint:
     )
 
 
-def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Checkpoint:
+def _load_published(
+    path: pathlib.Path,
+    raw: dict[str, Any],
+    dtype: Any,
+    place: Place | None,
+    reduction: Reduction | None,
+    buckets: Buckets | None,
+    cache: str | os.PathLike[str] | None,
+) -> Checkpoint:
     raw = raw | _preprocessors(path)
     try:
         kind = family_of(raw)
@@ -426,13 +376,13 @@ def _load_published(path, raw, dtype, place, reduction, buckets, cache) -> Check
     if cache is None:
         params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
-    cache, source = pathlib.Path(cache), _source(path, tensors, dtype)
-    if not is_orbax(cache) or read_about(cache).get("source") != source:
+    copy, source = pathlib.Path(cache), _source(path, tensors, dtype)
+    if not is_orbax(copy) or read_about(copy).get("source") != source:
         params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
         about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
-        save_orbax(cache, params, {"name": name, "model": about, "source": source}, tokenizer)
+        save_orbax(copy, params, {"name": name, "model": about, "source": source}, tokenizer)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
-    return _load_orbax(cache, None, place, reduction, buckets)
+    return _load_orbax(copy, None, place, reduction, buckets)
 
 
 def _preprocessors(path: pathlib.Path) -> dict[str, Any]:

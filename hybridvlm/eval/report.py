@@ -91,7 +91,10 @@ READING = (
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a table: a difference whose interval leaves out zero is red where it is a loss, else green."""
-    texts = [{column: text for column in _ORDER if (text := cells(row).get(column)) is not None} for row in rows]
+    texts = [cells(row) for row in rows]
+    # A column without anything in it is left to the report.
+    columns = [column for column in _ORDER if any(text[column] not in ("", "-", "0") for text in texts)]
+    texts = [{column: text[column] for column in columns} for text in texts]
 
     def style(number: int, column: str) -> str:
         row = rows[number]

@@ -1,5 +1,7 @@
 """Token reduction: plans, schedules, scores and the registry of methods."""
 
+# Importing it registers the methods that come with the library.
+from hybridvlm.reduction import builtin as builtin
 from hybridvlm.reduction.evs import average_pool, evs_keep_count, evs_mask, evs_score
 from hybridvlm.reduction.methods import (
     METHODS,

@@ -12,7 +12,8 @@ import functools
 
 import numpy as np
 
-from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, Reduction, Schedule, load_model_config
+from hybridvlm.config import ATTENTION, MAMBA, ModelConfig, Reduction, Schedule
+from hybridvlm.config_files import load_model_config
 from hybridvlm.tiny import tiles, vocabulary
 
 # attribute -> how many values; a time t is two digits, high = t // 8 and low = t % 8, as the two tags spell it

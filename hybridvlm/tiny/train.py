@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybridvlm.config import MIXERS, ModelConfig, load_model_config
+from hybridvlm.config import MIXERS, ModelConfig
+from hybridvlm.config_files import load_model_config
 from hybridvlm.errors import said
 from hybridvlm.files import folder_lock
 from hybridvlm.nn.caches import AttentionCache

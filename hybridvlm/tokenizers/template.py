@@ -65,7 +65,9 @@ def render(source: str, variables: Mapping[str, Any]) -> Text:
     """What a template makes of variables. Any exception is the template's; those of `TooMuch` are ours."""
     token = budget.set(Budget())
     try:
-        return Text(_compiled(source).render(dict(variables)))
+        rendered = _compiled(source).render(dict(variables))
+        assert isinstance(rendered, Text)  # as `_Environment.concat` makes it
+        return rendered
     finally:
         budget.reset(token)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 
 EXAMPLES = """\
@@ -28,20 +29,45 @@ A config in Python (.py) is run as a program, with all rights of whoever starts 
 type at your shell. JSON and YAML configs are data and run nothing."""
 
 
+def fields_text() -> str:
+    """The fields of a config, grouped, each with its type, its default and what it is."""
+    from hybridvlm.options import field_help
+    from hybridvlm.train.config import TrainConfig
+
+    lines = ["fields of a config, each with its default (--set KEY=VALUE; lists and numbers as JSON has them):"]
+    for group, fields in field_help(TrainConfig()).items():
+        lines.append(f"\n  {group or 'the run'}")
+        names = [f"{field.key}={field.default}" for field in fields]
+        wide = min(44, max(map(len, names)))
+        for name, field in zip(names, fields, strict=True):
+            start = f"    {name:<{wide}}  {field.type}: "
+            hang = " " * (wide + 6)
+            lines += textwrap.wrap(f"{start}{field.text}", 118, subsequent_indent=hang, break_long_words=False)
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m hybridvlm.train",
         description="Finetune a model under token reduction.",
-        epilog=EXAMPLES,
+        epilog=f"{EXAMPLES}\n\n{fields_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "config",
-        help="a .json, .yaml or .py file (hybridvlm/train/config.py says what it may hold; a .py file is run as a program), "
+        help="a .json, .yaml or .py file with the fields below (a .py file is run as a program), "
         "or the name of a config that comes with the package",
     )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="changes")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change fields of the config, such as data.text=16 optimizer.rate=1e-4",
+    )
     args = parser.parse_args(argv)
 
     from hybridvlm import distributed

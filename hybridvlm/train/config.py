@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from hybridvlm.config import Reduction, config_folder, from_dict
+from hybridvlm.config import Reduction, from_dict
+from hybridvlm.config_files import config_folder
 from hybridvlm.files import parse_json
 from hybridvlm.video import VideoInfo, sample_indices
 
@@ -70,16 +71,28 @@ def _patterns(config: Any, name: str) -> None:
 class Data:
     """Where samples come from, and the one static shape of a row.
 
-    source: "needle" (the embedded benchmark's generator), "jsonl" (path: the file), "tfds" (path: name of a
-    tensorflow-datasets data source, folder: its data_dir). split: of needle and tfds. batch: rows of a step, of all processes
-    together. segments: most samples packed in a row, each of which keeps the plan's share of its own visual tokens; frames, text:
-    places of one row for frames and for text tokens, answer included (with packing `segments` of the latter stay free);
-    sample_frames: most frames of a sample (0: `frames`). answer: most answer
-    tokens of a sample (0: `text`). features: "pixels" (through the vision tower in every step) or "cached" (made once by the
-    frozen tower: kept in `cache` for files, a bank of `bank` cells per border colour for needle). types: question types of
-    needle. rule: which frames of a file (`video.sampling`). allow_special_tokens: let control tokens in the samples' texts
-    (`<|im_end|>`, and marks such as `<think>` in answers) be control tokens, instead of plain text.
-    bad_share: of corrupt samples among those seen, above which the run stops.
+    Attributes:
+        source: needle (the embedded benchmark's generator), jsonl (a file) or tfds (a tensorflow-datasets source).
+        path: the file of jsonl, the name of a tfds source.
+        folder: the data_dir of tfds.
+        split: of needle and tfds.
+        batch: rows of a step, of all processes together.
+        segments: most samples packed into a row, each of which keeps the plan's share of its own visual tokens.
+        frames: frames that a row holds.
+        sample_frames: most frames of a sample (0: frames).
+        text: text tokens that a row holds, answers included; with packing `segments` of them stay free.
+        answer: most answer tokens of a sample (0: text).
+        features: pixels (through the vision tower in every step) or cached (made once by the frozen tower).
+        cache: folder of cached features of files.
+        bank: cached image tiles per border colour of needle.
+        types: question types of needle, empty for all.
+        rule: which frames of a file, see `video.sampling`.
+        allow_special_tokens: let control tokens in the samples' texts (`<|im_end|>`, and marks such as `<think>` in answers) be
+            control tokens instead of plain text.
+        shuffle: read the samples in a new order every epoch.
+        threads: that read and decode samples.
+        prefetch: batches prepared ahead of the step.
+        bad_share: share of corrupt samples among those read above which the run stops.
     """
 
     source: str = "needle"
@@ -124,9 +137,11 @@ class Data:
 class ReductionMode:
     """The reduction in the forward pass: the plan of a step.
 
-    mode: "none" (dense), "fixed" (`reduction`), "curriculum" (its budget goes through `budgets` in equal parts of the run) or
-    "random" (drawn from `budgets` for every step); 1.0 among the budgets is the dense model. straight_through: 0, or the
-    temperature of the estimator that gives the scores a gradient (train/straight_through.py).
+    Attributes:
+        mode: none (dense), fixed (`reduction`), curriculum (through `budgets` in equal parts of the run) or random (drawn from them).
+        reduction: the reduction, with its method, budget and schedule.
+        budgets: of curriculum and random; 1.0 among them is the dense model.
+        straight_through: 0, or the temperature of the estimator that gives the scores a gradient (train/straight_through.py).
     """
 
     mode: str = "fixed"
@@ -149,11 +164,16 @@ class ReductionMode:
 class Distill:
     """What the dense model teaches.
 
-    teacher: whose dense pass the answers are compared with: "start" (the frozen start weights) or "self" (the same weights,
-    no gradient); kl: weight of KL(teacher || student) on answer tokens at `temperature`.
-    scores: weight, in dense steps, of the loss by which Mamba layers' c.b learn to rank as the next attention layer does
-    (train/distill.py). The first `teach` steps are dense, and then every `every`-th (0: none). videos, questions: of a dense step,
-    where many questions share one pass over a video (needle only); questions 1: the rows of an ordinary step.
+    Attributes:
+        teacher: whose dense pass the answers are compared with: start (the frozen start weights) or self (the same weights).
+        kl: weight of KL(teacher || student) on answer tokens.
+        temperature: of both distributions in the KL.
+        scores: weight, in dense steps, of the loss by which Mamba layers' c.b learn to rank as the next attention layer does
+            (train/distill.py).
+        teach: number of dense steps at the start.
+        every: afterwards, one dense step in so many (0: none).
+        videos: of a dense step with `questions` > 1.
+        questions: that share one pass over a video in a dense step (needle alone); 1: the rows of an ordinary step.
     """
 
     teacher: str = "start"
@@ -174,11 +194,22 @@ class Distill:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with warm-up and cosine from `rate` to `rate * end`; clip: by global norm (0: none).
+    """AdamW with warm-up and a cosine decay of the rate.
 
-    accumulate: microbatches that a step's batch is cut into. frozen, decay_free: regular expressions of parameter paths
-    (re.search), the latter in addition to those that never decay (train/optimizer.py). ema: decay of an average of the trained
-    parameters, which begins at the start weights and is what is exported; 0 for none.
+    Attributes:
+        rate: the highest learning rate.
+        warmup: steps of linear warm-up.
+        start: rate at the first step, as a part of `rate`.
+        end: rate at the last step, as a part of `rate`.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        decay: weight decay.
+        clip: most norm of all gradients together (0: no limit).
+        accumulate: microbatches that a step's batch is cut into.
+        frozen: regular expressions of parameter paths that are not trained (re.search).
+        decay_free: the same, of parameters without weight decay, in addition to those of train/optimizer.py.
+        ema: decay of an average of the trained parameters, which starts at the start weights and is exported (0: none).
     """
 
     rate: float = 1e-4
@@ -208,8 +239,13 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """rank 0: none; else low-rank updates, scaled by alpha / rank, of the parameters whose path `targets` find, and nothing else
-    is trained."""
+    """Low-rank updates.
+
+    Attributes:
+        rank: of the updates; 0: none, else nothing but them is trained.
+        alpha: they are scaled by alpha / rank.
+        targets: regular expressions of the paths of the parameters that have one.
+    """
 
     rank: int = 0
     alpha: float = 16.0
@@ -224,7 +260,14 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """Devices along each axis; all 1: one device and no mesh. One may be -1: the rest."""
+    """Devices along each axis of the mesh; all 1: one device and no mesh. One may be -1: the rest.
+
+    Attributes:
+        data: cuts the batch.
+        fsdp: cuts the batch, and parameters with their optimizer state.
+        tensor: cuts heads and channels.
+        sequence: cuts the rows.
+    """
 
     data: int = 1
     fsdp: int = 1
@@ -244,8 +287,14 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-    """every: steps from one checkpoint to the next (0: only at the end). keep: the latest so many; keep_every: and for good, every
-    so many steps (0: none)."""
+    """Checkpoints in the run's folder.
+
+    Attributes:
+        every: steps from one checkpoint to the next (0: only at the end).
+        keep: so many of the latest are kept.
+        keep_every: and one in so many steps for good (0: none).
+        asynchronous: write while the next steps run.
+    """
 
     every: int = 100
     keep: int = 2
@@ -258,8 +307,14 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """every: steps from one printed line to the next. tensorboard, wandb: write there too (wandb: the project's name).
-    peak_flops: of one device, for the utilisation; 0: by a table of devices, or measured on this one."""
+    """What a run says of itself.
+
+    Attributes:
+        every: steps from one printed line to the next.
+        tensorboard: write to TensorBoard, too.
+        wandb: project on Weights & Biases to write to, too.
+        peak_flops: of one device, for the utilisation; 0: by a table of devices, or measured.
+    """
 
     every: int = 20
     tensorboard: bool = False
@@ -272,7 +327,13 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """The checkpoint written at the end. reduction: what it says it is to be run under (default: what it was trained under)."""
+    """The checkpoint folder written at the end.
+
+    Attributes:
+        name: of the model (default: the start model's).
+        storage: float32 or float16.
+        reduction: under which it says it is to be run (default: the one it was trained under).
+    """
 
     name: str = ""
     storage: str = "float32"
@@ -285,8 +346,25 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run. model: what `hybridvlm.load` takes; output: the run's folder; dtype: of the computation, master weights being float32;
-    remat: what the backward pass computes again, a name of `nn.decoder`."""
+    """A run.
+
+    Attributes:
+        model: what `hybridvlm.load` takes.
+        output: the run's folder.
+        steps: optimizer steps.
+        seed: of the data's order, LoRA's start and random budgets.
+        dtype: of the computation, float32 or bfloat16; master weights are float32.
+        remat: what the backward pass computes again: none, layer or dots.
+        data: samples and rows.
+        reduction: the reduction in the forward pass.
+        distill: what the dense model teaches.
+        optimizer: AdamW.
+        lora: low-rank updates.
+        mesh: devices.
+        checkpoints: of the run.
+        logging: of the run.
+        export: the result.
+    """
 
     model: str = "tiny"
     output: str = "runs/train"

@@ -12,7 +12,7 @@ import numpy as np
 
 from hybridvlm.config import ModelConfig, Reduction
 from hybridvlm.inference.model import Model
-from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Batch
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.train.config import Data, Distill, Optimizer, ReductionMode, TrainConfig

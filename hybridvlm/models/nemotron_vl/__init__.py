@@ -3,13 +3,13 @@
 The package is the family that `hybridvlm.models.family.Family` describes.
 """
 
+from hybridvlm.models.nemotron_vl.config import config_from_hf
 from hybridvlm.models.nemotron_vl.model import (
     CHAT,
     METHODS,
     MODEL_TYPES,
     NAME,
     Config,
-    config_from_hf,
     decoder_output,
     embed_prompt,
     encode,
@@ -24,8 +24,8 @@ from hybridvlm.models.nemotron_vl.model import (
     prefill,
     prompt,
     style_for,
-    weight_map,
 )
+from hybridvlm.models.nemotron_vl.weights import weight_map
 
 # Its prompt is one stream: a question is prefilled together with its video.
 build_video_memory = None

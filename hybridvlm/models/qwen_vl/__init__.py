@@ -3,18 +3,18 @@
 The package is the family that `hybridvlm.models.family.Family` describes.
 """
 
+from hybridvlm.models.qwen_vl.config import config_from_hf
+from hybridvlm.models.qwen_vl.geometry import frame_size
 from hybridvlm.models.qwen_vl.model import (
     CHAT,
     METHODS,
     MODEL_TYPES,
     NAME,
     Config,
-    config_from_hf,
     decoder_output,
     embed_prompt,
     encode,
     extend,
-    frame_size,
     init,
     make_batch,
     make_decode_step,
@@ -24,8 +24,8 @@ from hybridvlm.models.qwen_vl.model import (
     prefill,
     prompt,
     style_for,
-    weight_map,
 )
+from hybridvlm.models.qwen_vl.weights import weight_map
 
 # Its prompt is one stream: a question is prefilled together with its video.
 build_video_memory = None

@@ -3,6 +3,7 @@
 The package is the family that `hybridvlm.models.family.Family` describes.
 """
 
+from hybridvlm.models.qwen_vl import encode
 from hybridvlm.models.vamba.model import (
     CHAT,
     METHODS,
@@ -10,8 +11,6 @@ from hybridvlm.models.vamba.model import (
     NAME,
     Config,
     build_video_memory,
-    config_from_hf,
-    encode,
     extend,
     frame_size,
     init,
@@ -24,8 +23,8 @@ from hybridvlm.models.vamba.model import (
     prompt,
     style_for,
     trim_frames,
-    weight_map,
 )
+from hybridvlm.models.vamba.weights import config_from_hf, weight_map
 
 # Two streams: rows of training and analyses have no place for them.
 decoder_output = None

@@ -20,9 +20,9 @@ from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import ArrayT, PromptStyle
+from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl
-from hybridvlm.models.qwen_vl.model import QwenLayout, at_size, encode
-from hybridvlm.models.vamba.weights import config_from_hf, weight_map
+from hybridvlm.models.qwen_vl.model import QwenLayout
 from hybridvlm.nn import vamba
 from hybridvlm.nn.caches import AttentionCache
 from hybridvlm.nn.vamba import VambaDecoder, VideoMemory
@@ -35,8 +35,6 @@ from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision.model import CONNECTORS, TOWERS
-
-__all__ = ["at_size", "config_from_hf", "encode", "weight_map"]
 
 NAME = "vamba"
 # It has the names of Qwen2-VL; hybridvlm.models.family.family_of knows it by its vision_mamba_mixer_config.
@@ -114,7 +112,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
     if kind == "video":
         scale = min(1.0, config.longest_edge / max(height, width))
         height, width = (max(config.shortest_edge, int(side * scale)) for side in (height, width))
-    return qwen_vl.smart_resize(height, width, v.patch_size * v.downsample, *config.image_pixels)
+    return geometry.smart_resize(height, width, v.patch_size * v.downsample, *config.image_pixels)
 
 
 def trim_frames(config: VambaConfig, clip: Clip) -> Clip:
@@ -295,7 +293,7 @@ def prefill(
     *,
     scores: bool = False,
     hidden_states: bool = False,
-) -> PrefillOutput:
+) -> PrefillOutput[Decoded]:
     """Prompts to last-token logits, with `decode_capacity` cache slots for new tokens.
 
     visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may

@@ -1,0 +1,103 @@
+"""The checkpoints of an ablation, with their answers so far."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybridvlm.analyze.cells import CellPlanner
+from hybridvlm.analyze.common import (
+    base_reduction,
+    load_embedded,
+    short,
+)
+from hybridvlm.config import Reduction
+from hybridvlm.eval.results import SampleStore
+from hybridvlm.eval.runner import Runner, Variant, fingerprint
+from hybridvlm.eval.tasks import TaskOptions, build_task
+from hybridvlm.inference.model import Model
+from hybridvlm.options import InputError, override
+from hybridvlm.reduction import ReductionPlan
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """One set of weights. Those of one configuration share compiled programs."""
+
+    group: str
+    name: str
+    model: Model
+    reduction: Reduction | None
+    runner: Runner
+    planner: CellPlanner
+
+    def run(self, cell: Variant, progress: Any) -> None:
+        """Answer what is missing of one cell."""
+        # without dense: nothing is timed here
+        self.runner.run(progress, [cell])
+
+    def missing(self, cell: Variant) -> set[tuple[str, str]]:
+        """(file, key) of the answers to a cell that are still to be found."""
+        store = self.runner.store
+        keys = (self.runner.key(cell, sample) for sample in self.runner.task.samples)
+        return {(str(store.path), key) for key in keys if key not in store}
+
+    def plan(self, cell: Variant) -> ReductionPlan | None:
+        """The plan of the only bucket (BudgetError where there is none)."""
+        return self.planner(cell, next(iter(self.runner.buckets.values())))[1]
+
+    def correct(self, cell: Variant) -> np.ndarray:
+        """Which questions are answered rightly, bool [n]."""
+        return np.array([self.runner.store.get(self.runner.key(cell, s))["correct"] for s in self.runner.task.samples])
+
+
+def parse_models(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(group, checkpoint) pairs of "GROUP=A,B" and "A,B" (each its own group); InputError for a name twice."""
+    pairs = []
+    for text in texts:
+        group, equals, rest = text.partition("=")
+        names = [n for n in (rest if equals else text).split(",") if n]
+        if not names or (equals and not group):
+            raise InputError(f"--models takes NAME or GROUP=A,B, got {text!r}")
+        pairs += [(group if equals else short(n), n) for n in names]
+    if len(set(pairs)) < len(pairs):
+        raise InputError(f"--models names a checkpoint twice in one group: {' '.join(texts)}")
+    return pairs
+
+
+def reference(options: argparse.Namespace, own: Sequence[Reduction | None]) -> Reduction:
+    """The reduction that cells differ from: str at --budget with the first own schedule of the models, changed as told."""
+    base = dataclasses.replace(base_reduction(own), method="str", budget=options.budget, kind="mean")
+    return dataclasses.replace(
+        base,
+        schedule=override(base.schedule, options.schedule, "--schedule"),
+        score=override(base.score, options.score, "--score"),
+    )
+
+
+def load_checkpoints(
+    options: argparse.Namespace, named: Sequence[tuple[str, str]], folder: pathlib.Path
+) -> list[Checkpoint]:
+    """The checkpoints of (group, name) pairs, with their answers so far in `folder`."""
+    folder.mkdir(exist_ok=True)
+    shared: dict[str, tuple[Model, CellPlanner]] = {}
+    stores: dict[str, SampleStore] = {}
+    out = []
+    for group, name in named:
+        model = load_embedded(name)
+        # answers are told apart by weights, not by names
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, name=""))
+        kind = repr((model.config, model.buckets, model.style, model.family.NAME))
+        first, planner = shared.setdefault(kind, (model, CellPlanner(model)))
+        own = dataclasses.replace(model, programs=first.programs)
+        weights = fingerprint(model.params)
+        store = stores.setdefault(weights, SampleStore(folder / f"{weights}.jsonl"))
+        task = build_task("needle", TaskOptions(model.config, split=options.split, limit=options.limit))
+        runner = Runner(own, task, [], planner, store, batch_size=options.batch_size, weights=weights)
+        out.append(Checkpoint(group, name, own, model.reduction, runner, planner))
+    return out
