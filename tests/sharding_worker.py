@@ -222,7 +222,7 @@ def main() -> None:
         return train(sys.argv[2:])
     params, batch, visual, plan = inputs(CONFIG)
     assert {CONFIG.pattern[layer] for layer in plan.drops} == {"M", "*"}, plan.drops
-    for name, method, meshes in (("str", plan, ((1, 2), (2, 4))),):
+    for name, method, meshes in (("str", plan, ((2, 4),)),):
         run = jax.jit(lambda params, method=method: prefill(params, CONFIG, batch, visual, method, 0))
         want = run(params)
         for data, tensor in meshes:

@@ -132,6 +132,7 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
     assert code == 0 and "nothing is left" in out, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t0", pytest.param("h0", marks=pytest.mark.slow)])
 def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name):
     """The walk layer by layer against the decoder's own prefill, with the tokens dropped after layer 1."""

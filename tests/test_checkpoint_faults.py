@@ -464,7 +464,7 @@ def test_files_are_closed(copy, tmp_path):
 @pytest.mark.parametrize("name", ["nemotron_h_moe", "qwen3_vl"])
 def test_a_model_without_tokenizer_comes_back(name, copy, tmp_path):
     model = load(copy(name))
-    model.tokenizer = None
+    model = dataclasses.replace(model, tokenizer=None)
     path = save_folder(tmp_path / "own", model)
     again = load(path)
     assert again.tokenizer is None

@@ -379,6 +379,7 @@ def test_a_second_call_answers_nothing_anew(world, done, capsys):
     assert "54 of 54 answers are already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_seed_of_weights_or_plan_is_another_key(world, done, tmp_path):
     """What changes an answer changes its key; what cannot, does not."""
     keys = {key for *_, key in answers_of(done).values()}

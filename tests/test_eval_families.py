@@ -1,5 +1,6 @@
 """The evaluation command on every family, end to end: what the tower is shown there is what it is shown by ask, to the pixel."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,7 +79,7 @@ def asked(model, monkeypatch, path):
 def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, name):
     """Films of two shapes and a picture: pixels and prompts of an evaluation are those of ask."""
     model = load(world / name)
-    model.buckets = override(model.buckets, BUCKETS[1:], "--buckets")
+    model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
     task = build_task(str(world / "q.jsonl"), TaskOptions(model.config, 4, model.buckets))
     store = SampleStore(tmp_path / "samples.jsonl")
     runner = Runner(model, task, [], Planner(model, Reduction()), store, weights="w")
@@ -101,7 +102,7 @@ RUNS = ("qwen3_vl",)
 def test_the_command_runs(world, tmp_path, monkeypatch, capsys, name):
     """Dense and str at 25%; the tower sees the film once, as ask shows it; again, nothing is answered anew."""
     model = load(world / name)
-    model.buckets = override(model.buckets, BUCKETS[1:], "--buckets")
+    model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
     seen = []
     encode = type(model).encode
     monkeypatch.setattr(
@@ -199,7 +200,7 @@ def test_thinking_is_switched_and_has_a_budget_of_its_own(world, tmp_path, name)
     assert found["auto"]["no_answer"] == "ran out of thinking tokens" and found["auto"]["parsed"] is None
     assert "no_answer" not in found["on"] and found["on"]["thinking"] and "thinking" not in found["off"]
     model = load(tmp_path / name)
-    model.buckets = override(model.buckets, BUCKETS[1:], "--buckets")
+    model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
     shown = []
     answer = model.ask(tmp_path / "a.mp4", "red?", frames=4, thinking=True, think_tokens=3, show=shown.append)
     assert (answer.text, answer.thinking) == (found["on"]["prediction"], found["on"]["thinking"])

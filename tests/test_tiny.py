@@ -43,6 +43,7 @@ def test_directions_are_orthonormal_and_words_lie_behind_the_rotation():
     assert np.unravel_index(np.argmax(items @ visual @ query), (16, 64)) == (3, 12)
 
 
+@pytest.mark.slow
 def test_transformer_twin_starts_as_the_hybrid_does():
     hybrid, twin = codes.config(), load_model_config("tiny_transformer")
     assert twin.pattern == hybrid.pattern.replace("M", "*")
@@ -79,6 +80,7 @@ def test_the_loss_moves_what_it_should(small):
     assert float(jnp.abs(grads["decoder"]["mamba"]["in_proj"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_the_optimizer_leaves_tower_and_connector_alone_and_decays_projections_only(small):
     _, params, _ = small
     optimizer = train.make_optimizer(0.1)
@@ -125,6 +127,7 @@ def test_separate_questions_need_no_token_twice(small):
         assert len(needed) == len(set(needed)) and chosen.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-reduced", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_packaged_checkpoints_answer(name):
     model = load(name)

@@ -332,6 +332,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(straight, model, tmp_path):
     folder, told = tmp_path / "run", []
     shutil.copytree(straight.folder, folder)
@@ -342,6 +343,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(straight, model, tmp_pat
     assert losses(folder) == losses(straight.folder) and len(losses(folder)) == 4
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_where_the_rate_allows_and_else_say_the_way_out(straight, model, tmp_path):
     folder, told = tmp_path / "run", []
     shutil.copytree(straight.folder, folder)
@@ -359,6 +361,7 @@ def test_more_steps_go_on_where_the_rate_allows_and_else_say_the_way_out(straigh
         again(straight, model, folder, steps=6)
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder(straight, model, tmp_path):
     run = again(straight, model, tmp_path / "run")
     with folder_lock(tmp_path / "run", "another training"), pytest.raises(FolderBusy, match=f"process {os.getpid()}"):
@@ -368,6 +371,7 @@ def test_two_trainings_in_one_folder(straight, model, tmp_path):
     assert losses(run.folder) == losses(straight.folder)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_a_second_one_stops_at_once(straight, model, tmp_path):
     before, held, told = signal.getsignal(signal.SIGINT), signal.default_int_handler, []
     signal.signal(signal.SIGINT, held)  # a shell's background ignores it
