@@ -182,7 +182,7 @@ def _answer(args: argparse.Namespace) -> int:
         except ValueError as error:
             if not answered:
                 raise
-            _complain(error, args)  # a slip in a further question does not cost the film that was read
+            _complain(error, args)  # a slip in a further question does not cost the video that was read
             continue
         answered = True
         print()

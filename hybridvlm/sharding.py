@@ -327,7 +327,7 @@ def prefill(
 
 
 def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm: Axes, caches: bool) -> DecoderOutput:
-    """How what `prefill` returns lies on the mesh: PartitionSpecs in the place of arrays."""
+    """How what `prefill` returns lies on the mesh: PartitionSpecs instead of arrays."""
     kv = P(batch, None, heads)
     entries = {
         MAMBA: MambaCache(P(batch, None, ssm), P(batch, ssm), P(batch)),
@@ -374,7 +374,7 @@ def _shared(specs: Mapping[str, Any], rules: ShardingRules, mesh: Mesh) -> tuple
 
 
 def pad_to(tokens: Tokens, length: int) -> Tokens:
-    """Padding behind every row, up to `length`."""
+    """Padding after every row, up to `length`."""
     more = length - tokens.length
     if not more:
         return tokens

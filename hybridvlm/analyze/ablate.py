@@ -229,7 +229,7 @@ def _possible(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> tuple
 
 
 def _work(checkpoints, cells, possible) -> list[tuple[int, Variant, int]]:
-    """(checkpoint, cell, answers missing), all checkpoints of one configuration after one another for each cell."""
+    """(checkpoint, cell, answers missing), all checkpoints of one configuration one after another for each cell."""
     work: list[tuple[int, Variant, int]] = []
     seen: set[tuple[str, str]] = set()  # cells of two sets may be one and the same
     order = sorted(
@@ -499,9 +499,15 @@ def pictures(results: Row) -> dict[str, Any]:
             for g, group in enumerate(groups):
                 own = [r for r in chosen if r["group"] == group]
                 means, below, above = zip(*(_bar(r["accuracy"]) for r in own), strict=True)
-                places = [labels.index(r["cell"]) + 0.8 * (g + 0.5) / len(groups) - 0.4 for r in own]
+                heights = [labels.index(r["cell"]) + 0.8 * (g + 0.5) / len(groups) - 0.4 for r in own]
                 panel.barh(
-                    places, means, 0.8 / len(groups), xerr=[below, above], color=COLOURS[g % 10], label=group, capsize=2
+                    heights,
+                    means,
+                    0.8 / len(groups),
+                    xerr=[below, above],
+                    color=COLOURS[g % 10],
+                    label=group,
+                    capsize=2,
                 )
             panel.set_yticks(range(len(labels)), labels, fontsize=8)
             panel.invert_yaxis()

@@ -102,11 +102,11 @@ def rank_biased_overlap(first: np.ndarray, second: np.ndarray, p: float) -> floa
     """Overlap of two rankings weighted to their heads: sum over depths d of p^(d-1) (1-p) |top d of both| / d, completed by the
     overlap at full depth. 1/(1-p) is the depth that counts; score vectors [M], ties to the earlier token."""
     m = len(first)
-    place = np.empty((2, m), int)
-    for row, score in zip(place, (first, second), strict=True):
+    rank = np.empty((2, m), int)
+    for row, score in zip(rank, (first, second), strict=True):
         row[np.argsort(-np.asarray(score), kind="stable")] = np.arange(m)
     depth = np.arange(1, m + 1)
-    shared = np.cumsum(np.bincount(place.max(0), minlength=m)) / depth
+    shared = np.cumsum(np.bincount(rank.max(0), minlength=m)) / depth
     weight = p ** np.arange(m) * (1 - p)
     return float(np.sum(shared * weight) + shared[-1] * p**m)
 

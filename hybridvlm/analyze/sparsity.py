@@ -1,4 +1,4 @@
-"""How few visual tokens hold a layer's score, and is the score a matter of place?
+"""How few visual tokens hold a layer's score, and is the score a matter of position?
 
     python -m hybridvlm.analyze sparsity --model tiny
     python -m hybridvlm.analyze sparsity --model CHECKPOINT --video clip.mp4 --question "What colour is the car?"
@@ -10,7 +10,7 @@ z-scored score; all three are in the JSON, --mass picks the table's. `positive` 
 hardly any has one, relu's mass says little (it is even where none has). A flat mass may still rank well: see `recall`, how often
 the tokens that the answer needs are in the top quarter (embedded benchmark only), and `calibrate`.
 
-Position bias: Spearman's correlation of the score with a token's place (positive: late tokens score higher), without the decay
+Position bias: Spearman's correlation of the score with a token's position (positive: late tokens score higher), without the decay
 and with it (Mamba layers). `range` is its 95% interval, clustered by video. Written: sparsity.json, sparsity.md, sparsity.png.
 """
 
@@ -116,10 +116,10 @@ def _shown(row: Row, how: str) -> Row:
         "gini": values["gini"],
         "entropy": values["entropy"],
         "positive": row["positive"],
-        "place": row["position_plain"]["mean"],
+        "position": row["position_plain"]["mean"],
     }
     out["range"] = row["position_plain"]["ci95"]
-    out["place, decay on"] = row["position_decay"]["mean"] if row["kind"] == "M" else None
+    out["position, decay on"] = row["position_decay"]["mean"] if row["kind"] == "M" else None
     for name in ("first", "second"):
         if row["recall"] and name in row["recall"]:
             out[f"recall {name}"] = row["recall"][name]
@@ -150,7 +150,7 @@ def picture(layers: Sequence[Row], how: str) -> Any:
         color=COLOURS[1],
         label="with decay",
     )
-    second.set(title="rank correlation of score and place", xlabel="layer", ylim=(-1.05, 1.05))
+    second.set(title="rank correlation of score and position", xlabel="layer", ylim=(-1.05, 1.05))
     for panel in (first, second):
         for row in layers:
             if row["kind"] == "*":

@@ -1,4 +1,4 @@
-"""What the benches of single ops share: candidates timed here beside their floor, or compiled for a device that is not here."""
+"""What the benches of single ops share: candidates timed here against their lower bound, or compiled ahead of time for a device."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """name -> {ms, x_fastest, temp_mb, bytes_ms, flops_ms, of_floor} of functions with their arguments, taking turns."""
     import jax
+
+    from hybridvlm import aot
 
     compiled = {}
     for name, (function, arrays) in calls.items():

@@ -58,7 +58,7 @@ class PlanView(Protocol):
 class Method:
     """One entry of the registry.
 
-    place: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
+    position: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
     schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
     reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
     token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
@@ -66,7 +66,7 @@ class Method:
     """
 
     name: str
-    place: str
+    phase: str
     function: Callable[..., Any]
     sites: Sites | None = None
     curve: Callable[[Schedule, int], schedules.Curve] | None = None
@@ -75,7 +75,7 @@ class Method:
     token_local: bool = False
 
     def __post_init__(self) -> None:
-        if self.place == "decoder" and (self.sites is None or self.curve is None):
+        if self.phase == "decoder" and (self.sites is None or self.curve is None):
             raise ValueError(f"Method {self.name!r} drops inside the decoder, so it needs sites and a curve")
 
     @property
@@ -97,9 +97,9 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def _register(name: str, place: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _register(name: str, phase: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        METHODS[name] = Method(name, place, function, **fields)
+        METHODS[name] = Method(name, phase, function, **fields)
         return function
 
     return add
@@ -115,13 +115,14 @@ def register_method(
     "hybridvlm.methods" that names a module which registers them.
 
     The function takes (layer, aux, tokens, plan, segments) and returns scores [B,L] float32; of each example (and segment) the
-    visual tokens of highest score stay, ties go to the earlier. `aux` is what the layer tells beside its output: `AttentionAux` (q
-    of the question's rows, k, log-sum-exp) or `MambaAux` (b, c, dt, log_decay). `tokens` is its output. It is traced by JAX. The
+    visual tokens of highest score stay, ties go to the earlier. `aux` is what the layer returns in addition to its output:
+    `AttentionAux` (q of the question's rows, k, log-sum-exp) or `MambaAux` (b, c, dt, log_decay). `tokens` is its output. It is
+    traced by JAX. The
     first line of its docstring is what `eval --list` shows.
 
     Args:
         name: of the method; letters, digits, "-" and "_".
-        reads: what the score looks at: "index" (places alone), "features" (tokens, not the question), "queries" (the
+        reads: what the score looks at: "index" (positions alone), "features" (tokens, not the question), "queries" (the
             question) or "last query". Plans predict the cost of scoring by it, and conversations reuse caches by it.
         after: the kinds of layers after which it may drop, of "M" and "*".
         token_local: see `Method`.
@@ -209,12 +210,12 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
                 raise ValueError(f"method {text!r}: the rate of {name!r} is a share to keep, in (0, 1], got {number}")
         parts.append((name, rate))
     if len(parts) > 1:
-        inside = [METHODS[name].place == "decoder" for name, _ in parts]
-        if len(parts) > 2 or inside != [False, True] or METHODS[parts[0][0]].place == "none":
+        inside = [METHODS[name].phase == "decoder" for name, _ in parts]
+        if len(parts) > 2 or inside != [False, True] or METHODS[parts[0][0]].phase == "none":
             raise ValueError(
                 f"method {text!r}: a composition is one method before the decoder "
-                f"({', '.join(m.name for m in METHODS.values() if m.place in ('input', 'merge'))}) + one inside it "
-                f"({', '.join(m.name for m in METHODS.values() if m.place == 'decoder')})"
+                f"({', '.join(m.name for m in METHODS.values() if m.phase in ('input', 'merge'))}) + one inside it "
+                f"({', '.join(m.name for m in METHODS.values() if m.phase == 'decoder')})"
             )
     return tuple(parts)
 
@@ -231,7 +232,7 @@ class AttentionMethods(Collection[str]):
 
     def __contains__(self, name: object) -> bool:
         method = METHODS.get(str(name))
-        return method is not None and (method.place != "decoder" or ATTENTION in method.where)
+        return method is not None and (method.phase != "decoder" or ATTENTION in method.where)
 
 
 def layer_score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
@@ -259,7 +260,7 @@ def score_fn(plan: PlanView, *, segments: int = 1) -> ScoreFn:
 def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """For a plan with `drops_input`: the function (visual [B,F,m,D], frame_count [B]) -> score [B,F*m] fp32."""
     method = get_method(plan.input_method)
-    if method.place != "input":
+    if method.phase != "input":
         raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
     return lambda visual, frame_count: method.function(visual, frame_count, plan)
 
@@ -267,7 +268,7 @@ def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:
 def merge_fn(plan: PlanView) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """For a plan with pool_factors: the function (visual [B,F,m,D], frame_count [B]) -> the same two after merging."""
     method = get_method(plan.input_method)
-    if method.place != "merge":
+    if method.phase != "merge":
         raise ValueError(f"plan of {plan.method!r} merges nothing; ask plan.pool_factors != (1, 1, 1) first")
     return lambda visual, frame_count: method.function(visual, frame_count, plan)
 
@@ -295,7 +296,7 @@ def _attention_layers(pattern: str, schedule: Schedule) -> tuple[int, ...]:
 
 
 def _shallow_then_attention(pattern: str, schedule: Schedule) -> tuple[int, ...]:
-    """The first mixer at an eighth of the depth, then every attention layer behind it."""
+    """The first mixer at an eighth of the depth, then every attention layer after it."""
     shallow = [i for i, kind in enumerate(pattern[:-1]) if kind in MIXERS and i >= len(pattern) // 8][:1]
     return (*shallow, *(i for i in _attention_layers(pattern, schedule) if shallow and i > shallow[0]))
 
@@ -358,7 +359,7 @@ def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segment
 
 @_register("random", "decoder", token_local=True, **_ALL)
 def random(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
-    """str's plan with random scores, drawn from (seed, layer, place in the prompt)"""
+    """str's plan with random scores, drawn from (seed, layer, position in the prompt)"""
     return scores.random_score(tokens.index_in_segment, plan.seed, layer)
 
 
@@ -439,7 +440,7 @@ def oneshot_attention(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segm
 
 
 def _ordinal(visual: jax.Array) -> jax.Array:
-    """The place of every visual token among those of its video: [B,F*m] int32, whatever the bucket."""
+    """The position of every visual token among those of its video: [B,F*m] int32, whatever the bucket."""
     batch, frames, m, _ = visual.shape
     return jnp.broadcast_to(jnp.arange(frames * m, dtype=jnp.int32), (batch, frames * m))
 

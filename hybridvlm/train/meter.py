@@ -94,6 +94,7 @@ class Meter:
             parts.append(f"{kind}: loss {mean('answer_loss', own):.4f}, right {mean('right', own):.1%}{extra}{keeps}")
         return (
             f"{last['step']}/{self.run.config.steps} {' | '.join(parts)} | grad {last['grad_norm']:.2f}, rate {last['rate']:.2e}, "
-            f"{seconds / len(steady):.2f} s/step, about {duration(seconds / len(steady) * left)} left, {mean('tokens_per_s', steady):,.0f} tok/s, "
+            f"{seconds / len(steady):.2f} s/step, about {duration(seconds / len(steady) * left)} left, "
+            f"{mean('tokens_per_s', steady):,.0f} tok/s, "
             f"mfu {mean('mfu', steady):.1%} ({self.peak[1]} peak), waited {waited:.1%}, {last['memory_gib']:.1f} GiB"
         )

@@ -2,9 +2,9 @@
 
 They are the Transformers that the hybrids are measured against: the same decoder walk, plans, scores and caches, with a pattern of
 "*-" per layer. A visual token's position is (time, row, column), made with the prompt and carried through every reduction in
-Tokens.position; Qwen3-VL's DeepStack planes travel behind the visual tokens and then in Tokens.extra.
+Tokens.position; Qwen3-VL's DeepStack planes travel after the visual tokens and then in Tokens.extra.
 
-A frame of the decoder is a tubelet, two frames of the film.
+A frame of the decoder is a tubelet, two frames of the video.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def smart_resize(
     """
     if max(height, width) > ASPECT * min(height, width):
         raise ValueError(f"a picture of {height}x{width} is more than {ASPECT} times longer than wide; crop it")
-    if frames > 1 and min(height, width) < factor:  # Qwen3-VL enlarges tiny films first
+    if frames > 1 and min(height, width) < factor:  # Qwen3-VL enlarges tiny videos first
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
@@ -134,7 +134,7 @@ def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: s
     factor = v.patch_size * v.downsample
     if kind == "image":
         return smart_resize(height, width, factor, *config.image_pixels)
-    frames = max(frames, v.temporal_patch)  # a film of one frame shows it twice
+    frames = max(frames, v.temporal_patch)  # a video of one frame shows it twice
     least, most = config.frame_pixels
     most = max(min(most, config.video_pixels // frames), int(1.05 * least))
     if config.generation == 2:
@@ -173,12 +173,12 @@ def rope_positions(
     """M-RoPE positions [L,3] (time, row, column) of one prompt: frame [L], -1 for text, runs of grid[0] * grid[1] visual tokens.
 
     Text counts on by one, on all three axes. A video starts where the text before it ended, its time counts frames, row and column
-    start there too, and text goes on behind the largest of them all. `apart` (Qwen3-VL, whose frames have text between
+    start there too, and text goes on after the largest of them all. `apart` (Qwen3-VL, whose frames have text between
     them): each frame starts anew, and its time stands still. factors: frames, rows and columns that were averaged into one
-    token, which has the place of the first of them.
+    token, which has the position of the first of them.
 
-    transformers 5.23 continues a Qwen2-VL prompt behind max(rows, columns) of a video instead, so that text falls on positions of
-    its later frames when it has more of them; the published model and its paper (section 2.1) continue behind the maximum.
+    transformers 5.23 continues a Qwen2-VL prompt after max(rows, columns) of a video instead, so that text falls on positions of
+    its later frames when it has more of them; the published model and its paper (section 2.1) continue after the maximum.
     """
     rows, cols = grid
     across = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1).reshape(-1, 2)
@@ -197,9 +197,9 @@ def rope_positions(
             frames = "a frame" if apart else "frames"
             raise ValueError(f"{stop - start} visual tokens in a row do not fill {frames} of {rows}x{cols}")
         time = np.zeros(stop - start) if apart else frame[start:stop] - frame[start]
-        place = np.tile(across, ((stop - start) // len(across), 1))
+        grid = np.tile(across, ((stop - start) // len(across), 1))
         position[start:stop, 0] = at + time
-        position[start:stop, 1:] = at + place
+        position[start:stop, 1:] = at + grid
         at += max(
             (1 if apart else int(frame[stop - 1] - frame[start]) + factors[0]), rows * factors[1], cols * factors[2]
         )
@@ -306,7 +306,7 @@ def make_batch(
 def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
     """Clips, one per example, all of one size -> [B,F,t,h,w,3] uint8 tubelets for `encode`, F = `frames`, the bucket.
 
-    The last frame is repeated to fill its tubelet, and tubelets behind the last one are black and never read.
+    The last frame is repeated to fill its tubelet, and tubelets after the last one are black and never read.
     """
     patch = config.tower.temporal_patch
     sized = []
@@ -360,11 +360,11 @@ class QwenCaches:
 
 
 def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> jax.Array:
-    """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes behind it."""
+    """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes after it."""
     b, f = pixels.shape[:2]
     scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
-    place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-    visual = encode_frames(params, config.tower, scaled, place, dtype=params["embed"].dtype)
+    frame = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
+    visual = encode_frames(params, config.tower, scaled, frame, dtype=params["embed"].dtype)
     return visual.reshape(b, f, *visual.shape[1:])
 
 
@@ -381,7 +381,7 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
             for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
                 plane = flat[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
                 plane = jnp.where(whole.visual[..., None], jnp.take_along_axis(plane, order, axis=1), 0)
-                extra[deepstack_key(2 * k + 1)] = plane  # behind the MLP of published layer k
+                extra[deepstack_key(2 * k + 1)] = plane  # after the MLP of published layer k
         return whole.replace(position=jnp.asarray(batch.position), extra=extra)
 
     return assemble

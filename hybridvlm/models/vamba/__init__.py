@@ -27,7 +27,7 @@ from hybridvlm.models.vamba.model import (
     weight_map,
 )
 
-# Two streams: rows of training and analyses have no place for them.
+# Two streams: rows of training and analyses have no field for them.
 decoder_output = None
 embed_prompt = None
 
