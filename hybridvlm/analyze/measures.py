@@ -111,6 +111,17 @@ def rank_biased_overlap(first: np.ndarray, second: np.ndarray, p: float) -> floa
     return float(np.sum(shared * weight) + shared[-1] * p**m)
 
 
+def correlation_interval(values: Sequence[float], videos: Sequence[str]) -> tuple[float, list[float] | None]:
+    """(mean, 95% interval) of correlations, the interval by Fisher's z: it stays inside [-1, 1]. Clustered by video."""
+    mean = float(np.mean(values))
+    # arctanh of 1 is infinite; this is far beyond what a sample can tell from it.
+    _, interval = mean_interval(np.arctanh(np.clip(values, -1 + 1e-6, 1 - 1e-6)).tolist(), videos)
+    if interval is None:
+        return mean, None
+    low, high = np.tanh(interval)
+    return mean, [float(min(low, mean)), float(max(high, mean))]
+
+
 def mean_interval(values: Sequence[float], videos: Sequence[str]) -> tuple[float, list[float] | None]:
     """Mean and its 95% interval clustered by video (None with one video)."""
     from hybridvlm.eval import statistics

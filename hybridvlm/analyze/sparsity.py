@@ -89,7 +89,7 @@ def measure(scored: Sequence[Sequence[Scored]], pattern: str) -> list[Row]:
             }
         for name in ("plain", "decay"):
             bias = [measures.spearman(s := one.score[name][layer], np.arange(len(s))) for one in flat]
-            mean, interval = measures.mean_interval(bias, videos)
+            mean, interval = measures.correlation_interval(bias, videos)
             row[f"position_{name}"] = {"mean": mean, "ci95": interval}
         row["positive"] = float(np.mean([(one.score["plain"][layer] > 0).mean() for one in flat]))
         row["recall"] = recall(flat, layer)
@@ -128,6 +128,8 @@ def _shown(row: Row, how: str) -> Row:
 
 def picture(layers: Sequence[Row], how: str) -> Any:
     """Shares that hold the mass, and the position bias, over depth; attention layers are marked."""
+    import matplotlib.ticker
+
     fig, panels = figure(2)
     first, second = panels[0]
     depth = [row["layer"] for row in layers]
@@ -141,6 +143,7 @@ def picture(layers: Sequence[Row], how: str) -> Any:
         ylabel="share of visual tokens, %",
         yscale="log",
     )
+    first.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     second.plot(depth, [r["position_plain"]["mean"] for r in layers], color=COLOURS[0], label="without decay")
     mamba = [r for r in layers if r["kind"] == "M"]
     second.plot(
@@ -152,8 +155,9 @@ def picture(layers: Sequence[Row], how: str) -> Any:
     )
     second.set(title="rank correlation of score and position", xlabel="layer", ylim=(-1.05, 1.05))
     for panel in (first, second):
-        for row in layers:
-            if row["kind"] == "*":
-                panel.axvline(row["layer"], color="#dddddd", zorder=0)
+        attention = [row["layer"] for row in layers if row["kind"] == "*"]
+        for layer in attention:
+            label = "attention layer" if layer == attention[0] else None
+            panel.axvline(layer, color="#dddddd", zorder=0, label=label)
         panel.legend(fontsize=8, frameon=False)
     return fig
