@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptions
 from hybridvlm.nn import decoder
-from hybridvlm.nn.caches import AttentionCache, MambaCache
+from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
@@ -178,6 +178,11 @@ def _one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes[0] if len(axes) == 1 else axes or None
 
 
+def _with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
+    """A node of a tree with partition specs in the places of its arrays, as `jax.shard_map` takes them."""
+    return node(*specs, **named)
+
+
 DEFAULT_RULES = ShardingRules()
 
 
@@ -281,10 +286,14 @@ def prefill(
     """
     mesh = auto_mesh(mesh)
     local = local_config(config, tensor_size(mesh))
-    batch, row, heads, ssm = (
+    batch, heads, ssm = (
         _one_or_all(tuple(axis for axis in getattr(rules, name) if axis in mesh.shape))
-        for name in ("batch", "row", "heads", "ssm")
+        for name in ("batch", "heads", "ssm")
     )
+    rows = [axis for axis in rules.row if axis in mesh.shape]
+    if len(rows) > 1:
+        raise ValueError(f"sharding: rows are cut over one mesh axis, the rules name {', '.join(rows)}")
+    row = rows[0] if rows else None
     parts = math.prod(mesh.shape.get(axis, 1) for axis in rules.batch)
     if tokens.x.shape[0] % parts:
         raise ValueError(
@@ -305,7 +314,7 @@ def prefill(
     tokens = pad_to(tokens, shards * shard_length(config, length, shards) if shards > 1 else length)
     out_specs = _output_specs(config, batch, row, heads, ssm, caches)
 
-    def part(params, tokens, counts):
+    def part(params: Any, tokens: Tokens, counts: jax.Array) -> DecoderOutput[tuple[Cache, ...]]:
         return decoder.prefill(
             params,
             local,
@@ -326,16 +335,17 @@ def prefill(
     return out if shards == 1 else _without_padding(out, plan, length)
 
 
-def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm: Axes, caches: bool) -> DecoderOutput:
-    """How what `prefill` returns lies on the mesh: PartitionSpecs instead of arrays."""
+def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm: Axes, caches: bool) -> Any:
+    """How what `prefill` returns lies on the mesh: PartitionSpecs in the place of arrays."""
     kv = P(batch, None, heads)
     entries = {
-        MAMBA: MambaCache(P(batch, None, ssm), P(batch, ssm), P(batch)),
-        ATTENTION: AttentionCache(kv, kv, P(batch), kv, kv, P(batch), P()),
+        MAMBA: _with_specs(MambaCache, P(batch, None, ssm), P(batch, ssm), P(batch)),
+        ATTENTION: _with_specs(AttentionCache, kv, kv, P(batch), kv, kv, P(batch), P()),
         MLP: None,
         MOE: None,
     }
-    return DecoderOutput(
+    return _with_specs(
+        DecoderOutput,
         tokens=P(batch, row),
         caches=tuple(entries[kind] for kind in config.pattern) if caches else (),
         survivors=P(batch, row),
@@ -348,7 +358,7 @@ def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm:
 def _without_padding(out: DecoderOutput, plan: ReductionPlan | None, length: int) -> DecoderOutput:
     """Rows that were padded to be cut evenly, at the lengths of the plan; `length` is that of layer 0."""
     drops = plan.drops if plan is not None else ()
-    lengths = [length, *(plan.row_length(layer + 1) for layer in drops)] if plan is not None else [length]
+    lengths = [length] if plan is None else [length, *(plan.row_length(layer + 1) for layer in drops)]
     cut = lambda tree, n: jax.tree.map(lambda a: a[:, :n], tree)  # noqa: E731
     at_layer = lambda found: {i: cut(a, lengths[sum(drop < i for drop in drops)]) for i, a in found.items()}  # noqa: E731
     return dataclasses.replace(

@@ -91,7 +91,7 @@ def deletion_table(
     for _ in range(-(-videos // part)):
         sample, asked = draw_videos(bank, FRAMES, part, 3 * QUESTIONS, needle.TYPES + needle.TWO_HOP, rng)
         doomed = {name: np.zeros((part, tokens), bool) for name in ("hop 1", "hop 2", "unrelated")}
-        counted = {name: [] for name in doomed}
+        needs: dict[str, list[np.ndarray]] = {name: [] for name in doomed}
         rows = []
         for b, q in enumerate(asked):
             chosen = np.flatnonzero(separate(q.hop1, q.hop2))[:QUESTIONS]
@@ -107,23 +107,23 @@ def deletion_table(
                 doomed[name][b, spare[-short:] if short else []] = (
                     True  # the same number everywhere: filled up with spare tokens
                 )
-                counted[name].append(picked >= 0)
+                needs[name].append(picked >= 0)
             rows += (b * len(q) + chosen).tolist()
         batches.append(
-            (arrays(sample), doomed, np.asarray(rows), {k: np.concatenate(v) for k, v in counted.items()}, sample.type)
+            (arrays(sample), doomed, np.asarray(rows), {k: np.concatenate(v) for k, v in needs.items()}, sample.type)
         )
 
     table = []
     for layer in track((None, *layers), "layer"):
         for name in ("nothing",) if layer is None else ("hop 1", "hop 2", "unrelated"):
-            right, kind = [], []
-            for sample, doomed, rows, counted, types in batches:
-                mask = doomed["unrelated"] if layer is None else doomed[name]
-                got = np.asarray(answers(sample, mask, layer))[rows]
-                valid = np.ones(len(rows), bool) if layer is None else counted[name]
-                right.append(got[valid])
-                kind.append(types[rows][valid])
-            right, kind = np.concatenate(right), np.concatenate(kind)
+            hits, kinds = [], []
+            for inputs, masks, places, counted, types in batches:
+                mask = masks["unrelated"] if layer is None else masks[name]
+                got = np.asarray(answers(inputs, mask, layer))[places]
+                valid = np.ones(len(places), bool) if layer is None else counted[name]
+                hits.append(got[valid])
+                kinds.append(types[places][valid])
+            right, kind = np.concatenate(hits), np.concatenate(kinds)
             by_type = {t: float(right[kind == i].mean()) for i, t in enumerate(needle.TYPES) if (kind == i).any()}
             table.append(
                 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def score_questions(
     """Every mixer layer's score of every visual token for every question: a dense prefill each, one list per video."""
     layers = mixers(model)
     out: list[list[Scored]] = []
-    static = {"model": model, "variants": tuple(variants.items())}
+    static: dict[str, Any] = {"model": model, "variants": tuple(variants.items())}
     with progress(sum(map(len, questions)), "question", "scores") as bar:
         for asked in questions:
             out.append([])

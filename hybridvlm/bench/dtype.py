@@ -19,6 +19,7 @@ import numpy as np
 from hybridvlm.bench.op_bench import positive
 from hybridvlm.config import Reduction
 from hybridvlm.console import progress
+from hybridvlm.reduction.plan import ReductionPlan
 
 DTYPES = ("float32", "bfloat16")
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     correct = {(kind, dtype): 0 for kind in reductions for dtype in DTYPES}
     same = dict.fromkeys(reductions, 0)
     drops: list[np.ndarray] = []  # of every batch [drops, both, own], agreed and kept tokens
-    samples, plan = task.samples, None
+    samples = task.samples
+    plan: ReductionPlan | None = None
     with progress(len(samples), "question", "answering", delay=2, leave=False) as bar:
         for start in range(0, len(samples), args.batch_size):
             asked = samples[start : start + args.batch_size]
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     drops.append(_agreement(ours, theirs, tokens))
             bar.update(len(asked))
     agreed, overlap, share = np.concatenate(drops, axis=1).mean(axis=1).T
+    assert plan is not None  # the method's, as the drops
     pattern = models["float32"].config.pattern
     table = [
         {"what": f"layer {layer} ({pattern[layer]})", "kept": float(k), "agree": float(a), "overlap": float(o)}
@@ -89,7 +92,7 @@ def _generate(model, task, rows, reduction):
     seconds = [task.seconds(sample.video) for sample in rows]
     batch, plan = model.batch([task.prompt(sample) for sample in rows], seconds, reduction)
     frames = batch.frame_count.max()
-    videos = {sample.video: None for sample in rows}
+    videos: dict[str, Any] = {sample.video: None for sample in rows}
     for video in videos:
         pixels, _ = task.frames(video)
         padded = np.zeros((1, model.buckets.pick("frames", int(frames)), *pixels.shape[1:]), np.uint8)

@@ -25,9 +25,9 @@ from hybridvlm.bench import timing
 from hybridvlm.config import ModelConfig, VambaConfig, load_model_config
 
 MODELS = {"vamba": "vamba_qwen2_vl_7b", "qwen2-vl": "qwen2_vl_7b"}
-PHASES = ("prefill", "video", "train")
-# frames of 640x360 -> (GB, TFLOPs) of prefill on one A800, and GB of a training step on eight (ZeRO-3, one video each)
-PAPER = {
+PHASES = ("prefill", "film", "train")
+# frames of 640x360 -> (GB, TFLOPs) of prefill on one A800, and GB of a training step on eight (ZeRO-3, one film each)
+PAPER: dict[str, dict[str, dict[int, tuple[float | None, float | None]]]] = {
     "prefill": {
         "vamba": {256: (33.5, 378), 512: (45.0, 750), 1024: (67.5, 1490)},
         "qwen2-vl": {256: (60.5, 745)},
@@ -222,7 +222,7 @@ def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
     return x[:, max(0, end - ids.shape[1]) : end], cache
 
 
-def qwen_states(params, config: ModelConfig, visual, ids, piece: int, fetch):
+def qwen_states(params, config: ModelConfig, visual, ids, piece: int, all_gather_params):
     """Whole rows, for training: attention over the row, everything else in pieces, each layer rematerialised -> [B,T,D]."""
     import jax
     import jax.numpy as jnp
@@ -242,7 +242,7 @@ def qwen_states(params, config: ModelConfig, visual, ids, piece: int, fetch):
     policy = jax.checkpoint_policies.nothing_saveable
 
     def layer(x, p):
-        p = fetch(p)
+        p = all_gather_params(p)
         x, _, _ = attention_layer(p["attention"], c, x, segment, position=row_index)
         parts = x.reshape(b, pieces, size, width).swapaxes(0, 1)
         parts = jax.lax.map(jax.checkpoint(lambda part: mlp_layer(p["mlp"], c, part), policy=policy), parts)
@@ -296,13 +296,13 @@ def _prefill(where, config: ModelConfig, args: argparse.Namespace, params: Any, 
     from hybridvlm import aot
     from hybridvlm.vision.model import encode_frames
 
-    walk = vamba_states if isinstance(config, VambaConfig) else qwen_prefill
+    walk: Callable[..., tuple[Any, Any]] = vamba_states if isinstance(config, VambaConfig) else qwen_prefill
     whole = seen.ndim == 6
 
     def prefill(params, seen, ids):
         if whole:
             frame = jnp.zeros(seen.shape[1], jnp.int32)
-            seen = encode_frames(params, config.vision, seen[0], frame, dtype=jnp.bfloat16, chunk=16)
+            seen = encode_frames(params, config.tower, seen[0], frame, dtype=jnp.bfloat16, chunk=16)
             seen = seen.reshape(1, -1, config.width)
         x, kept = walk(params, config, seen, ids, args.piece)
         return jnp.matmul(x[:, -1], params["lm_head"], preferred_element_type=jnp.float32), kept
@@ -330,7 +330,7 @@ def train_program(where, config: ModelConfig, frames: int, args: argparse.Namesp
 
     devices = len(where.devices)
     mesh = where.mesh(fsdp=devices)
-    walk = vamba_states if isinstance(config, VambaConfig) else qwen_states
+    walk: Callable[..., tuple[Any, Any]] = vamba_states if isinstance(config, VambaConfig) else qwen_states
     params = shapes(config, jnp.float32)
     optimizer = optax.adamw(5e-6, weight_decay=0.01)
 
@@ -359,7 +359,7 @@ def train_program(where, config: ModelConfig, frames: int, args: argparse.Namesp
         decoder = params["decoder"] | {
             "norm_f": gather((jax.tree_util.DictKey("norm_f"),), params["decoder"]["norm_f"], axes["decoder"]["norm_f"])
         }
-        x, _ = walk(tops | {"decoder": decoder}, config, visual, ids, args.piece, fetch=fetch)
+        x, _ = walk(tops | {"decoder": decoder}, config, visual, ids, args.piece, all_gather_params=fetch)
         logits = jnp.matmul(x[:, :-1], tops["lm_head"], preferred_element_type=jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean() / devices
 

@@ -172,7 +172,7 @@ def _sections(model: Savable) -> dict[str, Any]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(name_or_path: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> pathlib.Path:
     """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
 
     Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already; HF_HUB_OFFLINE=1 asks nobody.
@@ -255,8 +255,10 @@ def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[
     sections = {name: data.pop(name, None) for name in SECTIONS}
     try:
         kind = get_family(data.pop("family", nemotron_vl.NAME))
-        config = from_dict(kind.Config, data)
-        built = {name: from_dict(cls, sections[name]) for name, cls in SECTIONS.items() if sections[name] is not None}
+        config: Any = from_dict(kind.Config, data)
+        built: dict[str, Any] = {
+            name: from_dict(cls, sections[name]) for name, cls in SECTIONS.items() if sections[name] is not None
+        }
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     return kind, config, built
@@ -290,14 +292,14 @@ def read_weights(
 
 
 def read_checkpoint(
-    name_or_path: str | pathlib.Path,
+    name_or_path: str | os.PathLike[str],
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = None,
     reduction: Reduction | None = None,
     buckets: Buckets | None = None,
     revision: str | None = None,
-    cache: str | pathlib.Path | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """What a checkpoint folder (this library's, Orbax's or a published one) holds; arguments and errors as of `hybridvlm.load`."""
     if dtype is not None:
@@ -313,8 +315,15 @@ def read_checkpoint(
         raise
 
 
-def _load(path, mesh, dtype, reduction, buckets, cache) -> Checkpoint:
-    sharding_for = None if mesh is None else _placing(mesh)
+def _load(
+    path: pathlib.Path,
+    mesh: jax.sharding.Mesh | None,
+    dtype: Any,
+    reduction: Reduction | None,
+    buckets: Buckets | None,
+    cache: str | os.PathLike[str] | None,
+) -> Checkpoint:
+    place = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, sharding_for, reduction, buckets)
     data = read_json(path / CONFIG)
@@ -366,15 +375,24 @@ def _placing(mesh: jax.sharding.Mesh) -> ShardingFor:
     return functools.partial(sharding_of, mesh)
 
 
-def _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets) -> Checkpoint:
-    sections = dict(sections)
+def _checkpoint(
+    name: str,
+    kind: Family,
+    config: Any,
+    params: dict[str, Any],
+    tokenizer: Any,
+    sections: Mapping[str, Any],
+    reduction: Reduction | None,
+    buckets: Buckets | None,
+) -> Checkpoint:
+    fields = dict(sections)
     if reduction is not None:
-        sections["reduction"] = reduction
+        fields["reduction"] = reduction
     if buckets is not None:
-        sections["buckets"] = buckets
+        fields["buckets"] = buckets
     if not config.name:
         config = dataclasses.replace(config, name=name)
-    return Checkpoint(config, params, tokenizer, name=name, family=kind, **sections)
+    return Checkpoint(config, params, tokenizer, name=name, family=kind, **fields)
 
 
 def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenizer | None:
@@ -392,7 +410,9 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
     return tokenizer
 
 
-def _load_orbax(path, dtype, sharding_for, reduction, buckets) -> Checkpoint:
+def _load_orbax(
+    path: pathlib.Path, dtype: Any, place: Place | None, reduction: Reduction | None, buckets: Buckets | None
+) -> Checkpoint:
     about = read_about(path)
     if not isinstance(about.get("model"), dict):
         raise CheckpointError(f"{path / ABOUT}: model must be a table, got {shown(about.get('model'))}")
@@ -407,7 +427,15 @@ def _load_orbax(path, dtype, sharding_for, reduction, buckets) -> Checkpoint:
     )
 
 
-def _load_published(path, raw, dtype, sharding_for, reduction, buckets, cache) -> Checkpoint:
+def _load_published(
+    path: pathlib.Path,
+    raw: dict[str, Any],
+    dtype: Any,
+    place: Place | None,
+    reduction: Reduction | None,
+    buckets: Buckets | None,
+    cache: str | os.PathLike[str] | None,
+) -> Checkpoint:
     raw = raw | _preprocessors(path)
     try:
         kind = family_of(raw)
@@ -432,13 +460,13 @@ def _load_published(path, raw, dtype, sharding_for, reduction, buckets, cache) -
     if cache is None:
         params = read_params(table, tensors, dtype=dtype, sharding_for=sharding_for, compared=True)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
-    cache, source = pathlib.Path(cache), _source(path, tensors, dtype)
-    if not is_orbax(cache) or read_about(cache).get("source") != source:
-        params = read_params(table, tensors, dtype=dtype, sharding_for=sharding_for, compared=True)
+    copy, source = pathlib.Path(cache), _source(path, tensors, dtype)
+    if not is_orbax(copy) or read_about(copy).get("source") != source:
+        params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
         about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
-        save_orbax(cache, params, {"name": name, "model": about, "source": source}, tokenizer)
+        save_orbax(copy, params, {"name": name, "model": about, "source": source}, tokenizer)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
-    return _load_orbax(cache, None, sharding_for, reduction, buckets)
+    return _load_orbax(copy, None, place, reduction, buckets)
 
 
 def _preprocessors(path: pathlib.Path) -> dict[str, Any]:

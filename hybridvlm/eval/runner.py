@@ -240,9 +240,7 @@ class Runner:
             clip, config = self.task.clip(sample.video, pixels=False)
             layout = self.layout(sample)
             pick = self.model.buckets.pick
-            return Bucket(
-                pick("frames", layout.frames), pick("text", layout.text), tuple(config.tower.image_size), clip.kind
-            )
+            return Bucket(pick("frames", layout.frames), pick("text", layout.text), config.tower.image_size, clip.kind)
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
 

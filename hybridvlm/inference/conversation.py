@@ -161,6 +161,7 @@ class Conversation:
         """What the model looks at, uint8 [F,h,w,3]: the frames of a video, the tiles of an image."""
         (clip,) = self.clips
         if clip.kind == "video":
+            assert clip.frames is not None  # `shown_clip` was asked for them
             return clip.frames
         (layout,) = self._layouts([user_message("", self.model.style, ["image"])], (1, 1, 1))
         pixels = self.model.family.pixels(self.config, self.clips, layout.frames)[0]
@@ -203,13 +204,12 @@ class Conversation:
         )
         (layout,) = self._layouts(messages, (1, 1, 1) if plan is None else plan.pool_factors)
         most = max_new + (0 if self.budget is None else self.budget.decode_capacity)
-        rest = self._rest(layout, plan, most)
-        if rest is None:
+        held, rest = self._held, self._rest(layout, plan, most)
+        if held is None or rest is None:
             self._held = None
             logits, caches, answer = self._prefill(batch, layout, plan, most)
             free = most + self.decode_capacity
         else:
-            held = self._held
             answer = dataclasses.replace(held.answer, continued=True)
             padded = model.buckets.pick("text", len(rest))
             ids = np.zeros((1, padded), np.int32)
@@ -224,12 +224,12 @@ class Conversation:
         answer.text, answer.thinking, answer.unfinished = read_reply(model.tokenizer, answer.tokens, opened)
         answer.seconds, self.seconds = self.seconds, {}
         fed = answer.tokens[: int(state.steps) - 1]  # the token that was chosen last did not go in
-        held = Layout(
+        whole = Layout(
             np.concatenate([layout.ids, np.asarray(fed, np.int32)]),
             np.concatenate([layout.frame, np.full(len(fed), -1, np.int32)]),
             layout.frames,
         )
-        self._held = CachedTurn(held, state.caches, free - int(state.steps) + 1, answer)
+        self._held = CachedTurn(whole, state.caches, free - int(state.steps) + 1, answer)
         if talks:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer

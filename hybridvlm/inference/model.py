@@ -133,7 +133,8 @@ class Model(ModelPrograms):
         """
         before = self.programs.compile_seconds
         for f in self.buckets.frames if frames is None else frames:
-            height, width = self.family.frame_size(self.config, *self.config.vision.image_size, f, "video")
+            height, width = self.config.vision.image_size
+            height, width = self.family.frame_size(self.config, height, width, f, "video")
             group = self.config.vision.temporal_patch
             stamps = tuple(float(t) for t in range(f * group))
             clips = [Clip(stamps, np.zeros((f * group, height, width, 3), np.uint8))] * batch

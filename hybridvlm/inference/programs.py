@@ -33,7 +33,7 @@ def compile_count() -> int:
     if not _compiled:
         _compiled.append(0)
 
-        def count(event: str, duration: float, **_: Any) -> None:
+        def count(event: str, duration_secs: float, **_: Any) -> None:
             _compiled[0] += event == _BACKEND_COMPILE
 
         jax.monitoring.register_event_duration_secs_listener(count)
@@ -325,7 +325,7 @@ class ModelPrograms:
         sampling = Sampling() if sampling is None else sampling
         budget = think_budget(self, think_tokens)
         opened = self.opened(batch)
-        seeds = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
+        drawn = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
         timing = Timing()
         start = time.perf_counter()
         most = self.buckets.max_new + (0 if budget is None else budget.decode_capacity)
@@ -334,7 +334,7 @@ class ModelPrograms:
         start = time.perf_counter()
         prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
         timing.prefill = time.perf_counter() - start
-        args = (self.params, prefilled.logits, prefilled.decoder.caches, seeds, np.int32(max_new))
+        args: tuple[Any, ...] = (self.params, prefilled.logits, prefilled.decoder.caches, drawn, np.int32(max_new))
         args += () if budget is None else (np.asarray(opened),)
         start = time.perf_counter()
         decode = self._program(_decode_tokens, *args, max_new=most, sampling=sampling, budget=budget)
@@ -382,7 +382,7 @@ class ModelPrograms:
         sampling = Sampling() if sampling is None else sampling
         # the token that is chosen last does not go in, that of an earlier call does
         check_capacity(caches, max_new - (logits is not None), "decode puts in")
-        args = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
+        args: tuple[Any, ...] = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
         if budget is not None and logits is not None:
             args += (np.asarray([False] * len(seeds) if inside is None else inside, bool),)
         tokens, lengths, state = self._run(
@@ -420,26 +420,50 @@ class ModelPrograms:
 # -- what is compiled -----------------------------------------------------------------------------------------------------
 
 
-def _encode(params, pixels, *, family: Family, config):
+def _encode(params: Any, pixels: Any, *, family: Family, config: Any) -> Any:
     return family.encode(params, config, pixels)
 
 
-def _prefill(params, batch, visual, *, family: Family, config, plan, decode_capacity: int, **collected: bool):
+def _prefill(
+    params: Any,
+    batch: Any,
+    visual: Any,
+    *,
+    family: Family,
+    config: Any,
+    plan: ReductionPlan | None,
+    decode_capacity: int,
+    **collected: bool,
+) -> Any:
     return family.prefill(params, config, batch, visual, plan, decode_capacity, **collected)
 
 
-def _decode(params, logits, caches, seeds, limit, inside=None, *, family: Family, config, **static):
+def _decode(
+    params: Any,
+    logits: Any,
+    caches: Any,
+    seeds: Any,
+    limit: Any,
+    inside: Any = None,
+    *,
+    family: Family,
+    config: Any,
+    **static: Any,
+) -> Any:
     return decoding.decode(params, config, logits, caches, seeds, limit=limit, family=family, inside=inside, **static)
 
 
-def _decode_tokens(*args, **static):
+def _decode_tokens(*args: Any, **static: Any) -> Any:
     # without the caches, which would be copied out
     return _decode(*args, **static)[:2]
 
 
-def _extend(params, ids, segment, caches, *, family: Family, config):
+def _extend(params: Any, ids: Any, segment: Any, caches: Any, *, family: Family, config: Any) -> Any:
     return family.extend(params, config, ids, segment, caches)
 
 
-def _build_video_memory(params, batch, visual, *, family: Family, config, plan):
+def _build_video_memory(
+    params: Any, batch: Any, visual: Any, *, family: Family, config: Any, plan: ReductionPlan | None
+) -> Any:
+    assert family.build_video_memory is not None  # asked before it is compiled
     return family.build_video_memory(params, config, batch, visual, plan)

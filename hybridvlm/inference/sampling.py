@@ -117,20 +117,22 @@ def decode(
     begin = jnp.int32(0) if logits is not None else caches.steps
     answer = jnp.int32(max_new) if limit is None else limit
 
-    def pick(step, logits, done, out, length, thought):
+    def pick(
+        step: jax.Array, logits: jax.Array, done: jax.Array, out: jax.Array, length: jax.Array, thought: Thought | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Thought | None]:
         token = sample_token(logits, jax.vmap(jax.random.fold_in, (0, None))(base, step), sampling)
-        if budget is None:
+        if budget is None or thought is None:
             done = done | jnp.any(token[:, None] == stops, axis=1)
         else:
             token, thought, ended = think(budget, thought, token, stops)
             done = done | ended
         out = out.at[:, step - begin].set(jnp.where(done, config.pad_id, token))
         length = length + ~done
-        if budget is not None:
+        if thought is not None:
             done = done | (thought.said >= answer)
         return token, done, out, length, thought
 
-    def body(state):
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, done, out, length, thought, caches = state
         logits, caches = decode_step(token, caches)
         return step + 1, *pick(step, logits, done, out, length, thought), caches

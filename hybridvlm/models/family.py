@@ -44,15 +44,25 @@ class Family(Protocol):
         decoder_output: rows of training and analyses through the decoder; None where the family has none of one stream.
     """
 
-    NAME: str
-    MODEL_TYPES: tuple[str, ...]
-    Config: type
-    METHODS: tuple[str, ...] | None
-    CHAT: str
-    trim_frames: Callable[[Any, Clip], Clip] | None
-    build_video_memory: Callable[..., Any] | None
-    embed_prompt: Callable[..., Tokens] | None
-    decoder_output: Callable[..., Any] | None
+    # as properties, which say that they are only read: a module's own value may then be of a narrower type
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]: ...
+    @property
+    def Config(self) -> type[Any]: ...
+    @property
+    def METHODS(self) -> tuple[str, ...] | None: ...
+    @property
+    def CHAT(self) -> str: ...
+    @property
+    def trim_frames(self) -> Callable[[Any, Clip], Clip] | None: ...
+    @property
+    def build_video_memory(self) -> Callable[..., Any] | None: ...
+    @property
+    def embed_prompt(self) -> Callable[..., Tokens] | None: ...
+    @property
+    def decoder_output(self) -> Callable[..., Any] | None: ...
 
     # -- its form on disk
 

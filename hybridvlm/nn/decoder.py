@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,17 @@ class DropPlan(Protocol):
         ...
 
 
+CachesT = TypeVar("CachesT")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecoderOutput:
+class DecoderOutput(Generic[CachesT]):
     """What `prefill` gives.
 
     Attributes:
         tokens: after the last layer and the final norm.
-        caches: one entry per layer; () from a prefill that was asked for none.
+        caches: one entry per layer; () from a prefill that was asked for none. A family that remembers more puts it around them.
         survivors: for every drop, (index [B,L], visual [B,L]) of the row after it.
         kept: [1+drops,B,S], visual tokens that entered layer 0, then what was left after each drop.
         scores: [B,L] of every layer named in `collect`.
@@ -59,7 +62,7 @@ class DecoderOutput:
     """
 
     tokens: Tokens
-    caches: tuple[Cache, ...]
+    caches: CachesT
     survivors: tuple[tuple[jax.Array, jax.Array], ...]
     kept: jax.Array
     scores: dict[int, jax.Array]
@@ -82,7 +85,7 @@ class Decoder(nn.Module):
         stacks = {name: getattr(self, name)() for kind, name in KINDS.items() if self.config.count(kind)}
         return stacks | {"norm_f": self.norm_f}
 
-    def __call__(self, tokens: Tokens, **options: Any) -> DecoderOutput:
+    def __call__(self, tokens: Tokens, **options: Any) -> DecoderOutput[tuple[Cache, ...]]:
         return prefill(self.stacks(), self.config, tokens, **options)
 
 
@@ -102,7 +105,7 @@ def prefill(
     remat: str = "none",
     caches: bool = True,
     straight_through: StraightThrough | None = None,
-) -> DecoderOutput:
+) -> DecoderOutput[tuple[Cache, ...]]:
     """Run whole prompts through the decoder.
 
     Args:

@@ -163,7 +163,7 @@ def _piece(
     segment: jax.Array,
     state: MambaCache,
     all_gather_params: Fetch = _here,
-):
+) -> tuple[jax.Array, jax.Array, jax.Array, MambaCache]:
     """Layers first..stop-1 over one piece of the video: x [B,S,D] -> x, k and v [n,B,S,K*P], state."""
 
     def layer(x, parts):
@@ -206,7 +206,8 @@ def video_stage(
     memory of n = stop - first layers (its rows are M filled up to whole pieces), and the states.
     """
     b, length, width = x.shape
-    state = start_state(c, stop - first, b, x.dtype) if state is None else state
+    if state is None:
+        state = start_state(c, stop - first, b, x.dtype)
     pieces = -(-length // segment_tokens)
     size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
     if pieces == 1:
@@ -225,10 +226,10 @@ def video_stage(
     decode_capacity = jnp.zeros((stop - first, b, pieces * size, c.kv_heads * c.head_dim), x.dtype)
     parts = x.reshape(b, pieces, size, width).swapaxes(0, 1), segment.reshape(b, pieces, size).swapaxes(0, 1)
     body = jax.checkpoint(walk, policy=jax.checkpoint_policies.nothing_saveable)
-    (k, v, state, _), out = jax.lax.scan(body, (decode_capacity, decode_capacity, state, jnp.int32(0)), parts)
+    (k, v, last, _), out = jax.lax.scan(body, (decode_capacity, decode_capacity, state, jnp.int32(0)), parts)
     if out is not None:
         out = out.swapaxes(0, 1).reshape(b, pieces * size, width)[:, :length]
-    return out, CrossMemory(k, v, segment), state
+    return out, CrossMemory(k, v, segment), last
 
 
 # -- the text stream ----------------------------------------------------------------------------------------------------

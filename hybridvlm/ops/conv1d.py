@@ -67,11 +67,15 @@ def _taps(extended: jax.Array, weight: jax.Array, seen: jax.Array | None) -> jax
     return y
 
 
-def _taps_forward(extended, weight, seen):
+def _taps_forward(
+    extended: jax.Array, weight: jax.Array, seen: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
     return _taps(extended, weight, seen), (extended, weight, seen)
 
 
-def _taps_backward(saved, gy):
+def _taps_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array | None], gy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     extended, weight, seen = saved
     last = weight.shape[0] - 1
     gx, gweight = jnp.zeros((), jnp.float32), []
@@ -88,7 +92,14 @@ def _taps_backward(saved, gy):
 _taps.defvjp(_taps_forward, _taps_backward)
 
 
-def _check(x, weight, bias, segment, initial_state, initial_segment) -> None:
+def _check(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    segment: jax.Array | None,
+    initial_state: jax.Array | None,
+    initial_segment: jax.Array | None,
+) -> None:
     b, length, d = x.shape
     expected = {
         "weight": (weight, (weight.shape[0], d)),

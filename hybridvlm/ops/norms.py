@@ -61,11 +61,11 @@ def _times(u: jax.Array, weight: jax.Array) -> jax.Array:
     return u * weight
 
 
-def _times_forward(u, weight):
+def _times_forward(u: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return u * weight, (u, weight)
 
 
-def _times_backward(saved, g):
+def _times_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     u, weight = saved
     gweight = jnp.sum(g.astype(jnp.float32) * u.astype(jnp.float32), axis=tuple(range(u.ndim - 1)))
     return g * weight, gweight.astype(weight.dtype)

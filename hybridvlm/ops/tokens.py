@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Tokens:
         """[B,L] int32: the position of every token in its own unreduced prompt, the same whether that is packed with others or not."""
         return self.extra.get(INDEX_IN_SEGMENT, self.index)
 
-    def replace(self, **changes) -> Tokens:
+    def replace(self, **changes: Any) -> Tokens:
         return dataclasses.replace(self, **changes)
 
 

@@ -65,10 +65,10 @@ def initial_params(config: ModelConfig, tower: dict, seed: int = 0) -> dict:
         strength = READ if layer in reads else QUIET
         attention["o_proj"][layer] = strength * value.T @ codes.codes(config.width)["R"].T
         if layer not in reads:
-            head = slice(config.head_dim)
+            own = slice(config.head_dim)
             both = words_see_words(config, rng)
-            attention["q_proj"][layer, :, head] = attention["k_proj"][layer, :, head] = both
-            attention["o_proj"][layer, head] = MIX * value.T[head]
+            attention["q_proj"][layer, :, own] = attention["k_proj"][layer, :, own] = both
+            attention["o_proj"][layer, own] = MIX * value.T[own]
     attention["q_norm"][:] = SHARP
     attention["k_norm"][:] = SHARP
     first = 2 * config.mamba_width

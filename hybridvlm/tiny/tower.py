@@ -47,7 +47,8 @@ def random_cells(
 def _loss(params, config, cells, shown):
     x = features(params, config, cells)
     directions = codes.codes(config.width)
-    target, loss = 0.0, 0.0
+    target: jax.Array | float = 0.0
+    loss = 0.0
     for name in SHOWN:
         logits = SHARPNESS * x @ directions[name].T
         loss += optax.softmax_cross_entropy_with_integer_labels(logits, shown[name]).mean()

@@ -65,7 +65,9 @@ def render(source: str, variables: Mapping[str, Any]) -> Text:
     """What a template makes of variables. Any exception is the template's; those of `TooMuch` are ours."""
     token = budget.set(Budget())
     try:
-        return Text(_compiled(source).render(dict(variables)))
+        rendered = _compiled(source).render(dict(variables))
+        assert isinstance(rendered, Text)  # as `_Environment.concat` makes it
+        return rendered
     finally:
         budget.reset(token)
 
@@ -99,11 +101,11 @@ class _Generator(CodeGenerator):
         self.write("))")
 
     def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
-        self.write("(environment.check_values(")
+        self.write("(environment.checked(")
         self.visit(node.expr, frame)
         self.write(")")
         for operand in node.ops:
-            self.write(f" {operators[operand.op]} environment.check_values(")
+            self.write(f" {operators[operand.op]} environment.checked(")
             self.visit(operand.expr, frame)
             self.write(")")
         self.write(")")

@@ -201,6 +201,7 @@ class Trainer:
         else:
             seen = visual(params, self.model, {k.removeprefix("visual_"): a for k, a in batch.items()}, fixed.table)
             options = {} if c.remat == "none" else {"remat": c.remat}
+            assert seen is not None  # shared batches are of videos
             hidden, scores, mask = shared_pass(self.family, params, config, batch, seen, **options)
             x, target = first_answers(hidden, batch["label"].reshape(hidden.shape[:2]), self.answer)
             logits = head(params, config, x)

@@ -361,7 +361,8 @@ def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """How a frame is to be shown, by its display matrix: (rows and columns swapped, then mirrored left-right, up-down)."""
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    # PyAV's stubs have no types for `get`, which the container inherits from a Mapping of nothing
+    data = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
     if data is None or len(bytes(data)) < 36:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32, 5).astype(np.int64).tolist()

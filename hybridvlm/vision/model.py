@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ class VisionModel(nn.Module):
 
 
 def encode_frames(
-    params: Params,
+    params: Mapping[str, Any],
     config: VisionConfig,
     pixels: jax.Array,
     frame: jax.Array,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -165,13 +165,16 @@ def assemble(embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens
     return Tokens(x, index, batch.segment, is_visual, query, index, jnp.where(is_visual, batch.frame, -1))
 
 
+DecodedT = TypeVar("DecodedT")  # a DecoderOutput, or a family's own with the same fields as far as they are used
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PrefillOutput:
+class PrefillOutput(Generic[DecodedT]):
     """logits [B,V] fp32 after each example's last token; decoder: caches, survivors, kept; counts [B,1] visual tokens given."""
 
     logits: jax.Array
-    decoder: DecoderOutput
+    decoder: DecodedT
     counts: jax.Array
 
 
@@ -270,31 +273,33 @@ def make_plan(
 # -- the computation ----------------------------------------------------------------------------------------------------
 
 
-def encode(params: dict, config: ModelConfig, pixels: jax.Array) -> jax.Array:
+def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array) -> jax.Array:
     """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
-    return HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
+    visual = HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
+    assert isinstance(visual, jax.Array)  # no collection is mutable, so nothing comes beside it
+    return visual
 
 
-def embed_prompt(params: dict, config: ModelConfig, batch: Batch, visual: jax.Array | None) -> Tokens:
+def embed_prompt(params: Mapping[str, Any], config: ModelConfig, batch: Batch, visual: jax.Array | None) -> Tokens:
     """Prompts as layer 0 of a dense pass sees them; visual [B,F,m,D], or None for text alone."""
     return assemble(params["embed"], batch, visual)
 
 
 def decoder_output(
-    params: dict,
+    params: Mapping[str, Any],
     config: ModelConfig,
     batch: Batch,
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     *,
     decode_capacity: int = 0,
-    assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
+    assemble: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
     mesh: Mesh | None = None,
     question: jax.Array | None = None,
     segments: int = 1,
     score_fn: methods.ScoreFn | None = None,
     **options: Any,
-) -> tuple[DecoderOutput, jax.Array]:
+) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
     """Embeddings through the decoder under a plan (None: dense): its output, and the visual tokens given, counts [B,S].
 
     Args:
@@ -320,7 +325,7 @@ def decoder_output(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
     if plan is not None and plan.pool_factors != (1, 1, 1):
-        visual, frame_count = methods.merge_fn(plan)(visual, frame_count)
+        visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
     tokens = assemble(params["embed"], batch, visual)
     if question is not None:
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
@@ -330,7 +335,7 @@ def decoder_output(
         score_fn = methods.score_fn(plan, segments=segments) if score_fn is None else score_fn
         counts, text = given, plan.text_tokens
         if plan.drops_input:
-            ranks = methods.input_score(plan)(visual[..., : config.width], frame_count)
+            ranks = methods.input_score(plan)(_needed(plan, visual)[..., : config.width], frame_count)
             order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
             score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
             tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
@@ -344,19 +349,27 @@ def decoder_output(
     return run(params["decoder"], config, tokens, plan=plan, score_fn=score_fn, **options), given
 
 
+def _needed(plan: ReductionPlan, visual: jax.Array | None) -> jax.Array:
+    if visual is None:
+        raise ValueError(
+            f"{plan.input_method} reduces visual tokens, and there are none; pass plan=None for text alone"
+        )
+    return visual
+
+
 def prefill(
-    params: dict,
+    params: Mapping[str, Any],
     config: ModelConfig,
     batch: Batch,
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
-    assemble: Callable[[jax.Array, Batch, jax.Array | None], Tokens] = assemble,
+    assemble: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
     mesh: Mesh | None = None,
     *,
     scores: bool = False,
     hidden_states: bool = False,
-) -> PrefillOutput:
+) -> PrefillOutput[DecoderOutput[tuple[Cache, ...]]]:
     """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`.
 
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
@@ -375,14 +388,14 @@ def prefill(
     return PrefillOutput(head(params, config, x), out, given)
 
 
-def head(params: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
+def head(params: Mapping[str, Any], config: ModelConfig, x: jax.Array) -> jax.Array:
     """Final hidden states [...,D] -> logits [...,V] fp32."""
     weight = params["embed"].T if config.tie_embeddings else params["lm_head"]
     return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def make_decode_step(
-    params: dict, config: ModelConfig
+    params: Mapping[str, Any], config: ModelConfig
 ) -> Callable[[jax.Array, tuple[Cache, ...]], tuple[jax.Array, tuple[Cache, ...]]]:
     """A function from the next token [B] and the caches to logits [B,V] and the caches, one token longer."""
     layers = unstack(params["decoder"], config)  # once, and not again for every token
@@ -396,7 +409,7 @@ def make_decode_step(
 
 
 def extend(
-    params: dict, config: ModelConfig, ids: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
+    params: Mapping[str, Any], config: ModelConfig, ids: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
     x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)

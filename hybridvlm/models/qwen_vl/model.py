@@ -399,7 +399,7 @@ def decoder_output(
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     **options: Any,
-) -> tuple[DecoderOutput, jax.Array]:
+) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
     """As `nemotron_vl.decoder_output`, with M-RoPE positions and DeepStack planes."""
     return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble=_assemble(config), **options)
 
@@ -414,7 +414,7 @@ def prefill(
     *,
     scores: bool = False,
     hidden_states: bool = False,
-) -> PrefillOutput:
+) -> PrefillOutput[DecoderOutput[QwenCaches]]:
     """Prompts to last-token logits [B,V] fp32 under a plan (None: dense), and QwenCaches with `decode_capacity` for new tokens."""
     done = nemotron_vl.prefill(
         params,
@@ -429,8 +429,9 @@ def prefill(
     )
     real = (jnp.asarray(batch.segment) > 0)[..., None]
     following = jnp.max(jnp.where(real, batch.position, -1), axis=(1, 2)) + 1
+    fields = {field.name: getattr(done.decoder, field.name) for field in dataclasses.fields(done.decoder)}
     caches = QwenCaches(done.decoder.caches, following)
-    return dataclasses.replace(done, decoder=dataclasses.replace(done.decoder, caches=caches))
+    return PrefillOutput(done.logits, DecoderOutput(**(fields | {"caches": caches})), done.counts)
 
 
 def make_decode_step(

@@ -295,7 +295,7 @@ def prefill(
     *,
     scores: bool = False,
     hidden_states: bool = False,
-) -> PrefillOutput:
+) -> PrefillOutput[Decoded]:
     """Prompts to last-token logits, with `decode_capacity` cache slots for new tokens.
 
     visual: tokens [B,F,m,D] from `encode`; or the VideoMemory that `build_video_memory` made under this plan (a batch may

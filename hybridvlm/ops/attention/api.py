@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def default_implementation(defaults: dict[str, str], *operands: jax.Array) -> st
     return default_kernel("attention", name, "xla")
 
 
-def load(implementations: dict[str, str], name: str):
+def load(implementations: dict[str, str], name: str) -> ModuleType:
     """The module of an implementation; ValueError if there is none of the name."""
     if name not in implementations:
         raise ValueError(f"implementation: expected one of {sorted(implementations)}, got {name!r}")

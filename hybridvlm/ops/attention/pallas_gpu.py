@@ -267,7 +267,7 @@ def _launch(static: _Static, q, k, v, coordinates):
             plgpu.set_max_registers(40, action="decrease")
             kv_head = lax.div(head, jnp.int32(heads // kv_heads))
 
-            def load(j, _):
+            def load(j, carry):
                 slot = slot_of(j - first)
 
                 @pl.when(j - first >= STAGES)

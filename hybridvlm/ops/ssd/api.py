@@ -160,7 +160,17 @@ def ssd_step(
     return y.astype(x.dtype), state.reshape(batch, heads, p, n)
 
 
-def _check(x, dt, A, B, C, D, segment, initial_state, initial_segment) -> None:
+def _check(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    segment: jax.Array | None,
+    initial_state: jax.Array | None,
+    initial_segment: jax.Array | None,
+) -> None:
     if x.ndim not in (3, 4) or not all(x.shape):
         raise ValueError(f"ssd: x must be [B,L,H,P] or [B,L,H*P] with at least one of each, got {x.shape}")
     if B.ndim != 4 or not all(B.shape):

@@ -72,7 +72,7 @@ class SsdSpec:
     def arrays(self, dtype: Any, flat: bool = True, seed: int = 0) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """`shapes` with numbers as a layer might see them: A over a factor of 16, as Mamba-2 starts it; row b of a batch has
         its segments b tokens shorter."""
-        shapes, rest = self.shapes(dtype, flat)
+        shapes, _ = self.shapes(dtype, flat)
         rng = np.random.default_rng(seed)
         values = {name: rng.standard_normal(shape.shape, np.float32) for name, shape in shapes.items()}
         values["dt"] = np.log1p(np.exp(values["dt"] - 2.0))

@@ -12,6 +12,7 @@ The backward pass is `xla.py`'s. It needs the state at the start of each chunk, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -257,10 +258,11 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     if runs is not None:
         operands["runs"] = list(runs)
     leaves, tree = jax.tree.flatten(operands)
+    run: Callable[..., None] = body  # which takes references by place, then scratch by name
 
     def entry(*refs, **scratch):
-        given, outs = tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :]
-        body(
+        given, outs = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
+        run(
             *(given[name] for name in ("x", "b", "c", "vectors", "keep")),
             *(given.get(name) for name in ("d", "runs", "state")),
             *outs,
