@@ -127,10 +127,10 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
         embed = jax.lax.with_sharding_constraint(params["embed"].astype(jnp.bfloat16), NamedSharding(mesh, P()))
         head = jax.lax.with_sharding_constraint(params["lm_head"].astype(jnp.bfloat16), per_tensor)
         x = jnp.concatenate([visual, jnp.take(embed, ids, axis=0)], axis=1)
-        place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), x.shape[:2])
-        seen = place < visual_tokens
-        frame = jnp.where(seen, place // config.tower.tokens_per_frame, -1)
-        tokens = Tokens(x, place, jnp.ones_like(place), seen, ~seen & (place < length - args.answer), place, frame)
+        index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), x.shape[:2])
+        seen = index < visual_tokens
+        frame = jnp.where(seen, index // config.tower.tokens_per_frame, -1)
+        tokens = Tokens(x, index, jnp.ones_like(index), seen, ~seen & (index < length - args.answer), index, frame)
         out = sharding.prefill(
             params["decoder"],
             config,

@@ -25,8 +25,8 @@ from hybridvlm.bench import timing
 from hybridvlm.config import ModelConfig, VambaConfig, load_model_config
 
 MODELS = {"vamba": "vamba_qwen2_vl_7b", "qwen2-vl": "qwen2_vl_7b"}
-PHASES = ("prefill", "film", "train")
-# frames of 640x360 -> (GB, TFLOPs) of prefill on one A800, and GB of a training step on eight (ZeRO-3, one film each)
+PHASES = ("prefill", "video", "train")
+# frames of 640x360 -> (GB, TFLOPs) of prefill on one A800, and GB of a training step on eight (ZeRO-3, one video each)
 PAPER: dict[str, dict[str, dict[int, tuple[float | None, float | None]]]] = {
     "prefill": {
         "vamba": {256: (33.5, 378), 512: (45.0, 750), 1024: (67.5, 1490)},

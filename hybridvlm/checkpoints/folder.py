@@ -323,7 +323,7 @@ def _load(
     buckets: Buckets | None,
     cache: str | os.PathLike[str] | None,
 ) -> Checkpoint:
-    place = None if mesh is None else _placing(mesh)
+    sharding_for = None if mesh is None else _placing(mesh)
     if is_orbax(path):
         return _load_orbax(path, dtype, sharding_for, reduction, buckets)
     data = read_json(path / CONFIG)
@@ -411,7 +411,11 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
 
 
 def _load_orbax(
-    path: pathlib.Path, dtype: Any, place: Place | None, reduction: Reduction | None, buckets: Buckets | None
+    path: pathlib.Path,
+    dtype: Any,
+    sharding_for: ShardingFor | None,
+    reduction: Reduction | None,
+    buckets: Buckets | None,
 ) -> Checkpoint:
     about = read_about(path)
     if not isinstance(about.get("model"), dict):
@@ -431,7 +435,7 @@ def _load_published(
     path: pathlib.Path,
     raw: dict[str, Any],
     dtype: Any,
-    place: Place | None,
+    sharding_for: ShardingFor | None,
     reduction: Reduction | None,
     buckets: Buckets | None,
     cache: str | os.PathLike[str] | None,
@@ -462,11 +466,11 @@ def _load_published(
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
     copy, source = pathlib.Path(cache), _source(path, tensors, dtype)
     if not is_orbax(copy) or read_about(copy).get("source") != source:
-        params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
+        params = read_params(table, tensors, dtype=dtype, sharding_for=sharding_for, compared=True)
         about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
         save_orbax(copy, params, {"name": name, "model": about, "source": source}, tokenizer)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
-    return _load_orbax(copy, None, place, reduction, buckets)
+    return _load_orbax(copy, None, sharding_for, reduction, buckets)
 
 
 def _preprocessors(path: pathlib.Path) -> dict[str, Any]:

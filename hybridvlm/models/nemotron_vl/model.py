@@ -276,7 +276,7 @@ def make_plan(
 def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array) -> jax.Array:
     """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
     visual = HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
-    assert isinstance(visual, jax.Array)  # no collection is mutable, so nothing comes beside it
+    assert isinstance(visual, jax.Array)  # no collection is mutable, so nothing comes next to it
     return visual
 
 

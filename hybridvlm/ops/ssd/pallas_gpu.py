@@ -258,7 +258,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     if runs is not None:
         operands["runs"] = list(runs)
     leaves, tree = jax.tree.flatten(operands)
-    run: Callable[..., None] = body  # which takes references by place, then scratch by name
+    run: Callable[..., None] = body  # which takes references by position, then scratch by name
 
     def entry(*refs, **scratch):
         given, outs = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
