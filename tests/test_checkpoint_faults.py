@@ -233,7 +233,7 @@ def test_saved_constants_are_read_past(name, copy, sources):
     in_one_file(path, lambda tensors: tensors.update(constants))
     same(load(path), load(sources(name)))
     in_one_file(path, lambda tensors: tensors.update({"model.layers.0.rotary_gate.weight": np.ones(3, np.float32)}))
-    with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.0\.rotary_gate\.weight"):
+    with pytest.raises(CheckpointError, match=r"no parameter for: model\.layers\.0\.rotary_gate\.weight"):
         load(path)
 
 

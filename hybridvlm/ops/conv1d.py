@@ -48,10 +48,10 @@ def causal_conv1d(
         seen = jnp.stack([extended_run[:, j : j + length] == run for j in range(width)])
         # The last real token stands at real + W - 2 of `extended`, so the W-1 inputs that end there start at `real`.
         real = jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
-        place = real[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
+        tail = real[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
         last_run = run[:, -1:]  # padding keeps the run of the last real token
-        alive = jnp.take_along_axis(extended_run, place, axis=1) == last_run
-        final = jnp.where(alive[..., None], jnp.take_along_axis(extended, place[..., None], axis=1), 0)
+        alive = jnp.take_along_axis(extended_run, tail, axis=1) == last_run
+        final = jnp.where(alive[..., None], jnp.take_along_axis(extended, tail[..., None], axis=1), 0)
 
     y = _taps(extended, weight.astype(jnp.float32), seen)
     if bias is not None:

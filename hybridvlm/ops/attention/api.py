@@ -56,7 +56,7 @@ def attention(
     Nothing at padding (segment 0) is read, NaN and infinities included.
     A query sees a key if both are of the same nonzero segment (q_segment [B,T], kv_segment [B,L] int32; None: all one
     segment) and, when `causal`, kv_index <= q_index (int32, [B,T] and [B,L]). Indices not given count from 0, query 0
-    beside key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
+    next to key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
     segments. `scale` multiplies q·k (None: P ** -0.5).
     `implementation`: "xla" (tiles with a softmax carried along; beyond inputs and outputs it holds a few tiles and
     fp32 accumulators of their size, forward and backward; no forward-mode derivative for more than 8 rows), runs everywhere;
