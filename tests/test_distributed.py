@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from eval_world import build_world
+from helpers.eval_world import build_world
 
 from hybridvlm import distributed
 
