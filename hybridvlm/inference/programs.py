@@ -52,7 +52,7 @@ class ProgramCache:
     """Compiled programs. What a program depends on is its key: the function, its static arguments, and its arrays' shapes.
 
     Attributes:
-        compile_seconds: that compiling took so far.
+        compile_seconds: total seconds spent compiling.
     """
 
     def __init__(self) -> None:
@@ -105,12 +105,12 @@ class Generation:
 
     Attributes:
         tokens: ids of each reply.
-        text: of each answer alone.
+        text: the answers, without reasoning.
         prefilled: what the prefill gave.
         plan: what was dropped.
         timing: seconds per phase.
         thinking: the reasoning before each answer.
-        unfinished: whether that never came to an end, so that there is no answer, and text is all that came.
+        unfinished: whether the reasoning never ended; `text` then holds the whole reply.
         peak_bytes: most memory that the two programs need, by the compiler.
     """
 
@@ -194,7 +194,7 @@ class ModelPrograms:
         """Prompts as the arrays of the smallest bucket, and the plan for it.
 
         Args:
-            layouts: prompts by the factors (frames, rows, columns) that a plan merges by; called again where it merges.
+            layouts: prompts by the factors (frames, rows, columns) that a plan merges by; called a second time if it merges.
             reduction: method and budget.
             config: where frames have another size than the model's own.
             buckets: instead of the model's own.
@@ -295,6 +295,12 @@ class ModelPrograms:
                     f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has, "
                     f"got {visual.shape}"
                 )
+            needed = int(np.max(np.sum(np.asarray(getattr(batch, "frame", -1)) >= 0, axis=-1), initial=0))
+            if needed > visual.shape[1] * visual.shape[2]:
+                raise ValueError(
+                    f"the batch has indices for {needed} visual tokens, and visual holds {visual.shape[1]} frames of "
+                    f"{visual.shape[2]} tokens; encode frames of the size that the prompt was laid out for"
+                )
         static = {"plan": plan, "decode_capacity": self.buckets.max_new if decode_capacity is None else decode_capacity}
         collected = {"scores": scores, "hidden_states": hidden_states}
         return self._program(_prefill, self.params, batch, visual, **static, **collected)
@@ -335,7 +341,8 @@ class ModelPrograms:
         prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
         timing.prefill = time.perf_counter() - start
         args: tuple[Any, ...] = (self.params, prefilled.logits, prefilled.decoder.caches, drawn, np.int32(max_new))
-        args += () if budget is None else (np.asarray(opened),)
+        if budget is not None:
+            args += (np.asarray(opened),)
         start = time.perf_counter()
         decode = self._program(_decode_tokens, *args, max_new=most, sampling=sampling, budget=budget)
         timing.compile += time.perf_counter() - start
@@ -367,7 +374,7 @@ class ModelPrograms:
         inside: Sequence[bool] | None = None,
         answer: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, DecodeState]:
-        """Up to `max_new` tokens, and where decoding then stands, as `hybridvlm.inference.sampling.decode`: answers in pieces.
+        """Decode up to `max_new` tokens, and return a DecodeState to resume from; see `hybridvlm.inference.sampling.decode`.
 
         Args:
             logits: [B,V]; None goes on from a DecodeState.
@@ -380,7 +387,7 @@ class ModelPrograms:
             answer: with a budget, most tokens after the reasoning, over all pieces.
         """
         sampling = Sampling() if sampling is None else sampling
-        # the token that is chosen last does not go in, that of an earlier call does
+        # the last sampled token is not written to the caches; a resumed call writes the one of the call before
         check_capacity(caches, max_new - (logits is not None), "decode puts in")
         args: tuple[Any, ...] = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
         if budget is not None and logits is not None:

@@ -1,8 +1,8 @@
-"""The hybrid decoder: a pattern of layers over a row of tokens, which gets shorter where a plan drops visual tokens.
+"""The hybrid decoder: layers by a pattern string, over rows of tokens that a plan shortens by dropping visual tokens.
 
-`prefill` is the model, top to bottom: layers run in ranges; at a site the layer's score ranks the visual tokens and the
-row is compacted; the last norm ends it. `step`, `extend` and `extend_shared` go on from the caches that it leaves. What a
-layer computes is in mamba2.py, attention.py, mlp.py and moe.py, how a range of them runs in scan.py.
+`prefill` is the model, top to bottom. Layers run in ranges; the layer that ends a range may be scored, and after it visual
+tokens may be dropped, so that the next range runs on a shorter row. `step`, `extend` and `extend_shared` continue from the
+caches that `prefill` returns. Layers are in mamba2.py, attention.py, mlp.py and moe.py; scan.py runs a range of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ StraightThrough = Callable[[Tokens, jax.Array, jax.Array], Tokens]
 
 
 class DropPlan(Protocol):
-    """What the decoder needs of a plan: after which layers tokens drop, how many each example keeps, how long rows become."""
+    """What the decoder needs of a plan.
+
+    `drops` are layers after which tokens are dropped; `keep` and `row_length` take the layer that is entered, so what is
+    left after a drop at layer i is keep(i + 1) of a row of row_length(i + 1).
+    """
 
     @property
     def drops(self) -> tuple[int, ...]: ...
@@ -118,11 +122,12 @@ def prefill(
         hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
         segments: samples packed in a row.
-        query_capacity: most question rows of an example (default: the text length, L minus visual).
+        query_capacity: most question tokens of an example (default: L). A smaller number makes scoring cheaper.
         counts: [B,S], visual tokens that each example came with, when some were dropped before (default: those here).
-        remat: what a backward pass finds kept of a layer, a name of `REMAT`: "none" (everything), "dots" (results of
-            products with weights), "layer" (the residual stream before it). Which tokens stay is never decided again.
-        caches: False for training: none are returned, and so none are kept.
+        remat: which activations of a layer are saved for the backward pass, a name of `REMAT`: "none" (nothing is
+            recomputed, all are saved), "dots" (results of products with weights), "layer" (only the layer's input). The
+            choice of tokens is never recomputed.
+        caches: whether they are returned; set False for training.
         straight_through: (tokens, score [B,L], keep [B,S]) -> tokens, right before each drop: a way for gradients to
             reach the scores. Without it, scores that only choose carry no gradient; those of `collect` do.
 
@@ -130,59 +135,67 @@ def prefill(
         ValueError: for a site that is no mixer layer, a missing score_fn, an unknown remat, or what a row that is cut over
             devices cannot do.
     """
+    num_layers = len(config.pattern)
     drops = set(plan.drops) if plan is not None else set()
     scored = drops | set(collect)
-    _check(config, scored, score_fn, remat, straight_through, caches)
-    deepstack = {layer for layer in range(len(config.pattern)) if deepstack_key(layer) in tokens.extra}
+    _check(config, scored, hidden_states, score_fn, remat, straight_through, caches)
+    deepstack = {layer for layer in range(num_layers) if deepstack_key(layer) in tokens.extra}
     if query_capacity is None:
         query_capacity = tokens.length * sequence_shards(config)
-    here = row_total(config, visual_counts(tokens, segments))
-    counts = here if counts is None else counts
+    initial_counts = row_total(config, visual_counts(tokens, segments))
+    counts = initial_counts if counts is None else counts
     if segments > 1 and score_fn is not None:
         tokens = _with_index_in_segment(config, tokens)
 
-    entries: list[Cache] = []
+    layer_caches: list[Cache] = []
     survivors: list[tuple[jax.Array, jax.Array]] = []
-    kept, scores, hidden = [here], {}, {}
-    for start, site in _ranges(len(config.pattern), scored | deepstack | set(hidden_states)):
-        layers = LayerRange(config, start, site, decode_capacity, remat, caches)
-        if start < site:
-            x, new = run_layers(layers, params, tokens.x, tokens.segment, tokens.position)
+    kept, scores, hidden = [initial_counts], {}, {}
+    for start, layer in _ranges(num_layers, scored | deepstack | set(hidden_states)):
+        # layers start..layer-1, of which nothing but the residual stream and the caches is needed
+        layer_range = LayerRange(config, start, layer, decode_capacity, remat, caches)
+        if start < layer:
+            x, new = run_layers(layer_range, params, tokens.x, tokens.segment, tokens.position)
             tokens = tokens.replace(x=x)
-            entries += new
-        if site == len(config.pattern):
+            layer_caches += new
+        if layer == num_layers:
             break
-        name, index = config.kind_index(site)
+        # the layer that ends the range
+        name, index = config.kind_index(layer)
         x, cache, aux = run_layer(
-            layers,
-            site,
+            layer_range,
+            layer,
             params[name],
             index,
             tokens.x,
             tokens.segment,
             tokens.position,
-            query=tokens.query if site in scored else None,
+            query=tokens.query if layer in scored else None,
             query_capacity=min(query_capacity, tokens.length * sequence_shards(config)),
         )
-        entries.append(cache)
-        tokens = _add_deepstack(tokens.replace(x=x), site)
-        if site in hidden_states:
-            hidden[site] = tokens.x
-        if site in scored:
-            assert score_fn is not None  # `_check`
-            differentiable = site in collect or straight_through is not None
-            score = score_fn(site, *((aux, tokens) if differentiable else jax.lax.stop_gradient((aux, tokens))))
-        if site in collect:
-            scores[site] = score
-        if plan is not None and site in drops:
-            keep = plan.keep(site + 1, counts)
+        layer_caches.append(cache)
+        tokens = _add_deepstack(tokens.replace(x=x), layer)
+        if layer in hidden_states:
+            hidden[layer] = tokens.x
+        if layer in scored:
+            # `_check` refuses a missing score_fn
+            assert score_fn is not None
+            inputs = (aux, tokens)
+            if layer not in collect and straight_through is None:
+                inputs = jax.lax.stop_gradient(inputs)
+            score = score_fn(layer, *inputs)
+        if layer in collect:
+            scores[layer] = score
+        if plan is not None and layer in drops:
+            keep = plan.keep(layer + 1, counts)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
-            tokens = compact_row(config, tokens, score, keep, plan.row_length(site + 1))
+            tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1))
             survivors.append((tokens.index, tokens.visual))
             kept.append(row_total(config, visual_counts(tokens, segments)))
     tokens = tokens.replace(x=rms_norm(tokens.x, params["norm_f"], config.norm_eps))
-    return DecoderOutput(tokens, tuple(entries) if caches else (), tuple(survivors), jnp.stack(kept), scores, hidden)
+    return DecoderOutput(
+        tokens, tuple(layer_caches) if caches else (), tuple(survivors), jnp.stack(kept), scores, hidden
+    )
 
 
 def step(
@@ -224,8 +237,11 @@ def extend(
     """A piece of text after what the caches hold.
 
     Args:
-        x: [B,T,D].
+        params: the stacks of `Decoder.stacks`.
+        config: of the decoder.
+        x: [B,T,D], embeddings.
         segment: [B,T], 0 = padding at the end.
+        caches: one entry per layer, with T free slots.
         position: [B,T], for a config with rotary embedding.
 
     Returns:
@@ -267,9 +283,15 @@ def extend_shared(
     """Q questions on each of B videos, apart from one another: the caches of B rows are read, not written.
 
     Args:
-        x: [B*Q,T,D].
-        segment: [B*Q,T].
+        params: the stacks of `Decoder.stacks`.
+        config: of the decoder.
+        x: [B*Q,T,D], embeddings; the questions on one video are next to each other.
+        segment: [B*Q,T], 0 = padding at the end.
+        caches: of B videos, one entry per layer.
         position: [B*Q,T], for a config with rotary embedding.
+
+    Raises:
+        TypeError: for an attention layer whose cache is none of attention.
     """
     queries, residual = {}, {}
     for layer, (kind, cache) in enumerate(zip(config.pattern, caches, strict=True)):
@@ -310,10 +332,10 @@ def visual_counts(tokens: Tokens, segments: int) -> jax.Array:
     return jnp.sum(own, axis=1, dtype=jnp.int32)
 
 
-def _ranges(layers: int, sites: Iterable[int]) -> list[tuple[int, int]]:
-    """(first layer, site) of each range that ends before a site; the last one ends with the decoder."""
-    stops = [*sorted(sites), layers]
-    return list(zip([0, *(site + 1 for site in stops[:-1])], stops, strict=True))
+def _ranges(num_layers: int, ends: Iterable[int]) -> list[tuple[int, int]]:
+    """(first layer, the layer of `ends` that ends it) of each range; the last one ends with the decoder."""
+    stops = [*sorted(ends), num_layers]
+    return list(zip([0, *(layer + 1 for layer in stops[:-1])], stops, strict=True))
 
 
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:
@@ -330,7 +352,15 @@ def _with_index_in_segment(config: ModelConfig, tokens: Tokens) -> Tokens:
     return tokens.replace(extra=tokens.extra | {INDEX_IN_SEGMENT: own})
 
 
-def _check(config: ModelConfig, scored: set[int], score_fn, remat: str, straight_through, caches: bool) -> None:
+def _check(
+    config: ModelConfig,
+    scored: set[int],
+    hidden_states: tuple[int, ...],
+    score_fn: ScoreFn | None,
+    remat: str,
+    straight_through: StraightThrough | None,
+    caches: bool,
+) -> None:
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {sorted(REMAT)}, got {remat!r}")
     if sequence_shards(config) > 1 and straight_through is not None:
@@ -339,6 +369,9 @@ def _check(config: ModelConfig, scored: set[int], score_fn, remat: str, straight
         )
     if sequence_shards(config) > 1 and caches:
         raise ValueError(NO_CACHES)
+    for layer in sorted(scored | set(hidden_states)):
+        if not 0 <= layer < len(config.pattern):
+            raise ValueError(f"layer {layer}: the decoder has layers 0 to {len(config.pattern) - 1}")
     for layer in sorted(scored):
         if config.pattern[layer] not in MIXERS:
             raise ValueError(f"layer {layer} is {config.pattern[layer]!r}; scores exist only after M and *")

@@ -16,7 +16,7 @@ from hybridvlm.inference.model import load as load_folder
 from hybridvlm.inference.sampling import Sampling, decode
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.nemotron_vl.config import config_from_hf, vision_from_hf
-from hybridvlm.models.nemotron_vl.model import HybridVLM
+from hybridvlm.models.nemotron_vl.model import HybridVLM, assemble
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import empty_caches
 from hybridvlm.nn.decoder import extend, layer_params, step, unstack
@@ -169,7 +169,7 @@ def whole_prompt(config, params, batch, visual):
 
     @jax.jit
     def run(params):
-        tokens = model.apply({"params": params}, batch, visual, method=HybridVLM.prompt)
+        tokens = model.apply({"params": params}, batch, visual, method=lambda m, b, v: assemble(m.embed, b, v))
         hidden = model.apply({"params": params}, tokens, method=lambda m, t: m.decoder(t).tokens.x)
         return tokens.x, hidden @ params["lm_head"]
 

@@ -45,6 +45,7 @@ MODEL_TYPES = (
     "mamba2",
 )
 Config = ModelConfig
+# every method: its text is a part of the row that every layer sees
 METHODS = None
 
 _IMAGE = {"image": "<img>", "after_image": "</img>"}
@@ -100,7 +101,7 @@ def module(config: ModelConfig) -> HybridVLM:
 def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Random parameters, as the module declares them."""
     row = jnp.zeros((1, 1 if config.vision is None else config.vision.tokens_per_frame), jnp.int32)
-    batch = Batch(row, row, row, row[0, :1])
+    batch = Batch(input_ids=row, segment=row, frame=row, frame_count=row[0, :1])
     pixels = None if config.vision is None else jnp.zeros((1, 1, *config.vision.image_size, 3), jnp.uint8)
     return HybridVLM(config).init(key, batch, pixels)["params"]
 
@@ -124,7 +125,7 @@ class HybridVLM(nn.Module):
     def __call__(self, batch: Batch, pixels: jax.Array | None = None) -> jax.Array:
         """Logits [B,L,V] fp32 of whole prompts, nothing dropped; pixels [B,F,h,w,3] uint8, or None for plain text."""
         visual = None if pixels is None else self.encode(pixels)
-        return self.logits(self.decoder(self.prompt(batch, visual)).tokens.x)
+        return self.logits(self.decoder(assemble(self.embed, batch, visual)).tokens.x)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Frames [B,F,h,w,3] uint8, or groups of frames that make one patch [B,F,t,h,w,3] -> visual tokens [B,F,m,D]."""
@@ -135,18 +136,19 @@ class HybridVLM(nn.Module):
         visual = encode_frames(params, self.config.tower, scaled, frame, dtype=self.embed.dtype)
         return visual.reshape(b, f, *visual.shape[1:])
 
-    def prompt(self, batch: Batch, visual: jax.Array | None) -> Tokens:
-        """Text embeddings, with the visual tokens [B,F,m,D] put in order at the positions where batch.frame >= 0."""
-        return assemble(self.embed, batch, visual)
-
     def logits(self, x: jax.Array) -> jax.Array:
         """Final hidden states [...,D] -> logits [...,V] fp32."""
-        head = self.embed.T if self.config.tie_embeddings else self.lm_head
-        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return head({"embed": self.embed} if self.config.tie_embeddings else {"lm_head": self.lm_head}, self.config, x)
 
 
 def assemble(embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens:
-    """The Tokens of a batch: embed [V,D], visual [B,F,m,D] or None for text alone."""
+    """The Tokens of a batch: text embeddings, with the visual tokens in order where batch.frame >= 0.
+
+    Args:
+        embed: [V,D].
+        batch: prompts of L tokens.
+        visual: [B,F,m,D], at least as many as the batch has indices for; None for text alone.
+    """
     is_visual = (batch.frame >= 0) & (batch.segment > 0)
     b, length = batch.input_ids.shape
     x = jnp.take(embed, batch.input_ids, axis=0)
@@ -158,7 +160,15 @@ def assemble(embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
     last_visual = jnp.max(jnp.where(is_visual, index, -1), axis=1, keepdims=True)
     query = (batch.segment > 0) & (index > last_visual)
-    return Tokens(x, index, batch.segment, is_visual, query, index, jnp.where(is_visual, batch.frame, -1))
+    return Tokens(
+        x=x,
+        position=index,
+        segment=batch.segment,
+        visual=is_visual,
+        query=query,
+        index=index,
+        frame=jnp.where(is_visual, batch.frame, -1),
+    )
 
 
 DecodedT = TypeVar("DecodedT")  # a DecoderOutput, or a family's own with the same fields as far as they are used
@@ -232,7 +242,8 @@ def make_batch(
 
 def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
     """What `encode` takes of one clip per example: uint8 [B,frames,h,w,3], or [B,frames,t,h,w,3] where t frames make a patch."""
-    v, rows = config.tower, []
+    v = config.tower
+    rows = []
     for clip in clips:
         shown = clip.frames
         if shown is None:
@@ -240,11 +251,13 @@ def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarra
         if clip.kind == "image":
             shown = cut_tiles(shown[0], v.image_size, v.max_tiles) if v.max_tiles else resize(shown, v.image_size)
         elif v.temporal_patch > 1:
-            odd = -len(shown) % v.temporal_patch
-            shown = np.concatenate([shown, np.repeat(shown[-1:], odd, axis=0)])
+            missing = -len(shown) % v.temporal_patch
+            shown = np.concatenate([shown, np.repeat(shown[-1:], missing, axis=0)])
             shown = shown.reshape(-1, v.temporal_patch, *shown.shape[1:])
         if len(shown) > frames:
-            raise ValueError(f"a clip of {len(shown)} frames does not fit the bucket of {frames}")
+            raise ValueError(
+                f"{len(shown)} {'tiles of an image' if clip.kind == 'image' else 'frames of a clip'} do not fit the bucket of {frames}"
+            )
         rows.append(np.concatenate([shown, np.zeros((frames - len(shown), *shown.shape[1:]), np.uint8)]))
     return np.stack(rows)
 
@@ -289,7 +302,7 @@ def decoder_output(
     plan: ReductionPlan | None,
     *,
     decode_capacity: int = 0,
-    assemble: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
+    assemble_fn: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
     mesh: Mesh | None = None,
     question: jax.Array | None = None,
     segments: int = 1,
@@ -305,7 +318,7 @@ def decoder_output(
         visual: [B,F,m,D], or None for text alone.
         plan: what is dropped where.
         decode_capacity: cache slots for new tokens.
-        assemble: how embeddings, batch and visual tokens become one row; a family whose visual tokens carry more after
+        assemble_fn: how embeddings, batch and visual tokens become one row; a family whose visual tokens carry more after
             their first D values has its own.
         mesh: the devices that `params` were laid out for by `sharding.shard_params`.
         question: [B,L] bool, the text that says what matters, where that is not simply all after the last visual token, as
@@ -322,7 +335,7 @@ def decoder_output(
         )
     if plan is not None and plan.pool_factors != (1, 1, 1):
         visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
-    tokens = assemble(params["embed"], batch, visual)
+    tokens = assemble_fn(params["embed"], batch, visual)
     if question is not None:
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
     text = tokens.length
@@ -360,7 +373,7 @@ def prefill(
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
-    assemble: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
+    assemble_fn: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
     mesh: Mesh | None = None,
     *,
     scores: bool = False,
@@ -371,7 +384,7 @@ def prefill(
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
     in `decoder.hidden_states`.
     """
-    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble": assemble, "mesh": mesh}
+    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble_fn": assemble_fn, "mesh": mesh}
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:

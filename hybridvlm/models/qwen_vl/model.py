@@ -293,7 +293,7 @@ def decoder_output(
     **options: Any,
 ) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
     """As `nemotron_vl.decoder_output`, with M-RoPE positions and DeepStack planes."""
-    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble=_assemble(config), **options)
+    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble_fn=_assemble(config), **options)
 
 
 def prefill(
