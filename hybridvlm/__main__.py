@@ -1,4 +1,4 @@
-"""All commands behind one: `hybridvlm eval ...` is `python -m hybridvlm.eval ...`."""
+"""All commands after one: `hybridvlm eval ...` is `python -m hybridvlm.eval ...`."""
 
 from __future__ import annotations
 

@@ -272,10 +272,10 @@ def compile_for(
 
 
 def _with_shardings(args: tuple[Any, ...], shardings: Any) -> tuple[Any, ...]:
-    def place(sharding: Sharding | None, part: Any) -> Any:
+    def with_sharding(sharding: Sharding | None, part: Any) -> Any:
         return jax.tree.map(lambda leaf: _struct(leaf, sharding), part)
 
-    return jax.tree.map(place, shardings, args, is_leaf=lambda s: s is None or isinstance(s, Sharding))
+    return jax.tree.map(with_sharding, shardings, args, is_leaf=lambda s: s is None or isinstance(s, Sharding))
 
 
 def _struct(leaf: Any, sharding: Sharding | None) -> jax.ShapeDtypeStruct:

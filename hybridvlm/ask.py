@@ -16,6 +16,7 @@ from hybridvlm.options import THINKING, add_thinking
 if TYPE_CHECKING:
     from hybridvlm.inference.conversation import Answer
     from hybridvlm.inference.model import Model
+    from hybridvlm.models.media import Clip
 
 DEFAULT = "tiny-reduced"
 GRAMMAR = """The embedded model knows the embedded benchmark alone: 64 frames of 4 x 4 cells, and in each cell an item (a piece of
@@ -108,6 +109,19 @@ def merged(stages: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]
     return [(run[0][0], run[-1][1], run[0][2]) for run in runs]
 
 
+def foreign(model: Model, clips: Sequence[Clip]) -> str:
+    """A warning where the embedded model is asked about what is no video of its benchmark; else ""."""
+    from hybridvlm.tiny.tiles import FRAME
+
+    vision = model.config.vision
+    own = all(clip.kind == "video" and clip.size == (FRAME, FRAME) for clip in clips)
+    if vision is None or vision.kind != "stem" or own:
+        return ""
+    return (
+        f"warning: {model.name} knows the videos of its own benchmark alone ({FRAME} x {FRAME} pixels); here it guesses"
+    )
+
+
 def questions(first: str, more: bool) -> Iterator[str]:
     """The first question, then those on standard input."""
     yield first
@@ -175,6 +189,8 @@ def _answer(args: argparse.Namespace) -> int:
         thinking=THINKING[args.thinking],
         think_tokens=args.think_tokens,
     )
+    if (note := foreign(model, conversation.clips)) and args.model in ("tiny", "tiny-reduced"):
+        print(note, file=sys.stderr)
     answered = False
     for question in questions(args.question, args.follow_up):
         try:
@@ -182,7 +198,7 @@ def _answer(args: argparse.Namespace) -> int:
         except ValueError as error:
             if not answered:
                 raise
-            _complain(error, args)  # a slip in a further question does not cost the film that was read
+            _complain(error, args)  # a slip in a further question does not cost the video that was read
             continue
         answered = True
         print()
@@ -191,7 +207,11 @@ def _answer(args: argparse.Namespace) -> int:
             (clip,) = conversation.clips
             patch = model.config.tower.temporal_patch if clip.kind == "video" else 1
             frames = conversation.shown()
-            contact_sheet(frames, answer.survivors, args.show_kept, clip.seconds, patch)
+            kept = f"{answer.stages[-1][2]} of {answer.stages[0][2]} visual tokens in the last layer"
+            method = "dense" if answer.plan is None else f"{answer.plan.method} at {answer.plan.budget:g}"
+            caption = [f"question: {question}", f"answer: {answer.text}", f"{model.name}, {method}: {kept}"]
+            aspect = clip.size[1] / clip.size[0] if clip.kind == "video" and all(clip.size) else None
+            contact_sheet(frames, answer.survivors, args.show_kept, clip.seconds, patch, caption=caption, aspect=aspect)
             print(f"wrote {args.show_kept}", file=sys.stderr)
     return 0
 

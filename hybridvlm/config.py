@@ -36,7 +36,7 @@ class VisionConfig:
     kind "radio": ViT with a resizable position table (C-RADIO). kind "stem": a convolutional stem over separate patches,
     for the tiny embedded model; its tokens get learned cell and frame-time embeddings, as it has no text between frames.
     kind "qwen": the ViT of Qwen2-VL and Qwen3-VL, with rotary embeddings of row and column and full attention inside each
-    frame; a frame here is `temporal_patch` frames of the film, and image_size the size that a video is brought to.
+    frame; a frame here is `temporal_patch` frames of the video, and image_size the size that a video is brought to.
     """
 
     kind: str = "radio"
@@ -65,9 +65,7 @@ class VisionConfig:
     stem_channels: tuple[int, ...] = ()  # kind "stem": channels of its stride-2 convolutions
     activation: str = "gelu"  # of the blocks: gelu | gelu_tanh | quick_gelu
     patch_bias: bool = False  # kind "qwen": whether the patch embedding has a bias
-    deepstack: tuple[
-        int, ...
-    ] = ()  # kind "qwen": blocks whose output, merged, is added behind the first decoder layers
+    deepstack: tuple[int, ...] = ()  # kind "qwen": blocks whose output, merged, is added after the first decoder layers
 
     def __post_init__(self) -> None:
         if self.kind not in ("radio", "stem", "qwen"):
@@ -147,7 +145,7 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_width: int = 0
     shared_width: int = 0
-    expert_latent: int = 0  # width that tokens are projected to before the experts and back behind them; 0: as they are
+    expert_latent: int = 0  # width that tokens are projected to before the experts and back after them; 0: as they are
     router_groups: int = 1  # experts compete in groups, of which the router_top_groups best are kept
     router_top_groups: int = 1
     router_norm: bool = True  # the chosen experts' weights add up to router_scale

@@ -150,7 +150,7 @@ def leave(code: int) -> NoReturn:
 
 
 class _Watch:
-    """The thread behind `together`, and what it and the others tell each other: keys in JAX's coordination service."""
+    """The thread after `together`, and what it and the others tell each other: keys in JAX's coordination service."""
 
     number = 0  # of the watch; all processes make them in the same order
 

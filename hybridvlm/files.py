@@ -117,7 +117,7 @@ def _place(new: str, lock: pathlib.Path) -> None:
 
 
 def _take_over(lock: pathlib.Path, new: str, now: float) -> bool:
-    """Put `new` in the place of a stale lock: False where it has meanwhile gone, or was another's to replace."""
+    """Put `new` instead of a stale lock: False where it has meanwhile gone, or was another's to replace."""
     try:
         with open(lock, "rb") as file, _alone(file.fileno()):
             stat = os.fstat(file.fileno())
@@ -250,7 +250,7 @@ def read_object(path: pathlib.Path, error: type[ValueError] = ValueError, what: 
 
 
 def json_rows(path: pathlib.Path) -> Iterator[tuple[int, str, Callable[[], Any]]]:
-    """(number, place for messages, function that parses it) of every entry of a JSONL file, or of one JSON array.
+    """(number, position for messages, function that parses it) of every entry of a JSONL file, or of one JSON array.
 
     Raises:
         ValueError: the file begins and ends as an array and is none; the functions raise it for a line that is no JSON.

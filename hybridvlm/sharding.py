@@ -179,7 +179,7 @@ def _one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 
 
 def _with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
-    """A node of a tree with partition specs in the places of its arrays, as `jax.shard_map` takes them."""
+    """A node of a tree with partition specs in the positions of its arrays, as `jax.shard_map` takes them."""
     return node(*specs, **named)
 
 
@@ -336,7 +336,7 @@ def prefill(
 
 
 def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm: Axes, caches: bool) -> Any:
-    """How what `prefill` returns lies on the mesh: PartitionSpecs in the place of arrays."""
+    """How what `prefill` returns lies on the mesh: PartitionSpecs instead of arrays."""
     kv = P(batch, None, heads)
     entries = {
         MAMBA: _with_specs(MambaCache, P(batch, None, ssm), P(batch, ssm), P(batch)),
@@ -384,7 +384,7 @@ def _shared(specs: Mapping[str, Any], rules: ShardingRules, mesh: Mesh) -> tuple
 
 
 def pad_to(tokens: Tokens, length: int) -> Tokens:
-    """Padding behind every row, up to `length`."""
+    """Padding after every row, up to `length`."""
     more = length - tokens.length
     if not more:
         return tokens

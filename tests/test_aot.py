@@ -162,7 +162,7 @@ def test_bench_refuses_what_it_cannot_do(capsys):
 
 @needs["tpu"]
 def test_bench_on_a_model_over_two_axes(tmp_path):
-    """A row per method, each device's memory beside its HBM, and the cost of reduction beside the plan's prediction."""
+    """A row per method, each device's memory with its HBM, and the cost of reduction with the plan's prediction."""
     size = ("--model", "bench_100m", "--frames", "8", "--text", "16", "--batch", "2", "--prompt", "question")
     where = ("--topology", V5E, "--mesh", "data=2,tensor=2")
     dense, reduced = rows_of(tmp_path, *size, *where, "--budget", "0.5", "--schedule", "stages=2")

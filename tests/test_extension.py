@@ -1,4 +1,4 @@
-"""What users add and pass from outside: methods of their own, models of their own, names and lists in the place of objects."""
+"""What users add and pass from outside: methods of their own, models of their own, names and lists instead of objects."""
 
 import importlib.metadata
 import types
@@ -71,7 +71,7 @@ def test_a_registered_method_drops_by_its_own_score(registry):
     left = left[left >= 0]
     assert 0 < len(left) < visual
     np.testing.assert_array_equal(left, np.repeat(np.arange(6), 2)[visual - len(left) :])
-    # text stays, and stays behind
+    # text stays, and stays after
     assert int((np.asarray(out.tokens.segment)[0] > 0).sum()) == len(left) + text
 
 

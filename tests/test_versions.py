@@ -57,7 +57,7 @@ def test_defaults_go_over_to_xla_and_say_so_once(old):
             programs = [str(jax.make_jaxpr(op)()) for op in (scan, attend, score)]
     assert not any("pallas" in program for program in programs)
     messages = [str(warning.message) for warning in said if "needs jax 99.1" in str(warning.message)]
-    assert len(messages) == 2 and "'sequential' runs in its place" in messages[0] and "'xla' runs" in messages[1]
+    assert len(messages) == 2 and "'sequential' runs instead" in messages[0] and "'xla' runs" in messages[1]
 
 
 def test_what_is_required_leaves_an_older_jax_in_place():

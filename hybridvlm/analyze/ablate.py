@@ -143,7 +143,7 @@ def _possible(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> tuple
 
 
 def _work(checkpoints, cells, possible) -> list[tuple[int, Variant, int]]:
-    """(checkpoint, cell, answers missing), all checkpoints of one configuration after one another for each cell."""
+    """(checkpoint, cell, answers missing), all checkpoints of one configuration one after another for each cell."""
     work: list[tuple[int, Variant, int]] = []
     seen: set[tuple[str, str]] = set()  # cells of two sets may be one and the same
     order = sorted(

@@ -212,9 +212,15 @@ def pictures(results: Row) -> dict[str, Any]:
             for g, group in enumerate(groups):
                 own = [r for r in chosen if r["group"] == group]
                 means, below, above = zip(*(_bar(r["accuracy"]) for r in own), strict=True)
-                places = [labels.index(r["cell"]) + 0.8 * (g + 0.5) / len(groups) - 0.4 for r in own]
+                heights = [labels.index(r["cell"]) + 0.8 * (g + 0.5) / len(groups) - 0.4 for r in own]
                 panel.barh(
-                    places, means, 0.8 / len(groups), xerr=[below, above], color=COLOURS[g % 10], label=group, capsize=2
+                    heights,
+                    means,
+                    0.8 / len(groups),
+                    xerr=[below, above],
+                    color=COLOURS[g % 10],
+                    label=group,
+                    capsize=2,
                 )
             panel.set_yticks(range(len(labels)), labels, fontsize=8)
             panel.invert_yaxis()

@@ -1,7 +1,7 @@
 """Which layers' scores follow the question? Weights of the layers for the method `str-calibrated`.
 
     python -m hybridvlm.analyze calibrate --model tiny
-    python -m hybridvlm.analyze calibrate --model tiny --compare 280      # and str beside str-calibrated on validation questions
+    python -m hybridvlm.analyze calibrate --model tiny --compare 280      # and str against str-calibrated on validation questions
 
 Dense passes over a few videos with several questions each; no answer or needed token is read. Per layer l:
 

@@ -223,7 +223,7 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "progressive beats one drop after the first Mamba layer": (REFERENCE, "oneshot-mamba"),
     "progressive beats FastV": (REFERENCE, "fastv"),
     "late progress beats a constant share": (REFERENCE, "constant"),
-    "starting behind the first look-up beats starting at once": (REFERENCE, "sigmoid, from 0"),
+    "starting after the first look-up beats starting at once": (REFERENCE, "sigmoid, from 0"),
     "decay-free beats decayed": (REFERENCE, "decay on"),
     "dt-free beats dt": (REFERENCE, "dt on"),
     "Mamba layers' scores help: all layers beat attention layers alone": (

@@ -176,7 +176,7 @@ def add_source(parser: argparse.ArgumentParser, videos: int, per_video: int, see
     add("--per-video", type=int, default=per_video, help="questions on each of them, at most (default: %(default)s)")
     add("--seed", type=int, default=seed, help="other videos of the split have other seeds (default: %(default)s)")
     add("--frames", type=int, help="frames per video (default: what the task and the model take)")
-    add("--video", metavar="FILE", help="one video file in place of a task; ask about it with --question")
+    add("--video", metavar="FILE", help="one video file instead of a task; ask about it with --question")
     add("--question", action="append", default=[], metavar="TEXT", help="a question on --video; may be repeated")
     add("--output", type=pathlib.Path, help="folder for tables, JSON and pictures (default: results/...)")
 

@@ -102,13 +102,24 @@ def rank_biased_overlap(first: np.ndarray, second: np.ndarray, p: float) -> floa
     """Overlap of two rankings weighted to their heads: sum over depths d of p^(d-1) (1-p) |top d of both| / d, completed by the
     overlap at full depth. 1/(1-p) is the depth that counts; score vectors [M], ties to the earlier token."""
     m = len(first)
-    place = np.empty((2, m), int)
-    for row, score in zip(place, (first, second), strict=True):
+    rank = np.empty((2, m), int)
+    for row, score in zip(rank, (first, second), strict=True):
         row[np.argsort(-np.asarray(score), kind="stable")] = np.arange(m)
     depth = np.arange(1, m + 1)
-    shared = np.cumsum(np.bincount(place.max(0), minlength=m)) / depth
+    shared = np.cumsum(np.bincount(rank.max(0), minlength=m)) / depth
     weight = p ** np.arange(m) * (1 - p)
     return float(np.sum(shared * weight) + shared[-1] * p**m)
+
+
+def correlation_interval(values: Sequence[float], videos: Sequence[str]) -> tuple[float, list[float] | None]:
+    """(mean, 95% interval) of correlations, the interval by Fisher's z: it stays inside [-1, 1]. Clustered by video."""
+    mean = float(np.mean(values))
+    # arctanh of 1 is infinite; this is far beyond what a sample can tell from it.
+    _, interval = mean_interval(np.arctanh(np.clip(values, -1 + 1e-6, 1 - 1e-6)).tolist(), videos)
+    if interval is None:
+        return mean, None
+    low, high = np.tanh(interval)
+    return mean, [float(min(low, mean)), float(max(high, mean))]
 
 
 def mean_interval(values: Sequence[float], videos: Sequence[str]) -> tuple[float, list[float] | None]:

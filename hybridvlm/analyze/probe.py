@@ -3,15 +3,15 @@
     python -m hybridvlm.analyze probe --model tiny --baseline runs/transformer
 
 On validation videos of the embedded benchmark, exactly the tokens that 16 one-hop questions ask about are dropped after a layer;
-ridge probes then try to read each one's content back: its features (what the tower said, place and time left out: R2), its class
+ridge probes then try to read each one's content back: its features (what the tower said, position and time left out: R2), its class
 and its border colour (accuracy). Folds are split by video, the strength is chosen inside the training folds, intervals are over
 videos. `shuffled` pairs each reading with another token's content: chance. What is read:
 
-  text rows          the question's rows behind the last layer (its last row, and the mean of its rows)
+  text rows          the question's rows after the last layer (its last row, and the mean of its rows)
   states             the final SSM states of all Mamba layers, each asked with the token's own key there: b^T H per head, which is
                      what a query that equals the key would be given (retrieval); heads are scaled to unit length.
                      The key is made of the token's content, so `never shown` may lie above `shuffled`: compare with `never shown`
-  states behind      the same, of the layers behind the drop alone: they never saw the token
+  states after      the same, of the layers after the drop alone: they never saw the token
   states, last frame as `states`, where the 16 tokens of the last frame are dropped: tells a state that forgets with age from one
                      that never held what is asked for
   states, no key     --width random directions of the flattened states (more numbers than a probe can weigh), without knowing which
@@ -66,7 +66,7 @@ from hybridvlm.tiny.shared import QUESTION, arrays, video_tokens
 
 FRAMES, TARGETS, PART = 64, 16, 4
 NEVER_SHOWN, NEVER_DROPPED = -1, None
-READERS = ("text rows", "states", "states behind", "states, last frame", "states, no key")
+READERS = ("text rows", "states", "states after", "states, last frame", "states, no key")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,12 +123,12 @@ def probe_model(model: Model, layers: Sequence[int], videos: int, seed: int, wid
     bank = make_bank(model.params, model.config, FRAMES, 500, seed, split="val")
     batches, asked, last = _targets(bank, videos, seed)
     rows: list[Row] = []
-    for content, place in ((asked, 1), (last, 2)):
-        if place == 2 and MAMBA not in model.config.pattern:
+    for content, column in ((asked, 1), (last, 2)):
+        if column == 2 and MAMBA not in model.config.pattern:
             continue  # a Transformer keeps the last frame as it keeps any other
-        found = [_read(model, bank, batch[0], batch[place], layers) for batch in track(batches, "part", "videos")]
+        found = [_read(model, bank, batch[0], batch[column], layers) for batch in track(batches, "part", "videos")]
         for layer in track([NEVER_SHOWN, *layers, NEVER_DROPPED], "drop", "probes"):
-            inputs = _inputs([reading[layer] for reading in found], layer, width, seed, place == 2)
+            inputs = _inputs([reading[layer] for reading in found], layer, width, seed, column == 2)
             for reader, x in inputs.items():
                 rows.append(_drop(layer, model) | {"read from": reader} | content.probe(x))
                 if layer is NEVER_DROPPED:
@@ -147,12 +147,12 @@ class Content:
     videos: list[str]
 
     @classmethod
-    def of(cls, bank: Bank, places: np.ndarray) -> Content:
-        """Of bank places [V,Q]: class and border colour, and what the tower said of them without place and time."""
-        flat, per = places.reshape(-1), bank.label.shape[1]
+    def of(cls, bank: Bank, tiles: np.ndarray) -> Content:
+        """Of bank positions [V,Q]: class and border colour, and what the tower said of them without position and time."""
+        flat, per = tiles.reshape(-1), bank.label.shape[1]
         labels = {"class": bank.label.reshape(-1)[flat], "colour": flat // per}
         features = np.asarray(bank.tokens).reshape(-1, bank.tokens.shape[-1])[flat]
-        return cls(features, labels, [str(v) for v in range(len(places)) for _ in range(places.shape[1])])
+        return cls(features, labels, [str(v) for v in range(len(tiles)) for _ in range(tiles.shape[1])])
 
     def shuffled(self, seed: int) -> Content:
         """Each reading with another token's content."""
@@ -172,9 +172,9 @@ def _inputs(parts: Sequence[dict], layer: int | None, width: int, seed: int, las
     found = {"text rows": np.concatenate([part["text"] for part in parts])}
     if mamba:
         found["states"] = np.concatenate(list(answers.values()), axis=1)
-        behind = [answers[j] for j in mamba if layer is not None and j > layer >= 0]
-        if behind:
-            found["states behind"] = np.concatenate(behind, axis=1)
+        later = [answers[j] for j in mamba if layer is not None and j > layer >= 0]
+        if later:
+            found["states after"] = np.concatenate(later, axis=1)
         rows = [np.concatenate([part["states"][j].reshape(PART, -1) for j in mamba], axis=1) for part in parts]
         found["states, no key"] = np.repeat(_narrow(np.concatenate(rows), width, seed), TARGETS, axis=0)
     return found
@@ -191,7 +191,7 @@ def _drop(layer: int | None, model: Model) -> Row:
 def _with_retention(rows: list[Row]) -> list[Row]:
     ends = {(r["read from"], r["kind"]): r for r in rows if r["after"] is None}
     for row in rows:
-        whole = "states" if row["read from"] == "states behind" else row["read from"]
+        whole = "states" if row["read from"] == "states after" else row["read from"]
         low, high = (ends[whole, kind] for kind in ("never shown", "never dropped"))
         for name in ("features R2", "class"):
             gap = high[name] - low[name]
@@ -235,7 +235,7 @@ def _video_layer(p: dict, tokens: Tokens, *, config: ModelConfig, kind: str) -> 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
 def _text_layer(p: dict, x: jax.Array, cache: Any, *, config: ModelConfig, kind: str) -> jax.Array:
-    """One layer over the questions x [B*Q,T,D], apart from one another, behind what `cache` holds of their B videos."""
+    """One layer over the questions x [B*Q,T,D], apart from one another, after what `cache` holds of their B videos."""
     segment = jnp.ones(x.shape[:2], jnp.int32)
     if kind == MAMBA:
         return mamba_layer(p, config, x, segment, cache)[0]
@@ -252,7 +252,7 @@ def _read(model: Model, bank: Bank, sample: dict, chosen: np.ndarray, layers: Se
     """For every drop of the chosen tokens, what can be read: text rows [B*Q,2D], and of every Mamba layer the state [B,H,P,N] and
     what it answers [B*Q,H*P] to the chosen tokens' keys there.
 
-    Layer by layer, so that a drop costs the layers behind it only, and 6 small programs do for all drops.
+    Layer by layer, so that a drop costs the layers after it only, and 6 small programs do for all drops.
     """
     config = model.config
     parts = [layer_params(model.params["decoder"], config, layer) for layer in range(len(config.pattern))]
@@ -285,8 +285,8 @@ def _read(model: Model, bank: Bank, sample: dict, chosen: np.ndarray, layers: Se
     out: dict[int | None, dict] = {NEVER_DROPPED: reading(dense)}
     out[NEVER_SHOWN] = reading(walk(_without(whole, doomed, capacity), 0)[1])
     for layer in layers:
-        behind = walk(_without(rows[layer], doomed, capacity), layer + 1)[1]
-        out[layer] = reading(dense[: layer + 1] + behind)
+        later = walk(_without(rows[layer], doomed, capacity), layer + 1)[1]
+        out[layer] = reading(dense[: layer + 1] + later)
     return out
 
 

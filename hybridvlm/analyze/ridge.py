@@ -91,9 +91,9 @@ def probe(x: np.ndarray, features: np.ndarray, labels: dict[str, np.ndarray], vi
 
 def explained(y: np.ndarray, guess: np.ndarray, videos: Sequence[str]) -> tuple[float, list[float] | None]:
     """R2 of guess [n,k] over all dimensions, and its 95% interval: a bootstrap over videos."""
-    names, place = np.unique(np.asarray(videos), return_inverse=True)
-    wrong = np.bincount(place, weights=((y - guess) ** 2).sum(1))
-    whole = np.bincount(place, weights=((y - y.mean(0)) ** 2).sum(1))
+    names, group = np.unique(np.asarray(videos), return_inverse=True)
+    wrong = np.bincount(group, weights=((y - guess) ** 2).sum(1))
+    whole = np.bincount(group, weights=((y - y.mean(0)) ** 2).sum(1))
     value = float(1 - wrong.sum() / whole.sum())
     if len(names) < 2:
         return value, None

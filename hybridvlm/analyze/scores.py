@@ -53,9 +53,9 @@ def score_questions(
             for one in asked:
                 args = (model.params, one.batch, one.visual)
                 found, visual = jax.device_get(model.programs.get(_scores, *args, **static)(*args))
-                place = np.flatnonzero(visual[0])
+                index = np.flatnonzero(visual[0])
                 score = {
-                    name: {layer: np.asarray(found[layer][name][0], np.float32)[place] for layer in layers}
+                    name: {layer: np.asarray(found[layer][name][0], np.float32)[index] for layer in layers}
                     for name in variants
                 }
                 for layer, values in ((layer, score[name][layer]) for name in variants for layer in layers):

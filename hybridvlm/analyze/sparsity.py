@@ -1,4 +1,4 @@
-"""How few visual tokens hold a layer's score, and is the score a matter of place?
+"""How few visual tokens hold a layer's score, and is the score a matter of position?
 
     python -m hybridvlm.analyze sparsity --model tiny
     python -m hybridvlm.analyze sparsity --model CHECKPOINT --video clip.mp4 --question "What colour is the car?"
@@ -10,7 +10,7 @@ z-scored score; all three are in the JSON, --mass picks the table's. `positive` 
 hardly any has one, relu's mass says little (it is even where none has). A flat mass may still rank well: see `recall`, how often
 the tokens that the answer needs are in the top quarter (embedded benchmark only), and `calibrate`.
 
-Position bias: Spearman's correlation of the score with a token's place (positive: late tokens score higher), without the decay
+Position bias: Spearman's correlation of the score with a token's position (positive: late tokens score higher), without the decay
 and with it (Mamba layers). `range` is its 95% interval, clustered by video. Written: sparsity.json, sparsity.md, sparsity.png.
 """
 
@@ -89,7 +89,7 @@ def measure(scored: Sequence[Sequence[Scored]], pattern: str) -> list[Row]:
             }
         for name in ("plain", "decay"):
             bias = [measures.spearman(s := one.score[name][layer], np.arange(len(s))) for one in flat]
-            mean, interval = measures.mean_interval(bias, videos)
+            mean, interval = measures.correlation_interval(bias, videos)
             row[f"position_{name}"] = {"mean": mean, "ci95": interval}
         row["positive"] = float(np.mean([(one.score["plain"][layer] > 0).mean() for one in flat]))
         row["recall"] = recall(flat, layer)
@@ -116,10 +116,10 @@ def _shown(row: Row, how: str) -> Row:
         "gini": values["gini"],
         "entropy": values["entropy"],
         "positive": row["positive"],
-        "place": row["position_plain"]["mean"],
+        "position": row["position_plain"]["mean"],
     }
     out["range"] = row["position_plain"]["ci95"]
-    out["place, decay on"] = row["position_decay"]["mean"] if row["kind"] == "M" else None
+    out["position, decay on"] = row["position_decay"]["mean"] if row["kind"] == "M" else None
     for name in ("first", "second"):
         if row["recall"] and name in row["recall"]:
             out[f"recall {name}"] = row["recall"][name]
@@ -128,6 +128,8 @@ def _shown(row: Row, how: str) -> Row:
 
 def picture(layers: Sequence[Row], how: str) -> Any:
     """Shares that hold the mass, and the position bias, over depth; attention layers are marked."""
+    import matplotlib.ticker
+
     fig, panels = figure(2)
     first, second = panels[0]
     depth = [row["layer"] for row in layers]
@@ -141,6 +143,7 @@ def picture(layers: Sequence[Row], how: str) -> Any:
         ylabel="share of visual tokens, %",
         yscale="log",
     )
+    first.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     second.plot(depth, [r["position_plain"]["mean"] for r in layers], color=COLOURS[0], label="without decay")
     mamba = [r for r in layers if r["kind"] == "M"]
     second.plot(
@@ -150,10 +153,11 @@ def picture(layers: Sequence[Row], how: str) -> Any:
         color=COLOURS[1],
         label="with decay",
     )
-    second.set(title="rank correlation of score and place", xlabel="layer", ylim=(-1.05, 1.05))
+    second.set(title="rank correlation of score and position", xlabel="layer", ylim=(-1.05, 1.05))
     for panel in (first, second):
-        for row in layers:
-            if row["kind"] == "*":
-                panel.axvline(row["layer"], color="#dddddd", zorder=0)
+        attention = [row["layer"] for row in layers if row["kind"] == "*"]
+        for layer in attention:
+            label = "attention layer" if layer == attention[0] else None
+            panel.axvline(layer, color="#dddddd", zorder=0, label=label)
         panel.legend(fontsize=8, frameon=False)
     return fig

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> dict[str, Any]:
-    """pairs, by_type, layers and the matrices behind them; `depth` lists the layers of their rows."""
+    """pairs, by_type, layers and the matrices after them; `depth` lists the layers of their rows."""
     flat = [one for own in scored for one in own]
     depth = sorted(flat[0].score["plain"])
     n = len(depth)
@@ -109,8 +109,8 @@ def measure(scored: Sequence[Sequence[Scored]], pattern: str, share: float) -> d
         for which in ("neighbours", "all"):
             own = [p for p in pairs if p["type"] == kind and (which == "all" or p["neighbours"])]
             if own:
-                places = ([at[p["first"]] for p in own], [at[p["second"]] for p in own])
-                each = matrices["jaccard"][:, *places].mean(1)
+                indices = ([at[p["first"]] for p in own], [at[p["second"]] for p in own])
+                each = matrices["jaccard"][:, *indices].mean(1)
                 row: Row = {"type": kind, "which": which, "pairs": len(own)}
                 row["jaccard"], row["range"] = measures.mean_interval(each.tolist(), videos)
                 row |= {name: float(np.mean([p[name] for p in own])) for name in ("kendall", "rbo")}

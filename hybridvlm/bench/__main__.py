@@ -18,16 +18,16 @@ BENCHES = {
     "ssd": ("hybridvlm.bench.ssd", "implementations of the SSD op: forward, gradient, memory"),
     "vamba": (
         "hybridvlm.bench.vamba",
-        "VAMBA-7B beside Qwen2-VL-7B at true size, compiled for TPUs that are not there",
+        "VAMBA-7B and Qwen2-VL-7B at true size, compiled ahead of time for TPUs",
     ),
     "attention": ("hybridvlm.bench.attention", "implementations of attention over whole rows"),
     "score": ("hybridvlm.bench.score", "implementations of the text-to-visual score"),
     "compact": ("hybridvlm.bench.compact", "dropping tokens from a row, by sorting and by counting"),
-    "dtype": ("hybridvlm.bench.dtype", "the embedded model in bfloat16 beside float32: kept tokens and accuracy"),
-    "aot": ("hybridvlm.bench.aot", "a whole prefill compiled for TPUs that are not there: memory, cost, compile time"),
-    "train": ("hybridvlm.bench.train", "a whole step of training compiled for TPUs that are not there, as aot"),
-    "step": ("hybridvlm.bench.step", "a training step, dense beside reduction"),
-    "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense beside reduction methods"),
+    "dtype": ("hybridvlm.bench.dtype", "the embedded model in bfloat16 against float32: kept tokens and accuracy"),
+    "aot": ("hybridvlm.bench.aot", "a whole prefill compiled ahead of time for TPUs: memory, cost, compile time"),
+    "train": ("hybridvlm.bench.train", "a whole step of training compiled ahead of time for TPUs, as aot"),
+    "step": ("hybridvlm.bench.step", "a training step, dense and under reduction"),
+    "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense and under reduction methods"),
     "vs_transformers": ("hybridvlm.bench.vs_transformers", "prefill and decode, with transformers' NemotronH"),
 }
 

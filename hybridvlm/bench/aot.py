@@ -1,9 +1,9 @@
-"""A whole prefill compiled for TPUs that are not there: does it fit, how long does compiling take, what does it cost.
+"""A whole prefill compiled ahead of time for TPUs: does it fit, how long does compiling take, what does it cost.
 
-Embeddings to last-token logits, dense beside reduction methods, parameters and activations in bf16, on one slice and mesh. The
+Embeddings to last-token logits, dense and under reduction methods, parameters and activations in bf16, on one slice and mesh. The
 compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates seconds and bytes with
 every loop counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in neither). tflops is what
-the plan counts, all devices together. speedup: the dense row's seconds over this row's, beside the plan's prediction from FLOPs.
+the plan counts, all devices together. speedup: the dense row's seconds over this row's, with the plan's prediction from FLOPs.
 
 The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
 static and any frame may keep a token until the last drop, so room for all stamps would stay even where a frame is gone.

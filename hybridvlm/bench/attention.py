@@ -1,4 +1,4 @@
-"""Attention over whole rows, implementation by implementation, beside what the device could do at best.
+"""Attention over whole rows, implementation by implementation, with what the device could do at best.
 
 ms              median of interleaved runs; x_fastest: median of the paired ratios to the fastest one of the shape
 bytes_ms        q, k and v read once, out and the log-sum-exp written once, over the bandwidth
@@ -12,7 +12,7 @@ With --aot nothing runs: every implementation is compiled for the target.
 gb, cost_ms     bytes to and from HBM, and time, by the compiled program (`bench.hlo`): XLA's own instructions by the compiler's
                 estimates, a kernel of ours by what it declares, splash, which declares nothing, by its grid (see
                 `splash_work`); a kernel's time is the larger of its bytes and FLOPs over the peaks, which flatters it
-launches        for a GPU, whose compiler estimates no time, in place of cost_ms: how many kernels run one after the other; one
+launches        for a GPU, whose compiler estimates no time, instead of cost_ms: how many kernels run one after the other; one
                 of ours or of a library counts its operands and results once in gb
 floor_ms        the larger of bytes_ms and flops_ms there
 """

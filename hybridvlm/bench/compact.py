@@ -7,7 +7,7 @@ temp_mb         temporaries, from the compiled program's memory analysis
 
 With --aot nothing runs: every implementation is compiled for the target.
 gb, cost_ms     bytes to and from HBM, and time, by the compiler's estimates for the program's instructions (`bench.hlo`); for a
-                GPU, whose compiler estimates no time, launches in place of cost_ms: kernels that run one after the other
+                GPU, whose compiler estimates no time, launches instead of cost_ms: kernels that run one after the other
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         work = candidates.Work(moved, 0.0)
         keys = jax.random.split(jax.random.key(0), 2)
         question = capacity // 16
-        place = jnp.broadcast_to(jnp.arange(length), (b, length))
+        index = jnp.broadcast_to(jnp.arange(length), (b, length))
         arrays = (
-            (place < length - 3).astype(jnp.int32),
-            place < length - 3 - question,
+            (index < length - 3).astype(jnp.int32),
+            index < length - 3 - question,
             jax.random.normal(keys[0], (b, length)),
             jnp.full((b, 1), capacity - question, jnp.int32),
             jax.random.normal(keys[1], (b, length, args.width), dtype),

@@ -1,7 +1,7 @@
-"""The embedded model in bfloat16 beside float32, on questions of the embedded benchmark (validation split).
+"""The embedded model in bfloat16 against float32, on questions of the embedded benchmark (validation split).
 
 The checkpoint's own reduction with the method and budget asked for. One row per drop layer of the plan, over all questions:
-kept        share of the video's visual tokens that are left behind the layer
+kept        share of the video's visual tokens that are left after the layer
 agree       share of the video's visual tokens of which both say the same, stays or goes
 overlap     share of what float32 keeps that bfloat16 keeps too; by chance it would be `kept`
 Differences of earlier layers are part of both. Then the answers, dense and reduced: accuracy of each, and how often they are
@@ -107,7 +107,7 @@ def _video_tokens(model, task, samples) -> np.ndarray:
 
 
 def _survivors(generation, count: int) -> list[list[set[int]]]:
-    """Of every drop and example, the places (in the unreduced prompt) of the visual tokens behind it."""
+    """Of every drop and example, the positions (in the unreduced prompt) of the visual tokens after it."""
     import jax
 
     sets = []

@@ -77,7 +77,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: shape as written, operands' names, and everything behind them."""
+    """One line of HLO: shape as written, operands' names, and everything after them."""
 
     name: str
     root: bool
@@ -214,15 +214,15 @@ class _Program:
     def reads(self, name: str, body: list[Instruction]) -> float:
         total = 0.0
         for user in body:
-            for place in (n for n, operand in enumerate(user.operands) if operand == name):
-                if user.opcode in _SLICING and place == 0:
+            for operand_index in (n for n, operand in enumerate(user.operands) if operand == name):
+                if user.opcode in _SLICING and operand_index == 0:
                     total += _bytes(user.shape)
-                elif user.opcode == "dynamic-update-slice" and place == 0:
+                elif user.opcode == "dynamic-update-slice" and operand_index == 0:
                     total += 0.0
                 elif user.opcode == "bitcast":
                     total += self.reads(user.name, body)
                 elif user.opcode == "fusion":
-                    total += self.fused(user.called("calls")[0])[0][place]
+                    total += self.fused(user.called("calls")[0])[0][operand_index]
                 else:
                     return math.inf
         return total
@@ -243,7 +243,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Place of the parenthesis that closes the one at `start`."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")

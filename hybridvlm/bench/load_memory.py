@@ -1,7 +1,7 @@
-"""What loading costs beside the model itself: `python -m hybridvlm.bench.load_memory`.
+"""What loading costs in addition to the model itself: `python -m hybridvlm.bench.load_memory`.
 
 Writes a synthetic checkpoint in Nemotron-H's published layout, loads it in a process of its own, and prints that process's
-largest resident size, its final one, and the difference beside the largest tensor. Linux alone counts this way.
+largest resident size, its final one, and the difference, with the largest tensor. Linux alone counts this way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hybridvlm.checkpoints import samples
 from hybridvlm.checkpoints.tensors import INDEX, write_tensors
 from hybridvlm.models import nemotron_vl
 
-ALLOWED = 1_000_000_000  # bytes beside the finished model and its largest tensor
+ALLOWED = 1_000_000_000  # bytes in addition to the finished model and its largest tensor
 _BLOCK = 1 << 24  # values that are drawn once and written over and over
 
 
@@ -122,10 +122,10 @@ def measure(path: pathlib.Path) -> Loaded:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the sizes; 1 if loading held more than the largest tensor and 1 GB beside the model."""
+    """Print the sizes; 1 if loading held more than the largest tensor and 1 GB in addition to the model."""
     parser = argparse.ArgumentParser(prog="python -m hybridvlm.bench.load_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.6, help="of the checkpoint (%(default)s)")
-    parser.add_argument("--folder", default=None, help="where it is written (default: a temporary place)")
+    parser.add_argument("--folder", default=None, help="where it is written (default: a temporary folder)")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
@@ -135,15 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = pathlib.Path(folder) / "synthetic"
         largest = write_synthetic(path, args.gigabytes)
         found = measure(path)
-    beside = found.peak - found.final
+    extra = found.peak - found.final
     print(f"weights            {found.weights / 1e9:8.3f} GB, largest tensor {largest / 1e9:.3f} GB, bfloat16")
     print(f"resident before    {found.before / 1e9:8.3f} GB")
     print(f"resident at most   {found.peak / 1e9:8.3f} GB")
     print(f"resident at end    {found.final / 1e9:8.3f} GB, after {found.seconds:.1f} s")
     print(
-        f"peak beside final  {beside / 1e9:8.3f} GB; allowed: largest tensor + 1 GB = {(largest + ALLOWED) / 1e9:.3f} GB"
+        f"peak over final    {extra / 1e9:8.3f} GB; allowed: largest tensor + 1 GB = {(largest + ALLOWED) / 1e9:.3f} GB"
     )
-    return int(beside > largest + ALLOWED or found.final < found.weights)
+    return int(extra > largest + ALLOWED or found.final < found.weights)
 
 
 if __name__ == "__main__":

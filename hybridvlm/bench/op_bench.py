@@ -1,4 +1,4 @@
-"""What the benches of single ops share: candidates timed here beside their floor, or compiled for a device that is not here."""
+"""What the benches of single ops share: candidates timed here against their lower bound, or compiled ahead of time for a device."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from hybridvlm.inference.model import load
 from hybridvlm.models.media import Clip
 
 TOLERANCE = 1e-4  # on logits
-DECODED = 3  # tokens behind the prompt that are fed one by one
+DECODED = 3  # tokens after the prompt that are fed one by one
 QUESTION = "What is this?"
 # of VAMBA, transformers has no class: its numbers stand against recorded ones in the tests, and here its layout alone is walked
 REFERENCES = ("nemotron_h", "nemotron_h_moe", "nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl")
@@ -110,7 +110,7 @@ def _patches(frames: np.ndarray, vision: dict[str, Any]) -> tuple[np.ndarray, tu
 
 
 def _rows(frames: np.ndarray, vision: dict[str, Any], flat: float | None) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Qwen's: rows [t*h*w, 3*2*p*p] with the patches of one cell behind one another, and the grid (t, h, w)."""
+    """Qwen's: rows [t*h*w, 3*2*p*p] with the patches of one cell one after another, and the grid (t, h, w)."""
     p, m, pair = vision["patch_size"], vision["spatial_merge_size"], vision["temporal_patch_size"]
     x = _normalised(frames, flat)
     x = np.concatenate([x, np.repeat(x[-1:], -len(x) % pair, axis=0)])

@@ -1,6 +1,6 @@
-"""Decoder prefill, embeddings to last-token logits: dense beside reduction methods, runs interleaved.
+"""Decoder prefill, embeddings to last-token logits: dense and under reduction methods, runs interleaved.
 
-Weights, visual tokens and text are random: what is measured hangs on shapes alone. Scoring and compaction are part of
+Weights, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part of
 the time; compilation and the first run are not, and the vision tower is timed by itself. A second table has the prompt
 that a real video gets, with a time stamp before every frame: text that no method can drop.
 """
@@ -83,7 +83,7 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def prompt(frames: int, per_frame: int, text: int, stamps: int, vocabulary: int):
-    """One prompt as a Batch: `stamps` text tokens, then `per_frame` visual places, for every frame; then the question."""
+    """One prompt as a Batch: `stamps` text tokens, then `per_frame` visual positions, for every frame; then the question."""
     frame = np.concatenate([np.full(stamps, -1, np.int32), np.zeros(per_frame, np.int32)])
     frame = np.where(frame < 0, -1, np.arange(frames, dtype=np.int32)[:, None] + frame)
     frame = np.concatenate([frame.ravel(), np.full(text, -1, np.int32)])[None]

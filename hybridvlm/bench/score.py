@@ -9,7 +9,7 @@ temp_mb         temporaries, from the compiled program's memory analysis
 With --aot nothing runs: every implementation is compiled for the target.
 gb, cost_ms     bytes to and from HBM, and time, by the compiled program (`bench.hlo`): XLA's own instructions by the compiler's
                 estimates, our kernel by what it declares, its time the larger of bytes and FLOPs over the peaks,
-                which flatters it; for a GPU, whose compiler estimates no time, there is in place of cost_ms
+                which flatters it; for a GPU, whose compiler estimates no time, there is instead of cost_ms
 launches        how many kernels run one after the other; one of ours counts its operands and results once in gb
 """
 

@@ -1,4 +1,4 @@
-"""The SSD op, implementation by implementation, beside what the device could do at best.
+"""The SSD op, implementation by implementation, with what the device could do at best.
 
 forward_ms         median of interleaved runs; x_fastest: median of the paired ratios to the fastest one of the shape
 bytes_ms           x, dt, B and C read once, y and the final state written once, over the bandwidth
@@ -11,10 +11,10 @@ temp_share         the same relative to a float32 array [L,H,P,N], what a scan o
 The token scan's gradient stores every token's state: it is skipped, with a message, where memory is too short for it.
 
 With --aot nothing runs: every implementation is compiled for the target, forward and (gradient_) forward and backward.
-gb                 bytes to and from HBM by the compiled program (`bench.hlo`), a kernel with what it declares; x_least: over
+gb                 bytes to and from HBM by the compiled program (`bench.hlo`), a kernel with what it declares; x_min_bytes: over
                    the least
 cost_ms            time by the compiler's estimates of cycles, a kernel as the larger of its bytes and FLOPs over the peaks, which
-                   flatters it. The compiler for GPUs estimates no time; for such a target there is in its place
+                   flatters it. The compiler for GPUs estimates no time; for such a target there is instead
 launches           how many kernels run one after the other; a kernel of ours counts its operands and results once
 """
 
@@ -169,7 +169,7 @@ def _compile(spec, dtype: str, implementations, where, args: argparse.Namespace)
             else:
                 row[f"{prefix}launches"] = cost.launches
             if not prefix:
-                row["x_least"] = cost.bytes / least
+                row["x_min_bytes"] = cost.bytes / least
             row[f"{prefix}temp_mb"] = compiled.temporaries / 1e6
             row[f"{prefix}compile_s"] = compiled.compile_seconds
     return list(rows.values())

@@ -1,6 +1,6 @@
-"""A training step, dense beside reduction: forward, backward and AdamW of the decoder, runs interleaved.
+"""A training step, dense and under reduction: forward, backward and AdamW of the decoder, runs interleaved.
 
-Weights, visual tokens and text are random: what is measured hangs on shapes alone. The vision tower is frozen and its features are
+Weights, visual tokens and text are random: what is measured depends on shapes alone. The vision tower is frozen and its features are
 given, as in training with cached features; compilation and the first run are not timed.
 """
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     per_frame = config.vision.tokens_per_frame
     frames = (args.length - args.text) // per_frame
     if not frames:
-        raise ValueError(f"--length {args.length} holds no frame of {per_frame} tokens beside {args.text} of text")
+        raise ValueError(f"--length {args.length} holds no frame of {per_frame} tokens with {args.text} of text")
     text = args.length - frames * per_frame
     budgets = [1.0, *(float(b) for b in args.budgets.split(","))]
     timing.say(

@@ -19,7 +19,7 @@ def interleaved(candidates: Mapping[Key, Callable[[], Any]], *, rounds: int, war
     """Seconds of every call, by candidate: `warmup` unmeasured rounds, then `rounds` in which each is called once.
 
     A call counts as over when every array that it returned is ready. From round to round the order is turned by one
-    place, so that nobody always goes first.
+    position, so that nobody always goes first.
     """
     import jax
 
@@ -29,8 +29,8 @@ def interleaved(candidates: Mapping[Key, Callable[[], Any]], *, rounds: int, war
     seconds: dict[Key, list[float]] = {name: [] for name in names}
     with progress((rounds + warmup) * len(names), "call", "measuring", delay=2, leave=False) as bar:
         for turn in range(-warmup, rounds):
-            for place in range(len(names)):
-                name = names[(place + turn) % len(names)]
+            for offset in range(len(names)):
+                name = names[(offset + turn) % len(names)]
                 start = time.perf_counter()
                 jax.block_until_ready(candidates[name]())
                 if turn >= 0:

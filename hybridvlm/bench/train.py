@@ -1,7 +1,7 @@
-"""A whole step of training compiled for TPUs that are not there: does it fit, what does it cost, how long does compiling take.
+"""A whole step of training compiled ahead of time for TPUs: does it fit, what does it cost, how long does compiling take.
 
 Forward under a plan, next-token loss on the answer, backward, AdamW: float32 master weights and moments, computed in bfloat16, dense
-beside reduction methods, on one slice and mesh. The compiler is the real one; nothing runs. The vision tower is frozen, and its
+and under reduction methods, on one slice and mesh. The compiler is the real one; nothing runs. The vision tower is frozen, and its
 tokens are inputs. Per device: bytes of HBM, and by the compiler's own estimates seconds and bytes with every loop counted as often
 as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in neither, exchanged_gb lists them).
 
@@ -115,7 +115,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
     mask = jax.tree_util.tree_map_with_path(lambda keys, _: decays(path(keys)), shapes)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.05, mask=mask))
 
-    def placed(tree):
+    def with_sharding(tree):
         struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
         return jax.tree.map(struct, tree, rules.shardings(mesh, tree))
 
@@ -128,10 +128,10 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
         embed = jax.lax.with_sharding_constraint(params["embed"].astype(jnp.bfloat16), NamedSharding(mesh, P()))
         head = jax.lax.with_sharding_constraint(params["lm_head"].astype(jnp.bfloat16), per_tensor)
         x = jnp.concatenate([visual, jnp.take(embed, ids, axis=0)], axis=1)
-        place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), x.shape[:2])
-        seen = place < visual_tokens
-        frame = jnp.where(seen, place // config.tower.tokens_per_frame, -1)
-        tokens = Tokens(x, place, jnp.ones_like(place), seen, ~seen & (place < length - args.answer), place, frame)
+        index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), x.shape[:2])
+        seen = index < visual_tokens
+        frame = jnp.where(seen, index // config.tower.tokens_per_frame, -1)
+        tokens = Tokens(x, index, jnp.ones_like(index), seen, ~seen & (index < length - args.answer), index, frame)
         out = sharding.prefill(
             params["decoder"],
             config,
@@ -153,7 +153,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
         updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
-    params, moments = placed(shapes), placed(jax.eval_shape(optimizer.init, shapes))
+    params, moments = with_sharding(shapes), with_sharding(jax.eval_shape(optimizer.init, shapes))
     visual = jax.ShapeDtypeStruct((args.batch, visual_tokens, config.width), jnp.bfloat16, sharding=over_batch)
     ids = jax.ShapeDtypeStruct((args.batch, args.text), jnp.int32, sharding=over_batch)
     kept = (*(jax.tree.map(lambda a: a.sharding, tree) for tree in (params, moments)), NamedSharding(mesh, P()))

@@ -1,4 +1,4 @@
-"""VAMBA-7B beside Qwen2-VL-7B at true size in bf16, by the compiler of a TPU or GPU that need not be there.
+"""VAMBA-7B and Qwen2-VL-7B at true size in bf16, by the compiler of a TPU or GPU that need not be there.
 
 Both are laid out as well as the other: weights stacked and scanned, the row walked in pieces of --piece tokens (Qwen2-VL by chunked
 prefill over its cache), logits for the last token in prefill and for the text alone in training, every layer
@@ -7,7 +7,7 @@ rematerialised in training. So what differs is what the models need, and not how
 weights (in training with AdamW's moments, all fp32 and sharded), caches, inputs and logits are counted from shapes; other_gb is
 what the compiler needs beyond them: activations, gradients in flight, buffers, copies. decoder_tflops are counted as in
 hybridvlm/reduction/cost.py, of all devices (a training step as three times its forward pass); tower_tflops is the vision
-tower, the same in both and in no other column but for --phases film, which goes from the film's pixels to logits in one program.
+tower, the same in both and in no other column but for --phases video, which goes from the video's pixels to logits in one program.
 cost_s are the compiler's seconds on a TPU, every loop counted as often as it runs (hybridvlm/bench/hlo.py). paper_ columns were
 read off the plots of arXiv 2503.11579 (A800, eager PyTorch with FlashAttention); as_paper_tflops counts a prefill as those do: tower
 and decoder, no attention products, logits of every token of the decoder's row.
@@ -26,8 +26,8 @@ from hybridvlm.config import ModelConfig, VambaConfig
 from hybridvlm.config_files import load_model_config
 
 MODELS = {"vamba": "vamba_qwen2_vl_7b", "qwen2-vl": "qwen2_vl_7b"}
-PHASES = ("prefill", "film", "train")
-# frames of 640x360 -> (GB, TFLOPs) of prefill on one A800, and GB of a training step on eight (ZeRO-3, one film each)
+PHASES = ("prefill", "video", "train")
+# frames of 640x360 -> (GB, TFLOPs) of prefill on one A800, and GB of a training step on eight (ZeRO-3, one video each)
 PAPER: dict[str, dict[str, dict[int, tuple[float | None, float | None]]]] = {
     "prefill": {
         "vamba": {256: (33.5, 378), 512: (45.0, 750), 1024: (67.5, 1490)},
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--target", default="v5p:2x2x1", help="what prefill is compiled for: one device of it (default: v5p:2x2x1)")
     add("--train-target", default="v5p:2x2x2", help="a training step: all of its devices, fsdp (default: v5p:2x2x2)")
-    add("--frames", type=int, nargs="+", default=[256, 512, 1024], help="frames of the film (default: 256 512 1024)")
+    add("--frames", type=int, nargs="+", default=[256, 512, 1024], help="frames of the video (default: 256 512 1024)")
     add("--size", type=int, nargs=2, default=[364, 644], help="height and width of a frame (default: 364 644)")
     add("--text", type=int, default=128, help="text tokens of a prompt (default: 128)")
     add("--piece", type=int, default=4096, help="tokens that are walked at once (default: 4096)")
@@ -76,7 +76,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     where = aot.target(args.train_target if phase == "train" else args.target)
     programs: dict[str, Callable[..., Any]] = {
         "prefill": prefill_program,
-        "film": film_program,
+        "video": video_program,
         "train": train_program,
     }
     compiled, parts = programs[phase](where, config, frames, args)
@@ -84,7 +84,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     cost = None
     if where.platform == "tpu":
         cost = program_cost(compiled.executable.as_text(), where.chip)
-    films = len(where.devices) if phase == "train" else 1
+    videos = len(where.devices) if phase == "train" else 1
     paper = PAPER["train" if phase == "train" else "prefill"][model].get(frames, (None, None))
     return {
         "phase": phase,
@@ -97,8 +97,8 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
         "needed_gb": compiled.peak_bytes * 1e-9,
         "fits_80gb": compiled.peak_bytes <= 80e9,
         "paper_gb": paper[0],
-        "decoder_tflops": decoder_flops(config, frames, args.text) * films * (3 if phase == "train" else 1) * 1e-12,
-        "tower_tflops": flops.vision_flops(config.tower, _slices(config, frames), config.width) * films * 1e-12,
+        "decoder_tflops": decoder_flops(config, frames, args.text) * videos * (3 if phase == "train" else 1) * 1e-12,
+        "tower_tflops": flops.vision_flops(config.tower, _slices(config, frames), config.width) * videos * 1e-12,
         "as_paper_tflops": None if phase == "train" else papers_flops(config, frames, args.text) * 1e-12,
         "paper_tflops": paper[1],
         "cost_s": None if cost is None else cost.seconds,
@@ -112,7 +112,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
 
 
 def _slices(config: ModelConfig, frames: int) -> int:
-    """Frames of the tower: one for every two of the film's."""
+    """Frames of the tower: one for every two of the video's."""
     return -(-frames // config.tower.temporal_patch)
 
 
@@ -190,8 +190,8 @@ def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
     pieces = -(-length // piece)
     size = 8 * -(-length // (8 * pieces))
     x = jnp.pad(x, ((0, 0), (0, pieces * size - length), (0, 0)))
-    place = jnp.broadcast_to(jnp.arange(pieces * size, dtype=jnp.int32), (b, pieces * size))
-    segment = (place < length).astype(jnp.int32)
+    row_index = jnp.broadcast_to(jnp.arange(pieces * size, dtype=jnp.int32), (b, pieces * size))
+    segment = (row_index < length).astype(jnp.int32)
 
     def cut(a):
         return a.reshape(b, pieces, size, *a.shape[2:]).swapaxes(0, 1)
@@ -206,7 +206,7 @@ def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
             start = (index, 0, at[0, 0], 0, 0)
             k_all, v_all = (jax.lax.dynamic_update_slice(a, n[None], start) for a, n in ((k_all, k), (v_all, v)))
             k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (k_all, v_all))
-            out, _ = attention(q, k, v, q_segment=mine, kv_segment=segment, q_index=at, kv_index=place)
+            out, _ = attention(q, k, v, q_segment=mine, kv_segment=segment, q_index=at, kv_index=row_index)
             return (mlp_layer(mlp, c, x + join_heads(p, out)), k_all, v_all), None
 
         stacks = (jnp.arange(layers), params["decoder"]["attention"], params["decoder"]["mlp"])
@@ -215,7 +215,7 @@ def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
 
     empty = jnp.zeros((layers, b, pieces * size, c.kv_heads, c.head_dim), x.dtype)
     cache, last = jax.lax.scan(
-        lambda cache, part: walk(cache, part), (empty, empty), (cut(x), cut(place), cut(segment))
+        lambda cache, part: walk(cache, part), (empty, empty), (cut(x), cut(row_index), cut(segment))
     )
     end = length - (pieces - 1) * size
     x = rms_norm(last[-1], params["decoder"]["norm_f"], c.norm_eps)
@@ -237,13 +237,13 @@ def qwen_states(params, config: ModelConfig, visual, ids, piece: int, all_gather
     pieces = -(-length // piece)
     size = 8 * -(-length // (8 * pieces))
     x = jnp.pad(x, ((0, 0), (0, pieces * size - length), (0, 0)))
-    place = jnp.broadcast_to(jnp.arange(pieces * size, dtype=jnp.int32), (b, pieces * size))
-    segment = (place < length).astype(jnp.int32)
+    row_index = jnp.broadcast_to(jnp.arange(pieces * size, dtype=jnp.int32), (b, pieces * size))
+    segment = (row_index < length).astype(jnp.int32)
     policy = jax.checkpoint_policies.nothing_saveable
 
     def layer(x, p):
         p = all_gather_params(p)
-        x, _, _ = attention_layer(p["attention"], c, x, segment, position=place)
+        x, _, _ = attention_layer(p["attention"], c, x, segment, position=row_index)
         parts = x.reshape(b, pieces, size, width).swapaxes(0, 1)
         parts = jax.lax.map(jax.checkpoint(lambda part: mlp_layer(p["mlp"], c, part), policy=policy), parts)
         return parts.swapaxes(0, 1).reshape(x.shape), None
@@ -278,15 +278,15 @@ def prefill_program(where, config: ModelConfig, frames: int, args: argparse.Name
     return _prefill(where, config, args, shapes(config, jnp.bfloat16), *_inputs(config, frames, args.text, 1))
 
 
-def film_program(where, config: ModelConfig, frames: int, args: argparse.Namespace):
-    """As `prefill_program`, but from the film's pixels [1,F,2,h,w,3] uint8, the tower included."""
+def video_program(where, config: ModelConfig, frames: int, args: argparse.Namespace):
+    """As `prefill_program`, but from the video's pixels [1,F,2,h,w,3] uint8, the tower included."""
     import jax
     import jax.numpy as jnp
 
     shape = (1, _slices(config, frames), config.tower.temporal_patch, *args.size, 3)
-    film = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    video = jax.ShapeDtypeStruct(shape, jnp.uint8)
     _, ids = _inputs(config, frames, args.text, 1)
-    return _prefill(where, config, args, shapes(config, jnp.bfloat16, tower=True), film, ids)
+    return _prefill(where, config, args, shapes(config, jnp.bfloat16, tower=True), video, ids)
 
 
 def _prefill(where, config: ModelConfig, args: argparse.Namespace, params: Any, seen: Any, ids: Any):
@@ -301,8 +301,8 @@ def _prefill(where, config: ModelConfig, args: argparse.Namespace, params: Any, 
 
     def prefill(params, seen, ids):
         if whole:
-            place = jnp.zeros(seen.shape[1], jnp.int32)
-            seen = encode_frames(params, config.tower, seen[0], place, dtype=jnp.bfloat16, chunk=16)
+            frame = jnp.zeros(seen.shape[1], jnp.int32)
+            seen = encode_frames(params, config.tower, seen[0], frame, dtype=jnp.bfloat16, chunk=16)
             seen = seen.reshape(1, -1, config.width)
         x, kept = walk(params, config, seen, ids, args.piece)
         return jnp.matmul(x[:, -1], params["lm_head"], preferred_element_type=jnp.float32), kept
@@ -314,10 +314,10 @@ def _prefill(where, config: ModelConfig, args: argparse.Namespace, params: Any, 
 
 
 def train_program(where, config: ModelConfig, frames: int, args: argparse.Namespace):
-    """A step of AdamW on every device's own film: fp32 parameters and moments in shards, each layer gathered in bf16 as it is used.
+    """A step of AdamW on every device's own video: fp32 parameters and moments in shards, each layer gathered in bf16 as it is used.
 
     Next-token loss on the text. The tower is frozen, as in VAMBA's recipe, and its visual tokens are inputs. `logits` is what the
-    text's fp32 logits of one film take; they are among the compiler's temporaries, and taken out of `other`.
+    text's fp32 logits of one video take; they are among the compiler's temporaries, and taken out of `other`.
     """
     import jax
     import jax.numpy as jnp

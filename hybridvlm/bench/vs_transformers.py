@@ -1,9 +1,9 @@
-"""Beside transformers' NemotronH: the same weights, float32, the same threads, one process after the other.
+"""Next to transformers' NemotronH: the same weights, float32, the same threads, one process after the other.
 
 Two worker processes, so that neither sees the other's memory and thread pools. The transformers one makes the model,
-measures, and leaves weights and the logits of a short prompt behind; ours loads those weights through the table of
+measures, and leaves weights and the logits of a short prompt; ours loads those weights through the table of
 checkpoint names, must give the same logits, and measures the same things: prefill in tokens per second, decoding in
-milliseconds per token, and beside them the rate of a 2048^3 matmul in that very process. The machine's copy bandwidth is
+milliseconds per token, and with them the rate of a 2048^3 matmul in that very process. The machine's copy bandwidth is
 torch's between two allocated arrays; a jitted copy allocates its result and would time page faults.
 """
 

@@ -16,10 +16,10 @@ from hybridvlm.files import runs
 
 @contextmanager
 def whole_folder(path: str | pathlib.Path, ours: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
-    """A new folder to write into, which takes the place of `path` at the end; on any error `path` is as it was.
+    """A new folder to write into, which replaces `path` at the end; on any error `path` is as it was.
 
     ours: whether what stands at `path` already may be replaced; ValueError if not. What a process that was killed had
-    written lies beside it under a hidden name, and is removed by the next one.
+    written lies next to it under a hidden name, and is removed by the next one.
     """
     path = pathlib.Path(path)
     if path.exists() and not ours(path):
@@ -44,7 +44,7 @@ def whole_folder(path: str | pathlib.Path, ours: Callable[[pathlib.Path], bool])
 
 
 def _sweep(path: pathlib.Path) -> None:
-    """Remove what processes of this host that no longer run left beside `path`; of others nothing is known."""
+    """Remove what processes of this host that no longer run left next to `path`; of others nothing is known."""
     for left in path.parent.iterdir():
         owner = re.match(rf"{re.escape(f'.{path.name}.')}(\d+)-{re.escape(_host())}\.", left.name)
         if owner and not runs(int(owner[1])):

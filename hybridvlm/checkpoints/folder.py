@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.checkpoints.atomic import whole_folder
-from hybridvlm.checkpoints.hf import CONFIG, Place, check_finite, own_head, read_json, read_params
+from hybridvlm.checkpoints.hf import CONFIG, ShardingFor, check_finite, own_head, read_json, read_params
 from hybridvlm.checkpoints.names import SETTINGS, resolve
 from hybridvlm.checkpoints.orbax import ABOUT, is_orbax, read_about, restore_orbax, save_orbax
 from hybridvlm.checkpoints.tensors import TensorFolder
@@ -187,7 +187,11 @@ def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[
 
 
 def read_weights(
-    path: pathlib.Path, config: Any, dtype: Any = None, kind: Family = nemotron_vl, place: Place | None = None
+    path: pathlib.Path,
+    config: Any,
+    dtype: Any = None,
+    kind: Family = nemotron_vl,
+    sharding_for: ShardingFor | None = None,
 ) -> dict[str, Any]:
     """The parameters of a folder in the library's own form, in `dtype` (default float32).
 
@@ -205,7 +209,7 @@ def read_weights(
         to = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
         check_finite(array, f"{file}: {name}", to)
         here = jnp.asarray(array, to)
-        flat[name] = here if place is None else jax.device_put(here, place(name, here.shape))
+        flat[name] = here if sharding_for is None else jax.device_put(here, sharding_for(name, here.shape))
     return unflatten(flat)
 
 
@@ -241,12 +245,12 @@ def _load(
     buckets: Buckets | None,
     cache: str | os.PathLike[str] | None,
 ) -> Checkpoint:
-    place = None if mesh is None else _placing(mesh)
+    sharding_for = None if mesh is None else _placing(mesh)
     if is_orbax(path):
-        return _load_orbax(path, dtype, place, reduction, buckets)
+        return _load_orbax(path, dtype, sharding_for, reduction, buckets)
     data = read_json(path / CONFIG)
     if data.get("format") is None:
-        return _load_published(path, data, dtype, place, reduction, buckets, cache)
+        return _load_published(path, data, dtype, sharding_for, reduction, buckets, cache)
     if cache is not None:
         raise ValueError("cache is for published checkpoints; this one is in the library's own form already")
     if data["format"] != FORMAT:
@@ -257,7 +261,7 @@ def _load(
     tokenizer = _tokenizer(path, config)
     if tokenizer is None and data.get("tokenizer") is not False:
         raise FileNotFoundError(f"no tokenizer at {path / TOKENIZER}")
-    params = read_weights(path, config, dtype, kind, place)
+    params = read_weights(path, config, dtype, kind, sharding_for)
     return _checkpoint(path.name, kind, config, params, tokenizer, sections, reduction, buckets)
 
 
@@ -284,8 +288,8 @@ def _floating(dtype: Any) -> np.dtype:
     return found
 
 
-def _placing(mesh: jax.sharding.Mesh) -> Place:
-    """The mesh's places by the default rules."""
+def _placing(mesh: jax.sharding.Mesh) -> ShardingFor:
+    """The mesh's positions by the default rules."""
     from hybridvlm.sharding import auto_mesh, sharding_of, tensor_size
 
     mesh = auto_mesh(mesh)
@@ -329,7 +333,11 @@ def _tokenizer(path: pathlib.Path, config: Any) -> WordLevel | PublishedTokenize
 
 
 def _load_orbax(
-    path: pathlib.Path, dtype: Any, place: Place | None, reduction: Reduction | None, buckets: Buckets | None
+    path: pathlib.Path,
+    dtype: Any,
+    sharding_for: ShardingFor | None,
+    reduction: Reduction | None,
+    buckets: Buckets | None,
 ) -> Checkpoint:
     about = read_about(path)
     if not isinstance(about.get("model"), dict):
@@ -337,7 +345,9 @@ def _load_orbax(
     kind, config, sections = _built(path / ABOUT, about["model"])
     if reduction is None:
         _check_method(path / ABOUT, sections)
-    params = restore_orbax(path, expected_shapes(config, kind, str(path / ABOUT)), dtype=dtype, place=place)
+    params = restore_orbax(
+        path, expected_shapes(config, kind, str(path / ABOUT)), dtype=dtype, sharding_for=sharding_for
+    )
     return _checkpoint(
         about.get("name", path.name), kind, config, params, _tokenizer(path, config), sections, reduction, buckets
     )
@@ -347,7 +357,7 @@ def _load_published(
     path: pathlib.Path,
     raw: dict[str, Any],
     dtype: Any,
-    place: Place | None,
+    sharding_for: ShardingFor | None,
     reduction: Reduction | None,
     buckets: Buckets | None,
     cache: str | os.PathLike[str] | None,
@@ -374,15 +384,15 @@ def _load_published(
     style = kind.style_for(config)
     sections = {"style": style, "buckets": PUBLISHED_BUCKETS}
     if cache is None:
-        params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
+        params = read_params(table, tensors, dtype=dtype, sharding_for=sharding_for, compared=True)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
     copy, source = pathlib.Path(cache), _source(path, tensors, dtype)
     if not is_orbax(copy) or read_about(copy).get("source") != source:
-        params = read_params(table, tensors, dtype=dtype, place=place, compared=True)
+        params = read_params(table, tensors, dtype=dtype, sharding_for=sharding_for, compared=True)
         about = {"family": kind.NAME, **to_dict(config), "style": to_dict(style), "buckets": to_dict(PUBLISHED_BUCKETS)}
         save_orbax(copy, params, {"name": name, "model": about, "source": source}, tokenizer)
         return _checkpoint(name, kind, config, params, tokenizer, sections, reduction, buckets)
-    return _load_orbax(copy, None, place, reduction, buckets)
+    return _load_orbax(copy, None, sharding_for, reduction, buckets)
 
 
 def _preprocessors(path: pathlib.Path) -> dict[str, Any]:
@@ -416,7 +426,7 @@ def _stops(path: pathlib.Path, config: Any) -> tuple[int, ...]:
 def _source(path: pathlib.Path, tensors: TensorFolder, dtype: Any) -> dict[str, Any]:
     """What a converted copy must share with a checkpoint to stand for it, and the dtype.
 
-    Sizes and times of its weights, and the contents of every file beside them that a model may be read from, tokenizers and
+    Sizes and times of its weights, and the contents of every file next to them that a model may be read from, tokenizers and
     chat templates included: whatever appears, goes or changes makes a new copy.
     """
     stamps: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Published checkpoints in and out: config.json and safetensors shards <-> a family's config and parameters.
 
-Weights stream: a tensor is read a few rows at a time and put straight where it lives on the devices, so that beside the
+Weights stream: a tensor is read a few rows at a time and put straight where it lives on the devices, so that in addition to the
 finished model the host holds a few pieces and no tensor twice. Everything is checked by name and shape before the first
 byte of data is read.
 """
@@ -27,13 +27,14 @@ from hybridvlm.models.weights import FLOAT32, Shape, StackedSpec, Transform, Wei
 
 CONFIG = "config.json"
 MOST_FAULTS = 200  # that a message lists
-# what some releases save beside the parameters: tables that follow from the config, and the heads that predict further tokens
+# what some releases save next to the parameters: tables that follow from the config, and the heads that predict further tokens
 CONSTANT = re.compile(
     r"(?:^|\.)(?:\w*inv_freq|rotary\w*\.\w+_cached|position_ids|num_batches_tracked|mtp(?:_\w+)?\..*)$"
 )
 PIECE_BYTES = 64 << 20  # that are read at once; a smaller array is put together on the host
 SHARD_BYTES = 4 << 30  # of a written file
-Place = Callable[[str, Shape], jax.sharding.Sharding]  # flat name and shape of an array -> where it lives
+# (flat name, shape) of an array -> where it lives
+ShardingFor = Callable[[str, Shape], jax.sharding.Sharding]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class _Sources:
         return False
 
     def check(self, compared: bool = False) -> None:
-        """ValueError with every tensor that is missing, has another shape than the config says, or no place to go.
+        """ValueError with every tensor that is missing, has another shape than the config says, or belongs to no parameter.
 
         compared: a head that the table ties is known to hold the embedding's values.
         """
@@ -151,7 +152,7 @@ class _Sources:
                 self.faults[f"tied: {head} has other values than {embed}, and the config makes them one"] = None
         for stored, _, _ in self.found.values():
             if len(self.faults) <= MOST_FAULTS and stored not in used:
-                self.faults[f"no place for: {stored}"] = None
+                self.faults[f"no parameter for: {stored}"] = None
         if self.faults:
             lines = [*self.faults][:MOST_FAULTS] + ["and more"] * (len(self.faults) > MOST_FAULTS)
             raise CheckpointError("\n  ".join([f"the checkpoint does not fit {self.table.who}:", *lines]))
@@ -177,17 +178,20 @@ class _Sources:
         return stored
 
     def pieces(self, job: StackedSpec) -> Iterator[tuple[Shape, Callable[[int, int], np.ndarray]]]:
-        """Of one job: (place in the stack, rows(start, stop) of the tensor that belongs there, its scale applied)."""
+        """Of one job: (position in the stack, rows(start, stop) of the tensor that belongs there, its scale applied)."""
         c, row, _ = job
         height = row.shape(c)[0]
         stacked = self._stacked(job)
         kind = None if row.target.rsplit("/", 1)[-1] in FLOAT32 else self.kind
-        for place, name, scale in self.table.pieces(job):
+        for stack_index, name, scale in self.table.pieces(job):
             if stacked:
-                layer, expert = place
-                yield place, functools.partial(self._expert_rows, stacked[layer][0], expert, kind)
+                layer, expert = stack_index
+                yield stack_index, functools.partial(self._expert_rows, stacked[layer][0], expert, kind)
             else:
-                yield place, functools.partial(self._rows, name, scale if scale in self.found else "", height, kind)
+                yield (
+                    stack_index,
+                    functools.partial(self._rows, name, scale if scale in self.found else "", height, kind),
+                )
 
     def _rows(self, name: str, scale: str, height: int, kind: Any, start: int, stop: int) -> np.ndarray:
         stored, part, _ = self.found[name]
@@ -227,7 +231,7 @@ class _Sources:
 def params_from_tensors(table: WeightMap, tensors: Mapping[str, np.ndarray], *, dtype: Any = None) -> dict[str, Any]:
     """Our parameters as NumPy arrays from a checkpoint's tensors, under any of their known names.
 
-    dtype: cast to it (default: as stored). CheckpointError lists every tensor that is missing, misshapen or has no place.
+    dtype: cast to it (default: as stored). CheckpointError lists every tensor that is missing, misshapen or belongs to no parameter.
     """
     sources = _Sources(table, tensors, dtype)
     sources.check()
@@ -241,13 +245,13 @@ def read_params(
     tensors: TensorFolder,
     *,
     dtype: Any = None,
-    place: Place | None = None,
+    sharding_for: ShardingFor | None = None,
     progress: Callable[[str], None] = lambda name: None,
     compared: bool = False,
 ) -> dict[str, Any]:
     """Our parameters on the devices, streamed. dtype: of all but the leaves in `names.FLOAT32` (default: as stored).
 
-    place: where each array lives (default: the default device). progress: called with each array's name before it is read.
+    sharding_for: where each array lives (default: the default device). progress: called with each array's name before it is read.
     compared: `own_head` was asked already, so that head and embedding need not be read for it once more.
     """
     sources = _Sources(table, tensors, dtype)
@@ -259,7 +263,7 @@ def read_params(
         keep = target.rsplit("/", 1)[-1] in FLOAT32
         kind = jnp.dtype(jnp.float32 if keep else dtype or sources.dtype(job))
         shape = table.target_shape(job)
-        sharding = here if place is None else place(target, shape)
+        sharding = here if sharding_for is None else sharding_for(target, shape)
         progress(target)
         if math.prod(shape) * kind.itemsize <= PIECE_BYTES:
             array = _on_host(sources, job, kind)
@@ -272,8 +276,8 @@ def read_params(
 def _on_host(sources: _Sources, job: StackedSpec, dtype: np.dtype) -> np.ndarray:
     c, row, _ = job
     out = np.empty(sources.table.target_shape(job), dtype)
-    for place, rows in sources.pieces(job):
-        out[place] = row.turn.into(rows(0, row.shape(c)[0]), c)
+    for stack_index, rows in sources.pieces(job):
+        out[stack_index] = row.turn.into(rows(0, row.shape(c)[0]), c)
     return out
 
 
@@ -293,7 +297,7 @@ def _streamed(
     stored = row.shape(c)
     parts = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None  # every array has a place on each of its devices
+        assert index is not None  # every array has a position on each of its devices
         low = [s.start or 0 for s in index]
         high = [n if s.stop is None else s.stop for s, n in zip(index, shape, strict=True)]
         sizes = tuple(b - a for a, b in zip(low, high, strict=True))
@@ -302,10 +306,10 @@ def _streamed(
     row_bytes = max(1, math.prod(stored[1:]) * sources.dtype(job).itemsize)
     step = stored[0] if row.turn.axis is None else max(1, PIECE_BYTES // row_bytes)
     lead = (layers is not None) + (row.experts is not None)
-    for place, rows in sources.pieces(job):
+    for stack_index, rows in sources.pieces(job):
         for start in range(0, stored[0], step):
             stop = min(start + step, stored[0])
-            begin, end = [*place, *(0 for _ in shape[lead:])], [*(p + 1 for p in place), *shape[lead:]]
+            begin, end = [*stack_index, *(0 for _ in shape[lead:])], [*(p + 1 for p in stack_index), *shape[lead:]]
             if row.turn.axis is not None:
                 begin[lead + row.turn.axis], end[lead + row.turn.axis] = start, stop
             boxes = {}
@@ -327,7 +331,7 @@ def _streamed(
                     c=c,
                     sizes=tuple(b - a for a, b in box[lead:]),
                 )
-            # a piece is let go before the next is read: what is asked of a device runs on behind the host's back
+            # a piece is let go before the next is read: what is asked of a device runs on unseen by the host
             jax.block_until_ready([part[2] for part in parts.values()])
     return jax.make_array_from_single_device_arrays(shape, sharding, [part[2] for part in parts.values()])
 
@@ -362,8 +366,8 @@ def save_published(
             leaf = leaf[key]
         if tuple(leaf.shape) != table.target_shape(job):
             raise ValueError(f"{job[1].target} should be {table.target_shape(job)}, is {tuple(leaf.shape)}")
-        for place, source, _ in table.pieces(job):
-            leaves[source] = (leaf, place, job)
+        for stack_index, source, _ in table.pieces(job):
+            leaves[source] = (leaf, stack_index, job)
     whole: dict[str, list[str]] = {}  # published name -> the table's names, in order
     for source in leaves:
         joined = next(((fused, fused.join(source)) for fused in table.fused if fused.join(source)), None)
@@ -374,8 +378,8 @@ def save_published(
 
     def pieces(name: str) -> Iterator[np.ndarray]:
         for source in whole[name]:
-            leaf, place, (c, row, _) = leaves[source]
-            yield row.turn.back(np.asarray(jax.device_get(leaf[place] if place else leaf)), c)
+            leaf, stack_index, (c, row, _) = leaves[source]
+            yield row.turn.back(np.asarray(jax.device_get(leaf[stack_index] if stack_index else leaf)), c)
 
     shards: list[dict[str, tuple[np.dtype, Shape]]] = [{}]
     held = 0

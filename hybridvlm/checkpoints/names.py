@@ -21,7 +21,7 @@ SETTINGS = (
     "*.model",
     "*.tiktoken",
     "additional_chat_templates/*.jinja",
-)  # beside the weights
+)  # in the folder of the weights
 
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code

@@ -1,7 +1,7 @@
 """Orbax folders: a model converted once, restored onto any mesh.
 
 `model.json` says what it is (family, config, sections, what it was made from), `params` is Orbax's own, and the tokenizer's
-files lie beside them.
+files lie next to them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.checkpoints.atomic import whole_folder
-from hybridvlm.checkpoints.hf import Place, read_json
+from hybridvlm.checkpoints.hf import ShardingFor, read_json
 from hybridvlm.errors import CheckpointError
 from hybridvlm.models.weights import FLOAT32, flatten, unflatten
 from hybridvlm.plain import shown
@@ -56,9 +56,13 @@ def read_about(path: pathlib.Path) -> dict[str, Any]:
 
 
 def restore_orbax(
-    path: pathlib.Path, shapes: dict[str, tuple[int, ...]], *, dtype: Any = None, place: Place | None = None
+    path: pathlib.Path,
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    dtype: Any = None,
+    sharding_for: ShardingFor | None = None,
 ) -> dict[str, Any]:
-    """Parameters of a folder, straight to where `place` puts them (default: the default device).
+    """Parameters of a folder, straight to where `position` puts them (default: the default device).
 
     shapes: of every array, by flat name, as the config has them. dtype: of all but the leaves in `names.FLOAT32`
     (default: as saved). CheckpointError lists what does not fit.
@@ -70,7 +74,7 @@ def restore_orbax(
     with ocp.StandardCheckpointer() as checkpointer:
         held = flatten(dict(checkpointer.metadata(path / PARAMS).item_metadata))
         wrong = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in held]
-        wrong += [f"no place for: {name}" for name in held if name not in shapes]
+        wrong += [f"no parameter for: {name}" for name in held if name not in shapes]
         wrong += [
             f"wrong shape: {name} should be {shape}, is {tuple(held[name].shape)}"
             for name, shape in shapes.items()
@@ -83,7 +87,9 @@ def restore_orbax(
         def target(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
             keep = name.rsplit("/", 1)[-1] in FLOAT32
             kind = held[name].dtype if keep or dtype is None else jnp.dtype(dtype)
-            return jax.ShapeDtypeStruct(shape, kind, sharding=here if place is None else place(name, shape))
+            return jax.ShapeDtypeStruct(
+                shape, kind, sharding=here if sharding_for is None else sharding_for(name, shape)
+            )
 
         params = checkpointer.restore(path / PARAMS, unflatten({n: target(n, s) for n, s in shapes.items()}))
     for name, leaf in flatten(params).items():

@@ -25,7 +25,7 @@ SPECIAL = {
         *("<|image_pad|>", "<|video_pad|>"),
     ),
 }
-BYTES = 256  # a token for every byte, and the special ones behind them
+BYTES = 256  # a token for every byte, and the special ones after them
 VOCABULARY = 288
 
 

@@ -30,7 +30,7 @@ class Damaged(ValueError):
 def digests(tree: Any) -> dict[str, str]:
     """A checksum of type, shape and bits of every array, by its path; it is the same on every mesh.
 
-    Every word of an array is mixed with its place, and the results are added up: whole numbers, in any order.
+    Every word of an array is mixed with its position, and the results are added up: whole numbers, in any order.
     """
     flat = dict(flatten(tree))
     sums = jax.device_get(_sums(flat))
@@ -52,11 +52,11 @@ def _mixed(a: jax.Array) -> jax.Array:
         a = a.astype(jnp.uint8)
     kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[a.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(a, kind).astype(jnp.uint32)
-    place = jnp.zeros(words.shape, jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     sums = [
-        jnp.sum(_scramble(words ^ _scramble(place + jnp.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)
+        jnp.sum(_scramble(words ^ _scramble(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)
     ]
     return jnp.stack(sums)
 
@@ -184,7 +184,7 @@ class Steps:
                 tree, note = self._read_alone(at, abstract, alone)
             except MemoryError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise whatever the damaged place led them to
+            except Exception as error:  # Orbax and TensorStore raise whatever the damaged position led them to
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 problem = _short(error) or type(error).__name__
@@ -216,10 +216,10 @@ class Steps:
         return arrays.restore(at / "state", args=ocp.args.StandardRestore(abstract)), note
 
     def _set_aside(self, step: int) -> pathlib.Path:
-        place = self.folder / ASIDE
-        place.mkdir(exist_ok=True)
+        aside = self.folder / ASIDE
+        aside.mkdir(exist_ok=True)
         names = (str(step), *(f"{step}-{number}" for number in range(1, 10_000)))
-        target = next(place / name for name in names if not (place / name).exists())
+        target = next(aside / name for name in names if not (aside / name).exists())
         os.replace(self.folder / FOLDER / str(step), target)
         return target
 

@@ -44,7 +44,7 @@ _MOST_AXES = 32  # of a tensor; the product of more takes longer and longer
 
 
 class _File:
-    """One safetensors file: its header, checked as the format's own library checks it, and its tensors' places."""
+    """One safetensors file: its header, checked as the format's own library checks it, and its tensors' positions."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.handle = path, path.open("rb", buffering=0)
@@ -55,7 +55,7 @@ class _File:
             raise self._unreadable("its header is cut off or longer than the file")
         header = self._header(self.handle.read(length))
         self.begin = 8 + length
-        self.places: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
+        self.entries: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
             if not name.isprintable():
@@ -79,7 +79,7 @@ class _File:
                     f"{name:.200} of shape {shown(shape)} {kind} cannot fill bytes {shown(first)} to {shown(last)}"
                 )
             spans.append((first, last, name))
-            self.places[name] = (DTYPES[kind], tuple(shape), self.begin + first)
+            self.entries[name] = (DTYPES[kind], tuple(shape), self.begin + first)
         self._check_spans(sorted(spans), size - self.begin)
 
     def _header(self, data: bytes) -> dict[str, Any]:
@@ -99,11 +99,11 @@ class _File:
         return header
 
     def _check_spans(self, spans: list[tuple[int, int, str]], held: int) -> None:
-        """Tensors lie one behind another, from the first byte to the last: no holes, nothing shared, nothing behind."""
+        """Tensors lie one after another, from the first byte to the last: no holes, nothing shared, nothing after."""
         at, before = 0, "the header"
         for first, last, name in spans:
             if first != at:
-                what = "overlaps with" if first < at else "leaves a hole behind"
+                what = "overlaps with" if first < at else "leaves a hole after"
                 raise self._unreadable(f"{name:.200} at bytes {first} to {last} {what} {before:.200}")
             at, before = last, name
         cut = sorted(name for _, last, name in spans if last > held)
@@ -111,13 +111,13 @@ class _File:
             more = f" and {len(cut) - 4} more" if len(cut) > 4 else ""
             raise CheckpointError(f"{self.path} is truncated: it ends inside or before {', '.join(cut[:4])}{more}")
         if at < held:
-            raise self._unreadable(f"{held - at} bytes behind its last tensor belong to none")
+            raise self._unreadable(f"{held - at} bytes after its last tensor belong to none")
 
     def _unreadable(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a readable safetensors file: {why}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        dtype, shape, offset = self.places[name]
+        dtype, shape, offset = self.entries[name]
         if shape and stop is not None:
             offset += start * math.prod(shape[1:]) * dtype.itemsize
             shape = (stop - start, *shape[1:])
@@ -136,7 +136,7 @@ class TensorFolder(Mapping[str, np.ndarray]):
     """The tensors of a checkpoint as a read-only mapping; a tensor is read from disk when it is asked for.
 
     path: a .safetensors file, or a folder that holds one, or several with model.safetensors.index.json. A whole
-    model.safetensors is what counts, whatever lies beside it, as transformers has it; an adapter is never applied, and a
+    model.safetensors is what counts, whatever lies next to it, as transformers has it; an adapter is never applied, and a
     warning says so. FileNotFoundError if there is none, or if the index or a file that it names is missing; CheckpointError
     for a file that cannot be read.
     """
@@ -184,7 +184,7 @@ class TensorFolder(Mapping[str, np.ndarray]):
             if file.suffix != ".safetensors":
                 raise CheckpointError(f"{file} is not a .safetensors file; other weights are refused")
             opened = _File(file)
-            for name in opened.places:
+            for name in opened.entries:
                 if name in self._home:
                     raise CheckpointError(f"{name} is in {self._home[name].path.name} and again in {file.name}")
                 self._home[name] = opened
@@ -215,11 +215,11 @@ class TensorFolder(Mapping[str, np.ndarray]):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, without reading the data."""
-        return {name: file.places[name][1] for name, file in self._home.items()}
+        return {name: file.entries[name][1] for name, file in self._home.items()}
 
     def dtypes(self) -> dict[str, np.dtype]:
         """The dtype of every tensor, without reading the data."""
-        return {name: file.places[name][0] for name, file in self._home.items()}
+        return {name: file.entries[name][0] for name, file in self._home.items()}
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:

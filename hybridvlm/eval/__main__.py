@@ -38,12 +38,12 @@ set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Pro
 fields of a JSONL task, one question a line:
 {fields}
 
-A reply that reasons first is read behind its closing tag; --think-tokens gives the reasoning tokens of its own. Questions on a file
+A reply that reasons first is read after its closing tag; --think-tokens gives the reasoning tokens of its own. Questions on a file
 that turns out damaged are not asked: they are counted apart, and the accuracy is that of the others.
 
 files in --output: results.json (rows and metadata), report.md with two pictures, samples.jsonl (one line per answer); .lock while
 a run is at work in there.
-exit code: 0 done; 1 a run failed, what was answered before is kept, or no film of a task could be read; 2 a wrong option or
+exit code: 0 done; 1 a run failed, what was answered before is kept, or no video of a task could be read; 2 a wrong option or
 input, nothing was started."""
 
 

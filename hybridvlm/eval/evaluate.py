@@ -125,7 +125,7 @@ class Evaluation:
     def __init__(self, checked: Checked, command: str):
         self.options, self.command, self.model, self.tasks = checked.options, command, checked.model, checked.tasks
         self.planner, self.folder, self.notes = checked.planner, checked.folder, list[str]()
-        self.unread: list[str] = []  # a line for each task of which no film could be read, once it has run
+        self.unread: list[str] = []  # a line for each task of which no video could be read, once it has run
         options, model, tasks = checked.options, checked.model, checked.tasks
         self.runners: list[Runner] = []
         self.process = here()
@@ -232,11 +232,11 @@ class Evaluation:
         return [line for line in dict.fromkeys(lines) if line]
 
     def _all_unread(self, runner: Runner) -> str:
-        """What to say of a task of which no film at all could be read, so that its table holds nothing."""
+        """What to say of a task of which no video at all could be read, so that its table holds nothing."""
         records = [self.store.get(runner.key(DENSE, sample)) for sample in runner.task.samples]
         if not all("failure" in record for record in records):
             return ""
-        return f"{runner.task.name}: no film of it could be read, no question was answered; {records[0]['failure']}"
+        return f"{runner.task.name}: no video of it could be read, no question was answered; {records[0]['failure']}"
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""

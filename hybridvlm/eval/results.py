@@ -1,4 +1,4 @@
-"""What a run leaves behind: one line per answered question, and the rows of the table made from them.
+"""What a run leaves after: one line per answered question, and the rows of the table made from them.
 
 samples.jsonl is only ever added to, a batch at a time, and is what a killed run resumes from. Everything else is made
 from it anew and written whole or not at all.
@@ -64,7 +64,7 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
 class SampleStore:
     """samples.jsonl: what has been answered, by key. A last line that a kill cut off is dropped; it is asked again.
 
-    process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) beside it, and reads all there are.
+    process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) next to it, and reads all there are.
     """
 
     def __init__(self, path: pathlib.Path, process: Process = Process(0, 1)):  # noqa: B008, frozen
@@ -152,7 +152,7 @@ class SampleStore:
 
 
 def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None:
-    """The one run whose clock counts for a row: it timed most of its questions beside dense; the latest of equals."""
+    """The one run whose clock counts for a row: it timed most of its questions together with dense; the latest of equals."""
     with_dense = {record["run"] for record in dense}
     counts: dict[str, int] = {}
     for record in records:
@@ -179,7 +179,7 @@ def build_row(
     variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced.
     """
     pairs = [(s, store.get(key("row", s)), store.get(key("dense", s))) for s in task.samples]
-    # questions on films that could not be read are neither right nor wrong: they are counted apart
+    # questions on videos that could not be read are neither right nor wrong: they are counted apart
     pairs = [pair for pair in pairs if not any("failure" in record for record in pair[1:])]
     unanswered = len(task.samples) - len(pairs)
     if not pairs:
@@ -254,7 +254,7 @@ def build_row(
 
 
 def _empty_row(task: Task, method: str, budget: float, unanswered: int) -> tuple[Record, Record]:
-    """The row of a task none of whose films could be read."""
+    """The row of a task none of whose videos could be read."""
     row = dict.fromkeys(ROW_KEYS) | {"task": task.name, "method": method, "budget": budget, "n": 0, "by_type": {}}
     extra = {"task": task.name, "method": method, "budget": budget, "videos": 0, "n_by_type": {}, "n_two_hop": 0}
     extra |= {"predictions_changed": 0, "thinking_unfinished": 0, "most_common_reply": 0.0, "timing_run": None}

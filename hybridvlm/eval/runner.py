@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How questions are put, beside their text: a system message, the template's switch for reasoning (None: as it is), and
+    """How questions are put, in addition to their text: a system message, the template's switch for reasoning (None: as it is), and
     the most tokens of reasoning (None: one limit for it and the answer)."""
 
     system: str = ""
@@ -412,9 +412,9 @@ class Runner:
         return self._record(variant, sample) | nothing | {"failure": self._unread[sample.video]}
 
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
-        """Visual tokens [F,m,D] of a video, F the bucket's frames; what is behind its own frames is never looked at.
+        """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
 
-        None for a film that turns out damaged: its reason is kept, and its questions are not answered. A file that has gone
+        None for a video that turns out damaged: its reason is kept, and its questions are not answered. A file that has gone
         meanwhile raises VideoError.
         """
         if video in self._unread:

@@ -35,8 +35,8 @@ def cluster_se(values: Sequence[float], clusters: Sequence[str]) -> tuple[float,
     x = np.asarray(values, np.float64)
     if x.ndim != 1 or len(x) != len(clusters) or not len(x):
         raise ValueError(f"values and clusters must be equally long and not empty, got {x.shape} and {len(clusters)}")
-    _, place = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.bincount(place, weights=x - x.mean())
+    _, group = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(group, weights=x - x.mean())
     groups = len(sums)
     if groups < 2:
         return float(x.mean()), math.nan, groups

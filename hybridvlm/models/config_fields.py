@@ -35,7 +35,7 @@ def section(raw: Mapping[str, Any], *names: str) -> dict[str, Any] | None:
 OF_ALL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
-def behind(
+def split_nested(
     inner: Mapping[str, Any], outer: Mapping[str, Any], together: Sequence[Sequence[str]] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a table nested in `outer` leaves to it, what of `outer` nobody reads).

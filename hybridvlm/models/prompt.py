@@ -24,8 +24,8 @@ ArrayT = TypeVar("ArrayT")
 class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket.
 
-    input_ids [B,L] int32, with any id at visual places; segment [B,L] int32 (0 = padding, at the end); frame [B,L] int32, the
-    video frame of a visual place and -1 elsewhere; frame_count [B] int32, real frames of each example (the rest of the
+    input_ids [B,L] int32, with any id at visual positions; segment [B,L] int32 (0 = padding, at the end); frame [B,L] int32, the
+    video frame of a visual position and -1 elsewhere; frame_count [B] int32, real frames of each example (the rest of the
     frame bucket is padding).
     """
 
@@ -49,8 +49,8 @@ class PromptStyle:
     into tokens.
 
     before, after: around the whole video. frame, after_frame: around each frame's tokens, and between: from one frame to the
-    next; `frame` may use {number} (from 1) and {seconds}. also: for the second frame of a patch of two, behind the first
-    one's `frame`; opening: behind both. image, after_image: around an image. question: what a question is put into.
+    next; `frame` may use {number} (from 1) and {seconds}. also: for the second frame of a patch of two, after the first
+    one's `frame`; opening: after both. image, after_image: around an image. question: what a question is put into.
     """
 
     before: str = ""
@@ -98,7 +98,7 @@ def _check_form(where: str, form: str, values: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One prompt before padding: ids [L], the frame [L] of every visual place (-1 for text), and how many frames there are."""
+    """One prompt before padding: ids [L], the frame [L] of every visual position (-1 for text), and how many frames there are."""
 
     ids: np.ndarray
     frame: np.ndarray
@@ -209,7 +209,7 @@ def make_batch(
 ) -> tuple[Batch[np.ndarray], int, int]:
     """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket).
 
-    tokens_per_frame: places per run of `group` frames. ValueError if a prompt is over the largest bucket.
+    tokens_per_frame: positions per run of `group` frames. ValueError if a prompt is over the largest bucket.
     """
     if not layouts:
         raise ValueError("make_batch needs at least one prompt, got none")

@@ -121,13 +121,13 @@ class WeightMap:
         return name
 
     def pieces(self, job: StackedSpec) -> Iterator[tuple[Shape, str, str]]:
-        """Of one job: (place in the stack, the table's name of the tensor, of its scale or "")."""
+        """Of one job: (position in the stack, the table's name of the tensor, of its scale or "")."""
         c, row, layers = job
         for at, layer in enumerate([None] if layers is None else layers):
             prefix = () if layers is None else (at,)
             for expert in [None] if row.experts is None else range(row.experts(c)):
-                place = prefix if expert is None else (*prefix, expert)
-                yield place, row.source.format(i=layer, j=expert), row.scale.format(i=layer)
+                stack_index = prefix if expert is None else (*prefix, expert)
+                yield stack_index, row.source.format(i=layer, j=expert), row.scale.format(i=layer)
 
     def target_shape(self, job: StackedSpec) -> Shape:
         """The shape of one job's array."""

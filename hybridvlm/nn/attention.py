@@ -68,12 +68,12 @@ def _output(p: Params, c: ModelConfig, residual: jax.Array, out: jax.Array) -> j
 
 
 def gather_queries(query: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """Places of the query rows: query [B,L] bool -> index [B,capacity] int32 and mask [B,capacity], in order."""
+    """Positions of the query rows: query [B,L] bool -> index [B,capacity] int32 and mask [B,capacity], in order."""
     b, length = query.shape
     slot = jnp.where(query, jnp.cumsum(query, axis=1) - 1, capacity)
     rows = jnp.arange(b)[:, None]
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
-    index = jnp.zeros((b, capacity), jnp.int32).at[rows, slot].set(place, mode="drop")
+    token_index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    index = jnp.zeros((b, capacity), jnp.int32).at[rows, slot].set(token_index, mode="drop")
     return index, jnp.arange(capacity) < jnp.sum(query, axis=1, keepdims=True)
 
 
@@ -93,7 +93,7 @@ def attention_layer(
     x [B,L,D], segment [B,L]; position [B,L] or [B,L,3] where the config has a rotary embedding (keys are cached turned).
     `decode_capacity`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of the question (at most
     `query_capacity` of them) come back in the aux, for the text-to-visual score. Where rows are cut over devices, the aux has
-    the whole row's question, its places counted from the first token here, and the keys of this stretch alone.
+    the whole row's question, its positions counted from the first token here, and the keys of this stretch alone.
     """
     q, k, v = _qkv(p, c, x, position)
     length, start = segment.shape[1], row_start(c, segment.shape[1])
@@ -101,8 +101,8 @@ def attention_layer(
         out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment)
     else:
         keys, values, slots = (gather_sequence(c, a) for a in (k, v, segment))
-        place = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), segment.shape)
-        out, lse = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place)
+        index_q = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), segment.shape)
+        out, lse = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=index_q)
     aux = None
     if query is not None:
         index, mask = gather_queries(gather_sequence(c, query), query_capacity)
@@ -153,8 +153,8 @@ def extend_cache(
         out, _ = _merge(*_past(q, segment, cache, recent=True))
     else:
         index = jnp.broadcast_to(jnp.arange(decode_capacity, dtype=jnp.int32), slots.shape)
-        place = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
-        own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=place, kv_index=index)
+        index_q = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
+        own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=index_q, kv_index=index)
         out, _ = _merge(own, *_past(q, segment, cache, recent=False))
     return out, cache
 

@@ -25,7 +25,7 @@ class MambaCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """The prompt's k, v [B,L,K,P] with segment [B,L] (0 = empty), and behind it room for R new tokens.
+    """The prompt's k, v [B,L,K,P] with segment [B,L] (0 = empty), and after it room for R new tokens.
 
     L is that layer's own row length, so under reduction each layer has another one. new_k, new_v [B,R,K,P], new_segment
     [B,R]: what came after the prompt; length []: the slot that the next token takes, the same in every example. A decode
@@ -61,7 +61,7 @@ def cache_bytes(caches: tuple[Cache, ...]) -> int:
 def check_capacity(caches: Any, tokens: int, asked: str) -> None:
     """ValueError unless every attention cache in `caches` (any tree) has that many free slots; `asked` is what wants them.
 
-    Written beyond the last slot, tokens would take the places of others without a word. Compiled code cannot raise, so its callers
+    Written beyond the last slot, tokens would take the positions of others without a word. Compiled code cannot raise, so its callers
     ask here, at the price of reading one number.
     """
     found = jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, AttentionCache))

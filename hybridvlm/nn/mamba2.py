@@ -205,7 +205,7 @@ def _whole(
         initial_segment=owner,
         chunk_size=c.chunk_size or None,
     )
-    # segments of one row rise or stay; the last real one is found by its place, since padding (0) ends the row
+    # segments of one row rise or stay; the last real one is found by its position, since padding (0) ends the row
     count = jnp.sum(segment > 0, axis=1)
     last = jnp.take_along_axis(segment, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     new = MambaCache(conv_state, state, jnp.where(count > 0, last, before))

@@ -110,6 +110,6 @@ def moe_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
     if c.expert_latent:
         out = linear(out, p["latent_out_proj"])
     out = out + linear(_relu2(linear(h, p["shared_up_proj"], p.get("shared_up_bias"))), p["shared_down_proj"])
-    # what every device has whole comes behind the sum over them
+    # what every device has whole comes after the sum over them
     out = biased(biased(psum_tensor(c, out), p.get("latent_out_bias")), p.get("shared_down_bias"))
     return x + out.reshape(x.shape).astype(x.dtype)

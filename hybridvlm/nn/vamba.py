@@ -49,7 +49,7 @@ from hybridvlm.ops.tokens import Tokens
 class VideoMemory:
     """A video as the text layers see it.
 
-    stages: one CrossMemory per run of layers that see the same tokens (one for a dense video). state: the Mamba states behind
+    stages: one CrossMemory per run of layers that see the same tokens (one for a dense video). state: the Mamba states after
     the last token, stacked over layers (the last layer's stays at 0: it is not run), one MambaCache per stage: what the next piece of
     the video starts from. survivors, kept: as in DecoderOutput. index, visual [B,M]: of the tokens that the last layer reads.
     """
@@ -121,13 +121,13 @@ def prefill(
     segment_tokens: int = SEGMENT_TOKENS,
     all_gather_params: Fetch = _here,
 ) -> tuple[VideoMemory, Tokens | None, tuple[AttentionCache, ...]]:
-    """Walk the video, and the text beside it, through all layers: (memory, text after the final norm, its caches).
+    """Walk the video, and the text next to it, through all layers: (memory, text after the final norm, its caches).
 
     plan, score_fn: after which layers video tokens drop, by score_fn(layer, aux, video) -> [B,M]; without `text` aux is None, and
     the memory serves any question. state: what a piece of the video before this one left (VideoMemory.state), for dense videos.
     query_capacity: most question rows of an example (default: the text's length). counts [B,S]: visual tokens that each example
     came with, when some were dropped before. fetch: see Fetch; for parameters that lie in shards.
-    ValueError for a plan without score_fn, or one that drops behind a carried state.
+    ValueError for a plan without score_fn, or one that drops after a carried state.
     """
     drops = plan.drops if plan is not None else ()
     if drops and score_fn is None:
@@ -167,7 +167,7 @@ def prefill(
             text = text.replace(x=x_text)
             caches.append(cache)
         if stop < c.layers:
-            assert plan is not None and score_fn is not None  # another stage begins behind a drop alone
+            assert plan is not None and score_fn is not None  # another stage begins after a drop alone
             score = score_fn(stop - 1, _cut(aux, video.length), video.replace(x=x))
             video = compact(video.replace(x=x), score, plan.keep(stop, counts), plan.row_length(stop))
             survivors.append((video.index, video.visual))
@@ -179,7 +179,7 @@ def prefill(
 
 
 def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
-    """The aux without the places that filled the memory's rows up to whole pieces."""
+    """The aux without the positions that filled the memory's rows up to whole pieces."""
     return None if aux is None else dataclasses.replace(aux, k=aux.k[:, :length])
 
 

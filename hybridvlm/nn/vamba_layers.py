@@ -32,7 +32,7 @@ Fetch = Callable[
 SEGMENT_TOKENS = 4096  # most video tokens that all layers take at once: enough to keep the matrix products busy
 
 
-_EVERY_KEY = jnp.iinfo(jnp.int32).max  # the place of a query row that stands behind all keys
+_EVERY_KEY = jnp.iinfo(jnp.int32).max  # the position of a query row that stands after all keys
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +152,7 @@ def video_stage(
 ) -> tuple[jax.Array | None, CrossMemory, MambaCache]:
     """Layers first..stop-1 over a whole row of video tokens, piece by piece.
 
-    x [B,M,D], segment [B,M]. Returns x [B,M,D] behind these layers (None behind the last layer of all, where nothing reads it), the
+    x [B,M,D], segment [B,M]. Returns x [B,M,D] after these layers (None after the last layer of all, where nothing reads it), the
     memory of n = stop - first layers (its rows are M filled up to whole pieces), and the states.
     """
     b, length, width = x.shape

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.tokens import Tokens
+
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Bool, Float, Int
 
 # `python -m hybridvlm.bench compact`, on CPU and with --aot v5p:2x2x1: on CPU sorting is up to four times faster for short rows and
 # counting even with it for long ones. The TPU compilers estimate no time for a sort or a scatter, so their cost model
@@ -15,21 +20,21 @@ DEFAULTS = {"tpu": "threshold"}
 
 
 def compact_indices(
-    segment: jax.Array,
-    visual: jax.Array,
-    score: jax.Array,
-    keep: jax.Array,
+    segment: Int[Array, "B L"],
+    visual: Bool[Array, "B L"],
+    score: Float[Array, "B L"],
+    keep: Int[Array, "B S"],
     capacity: int,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Places of the survivors, in order.
+    """Positions of the survivors, in order.
 
     segment [B,L] int32 (0 = padding, else 1..S); visual [B,L] bool; score [B,L]; keep [B,S] int32: visual tokens that
     stay in each segment; capacity: length of the compacted row. The rule is that of `compact`.
     implementation: "sort" (one stable sort of the row) or "threshold" (the score of the last to stay, found digit by digit
     by counting; O(L) a digit, nothing sorted or scattered); equal results; None takes the platform's.
 
-    Returns indices [B,capacity] int32 into the row and valid [B,capacity] bool; a place that is not valid has index 0.
+    Returns indices [B,capacity] int32 into the row and valid [B,capacity] bool; a position that is not valid has index 0.
     Raises ValueError for shapes that do not fit together, a capacity below 1 or an unknown implementation.
     """
     b, length = segment.shape
@@ -45,37 +50,37 @@ def compact_indices(
     implementation = implementation or DEFAULTS.get(platform(), "sort")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
-    chosen, places = IMPLEMENTATIONS[implementation]
+    chosen, select = IMPLEMENTATIONS[implementation]
     score = jax.lax.stop_gradient(score).astype(jnp.float32)
     survives = (segment > 0) & (~visual | chosen(segment, visual, score, keep.astype(jnp.int32)))
     count = jnp.cumsum(survives, axis=1, dtype=jnp.int32)
     valid = jnp.arange(capacity) < count[:, -1:]
-    return jnp.where(valid, places(survives, count, capacity), 0), valid
+    return jnp.where(valid, select(survives, count, capacity), 0), valid
 
 
 def _chosen_by_sort(segment: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array) -> jax.Array:
     """Which visual tokens stay, [B,L] bool: one stable sort by (group, best score first)."""
     b, length = segment.shape
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
     # Group 0 is what does not compete, group s the visual tokens of s. lax.sort takes both zeros for equal and puts every
-    # NaN behind infinity, which is where NaN scores belong.
+    # NaN after infinity, which is where NaN scores belong.
     group = jnp.where(visual, segment, 0)
-    group_sorted, _, order = jax.lax.sort((group, -score, place), dimension=1, num_keys=2, is_stable=True)
+    group_sorted, _, order = jax.lax.sort((group, -score, index), dimension=1, num_keys=2, is_stable=True)
 
     # A token's rank is its distance from the first of its group.
-    group_start = jax.lax.cummax(jnp.where(jnp.diff(group_sorted, axis=1, prepend=-1) != 0, place, 0), axis=1)
+    group_start = jax.lax.cummax(jnp.where(jnp.diff(group_sorted, axis=1, prepend=-1) != 0, index, 0), axis=1)
     quota = jnp.take_along_axis(jnp.pad(keep, ((0, 0), (1, 0))), jnp.clip(group_sorted, 0, keep.shape[1]), axis=1)
     quota = jnp.where(group_sorted <= keep.shape[1], quota, 0)
     rows = jnp.arange(b)[:, None]
-    return jnp.zeros((b, length), bool).at[rows, order].set(place - group_start < quota, unique_indices=True)
+    return jnp.zeros((b, length), bool).at[rows, order].set(index - group_start < quota, unique_indices=True)
 
 
 def _places_by_scatter(survives: jax.Array, count: jax.Array, capacity: int) -> jax.Array:
-    """Places of the survivors: survives [B,L] and how many there are up to each place, count [B,L] -> [B,capacity]."""
+    """Positions of the survivors: survives [B,L] and how many there are up to each position, count [B,L] -> [B,capacity]."""
     b, length = survives.shape
     slot = jnp.where(survives, count - 1, capacity)
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
-    return jnp.zeros((b, capacity), jnp.int32).at[jnp.arange(b)[:, None], slot].set(place, mode="drop")
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    return jnp.zeros((b, capacity), jnp.int32).at[jnp.arange(b)[:, None], slot].set(index, mode="drop")
 
 
 def _chosen_by_threshold(segment: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array) -> jax.Array:
@@ -114,7 +119,7 @@ def _threshold(key: jax.Array, counted: jax.Array, least: jax.Array, bits: int) 
 
 
 def _places_by_rank(survives: jax.Array, count: jax.Array, capacity: int) -> jax.Array:
-    """As `_places_by_scatter`, by search: whole blocks before survivor c, then the places of its block before it."""
+    """As `_places_by_scatter`, by search: whole blocks before survivor c, then the positions of its block before it."""
     b, length = count.shape
     blocks = -(-length // _BLOCK)
     count = jnp.pad(count, ((0, 0), (0, blocks * _BLOCK - length)), mode="edge").reshape(b, blocks, _BLOCK)
@@ -133,17 +138,21 @@ IMPLEMENTATIONS = {
 
 def gather_rows(array: jax.Array, indices: jax.Array) -> jax.Array:
     """array [B,L,...], indices [B,C] int32, all within the row -> [B,C,...]; whole trailing slices are copied."""
-    return jax.vmap(lambda row, places: row.at[places].get(mode="promise_in_bounds"))(array, indices)
+    return jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))(array, indices)
 
 
 def compact(
-    tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int, implementation: str | None = None
+    tokens: Tokens,
+    score: Float[Array, "B L"],
+    keep: Int[Array, "B S"],
+    capacity: int,
+    implementation: str | None = None,
 ) -> Tokens:
     """The tokens that survive, in their order, in rows of `capacity`.
 
     Text always survives and padding never. The visual tokens of segment s compete among themselves: the keep[b,s-1] with
     the highest score [B,L] stay (all of them if there are fewer), ties go to the earlier, NaN ranks below everything.
-    keep [B,S] int32; a segment beyond S keeps no visual token. Every field of `Tokens`, `extra` too, is gathered along. Places
+    keep [B,S] int32; a segment beyond S keeps no visual token. Every field of `Tokens`, `extra` too, is gathered along. Positions
     that stay free become padding: segment 0, visual and query False, index and frame -1, position, x and extra 0.
 
     `capacity` is static and counts visual and text tokens together. It is for the caller to choose it large enough (the

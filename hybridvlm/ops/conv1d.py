@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.segments import segment_runs
 
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float, Int
+
 
 def causal_conv1d(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None = None,
+    x: Float[Array, "B L D"],
+    weight: Float[Array, "W D"],
+    bias: Float[Array, " D"] | None = None,
     *,
-    segment: jax.Array | None = None,
-    initial_state: jax.Array | None = None,
-    initial_segment: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    segment: Int[Array, "B L"] | None = None,
+    initial_state: Float[Array, "B W-1 D"] | None = None,
+    initial_segment: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B W-1 D"]]:
     """y[t] = bias + sum_j weight[j] * x[t - (W-1) + j], each channel for itself, no activation.
 
     x [B,L,D]; weight [W,D]; bias [D] or None; segment [B,L] int32 (0 = padding, only at the end of a row; None: all one
@@ -43,10 +48,10 @@ def causal_conv1d(
         seen = jnp.stack([extended_run[:, j : j + length] == run for j in range(width)])
         # The last real token stands at real + W - 2 of `extended`, so the W-1 inputs that end there start at `real`.
         real = jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
-        place = real[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
+        tail = real[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
         last_run = run[:, -1:]  # padding keeps the run of the last real token
-        alive = jnp.take_along_axis(extended_run, place, axis=1) == last_run
-        final = jnp.where(alive[..., None], jnp.take_along_axis(extended, place[..., None], axis=1), 0)
+        alive = jnp.take_along_axis(extended_run, tail, axis=1) == last_run
+        final = jnp.where(alive[..., None], jnp.take_along_axis(extended, tail[..., None], axis=1), 0)
 
     y = _taps(extended, weight.astype(jnp.float32), seen)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""What a layer can tell about the importance of its tokens, as plain values beside its output.
+"""What a layer can tell about the importance of its tokens, as plain values in addition to its output.
 
 The decoder hands these to `score_fn(layer, aux, tokens)`; it never needs to know what is done with them.
 """
@@ -30,7 +30,7 @@ class MambaAux:
 class AttentionAux:
     """Inside of an attention layer: R gathered query rows (the question's tokens) and all keys.
 
-    q [B,R,H,P] with q_mask [B,R] bool (False: an unused row), q_segment [B,R] int32, q_index [B,R] int32 (the place of
+    q [B,R,H,P] with q_mask [B,R] bool (False: an unused row), q_segment [B,R] int32, q_index [B,R] int32 (the position of
     the row in the layer's L tokens, as the causal mask counts it); k [B,L,K,P]; lse [B,H,R] fp32, the rows'
     log-sum-exp over all keys they see, or None to have it computed.
     """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-5) -> jax.Array:
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float = 1e-5) -> Float[Array, "... D"]:
     """Root-mean-square norm over the last axis: x [...,D], weight [D] -> [...,D] in x.dtype; multiplied in float32."""
     _check_width("rms_norm", x, weight=weight)
     u = x.astype(jnp.float32)
@@ -45,7 +49,9 @@ def gated_rms_norm(
     return _times(u.reshape(y.shape).astype(y.dtype), weight.astype(y.dtype))
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float = 1e-5) -> jax.Array:
+def layer_norm(
+    x: Float[Array, "... D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float = 1e-5
+) -> Float[Array, "... D"]:
     """Layer norm over the last axis: x [...,D], weight [D], bias [D] -> [...,D] in x.dtype; computed in float32."""
     _check_width("layer_norm", x, weight=weight, bias=bias)
     u = x.astype(jnp.float32)

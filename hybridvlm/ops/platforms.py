@@ -72,7 +72,7 @@ def default_kernel(op: str, name: str, instead: str) -> str:
         return name
     if op not in _told:
         _told.add(op)
-        warnings.warn(f"{_too_old(op, name)}; {instead!r} runs in its place", stacklevel=3)
+        warnings.warn(f"{_too_old(op, name)}; {instead!r} runs instead", stacklevel=3)
     return instead
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float
+
 
 def apply_rope(
-    x: jax.Array,
+    x: Float[Array, "B L H P"],
     position: jax.Array,
     theta: float = 10000.0,
     fraction: float = 1.0,
     sections: tuple[int, ...] = (),
     interleaved: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B L H P"]:
     """Turn each pair (i, i + R/2) of the first R = fraction * P channels by position * theta ** (-2i/R) radians.
 
     x [B,L,H,P] queries or keys; position [B,L] int32 or float, in tokens; channels from R on pass through.
@@ -39,15 +43,15 @@ def apply_rope(
     if rotated == 0:
         return x
     rate = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
-    place = position.astype(jnp.float32)
+    axis_position = position.astype(jnp.float32)
     if sections:
         axes = pair_axes(sections, interleaved)
         if len(axes) != rotated // 2:
             raise ValueError(f"sections: expected a sum of {rotated // 2} pairs, got {sections} ({len(axes)})")
-        place = place[..., axes] if three else place[..., None]
+        axis_position = axis_position[..., axes] if three else axis_position[..., None]
     else:
-        place = place[..., None]
-    return rotate_pairs(x, place * rate)
+        axis_position = axis_position[..., None]
+    return rotate_pairs(x, axis_position * rate)
 
 
 def rotate_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:
@@ -78,13 +82,13 @@ def pair_axes(sections: tuple[int, ...], interleaved: bool) -> np.ndarray:
     return axes
 
 
-def axial_angles(place: np.ndarray, width: int, theta: float = 10000.0) -> np.ndarray:
-    """Angles for a picture: place [n,2] (row, column) -> [n,width/2] fp32, the first half by the row, the second by the column.
+def axial_angles(position: np.ndarray, width: int, theta: float = 10000.0) -> np.ndarray:
+    """Angles for a picture: position [n,2] (row, column) -> [n,width/2] fp32, the first half by the row, the second by the column.
 
     Each axis has its own full range of rates, theta ** (-4j/width) for j < width/4; use with `rotate_pairs`.
     """
     if width % 4:
         raise ValueError(f"width: expected head channels divisible by 4 for two axes of pairs, got {width}")
     rate = theta ** (-np.arange(0, width // 2, 2, dtype=np.float32) / np.float32(width // 2))
-    angle = np.asarray(place, np.float32)[..., None] * rate.astype(np.float32)
+    angle = np.asarray(position, np.float32)[..., None] * rate.astype(np.float32)
     return angle.reshape(*angle.shape[:-2], width // 2)

@@ -17,7 +17,7 @@ class Tokens:
     """A batch of prompts, visual and text tokens in reading order; padding only at the end of a row.
 
     x [B,L,D] embeddings; position [B,L] int32 (or [B,L,3]); segment [B,L] int32, 0 = padding; visual [B,L] bool;
-    query [B,L] bool, the text after the last visual token; index [B,L] int32, place in the unreduced prompt;
+    query [B,L] bool, the text after the last visual token; index [B,L] int32, position in the unreduced prompt;
     frame [B,L] int32, -1 for text; extra: arrays [B,L,...] that are carried along through every reduction.
     Of packed rows extra[INDEX_IN_SEGMENT] [B,L] int32 is the index in the unreduced prompt of a token's own segment
     (`index`: in the row).
@@ -38,7 +38,7 @@ class Tokens:
 
     @property
     def index_in_segment(self) -> jax.Array:
-        """[B,L] int32: the place of every token in its own unreduced prompt, the same whether that is packed with others or not."""
+        """[B,L] int32: the position of every token in its own unreduced prompt, the same whether that is packed with others or not."""
         return self.extra.get(INDEX_IN_SEGMENT, self.index)
 
     def replace(self, **changes: Any) -> Tokens:
@@ -48,6 +48,6 @@ class Tokens:
 def text_tokens(x: jax.Array, segment: jax.Array) -> Tokens:
     """Tokens of plain text: x [B,L,D], segment [B,L] int32 (0 = padding). Nothing is visual, every row is its own query."""
     b, length = segment.shape
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
     no = jnp.zeros((b, length), bool)
-    return Tokens(x, place, segment, no, segment > 0, place, jnp.full((b, length), -1, jnp.int32))
+    return Tokens(x, index, segment, no, segment > 0, index, jnp.full((b, length), -1, jnp.int32))

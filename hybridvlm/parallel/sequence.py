@@ -5,7 +5,7 @@ Of S shards each holds l tokens of every row [B,S*l], in order, so that padding 
 * a Mamba-2 layer takes W-1 inputs of its convolution from the shard before, and the SSM state that comes in: every shard
   knows its total decay [B,H] and the state [B,H,P,N] that it would end with if none came in; such pairs combine associatively, in
   log2(S) exchanges with ever farther neighbours and one more to the next. Then the ordinary scan starts from there.
-* an attention layer gathers keys and values, which under grouped queries are small beside the row (2 K P values a token against
+* an attention layer gathers keys and values, which under grouped queries are small compared with the row (2 K P values a token against
   D), and the rows of the question, which every shard holds against its own keys. Later shards see more keys: work is uneven.
 * a drop gathers scores and the other integers of a token (not x), decides on every device alike over the whole row, and hands on
   only rows that stay: one reduce-scatter of the shorter row. A device builds the whole shorter row for it, mostly zeros.
@@ -50,7 +50,7 @@ def row_total(c: ModelConfig, part: jax.Array) -> jax.Array:
 
 
 def row_start(c: ModelConfig, length: int) -> jax.Array | int:
-    """The place in its row of the first token here, of `length` a shard."""
+    """The position in its row of the first token here, of `length` a shard."""
     return jax.lax.axis_index(c.row_axis) * length if row_is_cut(c) else 0
 
 
@@ -104,11 +104,11 @@ def _passed_on(c: LocalConfig, tree: Any, far: int = 1) -> Any:
 
 
 def pick_rows(c: ModelConfig, array: jax.Array, index: jax.Array, counted: jax.Array) -> jax.Array:
-    """Rows from anywhere in the row, for every shard: array [B,l,...], places index [B,R], counted [B,R] -> [B,R,...], 0 uncounted."""
+    """Rows from anywhere in the row, for every shard: array [B,l,...], index [B,R], counted [B,R] -> [B,R,...], 0 uncounted."""
     length = array.shape[1]
-    place = index - row_start(c, length)
-    mine = counted & (place >= 0) & (place < length)
-    taken = gather_rows(array, jnp.clip(place, 0, length - 1))
+    local = index - row_start(c, length)
+    mine = counted & (local >= 0) & (local < length)
+    taken = gather_rows(array, jnp.clip(local, 0, length - 1))
     return row_total(c, jnp.where(mine.reshape(mine.shape + (1,) * (array.ndim - 2)), taken, 0))  # each has one owner
 
 
@@ -130,18 +130,18 @@ def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Arra
     start = row_start(c, size)
     mine, real = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in (indices, valid))
     length = tokens.length
-    place = indices - row_start(c, length)
-    held = valid & (place >= 0) & (place < length)
-    place = jnp.clip(place, 0, length - 1)
+    local = indices - row_start(c, length)
+    held = valid & (local >= 0) & (local < length)
+    local = jnp.clip(local, 0, length - 1)
 
     def take(array: jax.Array, empty: int) -> jax.Array:
-        """What is known whole: the places of this stretch, from anywhere."""
+        """What is known whole: the positions of this stretch, from anywhere."""
         taken = gather_rows(gather_sequence(c, array), mine)
         return jnp.where(real.reshape(real.shape + (1,) * (array.ndim - 2)), taken, jnp.asarray(empty, array.dtype))
 
     def move(array: jax.Array) -> jax.Array:
-        """Everybody's rows to their places, of which each gets its own stretch; a place has one giver or none."""
-        given = jnp.where(held.reshape(held.shape + (1,) * (array.ndim - 2)), gather_rows(array, place), 0)
+        """Everybody's rows to their positions, of which each gets its own stretch; a position has one giver or none."""
+        given = jnp.where(held.reshape(held.shape + (1,) * (array.ndim - 2)), gather_rows(array, local), 0)
         return jax.lax.psum_scatter(given, c.row_axis, scatter_dimension=1, tiled=True)
 
     def extra(array: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def _attention_layers(pattern: str, schedule: Schedule) -> tuple[int, ...]:
 
 
 def _shallow_then_attention(pattern: str, schedule: Schedule) -> tuple[int, ...]:
-    """The first mixer at an eighth of the depth, then every attention layer behind it."""
+    """The first mixer at an eighth of the depth, then every attention layer after it."""
     shallow = [i for i, kind in enumerate(pattern[:-1]) if kind in MIXERS and i >= len(pattern) // 8][:1]
     return (*shallow, *(i for i in _attention_layers(pattern, schedule) if shallow and i > shallow[0]))
 
@@ -96,7 +96,7 @@ def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segment
 
 @_register("random", "decoder", token_local=True, **_ALL)
 def random(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
-    """str's plan with random scores, drawn from (seed, layer, place in the prompt)"""
+    """str's plan with random scores, drawn from (seed, layer, position in the prompt)"""
     return scores.random_score(tokens.index_in_segment, plan.seed, layer)
 
 
@@ -177,7 +177,7 @@ def oneshot_attention(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segm
 
 
 def _ordinal(visual: jax.Array) -> jax.Array:
-    """The place of every visual token among those of its video: [B,F*m] int32, whatever the bucket."""
+    """The position of every visual token among those of its video: [B,F*m] int32, whatever the bucket."""
     batch, frames, m, _ = visual.shape
     return jnp.broadcast_to(jnp.arange(frames * m, dtype=jnp.int32), (batch, frames * m))
 

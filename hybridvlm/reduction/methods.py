@@ -56,7 +56,7 @@ class PlanView(Protocol):
 class Method:
     """One entry of the registry.
 
-    place: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
+    position: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
     schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
     reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
     token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
@@ -64,7 +64,7 @@ class Method:
     """
 
     name: str
-    place: str
+    phase: str
     function: Callable[..., Any]
     sites: Sites | None = None
     curve: Callable[[Schedule, int], schedules.Curve] | None = None
@@ -73,7 +73,7 @@ class Method:
     token_local: bool = False
 
     def __post_init__(self) -> None:
-        if self.place == "decoder" and (self.sites is None or self.curve is None):
+        if self.phase == "decoder" and (self.sites is None or self.curve is None):
             raise ValueError(f"Method {self.name!r} drops inside the decoder, so it needs sites and a curve")
 
     @property
@@ -95,9 +95,9 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def _register(name: str, place: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _register(name: str, phase: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        METHODS[name] = Method(name, place, function, **fields)
+        METHODS[name] = Method(name, phase, function, **fields)
         return function
 
     return add
@@ -113,13 +113,14 @@ def register_method(
     "hybridvlm.methods" that names a module which registers them.
 
     The function takes (layer, aux, tokens, plan, segments) and returns scores [B,L] float32; of each example (and segment) the
-    visual tokens of highest score stay, ties go to the earlier. `aux` is what the layer tells beside its output: `AttentionAux` (q
-    of the question's rows, k, log-sum-exp) or `MambaAux` (b, c, dt, log_decay). `tokens` is its output. It is traced by JAX. The
+    visual tokens of highest score stay, ties go to the earlier. `aux` is what the layer returns in addition to its output:
+    `AttentionAux` (q of the question's rows, k, log-sum-exp) or `MambaAux` (b, c, dt, log_decay). `tokens` is its output. It is
+    traced by JAX. The
     first line of its docstring is what `eval --list` shows.
 
     Args:
         name: of the method; letters, digits, "-" and "_".
-        reads: what the score looks at: "index" (places alone), "features" (tokens, not the question), "queries" (the
+        reads: what the score looks at: "index" (positions alone), "features" (tokens, not the question), "queries" (the
             question) or "last query". Plans predict the cost of scoring by it, and conversations reuse caches by it.
         after: the kinds of layers after which it may drop, of "M" and "*".
         token_local: see `Method`.
@@ -207,12 +208,12 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
                 raise ValueError(f"method {text!r}: the rate of {name!r} is a share to keep, in (0, 1], got {number}")
         parts.append((name, rate))
     if len(parts) > 1:
-        inside = [METHODS[name].place == "decoder" for name, _ in parts]
-        if len(parts) > 2 or inside != [False, True] or METHODS[parts[0][0]].place == "none":
+        inside = [METHODS[name].phase == "decoder" for name, _ in parts]
+        if len(parts) > 2 or inside != [False, True] or METHODS[parts[0][0]].phase == "none":
             raise ValueError(
                 f"method {text!r}: a composition is one method before the decoder "
-                f"({', '.join(m.name for m in METHODS.values() if m.place in ('input', 'merge'))}) + one inside it "
-                f"({', '.join(m.name for m in METHODS.values() if m.place == 'decoder')})"
+                f"({', '.join(m.name for m in METHODS.values() if m.phase in ('input', 'merge'))}) + one inside it "
+                f"({', '.join(m.name for m in METHODS.values() if m.phase == 'decoder')})"
             )
     return tuple(parts)
 
@@ -229,7 +230,7 @@ class AttentionMethods(Collection[str]):
 
     def __contains__(self, name: object) -> bool:
         method = METHODS.get(str(name))
-        return method is not None and (method.place != "decoder" or ATTENTION in method.where)
+        return method is not None and (method.phase != "decoder" or ATTENTION in method.where)
 
 
 def layer_score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
@@ -257,7 +258,7 @@ def score_fn(plan: PlanView, *, segments: int = 1) -> ScoreFn:
 def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """For a plan with `drops_input`: the function (visual [B,F,m,D], frame_count [B]) -> score [B,F*m] fp32."""
     method = get_method(plan.input_method)
-    if method.place != "input":
+    if method.phase != "input":
         raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
     return lambda visual, frame_count: method.function(visual, frame_count, plan)
 
@@ -265,7 +266,7 @@ def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:
 def merge_fn(plan: PlanView) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """For a plan with pool_factors: the function (visual [B,F,m,D], frame_count [B]) -> the same two after merging."""
     method = get_method(plan.input_method)
-    if method.place != "merge":
+    if method.phase != "merge":
         raise ValueError(f"plan of {plan.method!r} merges nothing; ask plan.pool_factors != (1, 1, 1) first")
     return lambda visual, frame_count: method.function(visual, frame_count, plan)
 

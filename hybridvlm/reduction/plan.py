@@ -190,7 +190,7 @@ class ReductionPlan:
                 )
 
     def explain(self) -> str:
-        """The plan as a table: per layer share, capacity and operations, then totals beside dense."""
+        """The plan as a table: per layer share, capacity and operations, then totals against dense."""
         schedule = self.schedule
         scheduled = methods.get_method(self.decoder_method).scheduled
         form = f", {schedule.shape} schedule, floor {schedule.floor:.1%}" if scheduled else ""
@@ -317,9 +317,9 @@ def _split(reduction: Reduction) -> tuple[str, float, str, float]:
     ]
     outer, inner = ("none", 1.0), ("none", 1.0)
     for name, rate in parts:
-        place = methods.get_method(name).place
-        if place == "decoder":
+        phase = methods.get_method(name).phase
+        if phase == "decoder":
             inner = (name, rate)
-        elif place != "none":
+        elif phase != "none":
             outer = (name, rate)
     return (*outer, *inner)

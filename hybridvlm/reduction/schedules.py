@@ -15,9 +15,9 @@ from hybridvlm.config import Schedule
 SHARE_ONE = 4096  # the integer share that means "all"
 _LEAST = 1.0 / SHARE_ONE  # floor of the methods that have no schedule of their own
 
-# curve(layer, ordinal, p): the wanted share that enters `layer`, behind the `ordinal`-th place (from 1) of a drop
+# curve(layer, ordinal, p): the wanted share that enters `layer`, after the `ordinal`-th position (from 1) of a drop
 Curve = Callable[[int, int, float], float]
-# the same for places in depth, of which a layer is a whole one
+# the same for positions in depth, of which a layer is a whole one
 DepthCurve = Callable[[float, int, float], float]
 
 
@@ -48,7 +48,7 @@ def _squeeze(p: float) -> float:
 
 
 def shape_curve(schedule: Schedule, layers: int) -> DepthCurve:
-    """The curve of a Schedule that has a shape of its own, no list, at any place in the depth of `layers` layers."""
+    """The curve of a Schedule that has a shape of its own, no list, at any position in the depth of `layers` layers."""
     floor, span = schedule.floor, max(1, layers - 1)
     if schedule.shape == "constant":
         return lambda layer, ordinal, p: floor + (1.0 - floor) * p

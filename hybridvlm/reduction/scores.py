@@ -14,7 +14,7 @@ which is a bias towards late positions; how it aggregates is not public, so `Sco
    no more than rounding (`_ALIKE` of the largest) is 0;
 4. `queries`: mean, max or the last of the query rows; then 5. `groups`: mean or max.
 
-Scores rank tokens inside one layer only. Query rows stand behind the visual tokens of their segment (earlier text
+Scores rank tokens inside one layer only. Query rows stand after the visual tokens of their segment (earlier text
 cannot have seen the video), so no causal mask is needed. All of it is differentiable.
 """
 
@@ -96,7 +96,7 @@ def spread_score(index: jax.Array) -> jax.Array:
 
 
 def random_score(index: jax.Array, seed: int, layer: int) -> jax.Array:
-    """Uniform scores in [0, 1) fp32 that hang on nothing but (seed, layer, index): alone or in a batch, the same."""
+    """Uniform scores in [0, 1) fp32 that depend on nothing but (seed, layer, index): alone or in a batch, the same."""
     key = (seed * 0x9E3779B1 + (layer + 1) * 0x85EBCA6B) & 0xFFFFFFFF
     h = index.astype(jnp.uint32) ^ _mix(jnp.uint32(key))
     return _unit(_mix(_mix(h) + jnp.uint32(0x6C62272E)))
@@ -132,9 +132,9 @@ def _counted_queries(tokens: Tokens, options: ScoreOptions) -> jax.Array:
     query = tokens.query & (tokens.segment > 0)
     if options.queries != "last":
         return query
-    place = jnp.arange(tokens.segment.shape[1])
+    index = jnp.arange(tokens.segment.shape[1])
     # a query row is its segment's last where the next query row, if any, belongs to another segment
-    after = jnp.where(query, place, query.shape[1])
+    after = jnp.where(query, index, query.shape[1])
     following = jnp.flip(jax.lax.cummin(jnp.flip(after, -1), axis=1), -1)
     following = jnp.concatenate([following[:, 1:], jnp.full_like(following[:, :1], query.shape[1])], axis=1)
     padded = jnp.pad(tokens.segment, ((0, 0), (0, 1)))
@@ -165,7 +165,7 @@ def _blockwise(aux: MambaAux, tokens: Tokens, options: ScoreOptions, query_rows:
     chosen = jnp.argsort(~query, axis=1, stable=True)[:, :rows]  # query rows first, in their order
     chosen = jnp.pad(chosen, ((0, 0), (0, blocks * size - rows)), constant_values=length)
     chosen = jnp.moveaxis(chosen.reshape(batch, blocks, size), 1, 0)
-    counts = jnp.pad(query, ((0, 0), (0, 1)))  # place `length` stands for no row
+    counts = jnp.pad(query, ((0, 0), (0, 1)))  # position `length` stands for no row
 
     b = aux.b.astype(jnp.float32)
     # the decay from s to t is a difference of sums over what comes after: small, hence exact, near the question
@@ -174,11 +174,11 @@ def _blockwise(aux: MambaAux, tokens: Tokens, options: ScoreOptions, query_rows:
     dt = aux.dt.astype(jnp.float32)
     still = _group_factor(dt, groups, options) if options.dt else None
 
-    def block(place: jax.Array) -> tuple[jax.Array, jax.Array]:
-        at = jnp.minimum(place, length - 1)
+    def block(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        at = jnp.minimum(index, length - 1)
         c = jnp.take_along_axis(aux.c, at[:, :, None, None], axis=1).astype(jnp.float32)
         segment = jnp.take_along_axis(tokens.segment, at, axis=1)
-        sees = jnp.take_along_axis(counts, place, axis=1)[:, :, None] & visual[:, None]
+        sees = jnp.take_along_axis(counts, index, axis=1)[:, :, None] & visual[:, None]
         sees &= segment[:, :, None] == tokens.segment[:, None]
         entry = jnp.einsum("brgn,blgn->brlg", c, b)
         if options.decay:
@@ -191,17 +191,17 @@ def _blockwise(aux: MambaAux, tokens: Tokens, options: ScoreOptions, query_rows:
 
     largest = options.queries == "max"
 
-    def add(carry: tuple[jax.Array, jax.Array], place: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def add(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             total, seen = carry
-            entry, sees = block(place)
+            entry, sees = block(index)
             if largest:
                 total = jnp.maximum(total, jnp.where(sees[..., None], entry, _LOW).max(1))
             else:
                 total = total + jnp.where(sees[..., None], entry, 0.0).sum(1)
             return total, seen + sees.sum(1, dtype=jnp.int32)
 
-        wanted = jnp.take_along_axis(counts, place, axis=1).any()
+        wanted = jnp.take_along_axis(counts, index, axis=1).any()
         return jax.lax.cond(wanted, run, lambda carry: carry, carry), None
 
     empty = jnp.full((batch, length, groups), _LOW if largest else 0.0, jnp.float32)

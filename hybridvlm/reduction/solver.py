@@ -1,4 +1,4 @@
-"""Fitting a method to a budget and a bucket: the steps behind `make_plan`, each refusing what cannot be met."""
+"""Fitting a method to a budget and a bucket: the steps after `make_plan`, each refusing what cannot be met."""
 
 from __future__ import annotations
 
@@ -131,9 +131,9 @@ class BudgetSolver:
         """
         everything = (SHARE_ONE,) * self.layers
         schedule = self.reduction.schedule
-        if method.place != "decoder":
+        if method.phase != "decoder":
             return everything, ()
-        assert method.sites is not None and method.curve is not None  # as every Method of this place has
+        assert method.sites is not None and method.curve is not None  # as every Method of this position has
         sites = method.sites(self.config.pattern, schedule)
         curve = method.curve(schedule, self.layers)
         if schedule.shape == "list" and budget == 1.0 and method.scheduled:
@@ -163,7 +163,7 @@ class BudgetSolver:
         kind = self.reduction.kind
         if not sites:
             return (
-                f"{method.name} drops after {method.where}, and these {self.layers} layers have no such place: "
+                f"{method.name} drops after {method.where}, and these {self.layers} layers have no such site: "
                 f"only budget 1 can be met, got {budget:g}"
             )
         return (

@@ -1,6 +1,6 @@
-"""VAMBA as a plan sees it: one place to drop per layer, and what its two streams cost.
+"""VAMBA as a plan sees it: one position to drop per layer, and what its two streams cost.
 
-The video loses tokens behind a layer's cross-attention, so a layer is one "*" of the pattern, whose row is made of the
+The video loses tokens after a layer's cross-attention, so a layer is one "*" of the pattern, whose row is made of the
 video's tokens and a fixed number of text tokens. Counting rules as in hybridvlm/reduction/cost.py.
 """
 

@@ -1,11 +1,11 @@
-"""The real images behind the embedded benchmark: Fashion-MNIST (Zalando SE, MIT), split so that nothing mixes.
+"""The real images after the embedded benchmark: Fashion-MNIST (Zalando SE, MIT), split so that nothing mixes.
 
 Splits: `test` comes from the 10,000 test images only, `train` and `val` from the 60,000 training images: sorted by
 the SHA-256 of their pixels, the last 6,000 are `val`. Sorting by content makes the splits, and the number of each
 image, the same whichever source they were read from, and puts equal images on the same side. Only the kept classes of
 `tiles` stay.
 
-All of them ship with the package (`data/fashion_mnist.npz`, licence beside it), so that nothing has to be installed or
+All of them ship with the package (`data/fashion_mnist.npz`, licence next to it), so that nothing has to be installed or
 downloaded to train or to evaluate. `python -m hybridvlm.tiny.assets` makes that file again, from the Debian package
 `dataset-fashion-mnist` or else through tensorflow-datasets.
 """
@@ -96,8 +96,8 @@ def _read_packaged(split: str) -> Bank | None:
         labels, images, start = stored["labels"].tolist(), stored[f"{split}_images"], stored[f"{split}_start"]
     if not set(tiles.KEPT_LABELS) <= set(labels):
         return None
-    places = [labels.index(kept) for kept in tiles.KEPT_LABELS]
-    chosen = [images[start[k] : start[k + 1]] for k in places]
+    classes = [labels.index(kept) for kept in tiles.KEPT_LABELS]
+    chosen = [images[start[k] : start[k + 1]] for k in classes]
     return _bank(np.concatenate(chosen), np.cumsum([0, *map(len, chosen)]))
 
 

@@ -17,7 +17,7 @@ from hybridvlm.tiny.tower import features
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Visual tokens of single cells, without place and time, grouped by border colour.
+    """Visual tokens of single cells, without position and time, grouped by border colour.
 
     tokens [16,n,D]; label, tag1, tag2 [16,n].
     """
@@ -50,7 +50,7 @@ def make_bank(params: dict, config: ModelConfig, frames: int, n: int, seed: int,
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A training batch: cells [B,F,16] (colour * n + place in the bank), border colours are in it; questions are flat [B*Q]."""
+    """A training batch: cells [B,F,16] (colour * n + position in the bank), border colours are in it; questions are flat [B*Q]."""
 
     cells: np.ndarray
     text: np.ndarray
@@ -80,14 +80,14 @@ def batches(make: Callable[[int], Sample], start: int, stop: int) -> Iterator[Sa
 def draw_videos(
     bank: Bank, frames: int, videos: int, questions: int, types: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[Sample, list[needle.Questions]]:
-    """As `draw`, with the questions of each video (which tokens they need) beside the sample."""
+    """As `draw`, with the questions of each video (which tokens they need) next to the sample."""
     n = bank.label.shape[1]
     border = rng.permuted(np.broadcast_to(np.arange(16), (videos, frames, 16)), axis=2)
-    place = rng.integers(n, size=border.shape)
+    tile = rng.integers(n, size=border.shape)
     asked = []
     for b in range(videos):
-        cut = (border[b], place[b])
-        video = needle.Video("train", b, place[b], bank.label[cut], border[b], bank.tag1[cut], bank.tag2[cut])
+        cut = (border[b], tile[b])
+        video = needle.Video("train", b, tile[b], bank.label[cut], border[b], bank.tag1[cut], bank.tag2[cut])
         order = list(types)
         rng.shuffle(order)
         asked.append(needle.make_questions(video, questions, rng, order))
@@ -96,7 +96,7 @@ def draw_videos(
         return np.concatenate([getattr(q, name) for q in asked])
 
     sample = Sample(
-        (border * n + place).astype(np.int32),
+        (border * n + tile).astype(np.int32),
         flat("text"),
         flat("answer"),
         flat("type"),
@@ -109,7 +109,7 @@ def draw_videos(
 
 
 def embed_video(params: dict, bank_tokens: jax.Array, cells: jax.Array) -> jax.Array:
-    """Bank places [B,F,16] -> visual tokens [B,F*16,D], with place and time."""
+    """Bank positions [B,F,16] -> visual tokens [B,F*16,D], with position and time."""
     b, f, m = cells.shape
     x = bank_tokens.reshape(-1, bank_tokens.shape[-1])[cells]
     x = x + params["projector"]["cell"] + params["projector"]["time"][:f, None]

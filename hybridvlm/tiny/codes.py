@@ -1,7 +1,7 @@
 """The embedded model's configuration, and the directions that its text and its pictures share from the start.
 
 Every attribute value (class, border colour, tags, cell, time) has an orthonormal direction in the width of the model. Visual
-tokens are the sum of the directions of what they show; words are the same directions behind a fixed rotation R, so that
+tokens are the sum of the directions of what they show; words are the same directions after a fixed rotation R, so that
 text and video do not look alike, and a query projection that undoes R finds what a word names. It stands in for a
 contrastively aligned vision tower; all of it is trained afterwards.
 """
@@ -29,14 +29,14 @@ def config() -> ModelConfig:
 
 def reduction() -> Reduction:
     """`str` at 25% mean, with the schedule that did best on validation videos: nothing is dropped until the first look-up is read,
-    that is until the first Mamba layer behind the first attention layer has run, and 2% stay to the end."""
+    that is until the first Mamba layer after the first attention layer has run, and 2% stay to the end."""
     pattern = config().pattern
     return Reduction("str", 0.25, schedule=Schedule(start=pattern.index("M", pattern.index("*")), floor=0.02))
 
 
 def look_ups(config: ModelConfig) -> tuple[int, int]:
     """The attention layers where the first and the second look-up are taught: the first two of a hybrid. A model of attention alone
-    takes the places that they have in the embedded hybrid, whose baseline it is."""
+    takes the positions that they have in the embedded hybrid, whose baseline it is."""
     pattern = config.pattern if MAMBA in config.pattern else load_model_config("tiny").pattern
     first = pattern.index(ATTENTION)
     return first, pattern.index(ATTENTION, first + 1)

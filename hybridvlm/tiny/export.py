@@ -64,8 +64,8 @@ def export(
         write_video(output / name, needle.render_video(video))
         written += 1
         fields = zip(questions.texts(), questions.options(), questions.answers(), questions.type_names(), strict=True)
-        for place, (text, options, answer, kind) in enumerate(fields):
-            row = {"id": needle.question_id(video, place), "video": name, "question": text, "options": options}
+        for number, (text, options, answer, kind) in enumerate(fields):
+            row = {"id": needle.question_id(video, number), "video": name, "question": text, "options": options}
             rows.append(row | {"answer": answer, "type": kind, "two_hop": kind in needle.TWO_HOP})
     rows = rows[:limit]
     (output / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -198,6 +198,6 @@ def split_questions(
     return pairs
 
 
-def question_id(video: Video, place: int) -> str:
-    """Name of question number `place` on `video`, e.g. `needle-test-0012-3`."""
-    return f"needle-{video.split}-{video.index:04d}-{place}"
+def question_id(video: Video, number: int) -> str:
+    """Name of question number `number` on `video`, e.g. `needle-test-0012-3`."""
+    return f"needle-{video.split}-{video.index:04d}-{number}"

@@ -17,7 +17,7 @@ AMPLITUDE = (
 )
 # steps of Adam, which move every weight alike, do not drown it
 READ = 0.7  # scale of what attention brings: directions in a normed token are about 4.3 long and come out about as they went in
-WORDS = 10.0  # weight of being a word, beside a random projection of unit variance, in `words_see_words`
+WORDS = 10.0  # weight of being a word, relative to a random projection of unit variance, in `words_see_words`
 MIX = 0.3  # scale of what a question's words bring one another there
 SHARP = 2.0  # weight of the q and k norms: their product times sqrt(P) multiplies the cosine
 
@@ -27,8 +27,8 @@ def reading_layers(config: ModelConfig) -> set[int]:
     twin those that stand where the hybrid has attention. The others start as quiet as Mamba layers do."""
     if config.count(MAMBA):
         return set(range(config.count(ATTENTION)))
-    places = [layer for layer, kind in enumerate(load_model_config("tiny").pattern) if kind == ATTENTION]
-    return {config.kind_index(layer)[1] for layer in places if layer < len(config.pattern)}
+    layers = [layer for layer, kind in enumerate(load_model_config("tiny").pattern) if kind == ATTENTION]
+    return {config.kind_index(layer)[1] for layer in layers if layer < len(config.pattern)}
 
 
 def words_see_words(config: ModelConfig, rng: np.random.Generator) -> np.ndarray:

@@ -18,9 +18,9 @@ def video_tokens(params: dict, bank_tokens: jax.Array, cells: jax.Array) -> Toke
     """A batch of videos without text as Tokens [B,F*16]."""
     x = embed_video(params, bank_tokens, cells)
     b, length = x.shape[:2]
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
     yes, one = jnp.ones((b, length), bool), jnp.ones((b, length), jnp.int32)
-    return Tokens(x, place, one, yes, ~yes, place, place // cells.shape[2])
+    return Tokens(x, index, one, yes, ~yes, index, index // cells.shape[2])
 
 
 def forward(

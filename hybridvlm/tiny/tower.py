@@ -23,7 +23,7 @@ SHARPNESS = 8.0  # turns the products with unit directions into logits
 
 
 def features(params: dict, config: ModelConfig, cells: jax.Array) -> jax.Array:
-    """Cells uint8 [n,32,32,3] -> visual tokens [n,D] without place and time."""
+    """Cells uint8 [n,32,32,3] -> visual tokens [n,D] without position and time."""
     x = stem_tower(params["vision"], config.tower, cells.astype(jnp.float32) / 255)[:, 0, 0]
     return x @ params["projector"]["proj"] + params["projector"]["proj_bias"]
 

@@ -63,7 +63,7 @@ STAGES = (
 
 
 def hop_layers(config: ModelConfig) -> tuple[int, int]:
-    """Where the hop is supervised: behind the second mixer layer after the first look-up, and just before the second look-up."""
+    """Where the hop is supervised: after the second mixer layer after the first look-up, and just before the second look-up."""
     first, second = codes.look_ups(config)
     between = [layer for layer in range(first + 1, second) if config.pattern[layer] in MIXERS]
     return between[1], second - 1

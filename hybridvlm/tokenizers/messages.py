@@ -13,7 +13,7 @@ Message = Mapping[str, Any]
 # Those who may be named in a control token that a template puts together ('<|' + message.role + '|>')
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
-# The type of a part of a content, and a person's words or the place of a medium.
+# The type of a part of a content, and a person's words or the position of a medium.
 Part = tuple[str, Text]
 
 

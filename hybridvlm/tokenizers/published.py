@@ -114,13 +114,13 @@ class PublishedTokenizer:
     ) -> Text:
         """Messages as the checkpoint's chat template writes them, or `default` where it has none, up to where the answer begins.
 
-        A message's content is text or a list of parts, {"type": "text", "text": ...} or {"type": "video" | "image"}; the places of
+        A message's content is text or a list of parts, {"type": "text", "text": ...} or {"type": "video" | "image"}; the positions of
         media are kept in the result (`tokenizers.text.cut_at_media`). The template gets a message's text as one string, or its parts
         where it would leave something out of a string, or the one for some roles and the other for the rest.
 
         template_options: further variables of the template, such as {"enable_thinking": False}; a template ignores those that it
         does not know. ValueError for a template that leaves out a text or a medium, that fails, or that the sandbox stops, and
-        for an option that would take the place of the messages or of a special token.
+        for an option that would replace the messages or of a special token.
         """
         given = {"add_generation_prompt": True, **{name: trusted(token) for name, token in self.special.items()}}
         taken = sorted(set(template_options or ()) & {"messages", *given, *NAMES})
@@ -180,7 +180,7 @@ class PublishedTokenizer:
         return text if all(forms(role) is _as_text for role, _ in spoken) else _with_media(text)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Write a tokenizer.json, and beside it the other files that it was read with."""
+        """Write a tokenizer.json, and next to it the other files that it was read with."""
         path = pathlib.Path(path)
         self.tokenizer.save(str(path))
         for name in FILES[1:]:
@@ -194,7 +194,7 @@ class PublishedTokenizer:
 
 
 def _probes(spoken: list[tuple[str, list[Part]]], whole: bool) -> list[tuple[str, list[Part]]]:
-    """The same messages with a word in the place of each text, to see whether a template writes it; or with a whole text of the
+    """The same messages with a word instead of each text, to see whether a template writes it; or with a whole text of the
     same length, to see whether it writes that to its end."""
 
     def probe(row: int, column: int, kind: str, piece: Text) -> Part:
@@ -268,7 +268,7 @@ def _as_text_parts(parts: list[Part]) -> list[dict[str, Any]]:
 
 
 def _with_media(text: Text) -> Text:
-    """The places of media where a template wrote its own marks for them."""
+    """The positions of media where a template wrote its own marks for them."""
     if not any(mark in text for mark in _MARKS):
         return text
     pieces, at, count = [], 0, 0

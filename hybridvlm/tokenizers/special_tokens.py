@@ -71,7 +71,7 @@ def read_tokenizer(folder: pathlib.Path) -> tuple[Tokenizer, dict[str, str]]:
         for entry in raw.get("added_tokens") or ():
             if tokenizer.token_to_id(entry["content"]) != entry["id"]:
                 raise CheckpointError(
-                    f"{file}: the added token {entry['content']!r} should have the id {entry['id']}, and its place gives it "
+                    f"{file}: the added token {entry['content']!r} should have the id {entry['id']}, and its position gives it "
                     f"{tokenizer.token_to_id(entry['content'])}; ids of added tokens must follow one another"
                 )
     except CheckpointError:
@@ -157,7 +157,7 @@ def _entry(folder: pathlib.Path, number: Any, content: str, flags: Mapping[str, 
 def _merged(
     folder: pathlib.Path, own: list[dict], missing: dict[str, dict], vocabulary: Mapping[str, int], size: int
 ) -> list[dict[str, Any]]:
-    """All added tokens by their ids. The library numbers what is not in the model's vocabulary one by one behind it, so that
+    """All added tokens by their ids. The library numbers what is not in the model's vocabulary one by one after it, so that
     ids which nothing takes are filled."""
     entries = sorted([*own, *missing.values()], key=lambda entry: entry["id"])
     named: dict[int, str] = {number: token for token, number in vocabulary.items()}
@@ -220,11 +220,11 @@ class PlainText:
         """Ids as the tokenizer itself gives them, where no control token comes of characters that are not trusted."""
         whole, origin = plain(text), origin_of(text)
         encoding = self.tokenizer.encode(whole, add_special_tokens=False)
-        found = [place for place, number in enumerate(encoding.ids) if number in self.control]
+        found = [at for at, number in enumerate(encoding.ids) if number in self.control]
         if not found or set(origin) <= {TRUSTED}:
             return encoding.ids
         offsets = encoding.offsets
-        if not any(self._forged(encoding.ids[place], whole, origin, *offsets[place]) for place in found):
+        if not any(self._forged(encoding.ids[at], whole, origin, *offsets[at]) for at in found):
             return encoding.ids
         return self._apart(whole, origin)
 
@@ -241,7 +241,7 @@ class PlainText:
         base = _base(whole, len(self.control))
         if base not in self._copies:
             self._copies = {base: self._copy(base)}  # texts that hold the usual private characters are rare
-        stand_in = {number: chr(base + place) for place, number in enumerate(self.control)}
+        stand_in = {number: chr(base + at) for at, number in enumerate(self.control)}
         pieces, meant = [], []
         for run in re.finditer(rf"{TRUSTED}+|[^{TRUSTED}]+", origin):
             piece = whole[run.start() : run.end()]
@@ -268,7 +268,7 @@ class PlainText:
         from tokenizers import Tokenizer
 
         raw = json.loads(self.tokenizer.to_str())
-        renamed = {token: chr(base + place) for place, token in enumerate(self.control.values())}
+        renamed = {token: chr(base + at) for at, token in enumerate(self.control.values())}
         for entry in raw["added_tokens"]:
             if entry["content"] in renamed:
                 entry |= {"content": renamed[entry["content"]], "normalized": False, "single_word": False}
@@ -298,7 +298,7 @@ def _base(text: str, count: int) -> int:
     """The first of `count` private characters in a row that a text has none of."""
     used = sorted({ord(letter) for letter in text if ord(letter) >= _PRIVATE[0]})
     for first, last in (_PRIVATE[:2], _PRIVATE[2:]):
-        start = first + 16  # behind those that stand for free ids
+        start = first + 16  # after those that stand for free ids
         for taken in [*used, last + 1]:
             if start <= taken <= last + 1:
                 if taken - start >= count:

@@ -56,7 +56,7 @@ def bounded_test(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def not_offered(name: str) -> Callable[..., Any]:
-    """In the place of a filter of Jinja's that chat templates do without."""
+    """Instead of a filter of Jinja's that chat templates do without."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         raise jinja2.TemplateError(f"Jinja's filter {name!r} is not offered here")
@@ -66,7 +66,7 @@ def not_offered(name: str) -> Callable[..., Any]:
 
 def _round(value: Any, precision: int = 0, method: Literal["common", "ceil", "floor"] = "common") -> Any:
     if abs(precision) > 300:
-        raise TooMuch(f"round to {precision} places")
+        raise TooMuch(f"round to {precision} positions")
     return filters.do_round(value, precision, method)
 
 

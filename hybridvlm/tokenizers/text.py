@@ -1,4 +1,4 @@
-"""Text of which every character knows where it came from: a template, a person, or the place of a medium.
+"""Text of which every character knows where it came from: a template, a person, or the position of a medium.
 
 What people write must never become a control token of a model, whatever a chat template makes of it (trims, splits, replaces,
 upper case, joins). So a prompt is made of `Text`, whose operations carry each character's origin along. Where an operation
@@ -18,7 +18,7 @@ TRUSTED, PERSON = "t", "p"  # origins; that of medium number n is chr(_MEDIA + n
 _MEDIA = 0x100
 _PLACE = "\ufffc"  # what stands for a medium; the same character in a person's text is only a character
 _WIDTH = 1 << 16  # the widest field of a format
-_SEARCH = 1 << 26  # comparisons of letters in one search from behind, which takes all of them
+_SEARCH = 1 << 26  # comparisons of letters in one search from the end, which takes all of them
 _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where splitlines cuts
 
 
@@ -46,8 +46,8 @@ class Text(str):
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, place: Any) -> Text:
-        return Text(str.__getitem__(self, place), self._origin[place])
+    def __getitem__(self, key: Any) -> Text:
+        return Text(str.__getitem__(self, key), self._origin[key])
 
     def __iter__(self) -> Iterator[Text]:
         return map(Text, str.__iter__(self), self._origin)
@@ -338,12 +338,12 @@ def person(text: str) -> Text:
 
 
 def medium(number: int) -> Text:
-    """The place of a medium."""
+    """The position of a medium."""
     return Text(_PLACE, chr(_MEDIA + number))
 
 
 def media_in(text: str) -> list[int]:
-    """The numbers of the media whose places a text holds, in order."""
+    """The numbers of the media whose positions a text holds, in order."""
     return [ord(one) - _MEDIA for one in _MEDIA_PLACES.findall(origin_of(text))]
 
 
@@ -364,5 +364,5 @@ def check_tokenizer(model: Any) -> None:
     if model.tokenizer is None:
         raise ValueError(
             f"{model.name or 'the model'} has no tokenizer.json: text can be neither read nor written; put the checkpoint's "
-            "tokenizer.json beside its weights, or give ids to prefill and decode"
+            "tokenizer.json next to its weights, or give ids to prefill and decode"
         )

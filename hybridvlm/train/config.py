@@ -498,19 +498,19 @@ def read(path: str | pathlib.Path, changes: Sequence[str] = ()) -> TrainConfig:
         if not equals:
             raise ValueError(f"--set takes key=value, such as optimizer.rate=1e-4, got {change!r}")
         *owners, last = keys.split(".")
-        place: dict[str, Any] = data
+        table: dict[str, Any] = data
         default: Any = dataclasses.asdict(TrainConfig())
         for owner in owners:
             default = default.get(owner) if isinstance(default, dict) else None
-            if place.get(owner) is None:
-                place[owner] = dict(default) if isinstance(default, dict) else {} if default is None else default
-            place = place[owner]
-            if not isinstance(place, dict):
+            if table.get(owner) is None:
+                table[owner] = dict(default) if isinstance(default, dict) else {} if default is None else default
+            table = table[owner]
+            if not isinstance(table, dict):
                 raise ValueError(f"--set {change}: {owner} has no fields")
         try:
-            place[last] = json.loads(text)
+            table[last] = json.loads(text)
         except json.JSONDecodeError:
-            place[last] = text
+            table[last] = text
     try:
         return build(TrainConfig, data)
     except (TypeError, ValueError) as error:

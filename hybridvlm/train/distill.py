@@ -39,7 +39,7 @@ def row_mask(batch: Batch, segments: int) -> jax.Array:
 
 
 def read_keys(_layer: int, aux: Any, _tokens: Tokens) -> jax.Array:
-    """In the place of a score: the keys that later text scores against, b [B,L,G,N] or k [B,L,K,P]."""
+    """Instead of a score: the keys that later text scores against, b [B,L,G,N] or k [B,L,K,P]."""
     return aux.b if hasattr(aux, "b") else aux.k
 
 

@@ -22,7 +22,7 @@ from hybridvlm.vision import encode_frames
 def visual(params: dict[str, Any], model: Model, given: Mapping[str, jax.Array], table: Any = None) -> jax.Array | None:
     """Visual tokens [B,F,m,D] of a batch's `visual` arrays; None where there are none.
 
-    "pixels" [B,F,h,w,3] uint8 go through the tower; "features" [B,F,m,D] are what it gave; "cells" [B,F,16] are places in the bank
+    "pixels" [B,F,h,w,3] uint8 go through the tower; "features" [B,F,m,D] are what it gave; "cells" [B,F,16] are positions in the bank
     `table` [16,n,D] of the embedded benchmark, with "time" [B,F], the frame's number in its own video.
     """
     dtype = params["embed"].dtype

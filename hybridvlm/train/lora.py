@@ -18,7 +18,7 @@ import numpy as np
 from hybridvlm.checkpoints.atomic import whole_folder
 from hybridvlm.train.config import Lora
 
-A, B = "/lora_a", "/lora_b"  # behind the path of the parameter that they update
+A, B = "/lora_a", "/lora_b"  # after the path of the parameter that they update
 FILE, ABOUT = "adapter.safetensors", "adapter.json"
 Flat = dict[str, jax.Array]
 

@@ -10,10 +10,10 @@ from hybridvlm.ops.tokens import Tokens
 
 
 def answers(tokens: Tokens, label: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """(hidden states [B,A,D] of the places that say an answer's tokens, those tokens [B,A] int32, -1 where there is none).
+    """(hidden states [B,A,D] of the positions that say an answer's tokens, those tokens [B,A] int32, -1 where there is none).
 
     tokens: after the decoder, reduced or not; label [B,L] of the unreduced row (`rows.TrainBatch`). A = `most`. All text stays in its
-    order, so that place a is the same answer token in every pass over the same row.
+    order, so that position a is the same answer token in every pass over the same row.
     """
     at = jnp.clip(tokens.index, 0, label.shape[1] - 1)
     said = jnp.take_along_axis(label, at, axis=1)
@@ -22,9 +22,9 @@ def answers(tokens: Tokens, label: jax.Array, most: int) -> tuple[jax.Array, jax
 
 
 def first_answers(x: jax.Array, label: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """As `answers`, of hidden states [B,L,D] whose label [B,L] stands beside them."""
-    place = jnp.argsort(label == 0, axis=1, stable=True)[:, : min(most, label.shape[1])]
-    return jnp.take_along_axis(x, place[..., None], axis=1), jnp.take_along_axis(label, place, axis=1) - 1
+    """As `answers`, of hidden states [B,L,D] whose label [B,L] stands next to them."""
+    index = jnp.argsort(label == 0, axis=1, stable=True)[:, : min(most, label.shape[1])]
+    return jnp.take_along_axis(x, index[..., None], axis=1), jnp.take_along_axis(label, index, axis=1) - 1
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +49,7 @@ def rank_loss(pattern: str, scores: dict[int, jax.Array], mask: jax.Array) -> tu
     scores: {mixer layer: [B,S,M]}, of S questions (or packed segments) on M visual tokens each; mask [B,S,M]: which belong to it. The
     cross-entropy of the Mamba score, z-scored and softmaxed over the visual tokens, towards the attention weights (no gradient).
     A question counts as far as its teacher is sharp (1 - entropy / log M): one that looks everywhere teaches nothing.
-    Layers behind the last attention layer have no teacher and are left alone.
+    Layers after the last attention layer have no teacher and are left alone.
     """
     count = jnp.sum(mask, -1)
     total = weight = jnp.float32(0)

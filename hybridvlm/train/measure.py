@@ -1,4 +1,4 @@
-"""Training steps on random rows, for measuring: what a step costs hangs on shapes alone."""
+"""Training steps on random rows, for measuring: what a step costs depends on shapes alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StepCall:
 def random_row(
     config: ModelConfig, frames: int, text: int, rows: int, answer: int, seed: int = 0
 ) -> TrainBatch[np.ndarray]:
-    """Rows of `frames` frames and `text` text tokens behind them, of which the last `answer` are to be said; random features."""
+    """Rows of `frames` frames and `text` text tokens after them, of which the last `answer` are to be said; random features."""
     rng, m = np.random.default_rng(seed), config.tower.tokens_per_frame
     frame = np.concatenate([np.repeat(np.arange(frames), m), np.full(text, -1)]).astype(np.int32)
     length = len(frame)

@@ -26,7 +26,7 @@ class TooManyBad(RuntimeError):
 class Reader:
     """Reads samples by number, passes over those that cannot be read or do not fit a row, and remembers them by name.
 
-    seen: places in the order of reading up to which samples were asked for; bad: place -> (name, reason).
+    seen: positions in the order of reading up to which samples were asked for; bad: position -> (name, reason).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Reader:
         self.seen, self.bad = 0, {}  # type: tuple[int, dict[int, tuple[str, str]]]
         self._lock = threading.Lock()
 
-    def __call__(self, place: int, number: int) -> Example | None:
+    def __call__(self, index: int, number: int) -> Example | None:
         name = self.source.name(number)
         try:
             row = self.source.sample(int(number))
@@ -49,17 +49,17 @@ class Reader:
             # VideoError and TooLong among them: whatever a decoder finds wrong with one file
             if disk_full(error):  # of a cache or a scratch folder: no fault of the sample's
                 raise
-            self._pass_over(place, name, error)
+            self._pass_over(index, name, error)
             return None
         with self._lock:
-            self.seen = max(self.seen, place + 1)
+            self.seen = max(self.seen, index + 1)
         return row
 
-    def _pass_over(self, place: int, name: str, error: Exception) -> None:
+    def _pass_over(self, index: int, name: str, error: Exception) -> None:
         with self._lock:
-            self.seen = max(self.seen, place + 1)
-            if place not in self.bad:
-                self.bad[place] = (name, str(error))
+            self.seen = max(self.seen, index + 1)
+            if index not in self.bad:
+                self.bad[index] = (name, str(error))
                 self.say(f"skipped {name}: {error}")
             # of fewer than a hundred samples one may be bad, whatever share that is
             if len(self.bad) > self.bad_share * max(self.seen, 100):
@@ -72,15 +72,15 @@ class Reader:
 
     def state(self) -> dict[str, Any]:
         with self._lock:
-            return {"seen": self.seen, "bad": [[place, *what] for place, what in sorted(self.bad.items())]}
+            return {"seen": self.seen, "bad": [[index, *what] for index, what in sorted(self.bad.items())]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.seen = state["seen"]
-        self.bad = {place: (name, reason) for place, name, reason in state["bad"]}
+        self.bad = {index: (name, reason) for index, name, reason in state["bad"]}
 
 
 def numbers(source_length: int, shuffled: bool, shuffle: bool, seed: int) -> grain.MapDataset:
-    """Sample numbers of this process, without end, in an order that hangs on the seed; shuffled anew in every pass."""
+    """Sample numbers of this process, without end, in an order that depends on the seed; shuffled anew in every pass."""
     shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
     if source_length < shard.shard_count:
         raise ValueError(f"{source_length} samples cannot be cut over {shard.shard_count} processes")
@@ -143,7 +143,7 @@ class Stream:
             self.waited += time.perf_counter() - start
 
     def state(self) -> str:
-        """The position behind the batch that was handed out last, as JSON."""
+        """The position after the batch that was handed out last, as JSON."""
         return json.dumps(
             {"iterator": self.iterator.get_state(), "reader": self.reader.state() if self.reader else None}
         )

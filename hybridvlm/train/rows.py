@@ -38,7 +38,7 @@ class Shape:
     @property
     def own_text(self) -> int:
         """Text tokens of a sample at most. In packed rows each segment's share is rounded for itself, which can keep one token
-        more than the row's capacity counts: as many text places as segments stay free for it."""
+        more than the row's capacity counts: as many text positions as segments stay free for it."""
         return self.text - (self.segments if self.segments > 1 else 0)
 
 
@@ -65,12 +65,12 @@ def example(
     """One sample's arrays [n]: ids, frame (-1 for text), label and question, as of TrainBatch, and `position` [n,3] in some families.
 
     history: earlier turns, part of the prompt; system: a system message before all of them. The answer ends with the model's end
-    token. Marked as question is the text behind the video, but never the answer that is to be learnt: no selection may see it.
+    token. Marked as question is the text after the video, but never the answer that is to be learnt: no selection may see it.
     """
     clips = [] if clip is None else [clip]
     turns: list[Message] = [{"role": "system", "content": system}] if system else []
-    for place, (asked, told) in enumerate([*history, (question, answer)]):
-        turns.append(user_message(asked, model.style, [c.kind for c in clips] if not place else []))
+    for number, (asked, told) in enumerate([*history, (question, answer)]):
+        turns.append(user_message(asked, model.style, [c.kind for c in clips] if not number else []))
         turns.append({"role": "assistant", "content": told})
     layout = model.family.prompt(model.config, model.tokenizer, turns[:-1], clips, style=model.style)
     said = np.asarray([*model.tokenizer.encode(person(answer)), *model.config.eos_ids[:1]], np.int32)
@@ -78,17 +78,17 @@ def example(
 
 
 def arrange(ids: np.ndarray, frame: np.ndarray, said: np.ndarray, position: np.ndarray | None = None) -> Example:
-    """Arrays of a prompt (ids [n], frame [n]) and the answer's ids behind it."""
+    """Arrays of a prompt (ids [n], frame [n]) and the answer's ids after it."""
     n, m = len(ids), len(said)
     last = np.flatnonzero(frame >= 0)[-1] if (frame >= 0).any() else -1
-    place = np.arange(n + m)
+    index = np.arange(n + m)
     label = np.zeros(n + m, np.int32)
     label[n - 1 : n + m - 1] = said + 1
     out = {
         "ids": np.concatenate([ids, said]).astype(np.int32),
         "frame": np.concatenate([frame, np.full(m, -1)]).astype(np.int32),
         "label": label,
-        "question": (place > last) & (place < n),
+        "question": (index > last) & (index < n),
     }
     if position is not None:
         more = position.max() + 1 + np.arange(m, dtype=np.int32)
@@ -109,7 +109,7 @@ def check(row: Example, shape: Shape, answer: int, frames: int, name: str) -> No
 
 
 def pad(array: np.ndarray, length: int, empty: Any = 0) -> np.ndarray:
-    """`array` with `empty` behind it up to `length` along the first axis."""
+    """`array` with `empty` after it up to `length` along the first axis."""
     out = np.full((length, *array.shape[1:]), empty, array.dtype)
     out[: len(array)] = array
     return out

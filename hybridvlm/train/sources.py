@@ -127,12 +127,12 @@ class NeedleSource:
 
     def shared(self, number: int, questions: int) -> Example:
         """One video and many questions about it: the visual part, `prefix` [P] and `prefix_frame` [P] up to the last visual token,
-        and what comes behind it of every question: ids, label, question and segment (0: padding) [Q,T].
+        and what comes after it of every question: ids, label, question and segment (0: padding) [Q,T].
 
-        T is what the longest takes; a question has four words. The end token, behind which nothing is said, is left out.
+        T is what the longest takes; a question has four words. The end token, after which nothing is said, is left out.
         """
         visual, asked = self._draw(2, number, questions)
-        rows = [self._row(asked, place) for place in range(questions)]
+        rows = [self._row(asked, number) for number in range(questions)]
         cut = int(np.flatnonzero(rows[0]["frame"] >= 0)[-1]) + 1
         out = visual | {"prefix": rows[0]["ids"][:cut], "prefix_frame": rows[0]["frame"][:cut]}
         text = max(len(row["ids"]) for row in rows) - 1 - cut
@@ -156,9 +156,9 @@ class NeedleSource:
         rng.shuffle(order)
         return {"visual_pixels": needle.render_video(video)}, needle.make_questions(video, questions, rng, order)
 
-    def _row(self, asked: Any, place: int) -> Example:
+    def _row(self, asked: Any, number: int) -> Example:
         clip = Clip(tuple(float(t) for t in range(self.frames)))
-        texts = asked.texts()[place], asked.answers()[place]
+        texts = asked.texts()[number], asked.answers()[number]
         return example(self.model, clip, *texts)
 
 
@@ -208,12 +208,12 @@ class JsonlSource(Files):
         self.folder = path.parent
         self.samples: list[tuple[str, Talk]] = []
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for _, place, parse in json_rows(path):
+        for _, where, parse in json_rows(path):
             try:
                 video, talk = read_line(parse())
                 self._fits(talk)
             except ValueError as error:  # what json and Unicode raise is one too
-                raise ValueError(f"{path}, {place}: {error}") from None
+                raise ValueError(f"{path}, {where}: {error}") from None
             self.samples += [(video, Talk(talk.turns[: n + 1], talk.system)) for n in range(len(talk.turns))]
         if not self.samples:
             raise ValueError(f"{path} holds no samples")

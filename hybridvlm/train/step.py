@@ -117,11 +117,11 @@ class Trainer:
         if mesh is None:
             return tree
 
-        def place(path: tuple, leaf: jax.Array) -> jax.Array:
+        def with_sharding(path: tuple, leaf: jax.Array) -> jax.Array:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
             return jax.device_put(leaf, sharding.sharding_of(mesh, keys[-1] if keys else "", leaf.shape))
 
-        return jax.tree_util.tree_map_with_path(place, tree)
+        return jax.tree_util.tree_map_with_path(with_sharding, tree)
 
     def whole(self, train: Flat, frozen: Flat) -> dict[str, Any]:
         """The model's parameters of a state, as the forward pass takes them."""
@@ -209,7 +209,7 @@ class Trainer:
         loss, sums = entropy / total, {"entropy": entropy, "right": right}
         if c.distill.scores:
             ranked, weight = rank_loss(config.pattern, scores, mask)
-            # its weights hang on the teacher: microbatches average, by their answer tokens
+            # its weights depend on the teacher: microbatches average, by their answer tokens
             taught = ranked / jnp.maximum(weight, 1e-6) * (jnp.sum(target >= 0) / total)
             sums["scores"] = taught
             loss += c.distill.scores * taught

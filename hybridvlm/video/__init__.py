@@ -1,7 +1,7 @@
 """Video files and images: decoding, frame sampling, clips for a model.
 
 A file is known by what it holds, never by its name. Videos: MP4/MOV, Matroska/WebM, AVI, MPEG transport, program and raw
-streams, FLV, ASF/WMV, Ogg, MXF, NUT, RealMedia, WTV, DV, IVF and OBU, each a film in one file (`container.FORMATS`); and
+streams, FLV, ASF/WMV, Ogg, MXF, NUT, RealMedia, WTV, DV, IVF and OBU, each a video in one file (`container.FORMATS`); and
 animated GIF, WebP, PNG and AVIF. Images: PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF (`images.FORMATS`), at most 67 million
 pixels; transparent parts stand on white. Not read: HEIC, playlists, series of pictures, anything that names another file.
 """

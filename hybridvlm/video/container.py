@@ -1,6 +1,6 @@
-"""Opening film files with FFmpeg (PyAV): which formats, which stream, and what FFmpeg has to say about a file.
+"""Opening video files with FFmpeg (PyAV): which formats, which stream, and what FFmpeg has to say about a file.
 
-Files come from strangers. Only formats that hold a film in one file are opened (no playlists, no series of pictures, no
+Files come from strangers. Only formats that hold a video in one file are opened (no playlists, no series of pictures, no
 descriptions of streams), through no protocol but `file`, and by their absolute path, so that no name is taken for an address.
 """
 
@@ -21,7 +21,7 @@ from hybridvlm.video.images import motion_jpeg
 if TYPE_CHECKING:
     import av
 
-# FFmpeg's names of the formats that hold a film in one file
+# FFmpeg's names of the formats that hold a video in one file
 FORMATS = (
     *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf"),
     *(
@@ -134,7 +134,7 @@ class _Plain(mmap.mmap):
 
 
 def open_film(path: str, said: Said | None = None) -> tuple[Any, list[Any]]:
-    """Container, and the video streams that may be the film; the caller closes the container (`close`).
+    """Container, and the video streams that may be the video; the caller closes the container (`close`).
 
     said: gets what FFmpeg says while the file is opened, which is when the beginning of it is read.
     """
@@ -163,7 +163,7 @@ def _opened(path: str, source: str | _Plain, said: Said | None) -> Any:
     """The container; None where FFmpeg takes the file for a series of pictures, by its name."""
     import av
 
-    # in the middle of another kind of file (a PDF, a web page) a JPEG would be taken for a film as well
+    # in the middle of another kind of file (a PDF, a web page) a JPEG would be taken for a video as well
     known = "mjpeg" if motion_jpeg(path) else None
     formats = FORMATS if known else [name for name in FORMATS if name != "mjpeg"]
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(formats)}
@@ -205,7 +205,7 @@ def _refusal(error: Any, said: Said) -> str:
     if name.endswith(_PICTURES):
         return f" is a still picture ({name.removesuffix('_pipe')}), not a video"
     if name in _PLAYLISTS:
-        return f" is a list of other files or addresses ({name}), not a video; give the film itself"
+        return f" is a list of other files or addresses ({name}), not a video; give the video itself"
     if name == "mjpeg":
         return " holds JPEG pictures among other things; it is not a video"
     if name == "tty":
@@ -224,7 +224,7 @@ def _aside(stream: Any) -> bool:
 
 
 def choose(streams: Sequence[Any], counts: Sequence[int], spans: Sequence[float]) -> int:
-    """Which stream is the film: not a thumbnail (few frames, or over soon) and no small preview of another stream.
+    """Which stream is the video: not a thumbnail (few frames, or over soon) and no small preview of another stream.
 
     counts, spans: each stream's frames and seconds. Of those left the default one, then the one of most frames, then the
     largest, then the first. Writers mark the first stream as default unless told otherwise, so that mark alone says little.
@@ -246,9 +246,9 @@ def choose(streams: Sequence[Any], counts: Sequence[int], spans: Sequence[float]
 
 
 def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> Iterator[av.Packet]:
-    """Packets of the streams up to the end or the first unreadable place, then the empty ones that flush the decoders.
+    """Packets of the streams up to the end or the first unreadable position, then the empty ones that flush the decoders.
 
-    ended: gets the reason, where that place is not the end.
+    ended: gets the reason, where that position is not the end.
     """
     import av
 
@@ -265,7 +265,7 @@ def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> It
 
 
 class Reader:
-    """Decodes one stream of an open film, forward from where it stands.
+    """Decodes one stream of an open video, forward from where it stands.
 
     strict: the decoder gives up a damaged picture instead of inventing what is missing. threads: 0 lets FFmpeg choose. cut:
     stamps of damaged packets that are left out; None: all of those that are said to be damaged.
@@ -344,7 +344,7 @@ def _decoder(stream: Any) -> Any:
 
 
 def on_white(frame: av.VideoFrame) -> av.VideoFrame:
-    """A frame as it is, or, where it has transparent parts, RGB with white behind them."""
+    """A frame as it is, or, where it has transparent parts, RGB with white after them."""
     import av
 
     if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
@@ -366,7 +366,7 @@ def turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     if data is None or len(bytes(data)) < 36:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32, 5).astype(np.int64).tolist()
-    # a place (x, y) is shown at (a x + c y, b x + d y)
+    # a position (x, y) is shown at (a x + c y, b x + d y)
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return False, a < 0, d < 0
     return True, c < 0, b < 0

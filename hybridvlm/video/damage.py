@@ -13,7 +13,7 @@ Row = tuple[int | None, int | None, int, bool, bool, bool]  # of a packet, as `i
 _MARKED = ("asf", "nut", "wtv")  # formats that begin with 16 bytes which stand nowhere else
 _STEPS = (188, 192, 204)  # bytes from one transport packet to the next
 _NEAR = 3  # packets around a key frame
-_JOINTS = 64  # damaged places up to which each is looked at
+_JOINTS = 64  # damaged positions up to which each is looked at
 
 
 def lead(container: Any, stream: Any, rows: Sequence[Row]) -> float:
@@ -30,7 +30,7 @@ def lead(container: Any, stream: Any, rows: Sequence[Row]) -> float:
 
 
 def second_film(path: str, form: str) -> int:
-    """Where a second file begins that was put behind the first, in formats of which FFmpeg reads the first alone; 0: nowhere."""
+    """Where a second file begins that was put after the first, in formats of which FFmpeg reads the first alone; 0: nowhere."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if form in _MARKED:
             return max(0, data.find(data[:16], 16))
@@ -52,13 +52,13 @@ def second_film(path: str, form: str) -> int:
 
 
 def joints(name: str, form: str, number: int, rows: Sequence[Row]) -> frozenset[int]:
-    """Packets that are said to be damaged and are not: beside a key frame, and all around them decodes.
+    """Packets that are said to be damaged and are not: next to a key frame, and all around them decodes.
 
-    Where parts of a broadcast are put behind one another its packets' counter leaps, as if some were lost.
+    Where parts of a broadcast are put one after another its packets' counter leaps, as if some were lost.
     """
-    keys = [place for place, row in enumerate(rows) if row[3]]
-    flagged = [place for place, row in enumerate(rows) if row[5]]
-    near = [place for place in flagged if any(abs(key - place) <= _NEAR for key in keys)]
+    keys = [position for position, row in enumerate(rows) if row[3]]
+    flagged = [position for position, row in enumerate(rows) if row[5]]
+    near = [position for position in flagged if any(abs(key - position) <= _NEAR for key in keys)]
     if not near or len(flagged) > _JOINTS:
         return frozenset()
     sound, begins = [], set[int]()
@@ -69,9 +69,9 @@ def joints(name: str, form: str, number: int, rows: Sequence[Row]) -> frozenset[
             reader = films.Reader(container, stream, strict=True, threads=1, said=said, cut=frozenset())
             packets = list[Any]()
             numbered = enumerate(p for p in films.packets(container, stream) if p.size)
-            for place in near:
-                begin = max((key for key in keys if key <= place), default=0)
-                stop = min((key for key in keys if key > place + _NEAR), default=len(rows))
+            for position in near:
+                begin = max((key for key in keys if key <= position), default=0)
+                stop = min((key for key in keys if key > position + _NEAR), default=len(rows))
                 packets = [(n, p) for n, p in packets if n >= begin]
                 for at, packet in numbered:
                     begins.add(packet.pos or 0)
@@ -80,7 +80,7 @@ def joints(name: str, form: str, number: int, rows: Sequence[Row]) -> frozenset[
                     if at + 1 >= stop:
                         break
                 if _decodes(reader, [p for n, p in packets if n < stop]):
-                    sound.append(place)
+                    sound.append(position)
         finally:
             films.close(container)
     # where bytes are gone, what follows no longer stands on the grid of the transport packets

@@ -2,8 +2,8 @@
 
 `probe` and `decode_frames` count frames in display order. One pass over the packets, without decoding, gives every
 frame's time stamp and the key frames (`index`); decoding then runs forward through the asked frames and seeks only where a
-key frame lies between the present place and the next asked frame. A frame is recognised by its time stamp, never by
-counting after a seek. Where the clock starts anew in the middle of a file (recordings put behind one another), frames come
+key frame lies between the present position and the next asked frame. A frame is recognised by its time stamp, never by
+counting after a seek. Where the clock starts anew in the middle of a file (recordings put one after another), frames come
 in the file's order, their times run on, and the way to a key frame is read, not sought. Files without usable time stamps are
 decoded from the start and counted.
 
@@ -65,7 +65,7 @@ def decode_frames(
     """Frames number `indices` (display order, any order, repeats allowed) -> uint8 RGB [n,height,width,3].
 
     size: (height, width) to scale every frame to while decoding, which keeps long high-resolution videos out of memory;
-    default the displayed size. resize: scales frames [1,h,w,3] to a size in the place of the decoder's own scaling, which is
+    default the displayed size. resize: scales frames [1,h,w,3] to a size instead of the decoder's own scaling, which is
     quick but no image processor's. A frame that does not decode is replaced by the nearest asked one that does, with a
     VideoWarning; VideoError if none does. IndexError for a number outside 0..frames-1.
     """
@@ -102,7 +102,7 @@ def _warn(text: str) -> None:
 class _Task:
     """The frames `order` (ascending) of one file into `out`, marked in `found` as they come.
 
-    doubtful: how many were decoded behind something that was not; complaints: what FFmpeg said to it.
+    doubtful: how many were decoded after something that was not; complaints: what FFmpeg said to it.
     """
 
     def __init__(self, path: str, index: Index, order: np.ndarray, out: np.ndarray, resize: Resize | None):
@@ -149,13 +149,13 @@ class _Task:
         finally:
             films.close(container)
 
-    def _keep(self, place: int, pixels: np.ndarray) -> None:
-        self.out[place] = pixels
-        self.found[place] = True
+    def _keep(self, position: int, pixels: np.ndarray) -> None:
+        self.out[position] = pixels
+        self.found[position] = True
 
     def _pictures(self) -> None:
         shape = self.out.shape[1:3]
-        place_of = {int(number): place for place, number in enumerate(self.order)}
+        place_of = {int(number): position for position, number in enumerate(self.order)}
         for number, pixels in enumerate(images.moving_frames(self.path, int(self.order[-1]))):
             if number in place_of:
                 scaled = (self.resize or plain_resize)(pixels[None], shape)
@@ -164,11 +164,11 @@ class _Task:
     def _count(self, reader: films.Reader) -> None:
         frames = reader.frames(films.packets(reader.container, reader.stream))
         last = -1
-        for place in np.flatnonzero(~self.found).tolist():
+        for position in np.flatnonzero(~self.found).tolist():
             for frame in frames:
                 last += 1
-                if last == self.order[place]:
-                    self._keep(place, self._pixels(frame))
+                if last == self.order[position]:
+                    self._keep(position, self._pixels(frame))
                     break
 
     def _walk(self, reader: films.Reader) -> None:
@@ -196,7 +196,7 @@ class _Task:
                 self.keyless |= here is None and frame.pts > floor
                 here = int(frame.pts)
                 asked = place_of.get(here)
-                # a strict pass leaves to the second what stands behind something that did not decode
+                # a strict pass leaves to the second what comes after something that did not decode
                 sound = here >= floor and not (reader.strict and reader.trouble)
                 if asked is not None and not self.found[asked] and sound:
                     self._keep(asked, self._pixels(frame))
@@ -233,9 +233,9 @@ class _Astray(Exception):
 
 
 class _Way:
-    """The way through a film's packets, from key frame to key frame.
+    """The way through a video's packets, from key frame to key frame.
 
-    reading: every packet up to the key frame is read and passed over, which is quick beside decoding them; else it is sought.
+    reading: every packet up to the key frame is read and passed over, which is quick compared with decoding them; else it is sought.
     """
 
     def __init__(self, reader: films.Reader, index: Index, reading: bool):
@@ -249,17 +249,17 @@ class _Way:
 
     def to(self, key: int) -> Iterator[Any] | None:
         """Frames from key frame number `key` on; None if the decoder, which is ahead of what comes out of it, has it already."""
-        stamp, place = int(self.index.key_pts[key]), int(self.index.key_place[key])
+        stamp, position = int(self.index.key_pts[key]), int(self.index.key_place[key])
         if not self.reading:
             return self.reader.frames(self._sought(stamp, int(self.index.key_seek[key])), stamp)
-        if self.number >= place:
+        if self.number >= position:
             return None
         self.reader.codec.flush_buffers()
-        self.skip = place
+        self.skip = position
         return self.reader.frames(self.packets, stamp)
 
     def _sought(self, stamp: int, where: int) -> Iterator[Any]:
-        """Packets from the one that has this stamp on; some formats find a place before it, some none."""
+        """Packets from the one that has this stamp on; some formats find a position before it, some none."""
         import av
 
         container, stream = self.reader.container, self.reader.stream

@@ -1,4 +1,4 @@
-"""What reading a film or a picture raises, and what it warns of."""
+"""What reading a video or a picture raises, and what it warns of."""
 
 from __future__ import annotations
 

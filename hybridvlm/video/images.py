@@ -1,6 +1,6 @@
 """Pictures (Pillow): known by what they hold and not by their names; all that a model sees is RGB of 8 bits.
 
-Transparent parts stand on white. Animated GIF, WebP, PNG and AVIF are films, each frame shown for its own time; of a TIFF of
+Transparent parts stand on white. Animated GIF, WebP, PNG and AVIF are videos, each frame shown for its own time; of a TIFF of
 several pages the first is taken, with a warning. HEIC is refused: there is no decoder for it, and its pictures are cut into
 tiles of which FFmpeg gives one at a time.
 """
@@ -129,7 +129,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             problem = "cannot be read as an image: damaged, or an AVIF while this Pillow has no AVIF decoder"
         elif _begins_as_picture(head) and not motion_jpeg(path):
             problem = "cannot be read as an image: it begins as one and is damaged"
-    except Exception as error:  # of the many parsers behind Pillow; a stranger's file must not end a run
+    except Exception as error:  # of the many parsers after Pillow; a stranger's file must not end a run
         problem = f"cannot be read as an image: {type(error).__name__}: {error}"
     if problem:
         raise VideoError(f"{path}: {problem}")
@@ -174,7 +174,7 @@ def _words(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def motion_jpeg(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a row of JPEGs, a film; a photograph may have one more behind it (a map of its brightness)."""
+    """Whether a file is a row of JPEGs, a video; a photograph may have one more after it (a map of its brightness)."""
     mark = b"\xff\xd9\xff\xd8"  # the end of one, the beginning of the next
     with open(path, "rb") as file:
         if file.read(2) != mark[2:]:
@@ -254,7 +254,7 @@ def _orientation(image: Any) -> int:
     """How the camera was held, 1 to 8; 1 where the file does not say, or says it in a way that nobody can read."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # notes beside a picture that is whole
+    except Exception:  # notes next to a picture that is whole
         return 1
     return value if value in range(1, 9) else 1
 

@@ -1,4 +1,4 @@
-"""What a film file holds: one pass over its packets, without decoding, gives every frame's time stamp and the key frames."""
+"""What a video file holds: one pass over its packets, without decoding, gives every frame's time stamp and the key frames."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hybridvlm.video.errors import VideoError
 _CODING_ORDER = ("avi",)  # formats whose time stamps follow the order of coding; with B-frames display differs
 _DECODING_CLOCK = ("mpegts", "mpeg", "flv")  # formats that store when a picture is to be decoded
 _JUMP = 60.0  # seconds: a broadcast's clock that leaps further has been set anew
-_REORDER = 16  # frames: no codec shows a picture further from its place in the file
-_NEAR = 3  # packets around the place where parts are put together
+_REORDER = 16  # frames: no codec shows a picture further from its position in the file
+_NEAR = 3  # packets around the position where parts are put together
 _MOST_RATE = 1000  # frames a second; a higher rate is a clock's
 _ROUNDED = 0.1  # of a frame, which a length in milliseconds may be off
-_SPAN = 0.9  # of the promised length; a film that gives less is incomplete
+_SPAN = 0.9  # of the promised length; a video that gives less is incomplete
 _ASPECTS = (1 / 16, 16)  # of a pixel; beyond, the number is taken for a mistake
 
 
@@ -39,7 +39,7 @@ class VideoInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """A film's frames in display order.
+    """A video's frames in display order.
 
     remarks: what a reader should be told. turn: see `container.turn_of`. pts: time stamp of each frame, on a clock that never
     restarts; None: no usable stamps, count instead. seconds: of each frame from the first, None: even. tick: seconds that a stamp
@@ -136,13 +136,13 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
             lead = damage.lead(container, streams[chosen], track.rows)
         finally:
             films.close(container)
-    # what the decoders say while the streams are looked at is no matter: a film may begin anywhere
+    # what the decoders say while the streams are looked at is no matter: a video may begin anywhere
     complaints = films.complaints(said, (facts.format,)) or ended
     if facts.format == "flv" and 0 < end < _SPAN * size:  # passes over what it does not know without a word
-        complaints.append(f"nothing can be read behind {end} of {size} bytes")
+        complaints.append(f"nothing can be read after {end} of {size} bytes")
     another = damage.second_film(path, facts.format)
     if another:
-        complaints.append(f"a second film begins at byte {another} of {size} and cannot be read; split the file there")
+        complaints.append(f"a second video begins at byte {another} of {size} and cannot be read; split the file there")
     if lead > 0:
         complaints.append(f"the index knows of pictures that begin {lead:.2f} s earlier")
     stamps = _stamps(facts, track) if facts.format not in _CODING_ORDER or _in_order(track, reordered) else None
@@ -165,7 +165,7 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
     finally:
         films.close(container)
     joints = damage.joints(name, facts.format, track.number, track.rows) if facts.broadcast else frozenset()
-    track.rows = [(*row[:5], row[5] and place not in joints) for place, row in enumerate(track.rows)]
+    track.rows = [(*row[:5], row[5] and position not in joints) for position, row in enumerate(track.rows)]
     return _assemble(name, facts, track, stamps, frames, _shown_size(first, facts.aspect, turn), turn, complaints)
 
 
@@ -187,12 +187,12 @@ class _Facts:
         alone = len(container.streams) == 1
         promised, seconds = 0, 0.0
         if (name.startswith("mov") or name == "avi") and stream.frames > track.count:
-            # the index, as the count includes what an edit list hides, and empty places that stand for a longer picture
+            # the index, as the count includes what an edit list hides, and empty positions that stand for a longer picture
             promised = sum(entry.size > 0 and not entry.is_discard for entry in stream.index_entries)
             if name == "avi" and track.indexed < track.count:
-                # no index, or one that does not fit the file, and another was made in reading; every place takes one tick
-                places = max((row[1] for row in track.rows if row[1] is not None), default=-1) + 1
-                promised = track.count + max(0, stream.frames - places)
+                # no index, or one that does not fit the file, and another was made in reading; every position takes one tick
+                positions = max((row[1] for row in track.rows if row[1] is not None), default=-1) + 1
+                promised = track.count + max(0, stream.frames - positions)
         if name.startswith("mov"):
             seconds = 0.0
         elif stream.duration:
@@ -283,27 +283,27 @@ def _gap(pts: np.ndarray) -> int:
 
 
 def _restarts(facts: _Facts, track: _Seen, pts: np.ndarray, key: np.ndarray, shown: np.ndarray) -> list[int]:
-    """Packets at which the clock starts anew: parts put behind one another, a counter that ran over or was reset."""
+    """Packets at which the clock starts anew: parts put one after another, a counter that ran over or was reset."""
     if facts.format in _DECODING_CLOCK and all(row[1] is not None for row in track.rows):
         step = np.diff(np.array(track.column(1), np.int64))
         anew = step < 0
         if facts.broadcast:
             anew |= np.multiply(step, facts.tick) > _JUMP
-        places = (np.flatnonzero(anew) + 1).tolist()
+        positions = (np.flatnonzero(anew) + 1).tolist()
     else:
         # a key frame that is to be shown long before what stands ahead of it in the file
         window = _REORDER * _gap(np.unique(pts[shown]))
-        places, high = [], None
-        for place in np.flatnonzero(shown).tolist():
-            if high is not None and key[place] and high - pts[place] > window:
-                places.append(place)
-                high = pts[place]
-            high = pts[place] if high is None else max(high, pts[place])
+        positions, high = [], None
+        for position in np.flatnonzero(shown).tolist():
+            if high is not None and key[position] and high - pts[position] > window:
+                positions.append(position)
+                high = pts[position]
+            high = pts[position] if high is None else max(high, pts[position])
     # a part of which nothing is shown has no clock to speak of
     out: list[int] = []
-    for place in (int(p) for p in places):
-        if shown[(out[-1] if out else 0) : place].any() and shown[place:].any():
-            out.append(place)
+    for position in (int(p) for p in positions):
+        if shown[(out[-1] if out else 0) : position].any() and shown[position:].any():
+            out.append(position)
     return out
 
 
@@ -379,8 +379,8 @@ def _last(facts: _Facts, stamps: _Stamps, span: float, whole: bool) -> float:
     # these formats store no lengths, and FFmpeg's guess goes by the declared rate
     own = 0.0 if facts.format in _DECODING_CLOCK else int(stamps.length[-1]) * facts.tick
     rest = facts.seconds - span
-    # what the container leaves for it counts where it is no longer than the film's other pictures are at most, as with
-    # slides; a longer rest speaks of a film that was cut off
+    # what the container leaves for it counts where it is no longer than the video's other pictures are at most, as with
+    # slides; a longer rest speaks of a video that was cut off
     longest = float(np.diff(stamps.pts).max()) * facts.tick if len(stamps.pts) > 1 else rest
     if whole and own < rest <= 1.01 * longest:
         return rest
@@ -411,17 +411,17 @@ def _remarks(
         lost = f"about {holes} frames are missing" if holes else "frames may be missing or damaged"
         remarks.append(f"the file is damaged, {lost}; using {frames} frames{films.quoted(complaints)}")
     else:
-        restarts = [place for place, _ in stamps.shifts] if stamps else []
-        near = {place + step for place in restarts for step in range(-_NEAR, _NEAR + 1)}
+        restarts = [position for position, _ in stamps.shifts] if stamps else []
+        near = {position + step for position in restarts for step in range(-_NEAR, _NEAR + 1)}
         # where parts are put together packets look damaged and are not
-        harmed = sum(row[5] for place, row in enumerate(track.rows) if place not in near)
+        harmed = sum(row[5] for position, row in enumerate(track.rows) if position not in near)
         if harmed:
             remarks.append(f"the file is damaged in {harmed} of {len(track.rows)} packets; using {frames} frames")
     return tuple(f"{name}: {remark}" for remark in remarks)
 
 
 def _missing(seconds: np.ndarray | None) -> int:
-    """Frames that fit into the holes of a film of an even rate; 0 for one whose rate varies."""
+    """Frames that fit into the holes of a video of an even rate; 0 for one whose rate varies."""
     if seconds is None or len(seconds) < 8:
         return 0
     gaps = np.diff(seconds)

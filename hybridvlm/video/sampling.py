@@ -85,12 +85,12 @@ def _rate(rule: str, text: str) -> float:
     except ValueError:
         rate = math.nan
     if not 0 < rate < math.inf:
-        raise ValueError(f"rule {rule!r} needs a rate above 0 behind the colon, such as 'fps:2'")
+        raise ValueError(f"rule {rule!r} needs a rate above 0 after the colon, such as 'fps:2'")
     return rate
 
 
 def _rated(info: VideoInfo, most: int, kind: str, rate: float) -> np.ndarray:
-    """Frame numbers under a rule that says how many a second; a film too short for it gives what it has."""
+    """Frame numbers under a rule that says how many a second; a video too short for it gives what it has."""
     wanted = info.duration * rate
     if kind == "fps":
         return _uniform(info.frames, max(1, min(most, info.frames, math.floor(wanted))))

@@ -63,7 +63,7 @@ class Connector(nn.Module):
 def connect(p: Params, config: VisionConfig, features: jax.Array, frame: jax.Array) -> jax.Array:
     """features [F,rows,cols,width], frame [F] int32 -> visual tokens [F,m,D], row-major over the merged grid.
 
-    `frame`, the place of each frame in its video, matters for kind "stem" alone; a negative one (no frame) counts as 0.
+    `frame`, the position of each frame in its video, matters for kind "stem" alone; a negative one (no frame) counts as 0.
     """
     dtype = features.dtype
     if config.kind == "radio":

@@ -22,7 +22,7 @@ CONNECTORS: dict[str, type[nn.Module]] = {"radio": Connector, "stem": Connector,
 
 
 class VisionModel(nn.Module):
-    """pixels [F,h,w,3] in [0,1] and the frames' places in their video [F] -> visual tokens [F,m,out_width].
+    """pixels [F,h,w,3] in [0,1] and the frames' positions in their video [F] -> visual tokens [F,m,out_width].
 
     Its parameters are {"vision": tower, "projector": connector}, as they lie in a model's own dict: so with a model's
     `params`, `encode_frames(params, config, pixels, frame)` is the same computation without the module.
@@ -51,7 +51,7 @@ def encode_frames(
     dtype: Any = jnp.float32,
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """Visual tokens [F,m,D] of pixels [F,h,w,3] in [0,1] (or tubelets [F,t,h,w,3]); frame [F] int32: places in time.
+    """Visual tokens [F,m,D] of pixels [F,h,w,3] in [0,1] (or tubelets [F,t,h,w,3]); frame [F] int32: positions in time.
 
     `params` holds "vision" and "projector". At most `chunk` frames are in the tower at once, one chunk after the other,
     so that memory does not grow with the video; frames do not see each other, so the numbers do not depend on it.

@@ -1,6 +1,6 @@
 """The vision transformer of Qwen2-VL (arXiv 2409.12191) and Qwen3-VL (arXiv 2511.21631): tubelets -> visual tokens.
 
-A tubelet is `temporal_patch` frames of the film. Its patches see one another and those of no other tubelet, their places enter as
+A tubelet is `temporal_patch` frames of the video. Its patches see one another and those of no other tubelet, their positions enter as
 rotary embeddings of row and column. Four neighbours (2x2) merge into one visual token. Rows of patches lie in merge order:
 merged cell by merged cell, row-major, and inside a cell its patches row-major.
 
@@ -109,8 +109,8 @@ def patch_rows(config: VisionConfig, pixels: ArrayT) -> ArrayT:
 
 def merge_order(rows: int, cols: int, factor: int) -> np.ndarray:
     """(row, column) of every patch of a rows x cols grid, in merge order: [n,2] int."""
-    place = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1)
-    return einops.rearrange(place, "(r a) (c b) place -> (r c a b) place", a=factor, b=factor)
+    position = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1)
+    return einops.rearrange(position, "(r a) (c b) position -> (r c a b) position", a=factor, b=factor)
 
 
 def position_rows(table: jax.Array, rows: int, cols: int, factor: int) -> jax.Array:
@@ -143,7 +143,7 @@ def qwen_tower(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Normalised patches [T,n,R] in merge order, of a grid of n = grid[0] * grid[1] patches -> features [T,n,D].
 
-    Returns also the features behind each block of config.deepstack. ValueError if the shapes do not fit the config.
+    Returns also the features after each block of config.deepstack. ValueError if the shapes do not fit the config.
     """
     c = config
     if rows.ndim != 3 or rows.shape[1:] != (grid[0] * grid[1], patch_values(c)) or any(g % c.downsample for g in grid):
@@ -159,7 +159,7 @@ def qwen_tower(
     angle = axial_angles(merge_order(*grid, c.downsample), c.width // c.heads)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return vit_block(layer, c, x, turn=lambda heads: rotate_pairs(heads, jnp.asarray(angle))), None
+        return vit_block(layer, c, x, rope_fn=lambda heads: rotate_pairs(heads, jnp.asarray(angle))), None
 
     planes: list[jax.Array] = []
     at = 0
@@ -173,7 +173,7 @@ def qwen_tower(
 
 
 def qwen_merge(p: Params, config: VisionConfig, features: jax.Array, planes: list[jax.Array]) -> jax.Array:
-    """Features [T,n,D] in merge order -> visual tokens [T,m,W], row-major; with planes [T,m,W * (1 + planes)], theirs behind."""
+    """Features [T,n,D] in merge order -> visual tokens [T,m,W], row-major; with planes [T,m,W * (1 + planes)], theirs after."""
     c = config
     cells = features.shape[1] // c.downsample**2
 

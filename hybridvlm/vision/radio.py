@@ -108,11 +108,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def vit_block(
-    p: Params, config: VisionConfig, x: jax.Array, turn: Callable[[jax.Array], jax.Array] = lambda heads: heads
+    p: Params, config: VisionConfig, x: jax.Array, rope_fn: Callable[[jax.Array], jax.Array] = lambda heads: heads
 ) -> jax.Array:
     """One pre-norm block, full attention inside each frame: x [F,S,D] -> [F,S,D]. `p` holds one layer's parameters.
 
-    turn: what is done to queries and keys [F,S,H,P], a rotary embedding for towers that have one.
+    rope_fn: what is done to queries and keys [F,S,H,P], a rotary embedding for towers that have one.
     """
     f, length, width = x.shape
 
@@ -123,7 +123,7 @@ def vit_block(
         return linear(h, f"{name}_proj", f"{name}_bias").reshape(f, length, config.heads, width // config.heads)
 
     h = layer_norm(x, p["norm1"], p["norm1_bias"], config.norm_eps)
-    mixed, _ = attention(turn(heads(h, "q")), turn(heads(h, "k")), heads(h, "v"), causal=False)
+    mixed, _ = attention(rope_fn(heads(h, "q")), rope_fn(heads(h, "k")), heads(h, "v"), causal=False)
     x = x + linear(mixed.reshape(f, length, width), "o_proj", "o_bias")
     h = layer_norm(x, p["norm2"], p["norm2_bias"], config.norm_eps)
     h = ACTIVATIONS[config.activation](linear(h, "fc1", "fc1_bias"))

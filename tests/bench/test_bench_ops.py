@@ -1,4 +1,4 @@
-"""The benches of single ops: a row per implementation beside its floor, compiled or timed, and refusals in one line."""
+"""The benches of single ops: a row per implementation with its lower bound, compiled or timed, and refusals in one line."""
 
 import json
 

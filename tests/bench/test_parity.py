@@ -1,4 +1,4 @@
-"""Minutes rather than seconds: round trips with the reference classes, every family on a film, what loading holds."""
+"""Minutes rather than seconds: round trips with the reference classes, every family on a video, what loading holds."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_round_trips(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in samples.RAW if "vision_config" in samples.RAW[name]])
 def test_every_family_answers(name, tmp_path, capsys):
-    """A tiny random checkpoint in the published layout, on a film, dense and at 25%."""
+    """A tiny random checkpoint in the published layout, on a video, dense and at 25%."""
     path, film = samples.write_sample(name, tmp_path / name), stamped(tmp_path / "film.mp4")
     for reduction in ("none", "str-attention" if name == "vamba" else "str"):
         arguments = [str(film), "What?", "--model", str(path), "--frames", "6", "--max-new", "3"]

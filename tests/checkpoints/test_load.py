@@ -133,7 +133,7 @@ A_LOG = "language_model.backbone.layers.0.mixer.A_log"
             lambda t: A_LOG in t and t.update({A_LOG: t[A_LOG][:-1].copy()}),
             rf"wrong shape: {A_LOG} should be \(8,\), is \(7,\)",
         ),
-        (lambda t: A_LOG in t and t.update(spare=t[A_LOG]), "no place for: spare"),
+        (lambda t: A_LOG in t and t.update(spare=t[A_LOG]), "no parameter for: spare"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(copy, change, words):
@@ -224,7 +224,7 @@ def test_pickles_and_quantised_weights_are_refused(copy):
         ({"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}, "the entry of a is not"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "cannot fill bytes -4 to 0"),
         ({"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 4]}, "cannot fill"),
-        ({"dtype": "F32", "shape": [1], "data_offsets": [1 << 62, (1 << 62) + 4]}, "leaves a hole behind the header"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [1 << 62, (1 << 62) + 4]}, "leaves a hole after the header"),
         ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, r"stored as \['F32'\]"),
         ([], "the entry of a is not"),
     ],
@@ -448,7 +448,7 @@ print("same")
 
 
 def test_a_killed_conversion_leaves_nothing_half_written(source, tmp_path):
-    """Killed behind its first shard: nothing new, and an older checkpoint as it was; the next one clears up."""
+    """Killed after its first shard: nothing new, and an older checkpoint as it was; the next one clears up."""
     code = """
 import os, signal, sys
 from hybridvlm.checkpoints import hf, samples
@@ -475,7 +475,7 @@ samples.write_sample("nemotron_h", sys.argv[1], seed=5)
 
 
 def test_a_killed_copy_leaves_nothing_half_written(source, tmp_path):
-    """The Orbax copy, killed behind its weights: there is none, and the next load makes it."""
+    """The Orbax copy, killed after its weights: there is none, and the next load makes it."""
     code = """
 import os, signal, sys
 from hybridvlm.inference.model import load

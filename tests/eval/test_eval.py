@@ -219,7 +219,7 @@ def test_timings_of_different_runs_do_not_mix():
         return [{"run": run}] * n
 
     assert timing_run(records("a", 3) + records("b", 5), records("a", 3) + records("b", 5)) == "b"
-    assert timing_run(records("a", 3) + records("b", 5), records("a", 3)) == "a"  # b has no dense beside it
+    assert timing_run(records("a", 3) + records("b", 5), records("a", 3)) == "a"  # b has no dense with it
     assert timing_run(records("b", 5), records("a", 3)) is None
     assert timing_run(records("a", 4) + records("b", 4), records("a", 1) + records("b", 1)) == "b"
 
@@ -570,11 +570,11 @@ def test_the_needle_task_is_the_embedded_benchmark():
         build_task("needle", dataclasses.replace(shown, config=config))
 
 
-# -- damaged films, reasoning, locks, and what goes wrong on the way --
+# -- damaged videos, reasoning, locks, and what goes wrong on the way --
 
 
 def break_decoding(monkeypatch, *names):
-    """Films of these names turn out damaged when they are decoded, and not before."""
+    """Videos of these names turn out damaged when they are decoded, and not before."""
     from hybridvlm.video import VideoError, clip
 
     whole = clip.decode_frames
@@ -621,7 +621,7 @@ def test_a_task_without_one_film_that_can_be_read_fails_with_a_report(world, tmp
     told = capsys.readouterr()
     assert "18 questions are on files that could not be read" in told.out
     errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "q: no film of it could be read" in errors[0]
+    assert len(errors) == 1 and "q: no video of it could be read" in errors[0]
     assert "none of the frames could be decoded" in errors[0]
     run_eval(world, tmp_path / "out", "--methods", "str", "--budgets", "0.5", check=1)  # nor is it done the second time
 

@@ -30,7 +30,7 @@ def film(path, number, height=40, width=64, frames=5):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Checkpoints of all families, films of two shapes, a picture, and questions on them."""
+    """Checkpoints of all families, videos of two shapes, a picture, and questions on them."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("families")
@@ -58,7 +58,7 @@ def lines_of(output):
 
 
 class Shown(Exception):
-    """Raised in the place of the tower, with what it was given."""
+    """Raised instead of the tower, with what it was given."""
 
 
 def asked(model, monkeypatch, path):
@@ -77,7 +77,7 @@ def asked(model, monkeypatch, path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, name):
-    """Films of two shapes and a picture: pixels and prompts of an evaluation are those of ask."""
+    """Videos of two shapes and a picture: pixels and prompts of an evaluation are those of ask."""
     model = load(world / name)
     model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
     task = build_task(str(world / "q.jsonl"), TaskOptions(model.config, 4, model.buckets))
@@ -100,7 +100,7 @@ RUNS = ("qwen3_vl",)
 
 @pytest.mark.parametrize("name", [*RUNS, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in RUNS)])
 def test_the_command_runs(world, tmp_path, monkeypatch, capsys, name):
-    """Dense and str at 25%; the tower sees the film once, as ask shows it; again, nothing is answered anew."""
+    """Dense and str at 25%; the tower sees the video once, as ask shows it; again, nothing is answered anew."""
     model = load(world / name)
     model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
     seen = []

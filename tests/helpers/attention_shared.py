@@ -27,7 +27,7 @@ def forward(spec, implementation, arrays):
 
 
 def forward_and_gradients(spec, implementation, arrays, with_lse=True):
-    """out and lse, and the gradients of a sum that hangs on out and, `with_lse`, on lse."""
+    """out and lse, and the gradients of a sum that depends on out and, `with_lse`, on lse."""
 
     def loss(arrays):
         out, lse = forward(spec, implementation, arrays)

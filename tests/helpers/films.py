@@ -1,4 +1,4 @@
-"""Small synthetic films and pictures: every frame carries its number as a grey level, so that it can be told apart."""
+"""Small synthetic videos and pictures: every frame carries its number as a grey level, so that it can be told apart."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def film(
     aspect=None,
     title="",
 ):
-    """Write a film. seconds, lengths: each frame's time stamp and duration (default: even); picture: number -> RGB [h,w,3]."""
+    """Write a video. seconds, lengths: each frame's time stamp and duration (default: even); picture: number -> RGB [h,w,3]."""
     tick = tick or (90000 if codec in ("libx264", "libx265") else fps)
     base = fractions.Fraction(1, tick)
     with av.open(str(path), "w", format=container, options=muxer or {}) as out:
@@ -113,7 +113,7 @@ def transport(path, first, offset, count=12, **options):
 
 
 def joined(path, *parts):
-    """Files put behind one another, byte by byte."""
+    """Files put one after another, byte by byte."""
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     return path
 
@@ -149,7 +149,7 @@ def matrix(path, a, b, c, d):
 
 
 def trimmed(source, path, seconds):
-    """The film from `seconds` on without recoding: an edit list hides the lead-in from the last key frame."""
+    """The video from `seconds` on without recoding: an edit list hides the lead-in from the last key frame."""
     with av.open(str(source)) as read, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as out:
         old = read.streams.video[0]
         new = out.add_stream_from_template(old)

@@ -28,9 +28,9 @@ def turn(x: np.ndarray, position: np.ndarray, c: QwenConfig) -> np.ndarray:
 
 
 def forward(params, c: QwenConfig, x, position, planes=(), keep=None):
-    """One example: x [L,D], position [L,3], planes: [L,D] to add behind each of the first published layers.
+    """One example: x [L,D], position [L,3], planes: [L,D] to add after each of the first published layers.
 
-    keep: {pattern index: places, among the tokens still there, that survive behind that layer}.
+    keep: {pattern index: places, among the tokens still there, that survive after that layer}.
     Returns the final hidden states of the survivors and, per attention layer, the softmax weights [H,L,L] at that layer.
     """
     p = {

@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process of its own, on 8 devices of the CPU: sharded prefill beside that of one device.
+"""Run by test_sharding.py in a process of its own, on 8 devices of the CPU: sharded prefill against that of one device.
 
 `prefill`: one JSON line per case: {"case", "error" (max|difference| / max|reference| of logits, states and keys), "same kept"}.
 `train NAME...`: of cases in `TRAIN` (default: all) {"case", "loss" (relative error), "error" (hidden states), "gradient" (the worst
@@ -156,7 +156,7 @@ def scored(score: str):
         return own(layer, aux, tokens) if ROWS.pattern[layer] == "*" else (tokens.index % 3).astype(jnp.float32)
 
     def across(layer, aux, tokens):
-        """Looks at other tokens of the row, as none of the library's own does behind attention."""
+        """Looks at other tokens of the row, as none of the library's own does after attention."""
         return jnp.flip(jnp.cumsum(jnp.flip(tokens.index, 1), axis=1), 1) % 7 + 0.1 * jnp.sin(tokens.x[..., 0])
 
     ties.__module__ = own.__module__  # the library's own, as far as attention goes

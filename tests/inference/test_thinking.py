@@ -1,4 +1,4 @@
-"""Replies that reason first: read behind the tag, switched by the template, and held to a budget."""
+"""Replies that reason first: read after the tag, switched by the template, and held to a budget."""
 
 import types
 
@@ -69,7 +69,7 @@ OPEN, CLOSE, STOP, PAD = (20, 21), (22, 23), 30, 0
 
 
 class Scripted:
-    """A family whose next token hangs on the last one alone: `follow` [V]."""
+    """A family whose next token depends on the last one alone: `follow` [V]."""
 
     def __init__(self, follow):
         self.follow = jnp.asarray(follow)

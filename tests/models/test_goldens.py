@@ -186,7 +186,7 @@ def test_vision_to_logits(name):
     x, logits = whole_prompt(config, params, batch, visual[None])
     close_absolutely(logits, io["logits"])
 
-    prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2  # through the visual tokens and one behind them
+    prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2  # through the visual tokens and one after them
     part = Batch(batch.input_ids[:, :prompt], batch.segment[:, :prompt], batch.frame[:, :prompt], batch.frame_count)
     out = prefill(params, config, part, visual[None], logits.shape[1] - prompt)
     close_absolutely(out.logits, io["logits"][:, prompt - 1])
@@ -243,7 +243,7 @@ def test_published_folder_through_load():
     visual = encode_frames(model.params, vision, pixels, jnp.arange(len(pixels)))[None]
     batch = vlm_batch(io, 90, config.vision.tokens_per_frame)
     close_absolutely(whole_prompt(model.config, model.params, batch, visual)[1], io["logits"])
-    prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2  # through the visual tokens and one behind them
+    prompt = int(np.flatnonzero(io["input_ids"][0] == 90)[-1]) + 2  # through the visual tokens and one after them
     part = Batch(*(a[:, :prompt] for a in (batch.input_ids, batch.segment, batch.frame)), batch.frame_count)
     out = model.prefill(part, visual, None, 16)
     close_absolutely(out.logits, io["logits"][:, prompt - 1])
@@ -288,7 +288,7 @@ def test_faulty_checkpoint_is_described():
         "missing: backbone.layers.2.mixer.A_log (8,)",
         "wrong shape: mlp1.1.weight should be (48, 128), is (48, 127)",
         f"wrong shape: {qkv} should be (96, 32), is (93, 32)",
-        "no place for: language_model.backbone.layers.9.mixer.A_log",
+        "no parameter for: language_model.backbone.layers.9.mixer.A_log",
     ]
 
 

@@ -536,7 +536,7 @@ REFERENCE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "change"), REFERENCE)
 def test_logits_of_the_reference(name, change, tmp_path, monkeypatch):
-    """A model of the reference class, saved by it under such a config, beside ours (needs the [parity] extra)."""
+    """A model of the reference class, saved by it under such a config, against ours (needs the [parity] extra)."""
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
     raw = samples.raw_config(name)

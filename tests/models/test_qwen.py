@@ -34,7 +34,7 @@ GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 NAMES = ("qwen2_vl", "qwen3_vl")
 VIDEO = 91  # the goldens' placeholder id
 GRID = (4, 4)  # their patches per frame
-TEXT = 6  # text tokens behind the video in the batches made here
+TEXT = 6  # text tokens after the video in the batches made here
 
 
 def batch_of(config, ids, grid=(2, 2), segment=None):
@@ -162,7 +162,7 @@ def test_tubelets_do_not_see_each_other_and_chunks_change_nothing():
 
 
 def test_positions_of_a_video_in_one_run():
-    """Time counts frames, rows and columns start with it, and text goes on behind the largest, here time."""
+    """Time counts frames, rows and columns start with it, and text goes on after the largest, here time."""
     frame = np.array([-1, -1, *np.repeat(range(4), 2), -1, -1])
     got = rope_positions(frame, (1, 2))
     assert got[:2].tolist() == [[0, 0, 0], [1, 1, 1]]
@@ -255,7 +255,7 @@ def test_reduced_prefill_equals_the_oracle(name):
 
 
 def test_steps_after_drops_before_and_inside_the_decoder():
-    """Where the choice does not hang on the text behind it, prefill and steps equal the oracle on the longer prompt."""
+    """Where the choice does not depend on the text after it, prefill and steps equal the oracle on the longer prompt."""
     name = "qwen3_vl"
     config, params, _ = load(name)
     ids, visual = sample(name)
@@ -334,7 +334,7 @@ def test_averaged_blocks_take_their_planes_along():
 
 
 def test_methods_of_mamba_layers_are_refused_and_others_say_what_they_can():
-    with pytest.raises(ValueError, match="no such place"):
+    with pytest.raises(ValueError, match="no such site"):
         plan_of("qwen3_vl", "str-mamba")
     assert "decoder GFLOPs" in plan_of("qwen3_vl", "pyramiddrop", 0.8).explain()
     options = ScoreOptions(heads="max", queries="last")
@@ -355,7 +355,7 @@ def test_gradients_reach_the_planes_and_every_parameter():
         assert np.isfinite(gradient).all() and np.any(gradient), path
     kept = np.abs(np.asarray(by_visual)).reshape(16, 3, config.width).sum(axis=-1) > 0
     assert kept[:, 0].all()  # all are read by the first layer
-    assert 0 < kept[:, 1].sum() < 16  # only those that stay behind it get a plane
+    assert 0 < kept[:, 1].sum() < 16  # only those that stay after it get a plane
 
 
 # -- names and sizes ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen3-VL beside transformers itself, at grids that are neither square nor the size of the position table."""
+"""Qwen2-VL and Qwen3-VL against transformers itself, at grids that are neither square nor the size of the position table."""
 
 import json
 import pathlib

@@ -92,7 +92,7 @@ def test_qwen3_video_prompt_has_times():
     )
     first, second = np.flatnonzero(layout.frame >= 0)[[0, 2]]
     assert layout.position[first].tolist() == [first] * 3
-    spoken = second - first - 2  # text between the frames, which begins behind the wider side of the first
+    spoken = second - first - 2  # text between the frames, which begins after the wider side of the first
     assert layout.position[second].tolist() == [first + 2 + spoken] * 3
 
 

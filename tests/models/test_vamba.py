@@ -190,7 +190,7 @@ def test_golden_prefill_and_decode(name, piece):
 
 
 def test_golden_activations():
-    """What every sub-block adds, beside the reference's."""
+    """What every sub-block adds, against the reference's."""
     config, params, io = golden("short")
     p, video, text = params["decoder"], jnp.asarray(io["act.visual"])[None], jnp.asarray(io["out.hidden.0"])
     layer = jit(functools.partial(vamba_layers.text_layer, c=config))
@@ -243,7 +243,7 @@ def test_two_streams_against_the_oracle():
     expected, _, _ = forward(as64(params["decoder"]), config, as64(text.x[0]), as64(video.x[0]))
     close_absolutely(out.x[0], expected, 2e-5)
 
-    # the same text in two turns: what is cached and what comes behind it
+    # the same text in two turns: what is cached and what comes after it
     first = dataclasses.replace(text, **{n: getattr(text, n)[:, :8] for n in ("x", "position", "segment", "query")})
     _, _, own = run(params, config, video, first, decode_capacity=3, segment_tokens=8)
     more, _ = jit(functools.partial(blocks.extend, c=config))(
@@ -269,7 +269,7 @@ def memory_layers(memory):
 
 
 def test_pieces_of_any_length_carry_their_state():
-    """A video encoded piece by piece, as it comes, is the video encoded whole; padding behind one in a batch changes nothing."""
+    """A video encoded piece by piece, as it comes, is the video encoded whole; padding after one in a batch changes nothing."""
     config, params = small()
     video = film(4, 37, batch=2)
     whole, _, _ = run(params, config, video, None)
@@ -325,7 +325,7 @@ class Letters(PublishedTokenizer):
 
 
 def asked(question, frames, seed=0):
-    """(messages, clips) of one question about a film of random frames; None: about nothing."""
+    """(messages, clips) of one question about a video of random frames; None: about nothing."""
     content = [{"type": "text", "text": question}]
     if frames is None:
         return [{"role": "user", "content": content}], []
@@ -336,7 +336,7 @@ def asked(question, frames, seed=0):
 
 
 def arrays(config, samples, factors=(1, 1, 1)):
-    """The batch of several (messages, clips), and the pixels of those that have a film."""
+    """The batch of several (messages, clips), and the pixels of those that have a video."""
     layouts = [vamba.prompt(config, Letters(), *sample, factors=factors) for sample in samples]
     buckets = Buckets(frames=(4, 8), text=(32, 64), max_new=4)
     batch, frames, text = vamba.make_batch(config, layouts, buckets, factors)
@@ -355,7 +355,7 @@ def look(params, config, pixels):
 
 
 def test_examples_of_a_batch_do_not_touch_each_other():
-    """Two films of different length and a prompt without any, together and alone."""
+    """Two videos of different length and a prompt without any, together and alone."""
     config, params = small()
     samples = [asked("what?", 7), asked("and here?", 4, 1), asked("no film", None)]
     batch, pixels, frames, _ = arrays(config, samples)
@@ -442,7 +442,7 @@ def test_drops_by_cross_attention_against_the_oracle():
 
 @pytest.mark.parametrize("method", ["uniform", "avgpool", "evs:0.75+str:0.5"])
 def test_methods_keep_what_their_plans_say(method):
-    """In a batch of films of different length; and the survivors name their places in the prompt."""
+    """In a batch of videos of different length; and the survivors name their places in the prompt."""
     config, params = small()
     samples = [asked("what?", 8), asked("and here?", 4, 1)]
     batch, pixels, frames, text = arrays(config, samples)

@@ -1,4 +1,4 @@
-"""Attention and scores, implementation by implementation: TPU kernels in the TPU interpreter, compiled for TPUs that are not there."""
+"""Attention and scores, implementation by implementation: TPU kernels in the TPU interpreter, compiled ahead of time for TPUs."""
 
 import contextlib
 

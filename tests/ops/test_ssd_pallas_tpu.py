@@ -1,4 +1,4 @@
-"""The TPU kernels of SSD: numbers in the TPU interpreter, HBM traffic from their grids, compiled for TPUs that are not there."""
+"""The TPU kernels of SSD: numbers in the TPU interpreter, HBM traffic from their grids, compiled ahead of time for TPUs."""
 
 import contextlib
 import dataclasses
@@ -165,7 +165,7 @@ def test_compiles_for(where, name):
 
 @needs_libtpu
 def test_the_model_hands_x_b_and_c_over_flat():
-    """A whole layer of the 12B on TPU, by default: no array of it has heads or groups as an axis behind the tokens."""
+    """A whole layer of the 12B on TPU, by default: no array of it has heads or groups as an axis after the tokens."""
     config = load_model_config("nemotron_nano_12b_v2_vl")
     stacks = jax.eval_shape(lambda: MambaStack(config).init(jax.random.key(0)))["params"]
     layer = {name: jax.ShapeDtypeStruct(v.shape[1:], jnp.bfloat16) for name, v in stacks.items()}

@@ -1,4 +1,4 @@
-"""Cutting a model over devices: the rules, the layout of packed parameters, and the sharded prefill beside the whole one."""
+"""Cutting a model over devices: the rules, the layout of packed parameters, and the sharded prefill against the whole one."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The registry: every method chooses what it says it does, whatever stands beside an example in its batch."""
+"""The registry: every method chooses what it says it does, whatever stands next to an example in its batch."""
 
 import jax
 import jax.numpy as jnp

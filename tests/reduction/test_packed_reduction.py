@@ -28,8 +28,8 @@ CONFIG = ModelConfig(
     mlp_width=24,
     chunk_size=8,
 )
-INSIDE = [name for name, method in METHODS.items() if method.place == "decoder"]
-# (tokens of a video, of the question behind it): one sample begins with its video, so that its first token may drop
+INSIDE = [name for name, method in METHODS.items() if method.phase == "decoder"]
+# (tokens of a video, of the question after it): one sample begins with its video, so that its first token may drop
 SAMPLES = ((24, 4), (16, 3), (20, 5))
 LENGTH = sum(map(sum, SAMPLES)) + 5
 
@@ -139,4 +139,4 @@ def test_evs_keeps_the_earlier_of_what_never_changed(changes, rate):
 
 
 def test_the_registry_is_covered():
-    assert {"uniform", "random", "timeviper-td", "str"} <= set(INSIDE) and get_method("str").place == "decoder"
+    assert {"uniform", "random", "timeviper-td", "str"} <= set(INSIDE) and get_method("str").phase == "decoder"

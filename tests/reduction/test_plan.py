@@ -62,7 +62,7 @@ def test_a_plan_meets_its_budget_or_says_what_it_can(pattern, method, budget, ki
     assert all(a >= b for a, b in zip(p.relative, p.relative[1:], strict=False))
     assert all(a >= b for a, b in zip(p.capacities, p.capacities[1:], strict=False))
     assert all(pattern[site] in ALLOWED[method] for site in p.drops)
-    if METHODS[method].place != "input":
+    if METHODS[method].phase != "input":
         assert p.shares[0] == SHARE_ONE and not p.drops_input
     if method == "none":
         assert p.budget == 1.0 and p.flop_ratio == 1.0
@@ -223,7 +223,7 @@ def test_the_least_budget_an_error_names_can_be_met():
 
 
 def test_a_pattern_without_the_layers_a_method_needs_is_refused():
-    with pytest.raises(ValueError, match=r"str-attention drops after \*, and these 4 layers have no such place"):
+    with pytest.raises(ValueError, match=r"str-attention drops after \*, and these 4 layers have no such site"):
         plan("str-attention", 0.5, config=model("M-M-"))
     assert plan("str-attention", 1.0, config=model("M-M-")).flop_ratio == 1.0
 

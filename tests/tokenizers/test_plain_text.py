@@ -168,7 +168,7 @@ def test_ask_eval_and_train_write_the_same_plain_text(tmp_path):
     row = example(
         model, Clip((0.0, 0.5), frames, size=size), forged, "Yes<|im_end|>!", [("a<|im_end|>", "<|im_end|>b")]
     )
-    assert (row["ids"] == end).sum() == 2 + 2 + 1  # system and three turns' ends, and the one behind the answer
+    assert (row["ids"] == end).sum() == 2 + 2 + 1  # system and three turns' ends, and the one after the answer
     assert (row["label"] == end + 1).sum() == 1
 
 

@@ -235,7 +235,7 @@ def test_rank_loss_is_what_its_words_say():
             total += sharp * -(target * (z - np.log(np.exp(z).sum()))).sum()
             weight += sharp
     got = rank_loss("M-*-M", {layer: jnp.asarray(s, jnp.float32) for layer, s in scores.items()}, jnp.asarray(mask))
-    np.testing.assert_allclose(got, (total, weight), rtol=1e-5)  # layer 4 has no attention behind it
+    np.testing.assert_allclose(got, (total, weight), rtol=1e-5)  # layer 4 has no attention after it
     slope = jax.grad(lambda s: rank_loss("M*", {0: s, 1: jnp.asarray(scores[2], jnp.float32)}, jnp.asarray(mask))[0])
     found = np.asarray(slope(jnp.asarray(scores[0], jnp.float32)))
     assert np.isfinite(found).all() and np.abs(found[mask]).max() > 0 and not found[~mask].any()
@@ -252,7 +252,7 @@ def test_many_questions_on_one_pass_score_as_each_alone(model, source):
         return visual(model.params, model, given, source.table)
 
     shared = jax.jit(lambda p: shared_pass(model.family, p, CONFIG, given, seen(given)))
-    for name in ("ids", "label", "question", "segment"):  # padding behind a question, as another source may have it
+    for name in ("ids", "label", "question", "segment"):  # padding after a question, as another source may have it
         given[name] = jnp.pad(given[name], ((0, 0), (0, 0), (0, 2)))
     hidden, scores, mask = shared(model.params)
     assert np.isfinite(hidden).all()

@@ -230,7 +230,7 @@ def test_notes_of_earlier_versions_do_not_name_their_step(tmp_path, monkeypatch)
 
 
 def test_one_damage_is_one_line(tmp_path):
-    """Nothing of the reads that were under way beside the one that failed, nor of metadata that nobody needs."""
+    """Nothing of the reads that were under way next to the one that failed, nor of metadata that nobody needs."""
     code = f"""
 import pathlib, time
 import numpy as np

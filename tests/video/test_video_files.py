@@ -1,4 +1,4 @@
-"""Films and pictures as they come from cameras, rippers, browsers and strangers: read right, or refused in words."""
+"""Videos and pictures as they come from cameras, rippers, browsers and strangers: read right, or refused in words."""
 
 import gc
 import io
@@ -55,7 +55,7 @@ def every(path):
 @pytest.mark.parametrize("b_frames", [0, 2])
 @pytest.mark.parametrize("offsets", [(0.0, 0.51), (50.0, 0.2), (5.0, 5.0), (2.0, 7200.0), (95000.0, 3.0)])
 def test_a_clock_that_starts_anew(tmp_path, offsets, b_frames):
-    """Overlap, reset, the same again, hours ahead (another evening on the same channel), behind the counter's end."""
+    """Overlap, reset, the same again, hours ahead (another evening on the same channel), after the counter's end."""
     parts = [
         transport(tmp_path / f"{i}.ts", 12 * i, offset, b_frames=b_frames, options={"x264-params": "open-gop=0"})
         for i, offset in enumerate(offsets)
@@ -99,7 +99,7 @@ def test_matroska_put_together(tmp_path):
 
 def test_what_lies_behind_the_end_of_a_flash_film_is_missed(tmp_path):
     parts = [film(tmp_path / f"{i}.flv", 12, first=12 * i) for i in range(2)]
-    with pytest.warns(VideoWarning, match=r"joined\.flv: the file is damaged.*nothing can be read behind"):
+    with pytest.warns(VideoWarning, match=r"joined\.flv: the file is damaged.*nothing can be read after"):
         assert probe(joined(tmp_path / "joined.flv", *parts)).frames == 12
     assert every(parts[0])[1] == list(range(12))
 
@@ -444,7 +444,7 @@ def test_what_the_decoder_makes_up_is_told(tmp_path, name, codec):
 
 @pytest.mark.parametrize(("name", "codec"), [("a.avi", "mjpeg"), ("a.avi", "mpeg4")])
 def test_what_an_index_knows_of_is_missed(tmp_path, name, codec):
-    """A piece cut out of an AVI: it is read on behind it, and nothing complains."""
+    """A piece cut out of an AVI: it is read on after it, and nothing complains."""
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     path = film(tmp_path / name, 36, width=128, height=96, codec=codec, pix_fmt=pix_fmt, picture=films.noisy)
 
@@ -908,7 +908,7 @@ def test_a_second_film_behind_the_first_is_missed(tmp_path, name, codec):
     parts = [film(tmp_path / f"{i}{name}", 12, first=12 * i, codec=codec, muxer=muxer) for i in range(2)]
     assert probe(parts[0]).frames == 12
     size = parts[0].stat().st_size
-    with pytest.warns(VideoWarning, match=rf"joined-.*: a second film begins at byte {size} of"):
+    with pytest.warns(VideoWarning, match=rf"joined-.*: a second video begins at byte {size} of"):
         probe(joined(tmp_path / f"joined-{name}", *parts))
 
 

@@ -135,7 +135,7 @@ def parse_choice(text: str, options: Sequence[str]) -> str | None:
 
 
 def parse_open(text: str) -> str | None:
-    """An open answer as it stands behind any reasoning; None if there is nothing but spaces."""
+    """An open answer as it stands after any reasoning; None if there is nothing but spaces."""
     return split_reply(text).text.strip() or None
 
 

@@ -100,7 +100,7 @@ class JsonlTask(Task):
         return list(self._remarks.get(video, ()))
 
     def gone(self, video: str) -> bool:
-        """Whether the file is not there any more: that is no fault of the film."""
+        """Whether the file is not there any more: that is no fault of the video."""
         return not (self._folder / video).is_file()
 
     def check(self) -> list[str]:
@@ -140,19 +140,19 @@ def _file(path: pathlib.Path) -> Any:
 
 
 def read_samples(path: pathlib.Path) -> list[Sample]:
-    """The samples of a JSONL file, or of a JSON array; ValueError names file and line (or place)."""
+    """The samples of a JSONL file, or of a JSON array; ValueError names file and line (or position)."""
     samples: list[Sample] = []
     seen: dict[str, str] = {}
-    for number, place, parse in json_rows(path):
+    for number, where, parse in json_rows(path):
         try:
             sample = _sample(parse(), number)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, {place}: not JSON: {error}") from None
+            raise ValueError(f"{path}, {where}: not JSON: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            raise ValueError(f"{path}, {where}: {error}") from None
         if sample.id in seen:
-            raise ValueError(f"{path}, {place}: id {sample.id!r} is also that of {seen[sample.id]}")
-        seen[sample.id] = place
+            raise ValueError(f"{path}, {where}: id {sample.id!r} is also that of {seen[sample.id]}")
+        seen[sample.id] = where
         samples.append(sample)
     if not samples:
         raise ValueError(f"{path} holds no question")
@@ -180,10 +180,10 @@ def _sample(row: Any, number: int) -> Sample:
     answer = row["answer"]
     if options:
         same = [o for o in options if plain(o) == plain(answer)]
-        place = ord(answer.strip().upper()) - ord("A") if re.fullmatch("[A-Za-z]", answer.strip()) else -1
-        if not same and not 0 <= place < len(options):
+        position = ord(answer.strip().upper()) - ord("A") if re.fullmatch("[A-Za-z]", answer.strip()) else -1
+        if not same and not 0 <= position < len(options):
             raise ValueError(f"answer {answer!r} is none of the options {options} and not the letter of one")
-        answer = same[0] if same else options[place]
+        answer = same[0] if same else options[position]
     for field, kind in (("type", str), ("two_hop", bool)):
         if not isinstance(row.get(field, kind()), kind):
             raise ValueError(f"{field} must be {'a text' if kind is str else 'true or false'}, got {row[field]!r}")

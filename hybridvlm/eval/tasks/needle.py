@@ -36,8 +36,8 @@ class Needle(Task):
             fields = zip(
                 questions.texts(), questions.answers(), questions.options(), questions.type_names(), strict=True
             )
-            for place, (text, answer, choices, kind) in enumerate(fields):
-                identity = needle.question_id(video, place)
+            for number, (text, answer, choices, kind) in enumerate(fields):
+                identity = needle.question_id(video, number)
                 samples.append(Sample(identity, name, text, answer, tuple(choices), kind, kind in needle.TWO_HOP))
         self.samples = tuple(samples[: options.limit or None])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridvlm.config import MLP, MOE, ModelConfig, VisionConfig
 from hybridvlm.models import config_defaults as defaults
-from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, Fields, behind, section, shown, tied
+from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, Fields, section, shown, split_nested, tied
 from hybridvlm.models.nemotron_vl.weights import FUSED, RENAMES
 from hybridvlm.models.weights import WeightMap
 
@@ -21,7 +21,7 @@ LAYER_TYPES = {
     "attention": "*",
     "moe": "E",
 }
-# width, layers, heads and MLP width behind the names by which published vision_configs call their tower
+# width, layers, heads and MLP width after the names by which published vision_configs call their tower
 TOWERS = {
     "vit_base": (768, 12, 12, 3072),
     "vit_large": (1024, 24, 16, 4096),
@@ -95,7 +95,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
     by_name = _by_name(shapes)
     inner = section(raw, "text_config", "llm_config")
     label = "" if inner is None else "text_config." if raw.get("text_config") is not None else "llm_config."
-    seen, unread = (raw, {}) if inner is None else behind(inner, raw, _ONE)
+    seen, unread = (raw, {}) if inner is None else split_nested(inner, raw, _ONE)
     tables = {"": raw} if inner is None else {label: inner, "": seen}
     alone = (raw if inner is None else inner).get("model_type") == "mamba2"
     text = Fields(
@@ -159,7 +159,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
     looks = is_vlm(raw)
     if looks and text.count("num_nextn_predict_layers", 0):
         raise ValueError(
-            "config.json: num_nextn_predict_layers beside a vision tower is not supported (its features are normed once "
+            "config.json: num_nextn_predict_layers with a vision tower is not supported (its features are normed once "
             "more); supported: 0"
         )
     heads = text.count("num_attention_heads")
@@ -188,7 +188,9 @@ def vision_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Visi
     omni = _is_omni(raw)
     table = {"": raw} if own is None and not omni else {"vision_config.": own or {}}
     vision = Fields(table, defaults.RADIO | _tower(next(iter(table.values()))))
-    seen, unread = behind(own or {}, raw) if omni else (raw, {})  # the older releases' own code reads these outside
+    seen, unread = (
+        split_nested(own or {}, raw) if omni else (raw, {})
+    )  # the older releases' own code reads these outside
     either = Fields({**table, "": seen}, defaults.RADIO, unread=unread)
     outer = Fields(
         {"": raw},

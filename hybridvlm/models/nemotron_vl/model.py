@@ -131,12 +131,12 @@ class HybridVLM(nn.Module):
         b, f = pixels.shape[:2]
         scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
         params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
-        place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-        visual = encode_frames(params, self.config.tower, scaled, place, dtype=self.embed.dtype)
+        frame = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
+        visual = encode_frames(params, self.config.tower, scaled, frame, dtype=self.embed.dtype)
         return visual.reshape(b, f, *visual.shape[1:])
 
     def prompt(self, batch: Batch, visual: jax.Array | None) -> Tokens:
-        """Text embeddings, with the visual tokens [B,F,m,D] put in order at the places where batch.frame >= 0."""
+        """Text embeddings, with the visual tokens [B,F,m,D] put in order at the positions where batch.frame >= 0."""
         return assemble(self.embed, batch, visual)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -155,10 +155,10 @@ def assemble(embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens
         order = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, flat.shape[1] - 1)
         x = jnp.where(is_visual[..., None], jnp.take_along_axis(flat, order[..., None], axis=1), x)
     x = jnp.where(batch.segment[..., None] > 0, x, 0)
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
-    last_visual = jnp.max(jnp.where(is_visual, place, -1), axis=1, keepdims=True)
-    query = (batch.segment > 0) & (place > last_visual)
-    return Tokens(x, place, batch.segment, is_visual, query, place, jnp.where(is_visual, batch.frame, -1))
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    last_visual = jnp.max(jnp.where(is_visual, index, -1), axis=1, keepdims=True)
+    query = (batch.segment > 0) & (index > last_visual)
+    return Tokens(x, index, batch.segment, is_visual, query, index, jnp.where(is_visual, batch.frame, -1))
 
 
 DecodedT = TypeVar("DecodedT")  # a DecoderOutput, or a family's own with the same fields as far as they are used
@@ -272,7 +272,7 @@ def make_plan(
 def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array) -> jax.Array:
     """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
     visual = HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
-    assert isinstance(visual, jax.Array)  # no collection is mutable, so nothing comes beside it
+    assert isinstance(visual, jax.Array)  # no collection is mutable, so nothing comes next to it
     return visual
 
 

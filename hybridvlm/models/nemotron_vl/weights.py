@@ -1,4 +1,4 @@
-"""The tensors of Nemotron-H, Mamba-2, C-RADIO and the Nemotron VL checkpoints, by name, and their places in our parameters."""
+"""The tensors of Nemotron-H, Mamba-2, C-RADIO and the Nemotron VL checkpoints, by name, and their positions in our parameters."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _attention_rows(name: str, heads: str) -> tuple[WeightSpec, ...]:
 def _expert_bias(
     name: str, source: str, shape: Callable[[ModelConfig], Shape], latent: bool = False
 ) -> tuple[WeightSpec]:
-    """The bias of a projection beside the experts; `latent`: one that only a config with expert_latent has."""
+    """The bias of a projection next to the experts; `latent`: one that only a config with expert_latent has."""
 
     def when(c: ModelConfig) -> bool:
         return c.mlp_bias and (not latent or c.expert_latent > 0)

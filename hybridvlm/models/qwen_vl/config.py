@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridvlm.config import QwenConfig, VisionConfig
 from hybridvlm.models import config_defaults as defaults
-from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, OF_ALL, Fields, behind, section, shown, tied
+from hybridvlm.models.config_fields import MOST_LAYERS, MOST_ROWS, OF_ALL, Fields, section, shown, split_nested, tied
 from hybridvlm.models.weights import Shape
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -38,17 +38,17 @@ def pixel_limits(raw: Mapping[str, Any], generation: int) -> dict[str, Any]:
     A video's file speaks of one frame in Qwen2-VL and of all frames together in Qwen3-VL. Where there is none, a video's frame
     lies within the image's limits, too. ValueError for a limit that is not a whole number, or limits the wrong way round.
     """
-    limits, film = dict(PIXELS[generation]), raw.get("video_preprocessor")
+    limits, video_options = dict(PIXELS[generation]), raw.get("video_preprocessor")
     limits["image_pixels"] = _, most = _edges(_IMAGES, raw, "preprocessor", limits["image_pixels"])
     low, high = limits["frame_pixels"]
-    if not film:
+    if not video_options:
         return limits | {"frame_pixels": (min(low, most), min(high, most))}
     where = "video_preprocessor_config.json", raw, "video_preprocessor"
     if generation == 2:
         return limits | {"frame_pixels": _edges(*where, (low, high))}
     low, together = _edges(*where, (low, limits["video_pixels"]))
-    if film.get("max_video_tokens") is not None:
-        tokens = film["max_video_tokens"]
+    if video_options.get("max_video_tokens") is not None:
+        tokens = video_options["max_video_tokens"]
         if type(tokens) is not int or not 1 <= tokens <= MOST_PIXELS:
             raise ValueError(
                 f"video_preprocessor_config.json: max_video_tokens must be a whole number of at least 1, got {shown(tokens)}"
@@ -115,7 +115,7 @@ def _text(raw: Mapping[str, Any], generation: int) -> Fields:
     inner = section(raw, "text_config")
     if inner is None and generation == 2:
         return Fields({"": raw}, TEXT[2])
-    seen, unread = behind(inner or {}, raw, [_ROPE])
+    seen, unread = split_nested(inner or {}, raw, [_ROPE])
     if inner is None and (lost := [name for name in TEXT[3] if unread.get(name) is not None and name not in OF_ALL]):
         raise ValueError(
             f"config.json: {lost[0]} stands outside text_config, which is not there and which is where transformers looks for "

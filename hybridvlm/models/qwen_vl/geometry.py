@@ -24,7 +24,7 @@ def smart_resize(
     """
     if max(height, width) > ASPECT * min(height, width):
         raise ValueError(f"a picture of {height}x{width} is more than {ASPECT} times longer than wide; crop it")
-    if frames > 1 and min(height, width) < factor:  # Qwen3-VL enlarges tiny films first
+    if frames > 1 and min(height, width) < factor:  # Qwen3-VL enlarges tiny videos first
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
@@ -50,7 +50,7 @@ def frame_size(config: QwenConfig, height: int, width: int, frames: int, kind: s
     factor = v.patch_size * v.downsample
     if kind == "image":
         return smart_resize(height, width, factor, *config.image_pixels)
-    frames = max(frames, v.temporal_patch)  # a film of one frame shows it twice
+    frames = max(frames, v.temporal_patch)  # a video of one frame shows it twice
     least, most = config.frame_pixels
     most = max(min(most, config.video_pixels // frames), int(1.05 * least))
     if config.generation == 2:
@@ -69,12 +69,12 @@ def rope_positions(
     """M-RoPE positions [L,3] (time, row, column) of one prompt: frame [L], -1 for text, runs of grid[0] * grid[1] visual tokens.
 
     Text counts on by one, on all three axes. A video starts where the text before it ended, its time counts frames, row and column
-    start there too, and text goes on behind the largest of them all. `apart` (Qwen3-VL, whose frames have text between
+    start there too, and text goes on after the largest of them all. `apart` (Qwen3-VL, whose frames have text between
     them): each frame starts anew, and its time stands still. factors: frames, rows and columns that were averaged into one
-    token, which has the place of the first of them.
+    token, which has the position of the first of them.
 
-    transformers 5.23 continues a Qwen2-VL prompt behind max(rows, columns) of a video instead, so that text falls on positions of
-    its later frames when it has more of them; the published model and its paper (section 2.1) continue behind the maximum.
+    transformers 5.23 continues a Qwen2-VL prompt after max(rows, columns) of a video instead, so that text falls on positions of
+    its later frames when it has more of them; the published model and its paper (section 2.1) continue after the maximum.
     """
     rows, cols = grid
     across = np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1).reshape(-1, 2)
@@ -93,9 +93,9 @@ def rope_positions(
             frames = "a frame" if apart else "frames"
             raise ValueError(f"{stop - start} visual tokens in a row do not fill {frames} of {rows}x{cols}")
         time = np.zeros(stop - start) if apart else frame[start:stop] - frame[start]
-        place = np.tile(across, ((stop - start) // len(across), 1))
+        grid = np.tile(across, ((stop - start) // len(across), 1))
         position[start:stop, 0] = at + time
-        position[start:stop, 1:] = at + place
+        position[start:stop, 1:] = at + grid
         at += max(
             (1 if apart else int(frame[stop - 1] - frame[start]) + factors[0]), rows * factors[1], cols * factors[2]
         )

@@ -2,9 +2,9 @@
 
 They are the Transformers that the hybrids are measured against: the same decoder walk, plans, scores and caches, with a pattern of
 "*-" per layer. A visual token's position is (time, row, column), made with the prompt and carried through every reduction in
-Tokens.position; Qwen3-VL's DeepStack planes travel behind the visual tokens and then in Tokens.extra.
+Tokens.position; Qwen3-VL's DeepStack planes travel after the visual tokens and then in Tokens.extra.
 
-A frame of the decoder is a tubelet, two frames of the film.
+A frame of the decoder is a tubelet, two frames of the video.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def make_batch(
 def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
     """Clips, one per example, all of one size -> [B,F,t,h,w,3] uint8 tubelets for `encode`, F = `frames`, the bucket.
 
-    The last frame is repeated to fill its tubelet, and tubelets behind the last one are black and never read.
+    The last frame is repeated to fill its tubelet, and tubelets after the last one are black and never read.
     """
     patch = config.tower.temporal_patch
     sized = []
@@ -252,11 +252,11 @@ class QwenCaches:
 
 
 def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> jax.Array:
-    """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes behind it."""
+    """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes after it."""
     b, f = pixels.shape[:2]
     scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
-    place = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-    visual = encode_frames(params, config.tower, scaled, place, dtype=params["embed"].dtype)
+    frame = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
+    visual = encode_frames(params, config.tower, scaled, frame, dtype=params["embed"].dtype)
     return visual.reshape(b, f, *visual.shape[1:])
 
 
@@ -273,7 +273,7 @@ def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array |
             for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
                 plane = flat[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
                 plane = jnp.where(whole.visual[..., None], jnp.take_along_axis(plane, order, axis=1), 0)
-                extra[deepstack_key(2 * k + 1)] = plane  # behind the MLP of published layer k
+                extra[deepstack_key(2 * k + 1)] = plane  # after the MLP of published layer k
         return whole.replace(position=jnp.asarray(batch.position), extra=extra)
 
     return assemble

@@ -1,4 +1,4 @@
-"""The published tensor names of Qwen2-VL and Qwen3-VL, and their places in our parameters.
+"""The published tensor names of Qwen2-VL and Qwen3-VL, and their positions in our parameters.
 
 Both spellings are known: `visual.*`, `model.layers.*` (Qwen2-VL as published) and `model.visual.*`, `model.language_model.*`
 (Qwen3-VL, and what newer releases of transformers save).

@@ -26,7 +26,7 @@ from hybridvlm.models.vamba.model import (
 )
 from hybridvlm.models.vamba.weights import config_from_hf, weight_map
 
-# Two streams: rows of training and analyses have no place for them.
+# Two streams: rows of training and analyses have no field for them.
 decoder_output = None
 embed_prompt = None
 

@@ -84,9 +84,9 @@ def module(config: VambaConfig) -> Vamba:
 class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket, text and video apart.
 
-    input_ids, segment [B,T] int32 (0 = padding, at the end); query [B,T] bool, the text behind the last visual token.
-    video_segment [B,M] int32, frame [B,M] int32 (-1 = padding) and index [B,M] int32, the place in the prompt as it is laid out.
-    frame_count [B] int32: real frames of each example (of the tower: pairs of the film's).
+    input_ids, segment [B,T] int32 (0 = padding, at the end); query [B,T] bool, the text after the last visual token.
+    video_segment [B,M] int32, frame [B,M] int32 (-1 = padding) and index [B,M] int32, the position in the prompt as it is laid out.
+    frame_count [B] int32: real frames of each example (of the tower: pairs of the video's).
     """
 
     input_ids: ArrayT
@@ -116,7 +116,7 @@ def frame_size(config: VambaConfig, height: int, width: int, frames: int, kind: 
 
 
 def trim_frames(config: VambaConfig, clip: Clip) -> Clip:
-    """A film without the frames at its end that fill no tubelet, as the reference has it; one shorter than that stays."""
+    """A video without the frames at its end that fill no tubelet, as the reference has it; one shorter than that stays."""
     patch = config.tower.temporal_patch
     whole = len(clip.seconds) // patch * patch
     if clip.kind == "image" or not whole or whole == len(clip.seconds):
@@ -156,8 +156,8 @@ def make_batch(
     row, frames, text = qwen_vl.make_batch(config, layouts, buckets, factors)
     visual, real = row.frame >= 0, row.segment > 0
     words = np.zeros((3, len(layouts), text), np.int32)  # ids, segment, query
-    places = visual.shape[1] - text
-    video = np.zeros((3, len(layouts), places), np.int32)  # segment, frame, place in the row
+    slots = visual.shape[1] - text
+    video = np.zeros((3, len(layouts), slots), np.int32)  # segment, frame, position in the row
     video[1:] = -1
     for i in range(len(layouts)):
         at, seen = np.flatnonzero(real[i] & ~visual[i]), np.flatnonzero(visual[i])
@@ -205,7 +205,7 @@ class Caches:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SurvivingTokens:
-    """The visual tokens that the last layer reads: index [B,M], places in the prompt, where visual [B,M]."""
+    """The visual tokens that the last layer reads: index [B,M], positions in the prompt, where visual [B,M]."""
 
     index: jax.Array
     visual: jax.Array
@@ -226,17 +226,17 @@ def text_stream(embed: jax.Array, batch: Batch) -> Tokens:
     """The text's Tokens: positions count the text alone, and the video takes none away."""
     real = batch.segment > 0
     x = jnp.where(real[..., None], jnp.take(embed, batch.input_ids, axis=0), 0)
-    place = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
+    index = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
     no = jnp.zeros(real.shape, bool)
-    return Tokens(x, place, batch.segment, no, batch.query & real, place, jnp.full(real.shape, -1, jnp.int32))
+    return Tokens(x, index, batch.segment, no, batch.query & real, index, jnp.full(real.shape, -1, jnp.int32))
 
 
 def video_stream(batch: Batch, visual: jax.Array) -> Tokens:
     """The video's Tokens, of the visual tokens [B,F,m,D] as the tower gives them, those of padding frames emptied."""
     real = batch.video_segment > 0
     x = jnp.where(real[..., None], visual.reshape(*real.shape, visual.shape[-1]), 0)
-    place = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
-    return Tokens(x, place, batch.video_segment, real, jnp.zeros(real.shape, bool), batch.index, batch.frame)
+    index = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
+    return Tokens(x, index, batch.video_segment, real, jnp.zeros(real.shape, bool), batch.index, batch.frame)
 
 
 def _prepare(batch: Batch, visual: jax.Array, plan: ReductionPlan | None) -> tuple[Tokens, jax.Array]:

@@ -1,6 +1,6 @@
-"""The published config.json and tensor names of VAMBA, and their places in our config and parameters.
+"""The published config.json and tensor names of VAMBA, and their positions in our config and parameters.
 
-Text and tower have the names of Qwen2-VL; every layer has cross-attention, a Mamba-2 block on the video and a share beside them.
+Text and tower have the names of Qwen2-VL; every layer has cross-attention, a Mamba-2 block on the video and a share.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.attention.xla import FEW_ROWS
 from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
+
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float, Int
 
 # name -> module, imported when it is asked for. Its attention(q, k, v, *, q_segment, kv_segment, q_index, kv_index, causal,
 # scale) takes what `attention` below has checked, None for what was not given, and raises NotImplementedError, with
@@ -34,25 +38,25 @@ DEFAULTS = {"tpu": "pallas_tpu"}
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T H P"],
+    k: Float[Array, "B L K P"],
+    v: Float[Array, "B L K Q"],
     *,
-    q_segment: jax.Array | None = None,
-    kv_segment: jax.Array | None = None,
-    q_index: jax.Array | None = None,
-    kv_index: jax.Array | None = None,
+    q_segment: Int[Array, "B T"] | None = None,
+    kv_segment: Int[Array, "B L"] | None = None,
+    q_index: Int[Array, "B T"] | None = None,
+    kv_index: Int[Array, "B L"] | None = None,
     causal: bool = True,
     scale: float | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T H Q"], Float[Array, "B H T"]]:
     """Grouped-query softmax attention.
 
     q [B,T,H,P], k and v [B,L,K,P]; query head h reads kv head h // (H // K), and nothing is repeated in memory.
     Nothing at padding (segment 0) is read, NaN and infinities included.
     A query sees a key if both are of the same nonzero segment (q_segment [B,T], kv_segment [B,L] int32; None: all one
     segment) and, when `causal`, kv_index <= q_index (int32, [B,T] and [B,L]). Indices not given count from 0, query 0
-    beside key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
+    next to key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
     segments. `scale` multiplies q·k (None: P ** -0.5).
     `implementation`: "xla" (tiles with a softmax carried along; beyond inputs and outputs it holds a few tiles and
     fp32 accumulators of their size, forward and backward; no forward-mode derivative for more than 8 rows), runs everywhere;

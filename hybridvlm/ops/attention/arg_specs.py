@@ -14,7 +14,7 @@ import numpy as np
 class AttentionSpec:
     """One call: H heads over K kv heads of width P, T queries and L keys; rows: query rows of a score.
 
-    segments: lengths of the segments of a row, padding after them (None: no segments). offset: place of query 0, given by
+    segments: lengths of the segments of a row, padding after them (None: no segments). offset: position of query 0, given by
     explicit indices (None: no indices). causal as in `attention`.
     """
 
@@ -87,18 +87,18 @@ class AttentionSpec:
         k = rng.standard_normal((b, length, self.kv_heads * self.width), np.float32)
         segment = self.options().get("kv_segment", np.ones((b, length), np.int32))
         real = (segment == 1).sum(axis=1)
-        place = real[:, None] - r + np.arange(r, dtype=np.int32)
+        index = real[:, None] - r + np.arange(r, dtype=np.int32)
         arrays = {
             "q": jnp.asarray(q, dtype),
             "k": jnp.asarray(k, dtype),
             "lse": jnp.full((b, self.heads, r), np.log(length), jnp.float32),
         }
         rest = {
-            "q_mask": place >= 0,
-            "visual": (segment == 1) & (np.arange(length) < place[:, :1]),
+            "q_mask": index >= 0,
+            "visual": (segment == 1) & (np.arange(length) < index[:, :1]),
             "q_segment": np.ones((b, r), np.int32),
             "kv_segment": segment,
-            "q_index": np.maximum(place, 0).astype(np.int32),
+            "q_index": np.maximum(index, 0).astype(np.int32),
         }
         return arrays, rest
 

@@ -74,10 +74,10 @@ def attention(
     static = _Static(causal, scale, length)
     if q_segment is None and q_index is None and kv_index is None:
         return _core(static, q, k, v, None)
-    return _core(static, q, k, v, _places(b, t, length, q_segment, kv_segment, q_index, kv_index))
+    return _core(static, q, k, v, _coordinates(b, t, length, q_segment, kv_segment, q_index, kv_index))
 
 
-def _places(b: int, t: int, length: int, q_segment=None, kv_segment=None, q_index=None, kv_index=None):
+def _coordinates(b: int, t: int, length: int, q_segment=None, kv_segment=None, q_index=None, kv_index=None):
     """Segments of q and k, indices of q and k, those not given filled in: all [B,...] int32."""
     return (
         jnp.ones((b, t), jnp.int32) if q_segment is None else q_segment,
@@ -135,18 +135,18 @@ def slot_of(step):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(static: _Static, q, k, v, places):
-    """places: segments of q and k, indices of q and k, all [B,...] int32; None: one segment, both indices from 0."""
-    return _launch(static, q, k, v, places)
+def _core(static: _Static, q, k, v, coordinates):
+    """positions: segments of q and k, indices of q and k, all [B,...] int32; None: one segment, both indices from 0."""
+    return _launch(static, q, k, v, coordinates)
 
 
-def _core_fwd(static: _Static, q, k, v, places):
-    out, lse = _launch(static, q, k, v, places)
-    return (out, lse), (q, k, v, places, out, lse)
+def _core_fwd(static: _Static, q, k, v, coordinates):
+    out, lse = _launch(static, q, k, v, coordinates)
+    return (out, lse), (q, k, v, coordinates, out, lse)
 
 
 def _core_bwd(static: _Static, saved, gradients):
-    q, k, v, places, out, lse = saved
+    q, k, v, coordinates, out, lse = saved
     d_out, d_lse = gradients
     (b, t, heads, _), (length, kv_heads) = q.shape, k.shape[1:3]
     groups = heads // kv_heads
@@ -156,7 +156,7 @@ def _core_bwd(static: _Static, saved, gradients):
         (i, j)
         for i in range(q_tiles)
         for j in range(kv_tiles)
-        if places is not None or not static.causal or j * columns < (i + 1) * rows
+        if coordinates is not None or not static.causal or j * columns < (i + 1) * rows
     )
 
     def of_rows(x):
@@ -172,7 +172,7 @@ def _core_bwd(static: _Static, saved, gradients):
     def per_head(x, tiles, size):
         return jnp.repeat(xla._pad(x, tiles * size).reshape(b, tiles, size).swapaxes(0, 1), kv_heads, axis=1)
 
-    q_segment, kv_segment, q_index, kv_index = places or _places(b, t, length)
+    q_segment, kv_segment, q_index, kv_index = coordinates or _coordinates(b, t, length)
     # d score = weight * (d_out.v - d_out.out + d_lse): the last two are the same for all keys of a row.
     shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse.swapaxes(1, 2)
     tiles, back = jax.vjp(lambda q, k, v: (of_rows(q), of_keys(k), of_keys(v)), q, k, v)
@@ -194,13 +194,13 @@ def _core_bwd(static: _Static, saved, gradients):
 _core.defvjp(_core_fwd, _core_bwd)
 
 
-def _spans(static: _Static, t: int, rows: int, columns: int, places):
+def _spans(static: _Static, t: int, rows: int, columns: int, coordinates):
     """Which tiles of keys a block of queries visits: [B or 1,I,4] int32, (first, whole, after whole, end).
 
     Tiles from `first` up to `end` are visited, those from `whole` up to `after whole` without a mask.
     """
     q_tiles, kv_tiles = -(-t // rows), -(-static.length // columns)
-    if places is None:
+    if coordinates is None:
         i, j = jnp.arange(q_tiles)[None, :, None], jnp.arange(kv_tiles)[None, None]
         meet, whole = jnp.ones((1, q_tiles, kv_tiles), bool), (j + 1) * columns <= static.length
         if static.causal:
@@ -216,7 +216,7 @@ def _spans(static: _Static, t: int, rows: int, columns: int, places):
             first, last = jnp.min(jnp.where(real, index, big), -1), jnp.max(jnp.where(real, index, -big), -1)
             return low, high, first, last, (low == high) & jnp.all(real, -1)
 
-        q_segment, kv_segment, q_index, kv_index = places
+        q_segment, kv_segment, q_index, kv_index = coordinates
         q_low, q_high, q_first, q_last, q_one = (e[..., None] for e in extremes(q_segment, q_index, q_tiles, rows))
         low, high, first, last, one = (e[:, None] for e in extremes(kv_segment, kv_index, kv_tiles, columns))
         meet, whole = (q_low <= high) & (low <= q_high), q_one & one & (q_low == low)
@@ -231,18 +231,18 @@ def _spans(static: _Static, t: int, rows: int, columns: int, places):
     return jnp.stack([first, start, jnp.clip(stop, start, end), end], axis=-1).astype(jnp.int32)
 
 
-def _launch(static: _Static, q, k, v, places):
+def _launch(static: _Static, q, k, v, coordinates):
     batch, t, heads, width = q.shape
     length, kv_heads = k.shape[1:3]
     kind, rows = q.dtype, WORKERS * ROWS
     columns = 128 if width <= 128 else 64
-    spans = _spans(static, t, rows, columns, places)
+    spans = _spans(static, t, rows, columns, coordinates)
     spans = jnp.broadcast_to(spans, (batch, *spans.shape[1:]))
     t_full, full = -(-t // rows) * rows, -(-length // columns) * columns
     q, k, v = xla._pad(q, t_full), xla._pad(k, full), xla._pad(v, full)
     operands = [q, k, v, spans]
-    if places is not None:
-        operands += [xla._pad(x, size) for x, size in zip(places, (t_full, full) * 2, strict=True)]
+    if coordinates is not None:
+        operands += [xla._pad(x, size) for x, size in zip(coordinates, (t_full, full) * 2, strict=True)]
 
     scratch = {
         "q_s": matrix_memory(width, kind, WORKERS, ROWS),
@@ -250,10 +250,10 @@ def _launch(static: _Static, q, k, v, places):
         "v_s": matrix_memory(width, kind, STAGES, columns),
         "lse_s": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
         "asked": plgpu.Barrier(num_barriers=WORKERS),
-        "loaded": plgpu.Barrier(num_arrivals=2 if places is None else 4, num_barriers=STAGES),
+        "loaded": plgpu.Barrier(num_arrivals=2 if coordinates is None else 4, num_barriers=STAGES),
         "free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=STAGES),
     }
-    if places is not None:
+    if coordinates is not None:
         scratch |= {name: plgpu.SMEM((STAGES, columns), jnp.int32) for name in ("segment_s", "index_s")}
 
     def kernel(*refs, q_s, k_s, v_s, lse_s, asked, loaded, free, segment_s=None, index_s=None):

@@ -134,7 +134,7 @@ def _launch_score(
 
             @pl.loop(0, tiles)
             def _(tile):
-                places = pl.ds(tile * rows, rows)
+                row_slice = pl.ds(tile * rows, rows)
 
                 @pl.loop(0, kv_heads)
                 def _(kv_head):
@@ -150,8 +150,8 @@ def _launch_score(
                         count, head = k_count * groups + member, kv_head * groups + member
                         reuse(q_free, count)
                         slot = slot_of(count)
-                        plgpu.copy_gmem_to_smem(q_g.at[bi, places, head], q_s.at[slot], asked.at[slot])
-                        plgpu.copy_gmem_to_smem(lse_g.at[bi, head, places], lse_s.at[slot], asked.at[slot])
+                        plgpu.copy_gmem_to_smem(q_g.at[bi, row_slice, head], q_s.at[slot], asked.at[slot])
+                        plgpu.copy_gmem_to_smem(lse_g.at[bi, head, row_slice], lse_s.at[slot], asked.at[slot])
 
             for count, free in ((tiles * head_count, q_free), (tiles * kv_heads, k_free)):
                 for last in range(max(0, count - STAGES), count):

@@ -102,7 +102,7 @@ def attention(
 
 
 def _forward_kernel(
-    sizes: Sizes, of_rows, of_keys, q, k, v, q_where, kv_where, out, lse, running_max, total, carry, place
+    sizes: Sizes, of_rows, of_keys, q, k, v, q_where, kv_where, out, lse, running_max, total, carry, q_columns
 ):
     n, line, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     i, j, first, last = sizes.tile(line, step)
@@ -113,14 +113,14 @@ def _forward_kernel(
         running_max[...] = jnp.full_like(running_max, EMPTY_LSE)
         total[...] = jnp.zeros_like(total)
         carry[...] = jnp.zeros_like(carry)
-        place[0] = column(q_where[0, 0:1])
-        place[1] = column(q_where[0, 1:2])
+        q_columns[0] = column(q_where[0, 0:1])
+        q_columns[1] = column(q_where[0, 1:2])
 
     def advance(hide: bool) -> None:
         def head(h, of_q, of_k, of_v, _):
             score = dot(q[0, :, of_q], k[0, :, of_k], (1, 1)) * sizes.scale
             if hide:
-                score = jnp.where(visible(sizes, place, kv_where), score, MASK_VALUE)
+                score = jnp.where(visible(sizes, q_columns, kv_where), score, MASK_VALUE)
             before = running_max[h][:, :1]
             now = jnp.maximum(before, jnp.max(score, axis=1, keepdims=True))
             weight = jnp.exp(score - now)

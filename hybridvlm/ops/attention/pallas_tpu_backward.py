@@ -46,7 +46,7 @@ def backward(sizes: Sizes, q, k, v, q_where, kv_where, out, lse, d_out, d_lse):
 
 
 def _specs(sizes: Sizes, rows, keys) -> list[pl.BlockSpec]:
-    """Of q, k, v, d_out, lse, shift and the places, by the maps of row and key blocks."""
+    """Of q, k, v, d_out, lse, shift and the positions, by the maps of row and key blocks."""
     heads = sizes.together * sizes.groups
     lanes, v_lanes = sizes.together * sizes.width, sizes.together * sizes.v_width
 
@@ -66,7 +66,7 @@ def _specs(sizes: Sizes, rows, keys) -> list[pl.BlockSpec]:
 
 
 def _d_rows_kernel(
-    sizes: Sizes, of_rows, of_keys, q, k, v, d_out, lse, shift, q_where, kv_where, d_q, carry, per_row, place
+    sizes: Sizes, of_rows, of_keys, q, k, v, d_out, lse, shift, q_where, kv_where, d_q, carry, per_row, columns
 ):
     n, line, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     i, j, first, last = sizes.tile(line, step)
@@ -75,8 +75,8 @@ def _d_rows_kernel(
     @pl.when(first)
     def _():
         carry[...] = jnp.zeros_like(carry)
-        place[0] = column(q_where[0, 0:1])
-        place[1] = column(q_where[0, 1:2])
+        columns[0] = column(q_where[0, 0:1])
+        columns[1] = column(q_where[0, 1:2])
 
         def head(h, *_):
             per_row[0, h] = column(lse[0, 0, pl.ds(h, 1)])
@@ -88,7 +88,7 @@ def _d_rows_kernel(
         def head(h, of_q, of_k, of_v, of_out):
             score = dot(q[0, :, of_q], k[0, :, of_k], (1, 1)) * sizes.scale - per_row[0, h][:, :1]
             if hide:
-                score = jnp.where(visible(sizes, place, kv_where), score, MASK_VALUE)
+                score = jnp.where(visible(sizes, columns, kv_where), score, MASK_VALUE)
             d_weight = dot(d_out[0, :, of_out], v[0, :, of_v], (1, 1))
             d_score = jnp.exp(score) * (d_weight - per_row[1, h][:, :1]) * sizes.scale
             carry[:, of_q] += dot(d_score.astype(k.dtype), k[0, :, of_k], (1, 0))
@@ -143,7 +143,7 @@ def _key_tile(sizes: Sizes, line, step):
 
 
 def _d_keys_kernel(
-    sizes: Sizes, of_rows, of_keys, q, k, v, d_out, lse, shift, q_where, kv_where, d_k, d_v, carry_k, carry_v, place
+    sizes: Sizes, of_rows, of_keys, q, k, v, d_out, lse, shift, q_where, kv_where, d_k, d_v, carry_k, carry_v, columns
 ):
     n, line, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     i, j, first, last = _key_tile(sizes, line, step)
@@ -153,17 +153,17 @@ def _d_keys_kernel(
     def _():
         carry_k[...] = jnp.zeros_like(carry_k)
         carry_v[...] = jnp.zeros_like(carry_v)
-        place[0] = column(kv_where[0, 0:1])
-        place[1] = column(kv_where[0, 1:2])
+        columns[0] = column(kv_where[0, 0:1])
+        columns[1] = column(kv_where[0, 1:2])
 
     def advance(hide: bool) -> None:
         def head(h, of_q, of_k, of_v, of_out):
             score = dot(k[0, :, of_k], q[0, :, of_q], (1, 1)) * sizes.scale - lse[0, 0, pl.ds(h, 1)]
             if hide:
-                segment = place[0][:, :1]
+                segment = columns[0][:, :1]
                 seen = (segment == q_where[0, 0:1]) & (segment > 0)
                 if sizes.causal:
-                    seen &= place[1][:, :1] <= q_where[0, 1:2]
+                    seen &= columns[1][:, :1] <= q_where[0, 1:2]
                 score = jnp.where(seen, score, MASK_VALUE)
             weight = jnp.exp(score)
             d_weight = dot(v[0, :, of_v], d_out[0, :, of_out], (1, 1))

@@ -91,7 +91,7 @@ def together(kv_heads: int, groups: int, *widths: int) -> int:
 
 
 def padded(x: jax.Array, length: int) -> jax.Array:
-    """Zeros (segment 0: seen by nobody) behind axis 1, up to the length."""
+    """Zeros (segment 0: seen by nobody) after axis 1, up to the length."""
     more = length - x.shape[1]
     return x if more == 0 else jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
 
@@ -184,11 +184,11 @@ def row_maps(sizes: Sizes) -> tuple[Callable, Callable]:
     return rows, keys
 
 
-def visible(sizes: Sizes, place, kv_where) -> jax.Array:
-    """Mask [rows,keys] of a tile: place [2,rows,128] and kv_where [1,2,keys], segments before indices."""
-    segment = place[0][:, :1]
+def visible(sizes: Sizes, q_columns, kv_where) -> jax.Array:
+    """Mask [rows,keys] of a tile: position [2,rows,128] and kv_where [1,2,keys], segments before indices."""
+    segment = q_columns[0][:, :1]
     seen = (segment == kv_where[0, 0:1]) & (segment > 0)
-    return seen & (kv_where[0, 1:2] <= place[1][:, :1]) if sizes.causal else seen
+    return seen & (kv_where[0, 1:2] <= q_columns[1][:, :1]) if sizes.causal else seen
 
 
 def parameters(lines: int) -> pltpu.CompilerParams:

@@ -3,7 +3,7 @@
 A program instance holds all query rows in VMEM and takes a block of keys of one kv head after the other. With the rows'
 log-sum-exp given, a weight is one exponential of one product; its sum (or maximum) over heads stays in VMEM, keys as rows,
 so that what belongs to a query row lies along lanes as it comes. After the last head the block is turned once, and reduced
-over the rows that each key's segment and place allow.
+over the rows that each key's segment and position allow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JAX's splash attention (TPU) behind our signature: segments and log-sum-exp, no indices, no gradient of the log-sum-exp."""
+"""JAX's splash attention (TPU) after our signature: segments and log-sum-exp, no indices, no gradient of the log-sum-exp."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def text_to_visual(
 
     q [B,R,H,P]: the query rows, those with q_mask [B,R] False are unused; k [B,L,K,P]: all keys; visual [B,L] bool.
     The softmax runs over every key that a row sees (text too), by the rule of `attention`: same nonzero segment, and
-    kv_index <= q_index when `causal`. Query rows usually stand late in the row: pass their places as q_index [B,R]
+    kv_index <= q_index when `causal`. Query rows usually stand late in the row: pass their positions as q_index [B,R]
     (kv_index None counts from 0); without q_index every row is taken to stand after all keys.
     lse [B,H,R] fp32: the rows' log-sum-exp as `attention` returns it; None computes it in a first pass over k.
 

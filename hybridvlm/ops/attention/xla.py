@@ -103,7 +103,7 @@ def _tile(length: int, most: int) -> tuple[int, int]:
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
-    """Zeros (segment 0: seen by nobody) behind axis 1, up to the length."""
+    """Zeros (segment 0: seen by nobody) after axis 1, up to the length."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
 
@@ -284,9 +284,9 @@ def _backward(tiling: Tiling, q, k, v, q_segment, kv_segment, q_index, kv_index,
             functools.partial(advance, hide=False),
             functools.partial(advance, hide=True),
         )
-        places = (i, j, j)
-        now = jax.lax.switch(kind, branches, *(_at(x, n) for x, n in zip(carry, places, strict=True)))
-        return tuple(_put(x, part, n) for x, part, n in zip(carry, now, places, strict=True))
+        blocks = (i, j, j)
+        now = jax.lax.switch(kind, branches, *(_at(x, n) for x, n in zip(carry, blocks, strict=True)))
+        return tuple(_put(x, part, n) for x, part, n in zip(carry, now, blocks, strict=True))
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     grads = _walk(tiling, step, start, kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.ssd.reference import ssd_reference
 from hybridvlm.ops.ssd.xla import ssd_chunked
+
+if TYPE_CHECKING:
+    from hybridvlm.typing import Array, Float, Int
 
 
 class Choice(NamedTuple):
@@ -55,19 +58,19 @@ def default_choice() -> Choice:
 
 
 def ssd(
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
+    x: Float[Array, "B L H P"] | Float[Array, "B L HP"],
+    dt: Float[Array, "B L H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B L G N"],
+    C: Float[Array, "B L G N"],
     *,
-    D: jax.Array | None = None,
-    segment: jax.Array | None = None,
-    initial_state: jax.Array | None = None,
-    initial_segment: jax.Array | None = None,
+    D: Float[Array, " H"] | None = None,
+    segment: Int[Array, "B L"] | None = None,
+    initial_state: Float[Array, "B H P N"] | None = None,
+    initial_segment: Int[Array, " B"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B L ..."], Float[Array, "B H P N"]]:
     """Mamba-2's recurrence: state <- exp(dt A) state + dt x B^T, y = state C + D x, head h reading group h // (H/G).
 
     x [B,L,H,P] or flat [B,L,H*P], which the kernels read as it is; dt [B,L,H], after softplus; A [H], negative; B and C

@@ -11,7 +11,7 @@ LEAST = -128.0  # exp of it is 0 in float32: a logarithm of a decay need not be 
 def log_decays(dt, a):
     """dt * a in an integer (without gradient) and the rest, within half of 0; not below LEAST.
 
-    One strong decay makes running sums so large that differences of sums behind it, which are small, lose their bits. Sums of
+    One strong decay makes running sums so large that differences of sums after it, which are small, lose their bits. Sums of
     integers lose none, and those of the rest stay small.
     """
     log = jnp.maximum(dt * a, LEAST)

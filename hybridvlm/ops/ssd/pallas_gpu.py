@@ -92,7 +92,7 @@ def _shared_bytes(p: int, states: int) -> int:
 
 
 def _pad(v, length: int):
-    """Zeros behind axis 1, up to the length: at dt = 0 a token does nothing."""
+    """Zeros after axis 1, up to the length: at dt = 0 a token does nothing."""
     return jnp.pad(v, ((0, 0), (0, length - v.shape[1]), *((0, 0),) * (v.ndim - 2)))
 
 
@@ -111,7 +111,7 @@ _core.defvjp(_core_fwd, xla._sequential_bwd)
 
 
 def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | None, state, keep_states: bool):
-    """The kernel; keep_states: also the state at the start of each chunk [S,B,G,N,R,P], else None in its place."""
+    """The kernel; keep_states: also the state at the start of each chunk [S,B,G,N,R,P], else None instead."""
     batch, _, heads, p = x.shape
     groups, n = b.shape[2:]
     per_group = heads // groups
@@ -126,7 +126,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     narrow = next(s for s in (128, 64, 32) if p % (s // 2) == 0)
     wide = 128
     vector = plgpu.SMEM((STAGES, chunk), jnp.float32)
-    places = plgpu.SMEM((STAGES, chunk), jnp.int32)
+    run_slots = plgpu.SMEM((STAGES, chunk), jnp.int32)
     scratch = {
         "x_s": tile(chunk, p, narrow, STAGES),
         "b_s": tile(chunk, n, narrow, STAGES),
@@ -134,7 +134,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
         "state_s": tile(n, p, narrow),
         "exchange_s": tile(chunk, p, narrow),
         "vectors_s": [vector] * 5,
-        "runs_s": None if runs is None else [places] * 2,
+        "runs_s": None if runs is None else [run_slots] * 2,
         "loaded": plgpu.Barrier(num_arrivals=8 if runs is None else 10, num_barriers=STAGES),
         "weighted": plgpu.Barrier(num_arrivals=warpgroups),
         "updated": plgpu.Barrier(num_arrivals=warpgroups),
@@ -258,7 +258,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     if runs is not None:
         operands["runs"] = list(runs)
     leaves, tree = jax.tree.flatten(operands)
-    run: Callable[..., None] = body  # which takes references by place, then scratch by name
+    run: Callable[..., None] = body  # which takes references by position, then scratch by name
 
     def entry(*refs, **scratch):
         given, outs = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]

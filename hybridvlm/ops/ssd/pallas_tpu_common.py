@@ -164,7 +164,7 @@ def common_specs(sizes: Sizes, at) -> dict[str, pl.BlockSpec]:
 
 
 def common_shapes(sizes: Sizes, dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays behind `common_specs`."""
+    """The arrays after `common_specs`."""
     s = sizes
     shapes = {
         "x": ((s.batch, s.length, s.heads * s.p), dtype),
@@ -256,7 +256,7 @@ class Decays(NamedTuple):
 
 
 def valid_tokens(sizes: Sizes, chunk, axis: int, shape: tuple[int, ...]):
-    """Whether a place of the chunk is inside the row; tokens along `axis` of shape."""
+    """Whether a position of the chunk is inside the row; tokens along `axis` of shape."""
     return lax.broadcasted_iota(jnp.int32, shape, axis) < sizes.length - chunk * sizes.chunk
 
 

@@ -54,7 +54,7 @@ class Coefficients(NamedTuple):
     """Everything that depends on dt and A, float32, ordered by step: S steps, b = B * block chunks each.
 
     whole + total [S,b,G,R,C]: sum of log-decays up to and with a token, apart in an integer and the rest (see
-    `decays.log_decays`); less_whole, minus: the same negated, so that exp(t_i - t_j) reads each array at one place (XLA's CPU loops
+    `decays.log_decays`); less_whole, minus: the same negated, so that exp(t_i - t_j) reads each array at one position (XLA's CPU loops
     that read one array at two are not vectorised: 5 times slower); dt; read: the weight with which a token reads the
     chunk's incoming state; write: that with which it enters the outgoing one. keep [S,b,G,R]: what is left of the incoming state.
     """
@@ -106,7 +106,7 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     groups = sizes.groups
 
     def windows(v, stale_value):
-        """[B,L,...] -> [B,S*W,...]: the windows side by side, the stale places of the last one replaced."""
+        """[B,L,...] -> [B,S*W,...]: the windows side by side, the stale positions of the last one replaced."""
         if not sizes.stale:
             return v
         stale = jnp.broadcast_to(stale_value, (batch, sizes.stale, *v.shape[2:])).astype(v.dtype)
@@ -305,8 +305,8 @@ def _fresh(sizes: Sizes, v, step, otherwise):
     """v [b,C,...] with the stale tokens of the last step replaced."""
     if not sizes.stale:
         return v
-    place = jnp.arange(sizes.window).reshape(sizes.block, sizes.chunk)
-    fresh = (step < sizes.steps - 1) | (place >= sizes.stale)
+    position = jnp.arange(sizes.window).reshape(sizes.block, sizes.chunk)
+    fresh = (step < sizes.steps - 1) | (position >= sizes.stale)
     fresh = jnp.tile(fresh, (v.shape[0] // sizes.block, 1))
     return jnp.where(fresh.reshape(*fresh.shape, *[1] * (v.ndim - 2)), v, otherwise)
 
