@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 import hybridvlm.checkpoints.folder as folders
-from hybridvlm.checkpoints import CheckpointError, TensorFolder, names, samples, save_folder
+from hybridvlm.checkpoints import CheckpointError, TensorFolder, samples, save_folder
+from hybridvlm.checkpoints import names as hub_names
 from hybridvlm.checkpoints.hf import check_finite, read_json
 from hybridvlm.checkpoints.names import PACKAGED
 from hybridvlm.config import Reduction
@@ -415,7 +416,7 @@ def test_a_copy_is_made_anew_for_another_template(copy, tmp_path):
 
 
 def test_names_that_are_missing_folders_ask_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "_download", lambda *given: pytest.fail(f"asked for {given}"))
+    monkeypatch.setattr(hub_names, "_download", lambda *given: pytest.fail(f"asked for {given}"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "file").write_text("")
@@ -431,7 +432,7 @@ def test_names_that_are_missing_folders_ask_nobody(tmp_path, monkeypatch):
 
 def test_names_of_the_hub_ask_it(monkeypatch, sources):
     asked = []
-    monkeypatch.setattr(names, "_download", lambda name, revision: asked.append(name) or sources("qwen2_vl"))
+    monkeypatch.setattr(hub_names, "_download", lambda name, revision: asked.append(name) or sources("qwen2_vl"))
     for name in ("Qwen/Qwen2-VL-7B", "nvidia/a.b_c"):
         load(name)
     assert asked == ["Qwen/Qwen2-VL-7B", "nvidia/a.b_c"]
