@@ -20,7 +20,9 @@ from safetensors.numpy import load_file, save, save_file
 
 import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, samples, save_folder
+from hybridvlm.checkpoints import names as hub_names
 from hybridvlm.checkpoints.hf import check_finite, read_json
+from hybridvlm.checkpoints.names import PACKAGED
 from hybridvlm.config import Reduction
 from hybridvlm.inference.model import load
 from hybridvlm.models.weights import flatten
@@ -414,7 +416,7 @@ def test_a_copy_is_made_anew_for_another_template(copy, tmp_path):
 
 
 def test_names_that_are_missing_folders_ask_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_download", lambda *given: pytest.fail(f"asked for {given}"))
+    monkeypatch.setattr(hub_names, "_download", lambda *given: pytest.fail(f"asked for {given}"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "file").write_text("")
@@ -430,7 +432,7 @@ def test_names_that_are_missing_folders_ask_nobody(tmp_path, monkeypatch):
 
 def test_names_of_the_hub_ask_it(monkeypatch, sources):
     asked = []
-    monkeypatch.setattr(folders, "_download", lambda name, revision: asked.append(name) or sources("qwen2_vl"))
+    monkeypatch.setattr(hub_names, "_download", lambda name, revision: asked.append(name) or sources("qwen2_vl"))
     for name in ("Qwen/Qwen2-VL-7B", "nvidia/a.b_c"):
         load(name)
     assert asked == ["Qwen/Qwen2-VL-7B", "nvidia/a.b_c"]
@@ -504,7 +506,7 @@ def test_a_model_without_tokenizer_comes_back(name, copy, tmp_path):
     ],
 )
 def test_own_configs_are_refused_in_one_line(change, words, tmp_path):
-    config = json.loads((folders.PACKAGED["tiny"] / "config.json").read_text())
+    config = json.loads((PACKAGED["tiny"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=words) as caught:
         load(tmp_path)
@@ -524,7 +526,7 @@ def test_sizes_are_worked_out_without_memory_or_refused_by_file():
 
 
 def test_a_reduction_of_ones_own_stands_for_an_unknown_one(tmp_path):
-    path = pathlib.Path(shutil.copytree(folders.PACKAGED["tiny"], tmp_path / "tiny"))
+    path = pathlib.Path(shutil.copytree(PACKAGED["tiny"], tmp_path / "tiny"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"reduction": {"method": "zzz"}}))
     assert load(path, reduction=Reduction("str", 0.5)).reduction == Reduction("str", 0.5)
