@@ -34,7 +34,7 @@ _HOME = {
     "Answer": "inference.conversation",
     "Conversation": "inference.conversation",
     "Sampling": "inference.sampling",
-    "compile_count": "inference.programs",
+    "compile_count": "inference.program_cache",
     "load": "inference.model",
 }
 _MODULES = (

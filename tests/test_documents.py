@@ -16,7 +16,7 @@ import pytest
 from hybridvlm.config_files import config_names
 from hybridvlm.reduction import parse_method
 from hybridvlm.tiny import figure
-from hybridvlm.train import config as train_config
+from hybridvlm.train import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -151,7 +151,7 @@ def check_names(options: argparse.Namespace | None, module: str, shown: str) -> 
     config = getattr(options, "config", None)
     if module == "hybridvlm.train" and isinstance(config, str):
         changes = [change for change in options.changes if not change.startswith("model=")]
-        train_config.read(config if pathlib.Path(config).suffix == "" else str(ROOT / config), changes)
+        config_files.read(config if pathlib.Path(config).suffix == "" else str(ROOT / config), changes)
 
 
 def test_a_wrong_command_would_be_found():

@@ -183,6 +183,18 @@ def _transformers(args: argparse.Namespace, config: ModelConfig) -> dict[str, An
 # -- ours ---------------------------------------------------------------------------------------------------------------
 
 
+def _logits_error(folder: pathlib.Path, logits: np.ndarray) -> float:
+    """Largest difference to the other side's logits, relative to the largest of them; ValueError where it is too large."""
+    with np.load(folder / "check.npz") as stored:
+        expected = stored["logits"]
+    error = float(np.max(np.abs(logits - expected)) / np.max(np.abs(expected)))
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"logits of the two sides differ by {error:.1e} of the largest one; at most {TOLERANCE} is allowed"
+        )
+    return error
+
+
 def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     import dataclasses
 
@@ -218,14 +230,7 @@ def _hybridvlm(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     check = text(CHECK_TOKENS)
     floored = dataclasses.replace(config, dt_floor=theirs["dt_floor"])  # their prefill floors dt, their decode does not
     logits = np.asarray(program(floored, check, None, None, 0)(params, check, None)[0])[0]
-    with np.load(args.folder / "check.npz") as stored:
-        expected = stored["logits"]
-    error = float(np.max(np.abs(logits - expected)) / np.max(np.abs(expected)))
-    if not error <= TOLERANCE:
-        raise ValueError(
-            f"logits of the two sides differ by {error:.1e} of the largest one; at most {TOLERANCE} is allowed"
-        )
-
+    error = _logits_error(args.folder, logits)
     left, right = (jax.random.normal(jax.random.key(i), (MATMUL, MATMUL)) for i in range(2))
     matmul = jax.jit(jnp.matmul)
     found: dict[str, Any] = {

@@ -188,11 +188,7 @@ def build_row(
     clusters = [sample.video for sample in samples]
     correct, reference = [r["correct"] for r in answers], [r["correct"] for r in dense]
     keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in dense}
-    timed = [r for r in store.records if r["key"] in keys]
-    timed_dense = [r for r in store.records if r["key"] in dense_keys]
-    run = timing_run(timed, timed_dense)
-    batches, dense_batches = _batches(timed, run), _batches(timed_dense, run)
-    both = sorted(set(batches) & set(dense_batches))
+    run, batches, dense_batches, both = _timed(store, keys, dense_keys)
     prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
     dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
     total = statistics.accuracy(correct, clusters)
@@ -251,6 +247,17 @@ def build_row(
     }
     assert tuple(row) == ROW_KEYS
     return row, extra
+
+
+def _timed(
+    store: SampleStore, keys: set[str], dense_keys: set[str]
+) -> tuple[Any, dict[Any, Record], dict[Any, Record], list[Any]]:
+    """(the run whose clock counts, its batches of a row by number, those of dense, the numbers of both)."""
+    timed = [r for r in store.records if r["key"] in keys]
+    timed_dense = [r for r in store.records if r["key"] in dense_keys]
+    run = timing_run(timed, timed_dense)
+    batches, dense_batches = _batches(timed, run), _batches(timed_dense, run)
+    return run, batches, dense_batches, sorted(set(batches) & set(dense_batches))
 
 
 def _empty_row(task: Task, method: str, budget: float, unanswered: int) -> tuple[Record, Record]:

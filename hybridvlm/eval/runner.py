@@ -25,7 +25,8 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.programs import Generation, compile_count
+from hybridvlm.inference.program_cache import compile_count
+from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Layout, user_message
 from hybridvlm.reduction import ReductionPlan, parse_method

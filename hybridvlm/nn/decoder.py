@@ -160,29 +160,17 @@ def prefill(
         if layer == num_layers:
             break
         # the layer that ends the range
-        name, index = config.kind_index(layer)
-        x, cache, aux = run_layer(
-            layer_range,
-            layer,
-            params[name],
-            index,
-            tokens.x,
-            tokens.segment,
-            tokens.position,
-            query=tokens.query if layer in scored else None,
-            query_capacity=min(query_capacity, tokens.length * sequence_shards(config)),
-        )
+        query = tokens.query if layer in scored else None
+        tokens, cache, aux = _run_last(layer_range, layer, params, tokens, query, query_capacity)
         layer_caches.append(cache)
-        tokens = _add_deepstack(tokens.replace(x=x), layer)
         if layer in hidden_states:
             hidden[layer] = tokens.x
         if layer in scored:
             # `_check` refuses a missing score_fn
             assert score_fn is not None
             inputs = (aux, tokens)
-            if layer not in collect and straight_through is None:
-                inputs = jax.lax.stop_gradient(inputs)
-            score = score_fn(layer, *inputs)
+            differentiable = layer in collect or straight_through is not None
+            score = score_fn(layer, *(inputs if differentiable else jax.lax.stop_gradient(inputs)))
         if layer in collect:
             scores[layer] = score
         if plan is not None and layer in drops:
@@ -336,6 +324,31 @@ def _ranges(num_layers: int, ends: Iterable[int]) -> list[tuple[int, int]]:
     """(first layer, the layer of `ends` that ends it) of each range; the last one ends with the decoder."""
     stops = [*sorted(ends), num_layers]
     return list(zip([0, *(layer + 1 for layer in stops[:-1])], stops, strict=True))
+
+
+def _run_last(
+    layer_range: LayerRange,
+    layer: int,
+    params: Params,
+    tokens: Tokens,
+    query: jax.Array | None,
+    query_capacity: int,
+) -> tuple[Tokens, Cache, Any]:
+    """One layer by itself, with what is added after it: tokens, cache, and what its score reads (with `query` alone)."""
+    config = layer_range.config
+    name, index = config.kind_index(layer)
+    x, cache, aux = run_layer(
+        layer_range,
+        layer,
+        params[name],
+        index,
+        tokens.x,
+        tokens.segment,
+        tokens.position,
+        query=query,
+        query_capacity=min(query_capacity, tokens.length * sequence_shards(config)),
+    )
+    return _add_deepstack(tokens.replace(x=x), layer), cache, aux
 
 
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:

@@ -73,14 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hybridvlm import distributed
     from hybridvlm.errors import said
     from hybridvlm.files import FolderBusy
-    from hybridvlm.train import config as configs
-    from hybridvlm.train import loop
+    from hybridvlm.train import config_files, loop
 
     started = False
     try:
         distributed.initialize()
         with distributed.together(but=(loop.Stopped,)):
-            config = configs.read(args.config, args.changes)
+            config = config_files.read(args.config, args.changes)
             run = loop.Run(config, say=lambda text: print(text, flush=True))
             started = True
             loop.guarded(run)

@@ -13,7 +13,8 @@ from hybridvlm.inference.model import Model
 from hybridvlm.models import nemotron_vl
 from hybridvlm.tiny import vocabulary
 from hybridvlm.tokenizers.word_level import WordLevel
-from hybridvlm.train.config import TrainConfig, build
+from hybridvlm.train.config import TrainConfig
+from hybridvlm.train.config_files import build
 
 FRAMES, TEXT = 2, 8
 CONFIG = ModelConfig(

@@ -7,7 +7,7 @@ import pytest
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction, VisionConfig
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.programs import compile_count
+from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.sampling import Sampling, sample_token
 from hybridvlm.models.nemotron_vl.model import Batch, HybridVLM
 from hybridvlm.models.prompt import PromptStyle

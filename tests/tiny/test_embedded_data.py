@@ -12,7 +12,7 @@ import pytest
 
 from hybridvlm.config_files import config_folder
 from hybridvlm.tiny import assets, tiles
-from hybridvlm.train import config as configs
+from hybridvlm.train import config_files
 
 ROOT = pathlib.Path(__file__).parents[2]
 # of the images and of where each class starts, as every source of Fashion-MNIST gives them
@@ -63,11 +63,11 @@ def test_the_packaged_images_can_be_made_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["train_tiny_reduced", "configs/train_tiny_reduced.yaml", "train_tiny_reduced.yaml"])
 def test_packaged_configs_are_found_in_an_empty_folder(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert configs.read(given, ["steps=3"]).steps == 3
+    assert config_files.read(given, ["steps=3"]).steps == 3
     # a file that is there comes first
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "train_tiny_reduced.yaml").write_text("steps: 7\n")
-    assert configs.read("configs/train_tiny_reduced.yaml").steps == 7
+    assert config_files.read("configs/train_tiny_reduced.yaml").steps == 7
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_packaged_configs_are_found_in_an_empty_folder(given, tmp_path, monkeypa
 def test_what_is_no_config_is_told_with_those_there_are(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"no training config at {re.escape(given)}.*train_tiny_reduced"):
-        configs.read(given)
+        config_files.read(given)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_what_is_no_config_is_told_with_those_there_are(given, tmp_path, monkeyp
 def test_a_key_that_stands_twice_is_refused(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"the key '(steps|batch)' stands twice") as error:
-        configs.read(tmp_path / name)
+        config_files.read(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 

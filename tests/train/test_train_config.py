@@ -12,7 +12,8 @@ from hybridvlm.checkpoints.folder import expected_shapes
 from hybridvlm.config_files import load_model_config
 from hybridvlm.models.family import get_family
 from hybridvlm.train import lora, optimizer
-from hybridvlm.train.config import Lora, Optimizer, TrainConfig, read
+from hybridvlm.train.config import Lora, Optimizer, TrainConfig
+from hybridvlm.train.config_files import read
 from hybridvlm.train.loop import reduction_at, reductions, teaches
 
 

@@ -8,6 +8,7 @@ import pytest
 from hybridvlm.options import attribute_docs, field_help
 from hybridvlm.train import __main__ as command
 from hybridvlm.train import config as configs
+from hybridvlm.train import config_files
 
 FIELDS = [field for group in field_help(configs.TrainConfig()).values() for field in group]
 
@@ -37,7 +38,7 @@ def test_help_lists_every_field_with_its_default(capsys):
 def test_a_default_of_the_help_can_be_set(tmp_path):
     path = tmp_path / "empty.json"
     path.write_text("{}")
-    assert configs.read(path, [f"{field.key}={field.default}" for field in FIELDS]) == configs.TrainConfig()
+    assert config_files.read(path, [f"{field.key}={field.default}" for field in FIELDS]) == configs.TrainConfig()
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.key)

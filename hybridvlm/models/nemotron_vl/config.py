@@ -144,18 +144,7 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
     text.only("mlp_hidden_act", "relu2")
     text.only("mamba_hidden_act", "silu", "swish")
     if MOE in pattern:
-        common |= {
-            "experts": text.count("n_routed_experts", 1, 1 << 14),
-            "experts_per_token": text.count("num_experts_per_tok"),
-            "expert_width": text.count("moe_intermediate_size"),
-            # of all shared experts together: their number is read by nobody
-            "shared_width": text.count("moe_shared_expert_intermediate_size"),
-            "expert_latent": 0 if text.get("moe_latent_size")[1] is None else text.count("moe_latent_size"),
-            "router_groups": text.count("n_group"),
-            "router_top_groups": text.count("topk_group"),
-            "router_norm": text.flag("norm_topk_prob"),
-            "router_scale": text.number("routed_scaling_factor", -1e30),
-        }
+        common |= _experts(text)
     looks = is_vlm(raw)
     if looks and text.count("num_nextn_predict_layers", 0):
         raise ValueError(
@@ -176,6 +165,22 @@ def config_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> Mode
         vision=vision_from_hf(raw, shapes) if looks else None,
         **common,
     )
+
+
+def _experts(text: Fields) -> dict[str, Any]:
+    """The fields of a ModelConfig that a pattern with experts needs."""
+    return {
+        "experts": text.count("n_routed_experts", 1, 1 << 14),
+        "experts_per_token": text.count("num_experts_per_tok"),
+        "expert_width": text.count("moe_intermediate_size"),
+        # of all shared experts together: their number is read by nobody
+        "shared_width": text.count("moe_shared_expert_intermediate_size"),
+        "expert_latent": 0 if text.get("moe_latent_size")[1] is None else text.count("moe_latent_size"),
+        "router_groups": text.count("n_group"),
+        "router_top_groups": text.count("topk_group"),
+        "router_norm": text.flag("norm_topk_prob"),
+        "router_scale": text.number("routed_scaling_factor", -1e30),
+    }
 
 
 def vision_from_hf(raw: Mapping[str, Any], shapes: Shapes | None = None) -> VisionConfig:

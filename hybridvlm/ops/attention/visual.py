@@ -57,20 +57,10 @@ def text_to_visual(
     with the reason, for a named implementation that cannot run on this platform or for these arguments.
     """
     check_shapes(q, k, None, q_segment, kv_segment, q_index, kv_index)
-    for name, value in (("heads", heads), ("queries", queries)):
-        if value not in REDUCTIONS[name]:
-            raise ValueError(f"{name}: expected one of {REDUCTIONS[name]}, got {value!r}")
-    b, rows, head_count, width = q.shape
-    length = k.shape[1]
-    for name, array, shape in (("q_mask", q_mask, (b, rows)), ("visual", visual, (b, length))):
-        if array.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    if lse is not None and lse.shape != (b, head_count, rows):
-        raise ValueError(f"lse: expected [B,H,R] = {(b, head_count, rows)}, got {lse.shape}")
-
+    _check(q, k, q_mask, visual, lse, heads, queries)
+    (b, rows, _, width), length = q.shape, k.shape[1]
     if not rows:
         return jnp.zeros((b, length), jnp.float32)
-
     scale = width**-0.5 if scale is None else scale
     q_segment = jnp.ones((b, rows), jnp.int32) if q_segment is None else q_segment
     q_segment = jnp.where(q_mask, q_segment, 0)
@@ -95,15 +85,7 @@ def text_to_visual(
             scale=scale,
         )
 
-    row_weight = q_mask & (q_segment > 0)
-    same = q_segment[:, :, None] == q_segment[:, None, :]
-    if queries == "last":  # a row with a later valid row of its segment does not count
-        later = jnp.arange(rows)[None, :] > jnp.arange(rows)[:, None]
-        row_weight &= ~jnp.any(same & later & row_weight[:, None, :], axis=2)
-    row_weight = row_weight.astype(jnp.float32)
-    if queries == "mean":
-        row_weight = row_weight / jnp.maximum(jnp.sum(same * row_weight[:, None, :], axis=2), 1.0)
-
+    row_weight = _row_weights(q_mask, q_segment, queries)
     score = load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k)).text_to_visual(
         q,
         k,
@@ -119,3 +101,31 @@ def text_to_visual(
         scale=scale,
     )
     return jnp.where(visual, score, 0.0)
+
+
+def _check(
+    q: jax.Array, k: jax.Array, q_mask: jax.Array, visual: jax.Array, lse: jax.Array | None, heads: str, queries: str
+) -> None:
+    for name, value in (("heads", heads), ("queries", queries)):
+        if value not in REDUCTIONS[name]:
+            raise ValueError(f"{name}: expected one of {REDUCTIONS[name]}, got {value!r}")
+    b, rows, head_count, _ = q.shape
+    length = k.shape[1]
+    for name, array, shape in (("q_mask", q_mask, (b, rows)), ("visual", visual, (b, length))):
+        if array.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    if lse is not None and lse.shape != (b, head_count, rows):
+        raise ValueError(f"lse: expected [B,H,R] = {(b, head_count, rows)}, got {lse.shape}")
+
+
+def _row_weights(q_mask: jax.Array, q_segment: jax.Array, queries: str) -> jax.Array:
+    """[B,R] fp32: with what weight a row enters the reduction over the rows of its segment."""
+    row_weight = q_mask & (q_segment > 0)
+    same = q_segment[:, :, None] == q_segment[:, None, :]
+    if queries == "last":  # a row with a later valid row of its segment does not count
+        later = jnp.arange(q_mask.shape[1])[None, :] > jnp.arange(q_mask.shape[1])[:, None]
+        row_weight &= ~jnp.any(same & later & row_weight[:, None, :], axis=2)
+    row_weight = row_weight.astype(jnp.float32)
+    if queries == "mean":
+        row_weight = row_weight / jnp.maximum(jnp.sum(same * row_weight[:, None, :], axis=2), 1.0)
+    return row_weight

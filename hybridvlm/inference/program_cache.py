@@ -1,0 +1,77 @@
+"""Compiled programs: one per function, static arguments and shapes of its arrays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+_compiled: list[int] = []
+
+
+def compile_count() -> int:
+    """How many programs XLA has compiled in this process since the first call of this function, which returns 0."""
+    if not _compiled:
+        _compiled.append(0)
+
+        def count(event: str, duration_secs: float, **_: Any) -> None:
+            _compiled[0] += event == _BACKEND_COMPILE
+
+        jax.monitoring.register_event_duration_secs_listener(count)
+    return _compiled[0]
+
+
+def peak_bytes(program: Any) -> int:
+    """Memory that a compiled program needs (arguments, outputs, temporaries), by its compiler; 0 where that says nothing."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+class ProgramCache:
+    """Compiled programs. What a program depends on is its key: the function, its static arguments, and its arrays' shapes.
+
+    Attributes:
+        compile_seconds: total seconds spent compiling.
+    """
+
+    def __init__(self) -> None:
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple[Any, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def get(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        """The compiled program of `function(*args, **static)`, made at the first call.
+
+        Args:
+            function: of a module, not a closure: whatever it reads besides its arguments is not in the key.
+            args: pytrees of arrays; their values do not matter.
+            donate: arguments whose memory the results may take; they are gone after the call.
+            static: hashable arguments by name.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        shapes = tuple((jnp.shape(a), str(jnp.result_type(a))) for a in leaves)
+        key = (function, donate, tuple(sorted(static.items())), shapes, tree)
+        if key not in self._programs:
+            start = time.perf_counter()
+
+            def run(*args: Any) -> Any:
+                return function(*args, **static)
+
+            self._programs[key] = jax.jit(run, donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that one of the programs needs."""
+        return max(map(peak_bytes, self._programs.values()), default=0)
