@@ -8,7 +8,7 @@ from PIL import Image
 
 from hybridvlm import ask
 from hybridvlm.analyze import measures, sparsity
-from hybridvlm.config import load_model_config
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models.media import Clip
 from hybridvlm.video.sheet import contact_sheet
 

@@ -40,6 +40,12 @@ def interpreted():
 
 class TestXla(SharedAttentionTests, SharedScoreTests):
     implementation = "xla"
+    quick = (
+        *(f"test_agrees_with_the_reference[{name}]" for name in ("12b_packed", "12b_extend", "vamba_cross")),
+        *(f"test_gradients_agree_with_the_reference[{name}]" for name in ("12b_packed", "tiny")),
+        *(f"test_scores_agree_with_the_reference[{name}]" for name in ("12b_packed", "vamba_cross")),
+        *(f"test_reductions_agree_with_the_reference[{name}]" for name in ("max-mean", "mean-max", "max-last")),
+    )
 
 
 class TestPallasTpu(SharedAttentionTests, SharedScoreTests):

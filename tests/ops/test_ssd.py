@@ -29,10 +29,15 @@ def _exact_products():
 
 class TestAssociative(SharedSsdTests):
     implementation, chunk = "associative", 32
+    quick = tuple(
+        f"test_agrees_with_the_token_scan[{case}]"
+        for case in ("packed_rows-float32", "strong_decay-float32", "tiny-float32", "12b_prefill-bfloat16")
+    )
 
 
 class TestSequential(SharedSsdTests):
     implementation, chunk = "sequential", 64
+    quick = ("test_agrees_with_the_token_scan[packed_rows-float32]", "test_agrees_with_the_token_scan[tiny-float32]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,7 @@ def test_transformer_twin_starts_as_the_hybrid_does():
     assert cosines(look, 0, asked, item) > 0.9
 
 
+@pytest.mark.slow
 def test_the_loss_moves_what_it_should(small):
     config, params, bank = small
     sample = sample_of(bank)
