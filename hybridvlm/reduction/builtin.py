@@ -90,7 +90,7 @@ def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: in
     where="M or * with a weight",
 )
 def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
-    """as str, but each layer drops by its weight in Schedule.layer_weights; a layer of weight 0 is skipped"""
+    """as str, but each layer drops by its weight in Schedule.layer_weights; weight 0: it is skipped"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 

@@ -93,9 +93,9 @@ def rope_positions(
             frames = "a frame" if apart else "frames"
             raise ValueError(f"{stop - start} visual tokens in a row do not fill {frames} of {rows}x{cols}")
         time = np.zeros(stop - start) if apart else frame[start:stop] - frame[start]
-        grid = np.tile(across, ((stop - start) // len(across), 1))
+        cells = np.tile(across, ((stop - start) // len(across), 1))
         position[start:stop, 0] = at + time
-        position[start:stop, 1:] = at + grid
+        position[start:stop, 1:] = at + cells
         at += max(
             (1 if apart else int(frame[stop - 1] - frame[start]) + factors[0]), rows * factors[1], cols * factors[2]
         )
