@@ -47,3 +47,13 @@ def test_configs_are_found_by_name():
     with pytest.raises(FileNotFoundError, match="bench_100m"):
         load_model_config("bench_1m")
     assert "bench_100m" in hv.config_names()
+
+
+def test_training_is_at_hand_from_python():
+    from hybridvlm.train import config, loop
+
+    assert hv.train.train is loop.train and hv.train.TrainConfig is config.TrainConfig
+    for name in hv.train.__all__:
+        assert callable(getattr(hv.train, name)) and getattr(hv.train, name).__doc__
+    with pytest.raises(AttributeError, match="no public name 'fit'"):
+        _ = hv.train.fit
