@@ -15,7 +15,7 @@ from hybridvlm.nn.caches import AttentionCache, attention_cache, check_capacity
 from hybridvlm.nn.linear import biased
 from hybridvlm.nn.projections import join_heads, project_heads
 from hybridvlm.ops.attention import attention
-from hybridvlm.ops.attention.api import attend
+from hybridvlm.ops.attention.api import attend_unmasked
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.parallel.sequence import gather_sequence, pick_rows, row_start, sequence_shards
@@ -130,7 +130,9 @@ def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool)
     """q [B,T,H,P] over the cache's prompt and, with `recent`, over what came after it: all of it lies before q."""
     sets = [(cache.k, cache.v, cache.segment)] + ([(cache.new_k, cache.new_v, cache.new_segment)] if recent else [])
     return [
-        attend(q, k, v, q_segment=segment, kv_segment=slots, causal=False) for k, v, slots in sets if k.shape[1] > 0
+        attend_unmasked(q, k, v, q_segment=segment, kv_segment=slots, causal=False)
+        for k, v, slots in sets
+        if k.shape[1] > 0
     ]
 
 

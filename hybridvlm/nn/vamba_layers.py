@@ -16,7 +16,7 @@ from hybridvlm.nn.caches import AttentionCache, MambaCache, attention_cache
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.projections import join_heads, project_heads, swiglu
 from hybridvlm.ops.attention import attention
-from hybridvlm.ops.attention.api import attend
+from hybridvlm.ops.attention.api import attend_unmasked
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
@@ -211,7 +211,9 @@ def cross_attention(
     else:
         folded = q.reshape(b, rows // b * t, heads, width)
         k, v = (a.reshape(b, -1, c.kv_heads, width) for a in (k, v))
-        out, lse = attend(folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False)
+        out, lse = attend_unmasked(
+            folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False
+        )
         lse = lse.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t)
     return join_heads(p, out.reshape(rows, t, heads, width)), q, lse
 

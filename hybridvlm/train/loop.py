@@ -31,7 +31,7 @@ from hybridvlm.train import lora as adapters
 from hybridvlm.train.checkpoint import Checkpoints, check_run_dir
 from hybridvlm.train.config import ReductionMode, TrainConfig
 from hybridvlm.train.log import Log, check_installed, peak_flops
-from hybridvlm.train.meter import TEACH, Meter, step_kind
+from hybridvlm.train.meter import TEACH, Meter, StepPlan, step_kind
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
@@ -170,7 +170,7 @@ class Run:
         rows = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(rows, a), batch)
 
-    def step_work(self, plan: ReductionPlan | str | None) -> tuple[int, float]:
+    def step_work(self, plan: StepPlan) -> tuple[int, float]:
         """(tokens that a step is given, predicted operations: three times the forward pass, and a dense teacher's once)."""
         c, t, shape = self.model.config, self.config.distill, self.shape
         rows, layers = self.config.data.batch, len(c.pattern)
@@ -244,7 +244,7 @@ class Run:
         meter = Meter(self, peak, done)
         waiting: tuple | None = None
         for step in range(done, config.steps):
-            plan = TEACH if teaches(config, step) else self.plans[reduction_at(config, step)]
+            plan: StepPlan = TEACH if teaches(config, step) else self.plans[reduction_at(config, step)]
             shared = plan == TEACH and "shared" in streams
             stream = streams["shared" if shared else "rows"]
             before = stream.waited

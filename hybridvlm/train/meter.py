@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final, Literal
 
 import jax
 import numpy as np
 
 from hybridvlm.console import LogProgress, duration
-from hybridvlm.reduction import PlanMismatch
+from hybridvlm.reduction import PlanMismatch, ReductionPlan
 from hybridvlm.train.log import memory_bytes
 
-TEACH = "teach"  # the plan of a dense step that teaches
+# In the place of a plan: a dense step that teaches.
+TEACH: Final = "teach"
+StepPlan = ReductionPlan | Literal["teach"] | None
 
 
 def step_kind(plan: Any) -> str:

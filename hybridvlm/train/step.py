@@ -27,6 +27,7 @@ from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.distill import layer_score, mixers, row_mask, shared_pass
 from hybridvlm.train.features import visual
 from hybridvlm.train.loss import answers, cross_entropy, divergence, first_answers, rank_loss
+from hybridvlm.train.meter import TEACH, StepPlan
 from hybridvlm.train.rows import TrainBatch
 from hybridvlm.train.straight_through import straight_through
 
@@ -47,7 +48,13 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FrozenParams:
-    """What no step changes: frozen parameters (flat), the teacher's (flat; {}: none of its own), the bank of cells or None."""
+    """What no step changes.
+
+    Attributes:
+        frozen: parameters that are not trained, by path.
+        teacher: the teacher's, by path; {}: it has none of its own.
+        table: visual tokens of every picture that a batch refers to by number, None where a batch holds them itself.
+    """
 
     frozen: Flat
     teacher: Flat
@@ -64,9 +71,12 @@ def check_family(family: Family) -> None:
 
 
 class Trainer:
-    """The programs of a run. plans: by step; `programs` holds those that were made: one per plan and one for teaching.
+    """The programs of a run, one per plan and one for teaching.
 
-    mesh: the devices, None for one.
+    Args:
+        config: of the run.
+        model: what is trained.
+        mesh: the devices, None for one.
     """
 
     def __init__(self, config: TrainConfig, model: Model, mesh: jax.sharding.Mesh | None = None):
@@ -217,23 +227,26 @@ class Trainer:
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
-    def program(self, plan: ReductionPlan | str | None) -> Callable[..., tuple[State, Sums]]:
-        """The compiled update (state, fixed, batch) -> (state, metrics) under a plan, None (dense) or "teach"; uses the state up."""
+    def program(self, plan: StepPlan) -> Callable[..., tuple[State, Sums]]:
+        """The compiled update (state, fixed, batch) -> (state, metrics); it donates `state`.
+
+        plan: what is dropped, None (dense), or TEACH for a dense step that teaches. ValueError for any other text.
+        """
+        if isinstance(plan, str) and plan != TEACH:
+            raise ValueError(f"plan must be a ReductionPlan, None or {TEACH!r}, got {plan!r}")
         if plan not in self.programs:
             self.programs[plan] = jax.jit(
                 lambda state, fixed, batch: self.update(state, fixed, batch, plan), donate_argnums=0
             )
         return self.programs[plan]
 
-    def update(
-        self, state: State, fixed: FrozenParams, batch: Any, plan: ReductionPlan | str | None
-    ) -> tuple[State, Sums]:
+    def update(self, state: State, fixed: FrozenParams, batch: Any, plan: StepPlan) -> tuple[State, Sums]:
         """One step: see `program`."""
         label = batch.label if isinstance(batch, TrainBatch) else batch["label"]
         total = jnp.maximum(jnp.sum(label > 0), 1).astype(jnp.float32)
 
         def loss(train: Flat, part: Any) -> tuple[jax.Array, Sums]:
-            if isinstance(plan, str):
+            if plan == TEACH:
                 return self.teach_loss(train, fixed, part, total)
             return self.plan_loss(train, fixed, part, total, plan)
 

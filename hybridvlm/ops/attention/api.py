@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -52,29 +53,45 @@ def attention(
 ) -> tuple[Float[Array, "B T H Q"], Float[Array, "B H T"]]:
     """Grouped-query softmax attention.
 
-    q [B,T,H,P], k and v [B,L,K,P]; query head h reads kv head h // (H // K), and nothing is repeated in memory.
-    Nothing at padding (segment 0) is read, NaN and infinities included.
-    A query sees a key if both are of the same nonzero segment (q_segment [B,T], kv_segment [B,L] int32; None: all one
-    segment) and, when `causal`, kv_index <= q_index (int32, [B,T] and [B,L]). Indices not given count from 0, query 0
-    next to key 0; tiles that no query sees are skipped, statically for such rows and at run time by explicit indices and
-    segments. `scale` multiplies q·k (None: P ** -0.5).
-    `implementation`: "xla" (tiles with a softmax carried along; beyond inputs and outputs it holds a few tiles and
-    fp32 accumulators of their size, forward and backward; no forward-mode derivative for more than 8 rows), runs everywhere;
-    "reference" (whole matrix); the kernels "pallas_tpu" and "pallas_gpu", everything above in O(T + L) memory, no
-    forward-mode derivative; "splash" (TPU; no indices, no gradient of lse) and "cudnn" (NVIDIA; neither segments nor indices, 16
-    bit, no gradient of lse). None takes the platform's (`DEFAULTS`), and where that cannot, "xla"; a named one is never
-    replaced.
+    Query head h reads kv head h // (H // K), and nothing is repeated in memory. A query sees a key if both are of the same
+    nonzero segment and, when `causal`, kv_index <= q_index. Nothing at padding (segment 0) is read, NaN and infinities
+    included. There is no mask, bias, window or soft cap.
 
-    Returns out [B,T,H,P] in q.dtype and the log-sum-exp of the scaled scores, lse [B,H,T] fp32, both differentiable.
-    A row that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by
-    lse = logaddexp(lse1, lse2), out = out1 * exp(lse1 - lse) + out2 * exp(lse2 - lse).
+    | implementation | platform | memory | limits |
+    |---|---|---|---|
+    | "xla" | any | a few tiles and their float32 accumulators | no forward-mode derivative for more than 8 rows |
+    | "reference" | any | the whole matrix | |
+    | "pallas_tpu", "pallas_gpu" | TPU, NVIDIA | O(T + L) | no forward-mode derivative |
+    | "splash" | TPU | O(T + L) | no indices, no gradient of lse |
+    | "cudnn" | NVIDIA | O(T + L) | 16 bit; neither segments nor indices, no gradient of lse |
 
-    Raises ValueError for shapes or segments that do not fit together, or an unknown implementation; NotImplementedError,
-    with the reason, for a named implementation that cannot run on this platform or for these arguments.
+    Args:
+        q: [B,T,H,P].
+        k: [B,L,K,P].
+        v: [B,L,K,Q]; Q may differ from P.
+        q_segment: [B,T] int32; None: all one segment.
+        kv_segment: [B,L] int32; None: all one segment.
+        q_index: [B,T] int32; None: 0, 1, ...
+        kv_index: [B,L] int32; None: 0, 1, ...
+        causal: whether a query sees only keys up to its own index.
+        scale: multiplies q·k (None: P ** -0.5).
+        implementation: one of the table; it runs or raises. None takes the platform's (`DEFAULTS`); "xla" for mixed or other
+            dtypes than float32 and bfloat16 and for up to 8 rows; and "xla", with a warning, where the platform's kernel
+            cannot take the arguments.
+
+    Returns:
+        out [B,T,H,Q] in q.dtype, and lse [B,H,T] float32, the log-sum-exp of the scaled scores; both differentiable. A row
+        that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by
+        lse = logaddexp(lse1, lse2), out = out1 * exp(lse1 - lse) + out2 * exp(lse2 - lse).
+
+    Raises:
+        ValueError: for shapes or segments that do not fit together, or an unknown implementation.
+        NotImplementedError: with the reason, for a named implementation that cannot run on this platform or for these
+            arguments.
     """
     check_shapes(q, k, v, q_segment, kv_segment, q_index, kv_index)
-    given = functools.partial(
-        attend,
+    run = functools.partial(
+        attend_unmasked,
         q_segment=q_segment,
         kv_segment=kv_segment,
         q_index=q_index,
@@ -84,16 +101,15 @@ def attention(
         implementation=implementation,
     )
     if q_segment is None or kv_segment is None:
-        return given(q, k, v)
-    # What stands at padding counts for nothing, be it NaN: 0 * NaN is no 0, neither here nor in a gradient.
-    real = q_segment > 0
-    filled = kv_segment > 0
-    q, k, v = (jnp.where(seen[..., None, None], x, 0) for x, seen in ((q, real), (k, filled), (v, filled)))
-    out, lse = given(q, k, v)
+        return run(q, k, v)
+    # Padding is zeroed by selecting, not by multiplying: 0 * NaN is NaN, also in the backward pass.
+    real, kv_real = q_segment > 0, kv_segment > 0
+    q, k, v = (jnp.where(mask[..., None, None], x, 0) for x, mask in ((q, real), (k, kv_real), (v, kv_real)))
+    out, lse = run(q, k, v)
     return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, EMPTY_LSE)
 
 
-def attend(
+def attend_unmasked(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -106,30 +122,35 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention` of arrays that are finite at padding too, as caches are: they are read as they lie, without a pass to clear it."""
-    return load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k, v)).attention(
-        q,
-        k,
-        v,
-        q_segment=q_segment,
-        kv_segment=kv_segment,
-        q_index=q_index,
-        kv_index=kv_index,
-        causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    """Like `attention`, of arrays that are finite at padding too, as caches are: the pass that zeroes padding is left out."""
+    options = {
+        "q_segment": q_segment,
+        "kv_segment": kv_segment,
+        "q_index": q_index,
+        "kv_index": kv_index,
+        "causal": causal,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+    }
+    name = implementation or default_implementation(DEFAULTS, q, k, v)
+    try:
+        return load(IMPLEMENTATIONS, name).attention(q, k, v, **options)
+    except NotImplementedError as reason:
+        if implementation is not None or name == "xla":
+            raise
+        warnings.warn(f"attention: 'xla' instead of the platform's {name!r}: {reason}", stacklevel=2)
+        return load(IMPLEMENTATIONS, "xla").attention(q, k, v, **options)
 
 
 def default_implementation(defaults: dict[str, str], *operands: jax.Array) -> str:
-    """What is taken for operands, the queries first, on the platform of the program that is being traced.
+    """The implementation used for operands (operands[0] are the queries) on the platform of the program that is traced.
 
     The platform's kernel; but "xla" for operands of types that no kernel takes, and for a few rows, which are bound by
     reading the keys where they lie.
     """
     name = defaults.get(platform(), "xla")
     dtypes = {x.dtype for x in operands}
-    kernel = len(dtypes) == 1 and dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
-    if name not in KERNELS or not kernel or operands[0].shape[1] <= FEW_ROWS:
+    takes_dtype = len(dtypes) == 1 and dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    if name not in KERNELS or not takes_dtype or operands[0].shape[1] <= FEW_ROWS:
         return "xla"
     return default_kernel("attention", name, "xla")
 
@@ -159,14 +180,14 @@ def check_shapes(
     length, kv_heads = k.shape[1], k.shape[2]
     if not all((b, heads, width, *k.shape)):
         raise ValueError(
-            f"q, k: expected at least one example, head, key and lane, got q [B,T,H,P] = {q.shape} and k [B,L,K,P] = {k.shape}; "
+            f"q, k: expected at least one example, head, key and head width, got q [B,T,H,P] = {q.shape} and k [B,L,K,P] = {k.shape}; "
             "leave the call out where there is nothing to attend to"
         )
     if k.shape[0] != b or k.shape[3] != width:
         raise ValueError(f"k: expected [{b},L,K,{width}] to match q {q.shape}, got {k.shape}")
     if heads % kv_heads:
         raise ValueError(f"q: expected a number of heads that is a multiple of k's {kv_heads}, got {heads}")
-    if v is not None and v.shape[:3] != k.shape[:3]:
+    if v is not None and (v.ndim != 4 or v.shape[:3] != k.shape[:3]):
         raise ValueError(f"v: expected {k.shape[:3]} and a head width, to match k, got {v.shape}")
     if (q_segment is None) != (kv_segment is None):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -20,9 +21,12 @@ class Choice(NamedTuple):
     """What `ssd` does on a platform where the caller does not say."""
 
     implementation: str
-    chunk_size: int  # tokens per chunk, for that implementation
-    block: int  # chunks that "associative" works on at once
-    other_chunk_size: int = 128  # for the implementation that is not the default
+    # tokens per chunk, for that implementation
+    chunk_size: int
+    # chunks that "associative" works on at once
+    block: int
+    # tokens per chunk of the implementations that are not the default
+    other_chunk_size: int = 128
 
     def chunk_for(self, implementation: str) -> int:
         return self.chunk_size if implementation == self.implementation else self.other_chunk_size
@@ -73,21 +77,33 @@ def ssd(
 ) -> tuple[Float[Array, "B L ..."], Float[Array, "B H P N"]]:
     """Mamba-2's recurrence: state <- exp(dt A) state + dt x B^T, y = state C + D x, head h reading group h // (H/G).
 
-    x [B,L,H,P] or flat [B,L,H*P], which the kernels read as it is; dt [B,L,H], after softplus; A [H], negative; B and C
-    [B,L,G,N]; D [H] or None (no skip).
-    segment [B,L] int32: 0 is padding (only at the end of a row; nothing there is read, its y is 0), the state is reset
-    between two different nonzero segments; None: all one segment. initial_state [B,H,P,N] (zeros if None) belongs to
-    initial_segment [B] int32 (None: to the row's first segment) and is dropped if the first segment is another one.
-    chunk_size: tokens per chunk of the chunked implementations (None: the platform's); any L works with any chunk size.
-    implementation: "reference" (token scan), "associative" (chunks combined by `jax.lax.associative_scan`),
-    "sequential" (chunks one after the other), "pallas_tpu" and "pallas_gpu" (kernels). A kernel that is asked for runs
-    or raises. None takes the platform's choice in `DEFAULTS`, and "sequential" for arguments which that cannot take.
+    Decays and states are float32 whatever the dtype of x; products of x, B and C take operands in x.dtype and accumulate
+    in float32. Differentiable in every array but the segments.
 
-    Returns y in the shape and dtype of x and the final state [B,H,P,N] float32, that after the last real token; a row of only
-    padding hands its incoming state on. Decays and states are float32 whatever the dtype of x; products of x, B
-    and C take operands in x.dtype and accumulate in float32. Differentiable in every array but the segments.
-    Raises ValueError for shapes that do not fit together and for an unknown implementation, NotImplementedError, with
-    the reason, for a kernel that cannot run on this platform or for these arguments.
+    Args:
+        x: [B,L,H,P], or flat [B,L,H*P], which the kernels read as it is.
+        dt: [B,L,H], after softplus.
+        A: [H], negative.
+        B: [B,L,G,N].
+        C: [B,L,G,N].
+        D: [H]; None: no skip.
+        segment: [B,L] int32; None: all one segment. 0 is padding, which stands only at the end of a row: nothing there is
+            read, and its y is 0. The state is reset between two different nonzero segments.
+        initial_state: [B,H,P,N]; None: zeros. It is dropped if the row's first segment is not `initial_segment`.
+        initial_segment: [B] int32, the segment of `initial_state`; None: the row's first one.
+        chunk_size: tokens per chunk of the chunked implementations (None: the platform's); any L works with any of them.
+        implementation: "reference" (token scan), "associative" (chunks combined by `jax.lax.associative_scan`),
+            "sequential" (chunks one after the other), "pallas_tpu" or "pallas_gpu" (kernels). One that is named runs or
+            raises. None takes the platform's choice in `DEFAULTS`; where that cannot take the arguments, "sequential",
+            with a warning.
+
+    Returns:
+        y in the shape and dtype of x, and the final state [B,H,P,N] float32, that after the last real token; a row of only
+        padding hands its incoming state on.
+
+    Raises:
+        ValueError: for shapes that do not fit together, and for an unknown implementation.
+        NotImplementedError: with the reason, for a kernel that cannot run on this platform or for these arguments.
     """
     _check(x, dt, A, B, C, D, segment, initial_state, initial_segment)
     default = default_choice()
@@ -97,7 +113,8 @@ def ssd(
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
 
     b, length, h = dt.shape
-    n, p = B.shape[3], x.shape[2] // h if x.ndim == 3 else x.shape[3]
+    n = B.shape[3]
+    p = x.shape[2] // h if x.ndim == 3 else x.shape[3]
     dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
     state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
     D = None if D is None else D.astype(jnp.float32)
@@ -105,9 +122,10 @@ def ssd(
     if segment is not None:
         real = segment > 0
         run = segment_runs(segment, initial_segment)
-        # What stands at padding counts for nothing, be it NaN: 0 * NaN is no 0, neither here nor in a gradient.
-        x, dt, B, C = (jnp.where(real.reshape(b, length, *(1,) * (v.ndim - 2)), v, 0) for v in (x, dt, B, C))
-        state = jnp.where((run[:, 0] > 0)[:, None, None, None], 0.0, state)  # dropped: of another segment
+        # Padding is zeroed by selecting, not by multiplying: 0 * NaN is NaN, also in the backward pass.
+        x, dt, B, C = (_where_real(real, v) for v in (x, dt, B, C))
+        # A reset before the first token: the incoming state is of another segment.
+        state = jnp.where((run[:, 0] > 0)[:, None, None, None], 0.0, state)
 
     def compute(implementation: str) -> tuple[jax.Array, jax.Array]:
         if implementation in KERNELS:
@@ -129,12 +147,20 @@ def ssd(
         chosen = default_kernel("ssd", chosen, "sequential")
     try:
         y, final = compute(chosen)
-    except NotImplementedError:
+    except NotImplementedError as reason:
         if implementation is not None:
             raise
+        warnings.warn(f"ssd: 'sequential' instead of the platform's {chosen!r}: {reason}", stacklevel=2)
         y, final = compute("sequential")
     y = y.reshape(x.shape)
-    return y if real is None else jnp.where(real.reshape(b, length, *(1,) * (y.ndim - 2)), y, 0), final
+    if real is not None:
+        y = _where_real(real, y)
+    return y, final
+
+
+def _where_real(real: jax.Array, v: jax.Array) -> jax.Array:
+    """v [B,L,...] where `real` [B,L], and 0 at padding."""
+    return jnp.where(real.reshape(*real.shape, *(1,) * (v.ndim - 2)), v, 0)
 
 
 def ssd_step(
@@ -181,7 +207,9 @@ def _check(
     b, length = x.shape[:2]
     h = A.size if x.ndim == 3 else x.shape[2]
     if x.ndim == 3 and (h < 1 or x.shape[2] % h):
-        raise ValueError(f"ssd: A [H] must have a head for equal parts of x [B,L,H*P] = {x.shape}, got {A.shape}")
+        raise ValueError(
+            f"ssd: len(A), the number of heads, must divide x.shape[2] of x [B,L,H*P] = {x.shape}, got {A.shape}"
+        )
     p = x.shape[2] // h if x.ndim == 3 else x.shape[3]
     g, n = B.shape[2:]
     if h % g:
