@@ -59,6 +59,7 @@ def add_latest(name="latest", **options):
     return latest
 
 
+@pytest.mark.slow
 def test_a_registered_method_drops_by_its_own_score(registry):
     add_latest()
     assert parse_method("evs:0.5+latest") == (("evs", 0.5), ("latest", None))

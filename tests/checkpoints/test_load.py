@@ -385,6 +385,7 @@ def test_cached_copy(source, tmp_path, monkeypatch):
         load(source, cache=tmp_path / "mine")
 
 
+@pytest.mark.slow
 def test_onto_a_mesh_and_onto_another(source, tmp_path):
     """Streamed onto four devices, cached, and restored onto two: in a process of its own, which has that many."""
     code = f"""

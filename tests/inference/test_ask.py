@@ -51,6 +51,7 @@ def test_dense_and_reduced(nano):
     assert less.survivors.sum() == less.stages[-1][2] < 16
 
 
+@pytest.mark.slow
 def test_survivors_are_those_of_the_prompt(nano):
     """Under a rule that needs no model, the picture shows what the rule keeps."""
     answer = nano.ask(FRAMES, "?", max_new=1, reduction=Reduction("uniform-input", 0.25))
@@ -96,6 +97,7 @@ class Digits(PublishedTokenizer):
         return "".join(f" {i}" for i in ids)
 
 
+@pytest.mark.slow
 def test_caches_go_on(nano):
     """The extension itself, with a tokenizer whose ids always come back."""
     model = dataclasses.replace(nano, tokenizer=Digits(), style=type(nano.style)())
@@ -118,6 +120,7 @@ def test_caches_go_on_under_a_plan_that_no_question_has_a_say_in(nano):
     assert not bound.ask(" 8 9", max_new=4).continued
 
 
+@pytest.mark.slow
 def test_images_and_text(nano, omni, tmp_path):
     Image.fromarray(FRAMES[0]).save(tmp_path / "picture.png")
     tiled = nano.ask(tmp_path / "picture.png", "?", max_new=1)
@@ -132,6 +135,7 @@ def test_images_and_text(nano, omni, tmp_path):
     assert (alone.frames, alone.stages, len(alone.tokens) <= 2) == (0, [(0, 5, 0)], True)
 
 
+@pytest.mark.slow
 def test_two_frame_patches(omni):
     """Five frames are three pairs, in the shape that keeps their aspect; the text names both frames of a pair."""
     frames = np.concatenate([FRAMES, FRAMES[:1]])

@@ -220,7 +220,7 @@ def test_room_that_is_used_up_is_refused(model, pixels):
         prefilled = model.prefill(batch, model.encode(pixels), decode_capacity=decode_capacity)
         return prefilled.logits, prefilled.decoder.caches
 
-    with pytest.raises(ValueError, match="extend takes 4 tokens, and the caches have 3 of 3 places free"):
+    with pytest.raises(ValueError, match="extend takes 4 tokens, and the caches have 3 of 3 slots free"):
         model.extend(ids, segment, caches(3)[1])
     _, longer = model.extend(ids, segment, caches(6)[1])
     with pytest.raises(

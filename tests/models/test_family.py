@@ -9,7 +9,7 @@ import pytest
 
 import hybridvlm as hv
 from hybridvlm.checkpoints import samples
-from hybridvlm.config import Buckets, Reduction
+from hybridvlm.config import KINDS, Buckets, Reduction
 from hybridvlm.inference.model import load
 from hybridvlm.models.family import FAMILIES, Family, family_for, get_family
 from hybridvlm.nn import decoder
@@ -45,7 +45,16 @@ def test_an_unknown_family_is_named():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load("tiny", buckets=Buckets(frames=(2,), text=(16,), max_new=2))
+    """The embedded model with the first of its layers of each kind."""
+    whole = load("tiny", buckets=Buckets(frames=(2,), text=(16,), max_new=2))
+    config = dataclasses.replace(whole.config, pattern="M*-M")
+    first = {
+        name: jax.tree.map(lambda a, n=config.count(kind): a[:n], whole.params["decoder"][name])
+        for kind, name in KINDS.items()
+        if config.count(kind)
+    }
+    params = whole.params | {"decoder": first | {"norm_f": whole.params["decoder"]["norm_f"]}}
+    return dataclasses.replace(whole, config=config, params=params)
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,7 @@ def test_vision_normalises_raw_pixels():
     close_absolutely(encode_frames(params, config.vision, restored, jnp.zeros(1))[0], io["projected"], 1e-5)
 
 
+@pytest.mark.slow
 def test_two_frame_patches():
     """Omni video: pairs of frames through their own patch embedding; the last of five frames is its own partner."""
     config, params, _ = load("nemotron_h_omni_image")

@@ -189,6 +189,7 @@ def test_golden_prefill_and_decode(name, piece):
         close_absolutely(logits, io["dec.logits"][:, at])
 
 
+@pytest.mark.slow
 def test_golden_activations():
     """What every sub-block adds, against the reference's."""
     config, params, io = golden("short")
@@ -216,6 +217,7 @@ def test_golden_activations():
             close_absolutely(acts[f"{i}.{part}"][None], io[f"act.{i}.{part}"], 1e-5)
 
 
+@pytest.mark.slow
 def test_golden_packed_rows():
     """Two samples in one row: positions start anew, and neither sees anything of the other."""
     config, params, io = golden("short")
@@ -268,6 +270,7 @@ def memory_layers(memory):
     return sum(stage.k.shape[0] for stage in memory.stages)
 
 
+@pytest.mark.slow
 def test_pieces_of_any_length_carry_their_state():
     """A video encoded piece by piece, as it comes, is the video encoded whole; padding after one in a batch changes nothing."""
     config, params = small()
@@ -292,6 +295,7 @@ def test_pieces_of_any_length_carry_their_state():
     close_absolutely(padded.stages[0].k[:, 0, :37], whole.stages[0].k[:, 0], 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_through_pieces():
     config, params = small()
     video, text = film(2, 26), words(3, 5)
@@ -354,6 +358,7 @@ def look(params, config, pixels):
     return vamba.encode(params, config, pixels)
 
 
+@pytest.mark.slow
 def test_examples_of_a_batch_do_not_touch_each_other():
     """Two videos of different length and a prompt without any, together and alone."""
     config, params = small()
@@ -386,6 +391,7 @@ def plan_of(config, frames, text, **fields):
     return vamba.make_plan(config, Reduction(schedule=Schedule(floor=0.1), **fields), frames, text)
 
 
+@pytest.mark.slow
 def test_one_memory_serves_many_questions():
     """Dense, and under a plan that does not look at the question: the same logits as from the video itself."""
     config, params = small()
@@ -441,6 +447,7 @@ def test_drops_by_cross_attention_against_the_oracle():
 
 
 @pytest.mark.parametrize("method", ["uniform", "avgpool", "evs:0.75+str:0.5"])
+@pytest.mark.slow
 def test_methods_keep_what_their_plans_say(method):
     """In a batch of videos of different length; and the survivors name their places in the prompt."""
     config, params = small()

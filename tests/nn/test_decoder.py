@@ -117,6 +117,7 @@ def test_prefill_is_the_layers_one_after_the_other(params):
 
 
 @pytest.mark.parametrize(("lengths", "pad"), [((6, 5), 3), pytest.param((1, 9), 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_alone_in_a_batch_and_packed_are_the_same(params, lengths, pad):
     a, b = (rows(i, 1, n) for i, n in enumerate(lengths))
     alone = [prefill(params, CONFIG, text_tokens(x, ones(*x.shape[:2]))).tokens.x for x in (a, b)]
@@ -134,6 +135,7 @@ def test_alone_in_a_batch_and_packed_are_the_same(params, lengths, pad):
 
 
 @pytest.mark.parametrize("cut", [5, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (1, 2, 3, 4, 8, 10, 11))])
+@pytest.mark.slow
 def test_split_anywhere_with_caches(params, cut):
     x = rows(3, 2, 12)
     whole = prefill(params, CONFIG, text_tokens(x, ones(2, 12))).tokens.x
@@ -145,6 +147,7 @@ def test_split_anywhere_with_caches(params, cut):
     assert all(int(c.length) == 12 - cut for c in caches if hasattr(c, "length"))
 
 
+@pytest.mark.slow
 def test_ragged_batch_decodes_as_each_alone(params):
     lengths, new = [5, 9], 4
     segment = (jnp.arange(9) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
@@ -160,6 +163,7 @@ def test_ragged_batch_decodes_as_each_alone(params):
         close_to_largest(jnp.concatenate(got, axis=1)[b], want)
 
 
+@pytest.mark.slow
 def test_questions_that_share_a_video_stand_alone(params):
     video, questions = rows(6, 2, 7), rows(7, 6, 3)
     segment = jnp.asarray([[1] * 7, [1] * 5 + [0] * 2], jnp.int32)
@@ -178,6 +182,7 @@ def plan_for(visual, text, method="str", budget=0.6):
 
 
 @pytest.mark.parametrize("method", ["str", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_survivors_do_not_depend_on_bucket_batch_or_packing(params, method):
     a, b = prompt(1, 12, 3), prompt(2, 9, 2, segment=2)
 
@@ -200,6 +205,7 @@ def test_survivors_do_not_depend_on_bucket_batch_or_packing(params, method):
     close_to_largest(packed.x[0, n : n + m], alone_b.x[0, :m])
 
 
+@pytest.mark.slow
 def test_a_drop_leaves_the_state_of_earlier_layers_whole(params):
     tokens, plan = prompt(3, 12, 3), plan_for(12, 3, budget=0.5)
     assert plan.drops
@@ -216,6 +222,7 @@ def test_a_drop_leaves_the_state_of_earlier_layers_whole(params):
     assert last == [plan.keep(layer + 1, 12) for layer in plan.drops]
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_a_reduced_prefill(params):
     tokens, plan = prompt(4, 12, 3), plan_for(12, 3)
 

@@ -168,6 +168,7 @@ def test_cudnn_says_that_it_is_not_installed():
         attention(*small_arrays(jnp.bfloat16), implementation="cudnn")
 
 
+@pytest.mark.slow
 def test_cudnn_gives_both_results_and_refuses_the_gradient_that_it_would_drop(monkeypatch):
     """By the same function's XLA code, which has the same results and gradients."""
     library = jax.nn.dot_product_attention

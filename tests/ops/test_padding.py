@@ -105,6 +105,7 @@ def test_convolution():
     check(lambda *args: causal_conv1d(*args[:3], segment=SEGMENT, initial_state=args[3]), [x, weight, bias, state])
 
 
+@pytest.mark.slow
 def test_a_state_of_another_segment_may_hold_anything():
     x, dt, b, c = arrays((B, L, H, P), (B, L, H), (B, L, G, N), (B, L, G, N))
     given = dict(segment=SEGMENT, initial_segment=jnp.asarray([7, 7]))

@@ -41,6 +41,7 @@ class TestPallasTpu(SharedSsdTests):
         with tpu_interpreter():
             yield
 
+    @pytest.mark.slow
     def test_no_races_between_two_cores(self):
         """Two cores take the parallel axes of the grid, forward and backward, and the interpreter watches what they touch."""
         arrays, rest = ARG_SPECS["tiny"].small(140).arrays(jnp.float32)

@@ -74,6 +74,7 @@ def test_sharded_prefill_is_that_of_one_device():
     [list(TRAIN)[:IN_SUITE], pytest.param(list(TRAIN)[IN_SUITE:], marks=pytest.mark.slow)],
     ids=["some", "more"],
 )
+@pytest.mark.slow
 def test_sharded_training_is_that_of_one_device(names):
     """Loss, hidden states, every parameter's gradient and who stays: experts too; rows packed, of odd length, or empty, a segment
     that ends at a border, shards of nothing but padding."""
@@ -253,4 +254,6 @@ def test_scores_that_need_whole_heads_are_refused():
         sharding.reduce_scores(score, SMALL, local_config(SMALL, 2), ScoreOptions(queries="max"))
     # a method with options of its own, and one that looks at no head, go by no plan's
     for method in ("fastv", "random"):
-        sharding.reduce_scores(score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True, heads="max"), method)
+        sharding.reduce_scores(
+            score, SMALL, local_config(SMALL, 4), ScoreOptions(dt=True, heads="max"), get_method(method)
+        )

@@ -119,6 +119,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(small, tmp_path)
     chex.assert_trees_all_equal(whole, again)
 
 
+@pytest.mark.slow
 def test_separate_questions_need_no_token_twice(small):
     _, _, bank = small
     _, asked = draw_videos(bank, 4, 3, 40, needle.TYPES, np.random.default_rng(0))

@@ -397,6 +397,7 @@ def test_a_run_logs_exports_and_compiles_one_program_per_plan(straight, model):
     assert (np.asarray(before["decoder/mamba/in_proj"]) != np.asarray(after["decoder/mamba/in_proj"])).any()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit(straight, tmp_path, model):
     run = ready(tmp_path / "run", straight, model)
     held = run.batch
