@@ -48,12 +48,10 @@ def tiny():
     """The embedded model with the first of its layers of each kind."""
     whole = load("tiny", buckets=Buckets(frames=(2,), text=(16,), max_new=2))
     config = dataclasses.replace(whole.config, pattern="M*-M")
-    first = {
-        name: jax.tree.map(lambda a, n=config.count(kind): a[:n], whole.params["decoder"][name])
-        for kind, name in KINDS.items()
-        if config.count(kind)
-    }
-    params = whole.params | {"decoder": first | {"norm_f": whole.params["decoder"]["norm_f"]}}
+    stacks = {name: config.count(kind) for kind, name in KINDS.items() if config.count(kind)}
+    decoder_params = whole.params["decoder"]
+    first = {name: jax.tree.map(lambda a: a[:n], decoder_params[name]) for name, n in stacks.items()}  # noqa: B023
+    params = whole.params | {"decoder": first | {"norm_f": decoder_params["norm_f"]}}
     return dataclasses.replace(whole, config=config, params=params)
 
 

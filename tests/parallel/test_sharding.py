@@ -22,6 +22,7 @@ from hybridvlm.config_files import load_model_config
 from hybridvlm.models import nemotron_vl
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.reduction.methods import get_method
 from hybridvlm.sharding import ShardingRules, local_config, make_mesh, permute_for_tp, unpermute_for_tp
 
 WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "sharding_worker.py"
