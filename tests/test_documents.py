@@ -173,10 +173,11 @@ def test_a_command_with_a_wrong_word_is_seen(monkeypatch):
         check_names(options, "hybridvlm.eval", "")
 
 
-LONGER = ("hybridvlm/models/README.md", "hybridvlm/reduction/README.md")
+PRINTED = ("README.md", "hybridvlm/models/README.md", "hybridvlm/reduction/README.md")
 
 
-@pytest.mark.parametrize("name", ["README.md", *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
 def test_python_prints_what_stands_below_it(name):
     text = (ROOT / name).read_text()
     (code,) = blocks(text, "python")

@@ -342,6 +342,7 @@ def test_methods_of_mamba_layers_are_refused_and_others_say_what_they_can():
     assert plan_of("qwen2_vl", "str", 0.5, score=options).score == options
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_planes_and_every_parameter():
     name = "qwen3_vl"
     config, params, _ = load(name)

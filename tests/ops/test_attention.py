@@ -246,7 +246,10 @@ def test_tiles_above_the_diagonal_are_not_visited():
     ("change", "message"),
     [
         ({"q": np.zeros((0, 5, 4, 8))}, "at least one example"),
-        ({"k": np.zeros((2, 0, 2, 8)), "v": np.zeros((2, 0, 2, 8))}, "at least one example, head, key and lane, got"),
+        (
+            {"k": np.zeros((2, 0, 2, 8)), "v": np.zeros((2, 0, 2, 8))},
+            "at least one example, head, key and head width, got",
+        ),
         ({"k": np.zeros((2, 6, 0, 8))}, "at least one example, head"),
         ({"q": np.zeros((2, 5, 3, 8))}, "multiple of k's 2"),
         ({"k": np.zeros((2, 6, 2, 4))}, "k: expected"),

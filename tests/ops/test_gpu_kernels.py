@@ -35,6 +35,7 @@ class Interpreted:
         return interpreted()
 
 
+@pytest.mark.slow
 class TestSsd(Interpreted, SharedSsdTests):
     quick = ()
 

@@ -438,6 +438,7 @@ def ready(folder, straight, model, say=lambda text: None):
     return run
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(straight, tmp_path, model):
     run = ready(tmp_path / "run", straight, model)
     for plan, program in run.trainer.programs.items():
