@@ -213,7 +213,7 @@ class Runner:
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
-            "weights": weights or fingerprint(model.params),
+            "weights": weights or fingerprint(model.whole_params()),
             "dtype": dtype,
             "buckets": to_dict(model.buckets),
             "style": to_dict(model.style),

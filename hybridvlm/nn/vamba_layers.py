@@ -239,7 +239,7 @@ def text_layer(
         own, _ = attention(q, k, v, q_segment=segment, kv_segment=segment)
         cache = attention_cache(k, v, segment, decode_capacity)
     else:
-        own, cache = extend_cache(q, k, v, segment, past)
+        own, cache = extend_cache(c, q, k, v, segment, past)
     seen, q, lse = cross_attention(p["cross"], c, h, segment, memory.k, memory.v, memory.segment)
     x = blend(c, p["cross"], x, join_heads(p["attention"], own), seen, lse[:, 0] > EMPTY_LSE / 2)
     x = x + swiglu(p["mlp"], rms_norm(x, p["mlp"]["norm"], c.norm_eps)).astype(x.dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
@@ -25,10 +26,13 @@ from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout
 from hybridvlm.nn import vamba
 from hybridvlm.nn.caches import AttentionCache
+from hybridvlm.nn.decoder import with_specs
 from hybridvlm.nn.vamba import VambaDecoder, VideoMemory
+from hybridvlm.nn.vamba_layers import CrossMemory
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction import methods
 from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
@@ -42,6 +46,7 @@ MODEL_TYPES: tuple[str, ...] = ()
 Config = VambaConfig
 # Its text enters no Mamba block.
 METHODS = methods.AttentionMethods()
+MESH_AXES = ("data",)
 CHAT = qwen_vl.CHAT
 
 
@@ -307,6 +312,10 @@ def prefill(
         if visual is not None and plan is not None and plan.depends_on_query:
             raise ValueError(f"prefill: {plan.method!r} looks at the question; give it visual tokens, not a memory")
         memory = vamba.no_video(config, b, text.x.dtype) if visual is None else visual
+        if isinstance(config, LocalConfig) and memory.index.shape[0] != b:
+            raise ValueError(
+                f"prefill: on a mesh every prompt needs a memory of its own, got {memory.index.shape[0]} for {b} prompts a device"
+            )
         text, own = vamba.prefill_text(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
         given = memory.kept[0] if visual is None else jnp.sum(batch.video_segment > 0, axis=1, dtype=jnp.int32)[:, None]
     else:
@@ -343,3 +352,18 @@ def extend(
     x = jnp.take(params["embed"], ids, axis=0)
     x, own = vamba.extend(params["decoder"], config, x, segment, caches.own, caches.memory)
     return _last_logits(params, config, x, segment), Caches(own, caches.memory)
+
+
+def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[Decoded]:
+    """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs: by rows, behind the stack of layers."""
+    rows, stacked = P(config.batch_axes), P(None, config.batch_axes)
+    stages = 1 if plan is None else 1 + len(plan.drops)
+    own = with_specs(AttentionCache, *[stacked] * 6, P())
+    stage = with_specs(CrossMemory, stacked, stacked, rows)
+    memory = with_specs(VideoMemory, (stage,) * stages, stacked, rows, stacked, rows, rows)
+    return with_specs(
+        PrefillOutput,
+        rows,
+        with_specs(Decoded, rows, with_specs(Caches, (own,) * stages, memory), rows, stacked),
+        rows,
+    )

@@ -1,0 +1,212 @@
+"""Run by test_model_mesh.py in a process of its own, on 8 devices of the CPU: models on meshes against the same on one device.
+
+`mesh_worker.py CASE...` (of `CASES`) prints one JSON line per case: {"case", "logits" and "extended" (max|difference| /
+max|reference|), "kept", "tokens", "answers": whether these are the same}.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+
+from hybridvlm.checkpoints import folder
+from hybridvlm.config import Buckets, ModelConfig, QwenConfig, Reduction, Schedule, VambaConfig, VisionConfig
+from hybridvlm.inference.model import Model
+from hybridvlm.inference.placement import to_host
+from hybridvlm.inference.sampling import Sampling
+from hybridvlm.models.family import family_for
+from hybridvlm.models.media import Clip
+from hybridvlm.models.prompt import PromptStyle
+from hybridvlm.sharding import make_mesh
+from hybridvlm.tokenizers.word_level import WordLevel
+
+# 16 tokens: cut over any of the meshes here; 15 are whole everywhere
+WORDS = ("red", "green", "blue", "what", "where", "?", "a", "b", "c", "d", "e", "f", "g")
+HYBRID = ModelConfig(
+    pattern="M*-ME*M",
+    width=32,
+    vocab_size=16,
+    mamba_heads=8,
+    mamba_head_dim=4,
+    ssm_groups=2,
+    ssm_state=8,
+    attention_heads=8,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    experts=4,
+    experts_per_token=2,
+    expert_width=16,
+    shared_width=16,
+    mamba_bias=True,
+    mlp_bias=True,
+    eos_ids=(1,),
+    vision=VisionConfig(
+        kind="stem", image_size=(16, 16), patch_size=8, width=12, downsample=1, max_frames=8, stem_channels=(4,)
+    ),
+    name="hybrid",
+)
+TUBELETS = VisionConfig(
+    kind="qwen",
+    image_size=(32, 32),
+    patch_size=8,
+    width=16,
+    downsample=2,
+    temporal_patch=2,
+    layers=2,
+    heads=2,
+    mlp_width=24,
+    projector_width=64,
+    deepstack=(0,),
+    patch_bias=True,
+    position_rows=4,
+    activation="gelu_tanh",
+)
+QWEN = QwenConfig(
+    pattern="*-*-",
+    width=32,
+    vocab_size=16,
+    attention_heads=8,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    qk_norm=True,
+    rope_theta=10000.0,
+    rope_sections=(2, 1, 1),
+    rope_interleaved=True,
+    mlp_gated=True,
+    generation=3,
+    tie_embeddings=True,
+    eos_ids=(1,),
+    vision=TUBELETS,
+    name="qwen",
+)
+CONFIGS = {
+    "hybrid": HYBRID,
+    "odd vocabulary": dataclasses.replace(HYBRID, pattern="M*", vocab_size=15, tie_embeddings=True),
+    "qwen": QWEN,
+}
+BUCKETS = Buckets(frames=(4, 8), text=(16, 64), max_new=5)
+REDUCED = Reduction("str", 0.25, schedule=Schedule(floor=0.1))
+# name -> (config, sizes of the mesh, reduction, questions in a batch)
+CASES = {
+    "hybrid data=8": ("hybrid", {"data": 8}, REDUCED, 3),
+    "hybrid tensor=8": ("hybrid", {"tensor": 8}, REDUCED, 2),
+    "hybrid sequence=8": ("hybrid", {"sequence": 8}, REDUCED, 1),
+    "hybrid data=2 sequence=2 tensor=2": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED, 3),
+    "dense sequence=4 tensor=2": ("hybrid", {"sequence": 4, "tensor": 2}, None, 1),
+    "dense fsdp=2 tensor=4": ("hybrid", {"fsdp": 2, "tensor": 4}, None, 2),
+    "reduced fsdp=4 sequence=2": ("hybrid", {"fsdp": 4, "sequence": 2}, REDUCED, 2),
+    "dense data=8": ("hybrid", {"data": 8}, None, 1),
+    "evs sequence=2 tensor=2": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("evs", 0.5), 2),
+    "avgpool sequence=4": ("hybrid", {"data": 2, "sequence": 4}, Reduction("avgpool", 0.25), 2),
+    "odd vocabulary sequence=2 tensor=4": ("odd vocabulary", {"sequence": 2, "tensor": 4}, None, 1),
+    "qwen data=8": ("qwen", {"data": 8}, REDUCED, 3),
+    "qwen tensor=8": ("qwen", {"tensor": 8}, REDUCED, 2),
+    "qwen sequence=8": ("qwen", {"sequence": 8}, None, 1),
+    "qwen data=2 sequence=2 tensor=2": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED, 2),
+}
+
+
+def random_model(config: ModelConfig) -> Model:
+    """Weights that make every token depend on much of what was before it."""
+    family = family_for(config)
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        leaf = name.rsplit("/", 1)[-1]
+        if leaf in ("dt_bias", "A_log") or leaf.endswith("norm") or leaf == "norm_f":
+            return rng.normal(0.5, 0.2, shape)
+        return rng.normal(0, 1 / np.sqrt(shape[-2] if len(shape) > 1 else 4), shape)
+
+    shapes = folder.expected_shapes(config, family)
+    flat = {name: draw(name, shape).astype(np.float32) for name, shape in shapes.items()}
+    words = WORDS[: config.vocab_size - 3]
+    tokenizer = WordLevel.from_words(words, special=("<pad>", "<eos>"))
+    style = PromptStyle(question="what {question} ?") if family.NAME == "nemotron_vl" else family.style_for(config)
+    params = jax.tree.map(jax.numpy.asarray, folder.unflatten(flat))
+    return Model(config, params, tokenizer, buckets=BUCKETS, style=style, family=family)
+
+
+def clip(frames: int, seed: int, config: ModelConfig) -> Clip:
+    rng = np.random.default_rng(seed)
+    t = config.tower.temporal_patch
+    pixels = rng.integers(0, 256, (frames * t, *config.tower.image_size, 3)).astype(np.uint8)
+    return Clip(tuple(float(i) for i in range(frames * t)), pixels)
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
+
+
+def batch_of(model: Model, rows: int, reduction: Reduction | None):
+    """Questions of several lengths about clips of several numbers of frames."""
+    clips = [clip(frames, i, model.config) for i, frames in zip(range(rows), (5, 7, 6), strict=False)]
+    questions = ["red a b c"[: 3 + 2 * i] for i in range(rows)]
+    asked = list(zip(questions, clips, strict=True))
+    batch, plan = model.batch_of(
+        lambda factors: [model.layout(question, c.seconds, factors) for question, c in asked], reduction
+    )
+    return batch, plan, model.family.pixels(model.config, clips, 8)
+
+
+def run(model: Model, rows: int, reduction: Reduction | None):
+    """Everything that a model on one device and on a mesh must agree on."""
+    batch, plan, pixels = batch_of(model, rows, reduction)
+    visual = model.encode(pixels)
+    generation = model.generate(batch, visual, plan)
+    model.verify(generation)
+    drawn = model.generate(batch, visual, plan, sampling=Sampling(1.0, 0.7, ()), seeds=range(rows))
+    prefilled = model.prefill(batch, visual, plan, 9)
+    ids = np.asarray([[3, 4, 5, 0]] * rows, np.int32)
+    extended, longer = model.extend(ids, np.asarray([[1, 1, 1, 0]] * rows, np.int32), prefilled.decoder.caches)
+    first, _, state = model.decode(extended, longer, np.zeros(rows, np.int32), max_new=2, sampling=Sampling(stop_ids=()))
+    more, _, _ = model.decode(None, state, np.zeros(rows, np.int32), max_new=2, sampling=Sampling(stop_ids=()))
+    found = to_host((generation.prefilled.logits, extended, generation.prefilled.decoder.kept))
+    logits, extended, kept = found[0][:rows], found[1][:rows], found[2][:, :rows]
+    survivors = [index[:rows][visual[:rows]].tolist() for index, visual in to_host(generation.prefilled.decoder.survivors)]
+    tokens = generation.tokens, drawn.tokens, first.tolist(), more.tolist()
+    return logits, extended, (kept.tolist(), survivors), tokens
+
+
+def answers(model: Model, reduction: Reduction | None) -> list[str]:
+    """A conversation about a clip, one about an image, and text alone."""
+    said = []
+    for video in (clip(5, 7, model.config), clip(1, 3, model.config).frames[0], None):
+        answer = model.ask(video, "where red ?", reduction=reduction if video is not None else None, decode_capacity=40)
+        told = answer.conversation.ask("b c ?", show=lambda text: None)
+        said += [answer.text, answer.survivors.tolist(), answer.stages, told.text, told.continued]
+    return said
+
+
+def main(names: list[str]) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    assert jax.device_count() == 8, jax.devices()
+    models, wanted = {}, {}
+    for name in names:
+        kind, sizes, reduction, rows = CASES[name]
+        if kind not in models:
+            models[kind] = random_model(CONFIGS[kind])
+        model, key = models[kind], (kind, reduction, rows)
+        if key not in wanted:
+            wanted[key] = run(model, rows, reduction), answers(model, reduction)
+        on_mesh = model.to_mesh(make_mesh(**sizes))
+        want, said = wanted[key]
+        got = run(on_mesh, rows, reduction)
+        case = {
+            "case": name,
+            "logits": difference(got[0], want[0]),
+            "extended": difference(got[1], want[1]),
+            "kept": got[2] == want[2],
+            "tokens": got[3] == want[3],
+            "answers": answers(on_mesh, reduction) == said,
+            "seconds": on_mesh.programs.compile_seconds,
+        }
+        print(json.dumps(case), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(CASES)))
