@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import ModelConfig, ScoreOptions
@@ -31,13 +31,12 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.layout import column_order, local_config
 from hybridvlm.parallel.layout import permute_for_tp as permute_for_tp
 from hybridvlm.parallel.layout import unpermute_for_tp as unpermute_for_tp
+from hybridvlm.parallel.mesh import AXES, auto_mesh, full_mesh, tensor_size
+from hybridvlm.parallel.mesh import make_mesh as make_mesh
 from hybridvlm.parallel.scores import reduce_scores as reduce_scores
 from hybridvlm.parallel.sequence import shard_length
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction.plan import ReductionPlan
-
-# devices of the last one are neighbours
-AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Path of a parameter -> its logical axes, of which a dimension may have two; "*" ends a path whose every parameter is whole on
 # each device.
@@ -197,82 +196,23 @@ def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, P(*cut))
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
-) -> Mesh:
-    """A mesh with axes data, fsdp, sequence and tensor over `devices` (default: all there are); one size may be -1: the rest.
-
-    data, fsdp: examples of a batch; fsdp cuts the matrices as well. sequence: stretches of a row. tensor: heads and channels.
-    Raises ValueError where the sizes do not fill the devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, sequence, tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"make_mesh: sizes must be at least 1, one of them may be -1, got {dict(zip(AXES, sizes))}")  # noqa: B905
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"make_mesh: {'x'.join(map(str, sizes))} ({' x '.join(AXES)}) is not the number of devices, {len(devices)}; "
-            "pass `devices` to use some of them"
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
-
-
-def auto_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with axes that XLA cuts by, as the layers count on; those of `jax.make_mesh` take every cut written out.
-
-    Raises:
-        TypeError: it is no mesh.
-    """
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise TypeError(f"mesh: expected a jax.sharding.Mesh, as make_mesh gives it, got {type(mesh).__name__}")
-    types = (AxisType.Auto,) * len(mesh.axis_names)
-    if mesh.axis_types == types:
-        return mesh
-    if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-
-
-def tensor_size(mesh: Mesh | None) -> int:
-    """Devices along the mesh's tensor axis. ValueError for a mesh with an axis that no rule knows."""
-    if mesh is None:
-        return 1
-    unknown = [axis for axis, size in mesh.shape.items() if axis not in AXES and size > 1]
-    if unknown:
-        raise ValueError(f"mesh: expected axes out of {AXES}, as make_mesh gives them, got {tuple(mesh.shape)}")
-    return mesh.shape.get("tensor", 1)
-
-
-def full_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with all of `AXES`, in that order; those that it leaves out are of one device."""
-    mesh = auto_mesh(mesh)
-    tensor_size(mesh)  # refuses an axis that no rule knows
-    if mesh.axis_names == AXES:
-        return mesh
-    sizes = tuple(mesh.shape.get(axis, 1) for axis in AXES)
-    if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    known = [axis for axis in AXES if axis in mesh.shape]
-    order = [mesh.axis_names.index(axis) for axis in known]
-    unknown = [i for i, axis in enumerate(mesh.axis_names) if axis not in AXES]
-    devices = np.transpose(mesh.devices, (*order, *unknown)).reshape(sizes)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
 def is_whole_everywhere(mesh: Mesh) -> bool:
     """Whether a mesh cuts nothing but examples, so that parameters are whole on every device."""
     return all(size == 1 for axis, size in mesh.shape.items() if axis != "data")
 
 
 def shard_params(
-    params: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+    params: dict[str, Any],
+    config: ModelConfig,
+    mesh: Mesh,
+    rules: ShardingRules = DEFAULT_RULES,
+    *,
+    consume: bool = False,
 ) -> dict[str, Any]:
     """The whole model's parameters, laid out for the mesh and put on its devices, one array after another.
 
     They may lie on one device or, cut by these or other rules, on the mesh. Nothing that is cut is ever whole on a device, but for
-    the columns of one layer that are put in the order of the devices.
+    the columns of one layer that are put in the order of the devices. consume: each of the arrays given is let go once it is placed.
     """
     mesh = full_mesh(mesh)
     devices = tensor_size(mesh)
@@ -280,13 +220,17 @@ def shard_params(
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         name = "/".join(key.key for key in path)
-        columns = order.get(name)
-        if columns is None:
-            return jax.device_put(leaf, NamedSharding(mesh, rules.spec(name, leaf.shape, mesh)))
-        spec = rules.spec(name, leaf.shape, mesh)
-        even = leaf.shape[-1] % devices == 0
-        whole = jax.device_put(leaf, NamedSharding(mesh, spec if even else P(*spec[:-1])))
-        return _in_device_order(whole, columns, mesh, spec, even)
+        columns, spec = order.get(name), rules.spec(name, leaf.shape, mesh)
+        even = columns is None or leaf.shape[-1] % devices == 0
+        where = NamedSharding(mesh, spec if even else P(*spec[:-1]))
+        placed = whole = jax.device_put(leaf, where)
+        if columns is not None:
+            placed = _in_device_order(whole, columns, mesh, spec, even)
+        moved = columns is not None or not leaf.sharding.is_equivalent_to(where, leaf.ndim) if consume else False
+        if moved:
+            jax.block_until_ready(placed)
+            leaf.delete()
+        return placed
 
     return jax.tree_util.tree_map_with_path(place, params)
 

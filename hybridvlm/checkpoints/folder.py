@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Mapping
@@ -208,8 +209,11 @@ def read_weights(
         array = tensors[name]
         to = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
         check_finite(array, f"{file}: {name}", to)
-        here = jnp.asarray(array, to)
-        flat[name] = here if sharding_for is None else jax.device_put(here, sharding_for(name, here.shape))
+        if sharding_for is None:
+            flat[name] = jnp.asarray(array, to)
+        else:  # every device is sent its part of it alone
+            cast, where = array.astype(to), sharding_for(name, array.shape)
+            flat[name] = jax.make_array_from_callback(array.shape, where, functools.partial(operator.getitem, cast))
     return unflatten(flat)
 
 

@@ -19,6 +19,7 @@ from hybridvlm.inference.programs import ModelPrograms
 from hybridvlm.inference.sampling import Sampling
 from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
+from hybridvlm.parallel.mesh import full_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,9 +54,8 @@ class Model(ModelPrograms):
             ValueError: for an axis that the family does not run over, or that does not divide the model's sizes.
         """
         mesh = placement.check_mesh(self.family, self.config, mesh)
-        params = self.params if self.mesh is None else placement.whole_params(self.config, self.params, self.mesh)
         return dataclasses.replace(
-            self, params=placement.place_params(self.family, self.config, params, mesh), mesh=mesh
+            self, params=placement.place_params(self.config, self.whole_params(), mesh), mesh=mesh
         )
 
     def whole_params(self) -> dict[str, Any]:
@@ -218,11 +218,16 @@ def load(
         FileNotFoundError: for a missing file.
         CheckpointError: (a ValueError) where one does not fit.
     """
+    mesh = None if mesh is None else full_mesh(mesh)
     checkpoint = read_checkpoint(
         name_or_path, mesh=mesh, dtype=dtype, reduction=reduction, buckets=buckets, revision=revision, cache=cache
     )
     model = from_checkpoint(checkpoint)
-    return model if mesh is None else model.to_mesh(mesh)
+    if mesh is None:
+        return model
+    mesh = placement.check_mesh(model.family, model.config, mesh)
+    params = placement.place_params(model.config, model.params, mesh, consume=True)
+    return dataclasses.replace(model, params=params, mesh=mesh)
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> Model:

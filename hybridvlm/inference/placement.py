@@ -41,11 +41,11 @@ def check_mesh(family: Family, config: Any, mesh: Mesh) -> Mesh:
     return mesh
 
 
-def place_params(family: Family, config: Any, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The whole model's parameters, wherever they lie, laid out for the mesh and put on its devices."""
+def place_params(config: Any, params: dict[str, Any], mesh: Mesh, *, consume: bool = False) -> dict[str, Any]:
+    """The whole model's parameters, wherever they lie, laid out for the mesh and put on its devices; consume as of `shard_params`."""
     if sharding.is_whole_everywhere(mesh):
         return jax.device_put(params, NamedSharding(mesh, P()))
-    return sharding.shard_params(params, config, mesh, INFERENCE_RULES)
+    return sharding.shard_params(params, config, mesh, INFERENCE_RULES, consume=consume)
 
 
 def whole_params(config: Any, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

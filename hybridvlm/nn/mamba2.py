@@ -176,8 +176,7 @@ def _whole(
     z, channels, raw_dt = _project(p, c, x)
     past: jax.Array | None = None
     owner: jax.Array | None = None
-    is_stretch = cache is None and row_is_cut(c)
-    if is_stretch:
+    if cache is None and row_is_cut(c):
         past, owner = halo(c, channels, segment)
     if cache is not None:
         past, owner = cache.conv, cache.segment
@@ -192,7 +191,7 @@ def _whole(
     xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt, segment > 0)
     before = jnp.zeros_like(segment[:, 0]) if owner is None else owner
     initial = None if cache is None else cache.ssm
-    if is_stretch:
+    if cache is None and row_is_cut(c):
         initial = incoming_state(c, xs, dt, decay, b, segment, before)
     y, state = ssd(
         xs,
@@ -210,7 +209,7 @@ def _whole(
     count = jnp.sum(segment > 0, axis=1)
     last = jnp.take_along_axis(segment, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     new = MambaCache(conv_state, state, jnp.where(count > 0, last, before))
-    if is_stretch:
+    if cache is None and row_is_cut(c):
         new = after_last_token(c, new, segment)
     return _output(p, c, x, y, z), new, MambaAux(b=b, c=cc, dt=dt, log_decay=dt * decay)
 

@@ -8,6 +8,9 @@ gathers [B,V]. On one device all of this is the ordinary computation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
 import jax
 import jax.numpy as jnp
 
@@ -15,18 +18,18 @@ from hybridvlm.config import ModelConfig
 from hybridvlm.parallel.tensor import LocalConfig, all_gather_param
 
 
-def vocab_is_cut(c: ModelConfig) -> bool:
+def vocab_is_cut(c: ModelConfig) -> TypeGuard[LocalConfig]:
     """Whether a device holds only some of the tokens."""
     return isinstance(c, LocalConfig) and c.vocab_devices > 1
 
 
 def _sum(c: ModelConfig, part: jax.Array) -> jax.Array:
-    return jax.lax.psum(part, c.axis) if isinstance(c, LocalConfig) and c.vocab_devices > 1 else part
+    return jax.lax.psum(part, c.axis) if vocab_is_cut(c) else part
 
 
 def _first_token(c: ModelConfig, here: int) -> jax.Array | int:
     """The id of the first of the `here` tokens that this device holds."""
-    return jax.lax.axis_index(c.axis) * here if isinstance(c, LocalConfig) and c.vocab_devices > 1 else 0
+    return jax.lax.axis_index(c.axis) * here if vocab_is_cut(c) else 0
 
 
 def embed_tokens(c: ModelConfig, embed: jax.Array, ids: jax.Array) -> jax.Array:
@@ -40,7 +43,7 @@ def embed_tokens(c: ModelConfig, embed: jax.Array, ids: jax.Array) -> jax.Array:
     return _sum(c, jnp.where(mine[..., None], rows, 0))
 
 
-def project_to_vocab(c: ModelConfig, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+def project_to_vocab(c: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     """Final hidden states [...,D] -> logits [...,V] float32, or those of this device's tokens [...,V/t]."""
     if c.tie_embeddings:
         weight = all_gather_param(c, "embed", params["embed"], x.dtype).T
@@ -52,16 +55,16 @@ def project_to_vocab(c: ModelConfig, params: dict[str, jax.Array], x: jax.Array)
 def likeliest(c: ModelConfig, logits: jax.Array) -> jax.Array:
     """The first token with the largest of logits [B,V] (on each device its own) -> [B] int32."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if not vocab_is_cut(c):
-        return best
-    value = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
-    values, tokens = jax.lax.all_gather((value, best + _first_token(c, logits.shape[-1])), c.axis)
-    return jnp.take_along_axis(tokens, jnp.argmax(values, axis=0)[None], axis=0)[0]
+    if vocab_is_cut(c):
+        value = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
+        values, tokens = jax.lax.all_gather((value, best + _first_token(c, logits.shape[-1])), c.axis)
+        best = jnp.take_along_axis(tokens, jnp.argmax(values, axis=0)[None], axis=0)[0]
+    return best
 
 
 def gumbel_noise(c: ModelConfig, keys: jax.Array, here: int) -> jax.Array:
     """Noise [B,here] of this device's tokens, one key per example; a token's is the same however the vocabulary is cut."""
-    devices = c.vocab_devices if isinstance(c, LocalConfig) else 1
+    devices = c.vocab_devices if vocab_is_cut(c) else 1
     whole = jax.vmap(lambda key: jax.random.gumbel(key, (here * devices,), jnp.float32))(keys)
     return jax.lax.dynamic_slice_in_dim(whole, _first_token(c, here), here, axis=1)
 
@@ -70,7 +73,6 @@ def keep_likeliest(c: ModelConfig, logits: jax.Array, top_p: float) -> jax.Array
     """Logits [B,V] with -inf for all but the likeliest tokens that hold probability `top_p` together, of equals the first."""
     largest = jnp.max(logits, axis=-1)
     if vocab_is_cut(c):
-        assert isinstance(c, LocalConfig)
         largest = jax.lax.pmax(largest, c.axis)
     weight = jnp.exp(logits - largest[:, None])
     enough = top_p * _sum(c, jnp.sum(weight, axis=-1))
@@ -92,7 +94,6 @@ def keep_likeliest(c: ModelConfig, logits: jax.Array, top_p: float) -> jax.Array
     tied = rank == limit[:, None]
     before = jnp.cumsum(tied, axis=-1) - tied
     if vocab_is_cut(c):
-        assert isinstance(c, LocalConfig)
         counts = jax.lax.all_gather(jnp.sum(tied, axis=-1), c.axis)
         earlier = jnp.arange(c.vocab_devices)[:, None] < jax.lax.axis_index(c.axis)
         before = before + jnp.sum(jnp.where(earlier, counts, 0), axis=0)[:, None]

@@ -24,6 +24,7 @@ from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
+from hybridvlm.models.nemotron_vl.rows import token_rows, visual_rows
 from hybridvlm.models.prompt import ArrayT, Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.geometry import _grid, frame_size, rope_positions
 from hybridvlm.nn import decoder
@@ -263,8 +264,8 @@ def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> 
 
 def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
     """A batch and its visual tokens as one row: with M-RoPE positions, and the planes in Tokens.extra."""
-    rows = None if visual is None else nemotron_vl.visual_rows(config, batch, visual)
-    whole = nemotron_vl.token_rows(config, embed, batch, None if rows is None else rows[..., : config.width])
+    rows = None if visual is None else visual_rows(config, batch, visual)
+    whole = token_rows(config, embed, batch, None if rows is None else rows[..., : config.width])
     extra = {}
     if rows is not None:
         planes = rows.shape[-1] // config.width - 1
