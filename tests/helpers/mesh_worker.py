@@ -1,11 +1,14 @@
 """Run by test_model_mesh.py in a process of its own, on 8 devices of the CPU: models on meshes against the same on one device.
 
 `mesh_worker.py CASE...` (of `CASES`) prints one JSON line per case: {"case", "logits" and "extended" (max|difference| /
-max|reference|), "kept", "tokens", "answers": whether these are the same}.
+max|reference|), "kept", "tokens", "answers": whether these are the same, "step bytes": whether a decode step exchanges what
+`decode_step_bytes` says}.
 """
 
 import dataclasses
 import json
+import math
+import re
 import sys
 import zlib
 from typing import Any
@@ -15,12 +18,15 @@ import numpy as np
 
 from hybridvlm.checkpoints import folder
 from hybridvlm.config import Buckets, ModelConfig, QwenConfig, Reduction, Schedule, VambaConfig, VisionConfig
+from hybridvlm.inference import functions
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import to_host
+from hybridvlm.inference.placement import row_parts, to_host
+from hybridvlm.inference.program_cache import ProgramCache
 from hybridvlm.inference.sampling import Sampling
 from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle
+from hybridvlm.parallel.step_bytes import decode_step_bytes
 from hybridvlm.sharding import make_mesh
 from hybridvlm.tokenizers.word_level import WordLevel
 
@@ -218,6 +224,21 @@ def answers(model: Model, reduction: Reduction | None) -> list[Any]:
     return said
 
 
+def step_bytes(model: Model) -> dict[str, int]:
+    """Bytes that collectives give a device in one step of the compiled decode loop: over the batch alone, and over all other axes."""
+    found = {"batch": 0, "others": 0}
+    for (_, _, static, *_), program in model.programs._programs.items():
+        phase = dict(static).get("phase")
+        for line in program.as_text().splitlines() if phase is functions.decode_tokens else ():
+            call = re.search(
+                r"= (.*?) (?:all-reduce|all-gather|collective-permute)\(.*op_name=\"[^\"]*/body/(\w+)\"", line
+            )
+            if call:
+                sizes = [[int(n) for n in size.split(",") if n] for size in re.findall(r"[fs]32\[([\d,]*)\]", call[1])]
+                found["batch" if call[2] == "pmin" else "others"] += 4 * sum(map(math.prod, sizes))
+    return found
+
+
 def main(names: list[str]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     assert jax.device_count() == 8, jax.devices()
@@ -229,7 +250,7 @@ def main(names: list[str]) -> None:
         model, key = models[kind], (kind, reduction, rows, talks)
         if key not in wanted:
             wanted[key] = run(model, rows, reduction), answers(model, reduction) if talks else []
-        on_mesh = model.to_mesh(make_mesh(**sizes))
+        on_mesh = dataclasses.replace(model.to_mesh(make_mesh(**sizes)), programs=ProgramCache())
         want, said = wanted[key]
         got = run(on_mesh, rows, reduction)
         case = {
@@ -240,6 +261,10 @@ def main(names: list[str]) -> None:
             "tokens": got[3] == want[3],
             "answers": (answers(on_mesh, reduction) if talks else []) == said,
         }
+        part = on_mesh._part
+        want_bytes = decode_step_bytes(part, -(-rows // row_parts(on_mesh.mesh)), 4)
+        told = {"batch": want_bytes.pop("batch"), "others": sum(want_bytes.values())}
+        case["step bytes"] = part.shared != () or step_bytes(on_mesh) == told or [step_bytes(on_mesh), told]
         print(json.dumps(case), flush=True)
 
 

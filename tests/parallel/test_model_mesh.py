@@ -33,7 +33,7 @@ def check_on_eight_devices(*names):
     for case in cases:
         assert case["logits"] <= 1e-5, case
         assert case["extended"] <= 1e-5, case
-        assert case["kept"] and case["tokens"] and case["answers"], case
+        assert case["kept"] and case["tokens"] and case["answers"] and case["step bytes"] is True, case
 
 
 def test_a_model_on_a_mesh_is_that_of_one_device():
