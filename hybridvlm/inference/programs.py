@@ -193,9 +193,9 @@ class ModelPrograms:
                 pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
         if self.mesh is None:
             return self._run(functions.encode, self.params, pixels)
-        if not isinstance(pixels, np.ndarray):
-            raise TypeError(f"encode: on a mesh pixels are an array of NumPy [B,F,...], got {type(pixels).__name__}")
-        dealt, part = placement.put_frames(pixels, self.mesh, self._part)
+        if isinstance(pixels, dict | tuple | list):
+            raise TypeError(f"encode: on a mesh pixels are one array [B,F,...], got {type(pixels).__name__}")
+        dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
         return self._run(functions.encode, self.params, dealt, config=part, frames=pixels.shape[1])
 
     def prefill(

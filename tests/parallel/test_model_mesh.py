@@ -24,7 +24,7 @@ FAST, *SLOW = CASES
 def check_on_eight_devices(*names):
     root = str(WORKER.parents[2])
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, str(WORKER), *names]
     ran = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
