@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import operator
 import os
 import pathlib
 from collections.abc import Mapping
@@ -211,10 +210,14 @@ def read_weights(
         check_finite(array, f"{file}: {name}", to)
         if sharding_for is None:
             flat[name] = jnp.asarray(array, to)
-        else:  # every device is sent its part of it alone
-            cast, where = array.astype(to), sharding_for(name, array.shape)
-            flat[name] = jax.make_array_from_callback(array.shape, where, functools.partial(operator.getitem, cast))
+        else:
+            flat[name] = _on_mesh(array.astype(to), sharding_for(name, array.shape))
     return unflatten(flat)
+
+
+def _on_mesh(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array of the host, of which every device is sent its own part alone."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def read_checkpoint(

@@ -135,7 +135,7 @@ class Evaluation:
         self.process = here()
         self.store = SampleStore(self.folder / "samples.jsonl", self.process)
         asking = Asking(options.system, THINKING[options.thinking], options.think_tokens)
-        self.weights = fingerprint(model.params)
+        self.weights = fingerprint(model.whole_params())
         for task in tasks:
             runner = Runner(
                 model, task, [], self.planner, self.store,

@@ -31,7 +31,7 @@ def local_config(config: ModelConfig, devices: int) -> LocalConfig:
         kv_parts = min(devices, c.kv_heads)
         fields |= {"attention_heads": c.attention_heads // kv_parts, "kv_heads": c.kv_heads // kv_parts}
         kv_devices = devices // kv_parts
-    if c.count(MAMBA):
+    if c.count(MAMBA) or isinstance(c, VambaConfig):
         cut |= {"mamba_heads": c.mamba_heads}
         _whole_heads("ssm_groups", c.ssm_groups, devices)
         ssm_parts = min(devices, c.ssm_groups)
@@ -86,14 +86,14 @@ def column_order(config: ModelConfig, devices: int) -> dict[str, np.ndarray]:
     order: dict[tuple[str, str], np.ndarray] = {}
     if devices == 1:
         return {}
-    if config.count(MAMBA):
+    if config.count(MAMBA) or isinstance(config, VambaConfig):
         order["mamba", "in_proj"] = order["mamba", "in_bias"] = _packed(config, devices, ("z", "x", "b", "c", "dt"))
         order["mamba", "conv_weight"] = order["mamba", "conv_bias"] = _packed(config, devices, ("x", "b", "c"))
     if sharing > 1:
         for name, heads in (("q", config.attention_heads), ("k", config.kv_heads), ("v", config.kv_heads)):
             parts = np.arange(heads * config.head_dim).reshape(devices // sharing, -1)
             columns = np.repeat(parts, sharing, axis=0).ravel()
-            order |= {("attention", f"{name}_{part}"): columns for part in ("proj", "bias")}
+            order |= {(kind, f"{name}_{part}"): columns for part in ("proj", "bias") for kind in ("attention", "cross")}
     return {f"decoder/{kind}/{name}": columns for (kind, name), columns in order.items()}
 
 

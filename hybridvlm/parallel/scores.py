@@ -41,7 +41,6 @@ def reduce_scores(
             f"scores with heads={options.heads!r} and queries={options.queries!r} need all heads before rows are reduced, "
             f"and tensor={local.devices} cuts the heads; queries may be one of {rows_first}"
         )
-    over = {MAMBA: options.groups, ATTENTION: options.heads}
 
     def of_row(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
         if local.shards == 1 or (isinstance(aux, AttentionAux) and method is not None and method.token_local):
@@ -59,7 +58,7 @@ def reduce_scores(
         mine = of_row(layer, aux, tokens)
         if not by_head:
             return mine
-        if over[local.pattern[layer]] == "max":
+        if (options.heads if isinstance(aux, AttentionAux) else options.groups) == "max":
             return jnp.max(jax.lax.all_gather(mine, local.axis), axis=0)  # JAX has no derivative of pmax
         return jax.lax.pmean(mine, local.axis)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridvlm.config import ATTENTION, MAMBA
-from hybridvlm.parallel.tensor import LocalConfig
+from hybridvlm.parallel.tensor import LocalConfig, LocalVambaConfig
 
 
 def decode_step_bytes(c: LocalConfig, rows: int, itemsize: int) -> dict[str, int]:
@@ -23,7 +23,9 @@ def decode_step_bytes(c: LocalConfig, rows: int, itemsize: int) -> dict[str, int
         "batch": whether all examples have ended}.
     """
     stream = rows * c.width * itemsize
-    tensor = len(c.pattern) * stream if c.devices > 1 else 0
+    # a text layer of VAMBA sums self-attention, cross-attention and MLP, and has no Mamba block
+    sums = 3 * c.layers if isinstance(c, LocalVambaConfig) else len(c.pattern)
+    tensor = sums * stream if c.devices > 1 else 0
     if c.group_devices > 1:
         groups = c.devices // c.group_devices
         tensor += c.count(MAMBA) * rows * groups * 4

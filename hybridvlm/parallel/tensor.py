@@ -13,11 +13,12 @@ each device gets the sum over its own shard of their gradient.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.config import ModelConfig, VambaConfig
+from hybridvlm.config import MAMBA, ModelConfig, VambaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,14 @@ class LocalConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LocalVambaConfig(VambaConfig, LocalConfig):
-    """The part of a VAMBA model that a device holds: all of it, for its own examples."""
+    """The part of a VAMBA model that a device holds. group_devices is that of the video's Mamba-2 blocks, kv_devices of the text's
+    attention, and of the cross-attention, which has the same heads."""
+
+    @functools.cached_property
+    def mixer(self) -> LocalConfig:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(LocalConfig)}
+        fields |= {"pattern": MAMBA * self.layers, "norm_eps": self.mamba_norm_eps, "vision": None}
+        return LocalConfig(**fields)
 
 
 def psum_tensor(c: ModelConfig, part: jax.Array) -> jax.Array:
