@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS
 from hybridvlm.errors import said
-from hybridvlm.options import THINKING, add_thinking
+from hybridvlm.options import THINKING, add_mesh, add_thinking
 
 if TYPE_CHECKING:
     from hybridvlm.inference.conversation import Answer
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")
     add_thinking(parser)
+    add_mesh(parser)
     add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
     add(
         "--show-kept",
@@ -159,9 +160,12 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> int:
+    import jax
+
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
+    from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
     from hybridvlm.tokenizers.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet
 
@@ -170,7 +174,8 @@ def _answer(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
-    model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
+    mesh = None if args.mesh is None else make_mesh(**mesh_sizes(args.mesh), devices=jax.local_devices())
+    model = load(args.model, mesh=mesh, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:
         allow_special_tokens(model.tokenizer)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
-from hybridvlm.options import add_thinking
+from hybridvlm.options import add_mesh, add_thinking
 
 METHODS = "none,str,random-input,uniform-input,saliency,fastv"
 EXAMPLES = """\
@@ -29,6 +29,8 @@ examples:
       other score options and another schedule
   python -m hybridvlm.eval --tasks my/questions.jsonl --frames 32 --output results/mine
       your own videos
+  python -m hybridvlm.eval --mesh data=4,tensor=2
+      on the eight devices of this host: two hold a copy of the model between them, and four such pairs share a batch
 
 A run that was killed goes on where it stopped when it is started again with the same options.
 
@@ -88,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
     add_thinking(parser)
+    add_mesh(parser)
     add("--list", action="store_true", help="list methods and tasks, and stop")
     return parser
 

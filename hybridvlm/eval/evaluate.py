@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
@@ -22,6 +24,7 @@ from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
+from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
 from hybridvlm.reduction import BudgetError
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
@@ -73,7 +76,8 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
-    model = load(options.model, dtype=options.dtype)
+    mesh = None if options.mesh is None else make_mesh(**mesh_sizes(options.mesh), devices=jax.local_devices())
+    model = load(options.model, mesh=mesh, dtype=options.dtype)
     model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)
     check_tokenizer(model)
@@ -131,7 +135,7 @@ class Evaluation:
         self.process = here()
         self.store = SampleStore(self.folder / "samples.jsonl", self.process)
         asking = Asking(options.system, THINKING[options.thinking], options.think_tokens)
-        self.weights = fingerprint(model.params)
+        self.weights = fingerprint(model.whole_params())
         for task in tasks:
             runner = Runner(
                 model, task, [], self.planner, self.store,

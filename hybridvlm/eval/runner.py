@@ -28,6 +28,7 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.inference.model import Model
+from hybridvlm.inference.placement import to_host
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
@@ -178,7 +179,7 @@ def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
     plan = generation.plan
     if plan is None:
         return [1.0] * len(own)
-    kept = np.asarray(jax.device_get(generation.prefilled.decoder.kept), np.float64)[..., 0]  # [1 + drops, B]
+    kept = np.asarray(to_host(generation.prefilled.decoder.kept), np.float64)[:, : len(own), 0]  # [1 + drops, B]
     edges = [0, *(site + 1 for site in plan.drops), plan.layers]
     return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
 
@@ -216,7 +217,7 @@ class Runner:
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
-            "weights": weights or fingerprint(model.params),
+            "weights": weights or fingerprint(model.whole_params()),
             "dtype": dtype,
             "buckets": to_dict(model.buckets),
             "style": to_dict(model.style),
@@ -458,7 +459,7 @@ class Runner:
             return None
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()
-        tokens = np.asarray(jax.device_get(self.model.encode(pixels)))[0]
+        tokens = to_host(self.model.encode(pixels))[0]
         if bucket in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
         self._warm_encode.add(bucket)

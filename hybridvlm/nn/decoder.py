@@ -14,16 +14,18 @@ from typing import Any, Generic, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
-from hybridvlm.config import KINDS, MIXERS, ModelConfig
-from hybridvlm.nn.caches import AttentionCache, Cache
+from hybridvlm.config import ATTENTION, KINDS, MAMBA, MIXERS, ModelConfig
+from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.nn.linear import cut_columns
 from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, run_layer, run_layers
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.segments import index_in_segment
 from hybridvlm.ops.tokens import INDEX_IN_SEGMENT, Tokens
-from hybridvlm.parallel.sequence import NO_CACHES, compact_row, gather_sequence, row_start, row_total, sequence_shards
+from hybridvlm.parallel.sequence import compact_row, gather_sequence, row_start, row_total, sequence_shards
+from hybridvlm.parallel.tensor import LocalConfig, all_gather_params
 
 ScoreFn = Callable[[int, Any, Tokens], jax.Array]
 StraightThrough = Callable[[Tokens, jax.Array, jax.Array], Tokens]
@@ -71,6 +73,34 @@ class DecoderOutput(Generic[CachesT]):
     kept: jax.Array
     scores: dict[int, jax.Array]
     hidden_states: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def output_specs(c: LocalConfig) -> DecoderOutput[Any]:
+    """How what `prefill` returns of a device's part `c` lies on the mesh: PartitionSpecs, each for all arrays below it.
+
+    Keys and values are cut by row and kv head, new tokens' slots too; states by head, convolution states by the devices' own channels
+    (x|B|C each). Heads and groups that several devices hold appear once per device.
+    """
+    batch, row, tensor = P(c.batch_axes), P(c.batch_axes, c.row_axis), c.axis
+    kv = P(c.batch_axes, c.row_axis, tensor)
+    entries: dict[str, Any] = {
+        MAMBA: with_specs(MambaCache, P(c.batch_axes, None, tensor), P(c.batch_axes, tensor), batch),
+        ATTENTION: with_specs(AttentionCache, kv, kv, row, kv, kv, row, P()),
+    }
+    return with_specs(
+        DecoderOutput,
+        tokens=row,
+        caches=tuple(entries.get(kind) for kind in c.pattern),
+        survivors=row,
+        kept=P(None, c.batch_axes),
+        scores=row,
+        hidden_states=row,
+    )
+
+
+def with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
+    """A node of a tree with partition specs in the positions of its arrays, as `jax.shard_map` takes them."""
+    return node(*specs, **named)
 
 
 class Decoder(nn.Module):
@@ -138,7 +168,7 @@ def prefill(
     num_layers = len(config.pattern)
     drops = set(plan.drops) if plan is not None else set()
     scored = drops | set(collect)
-    _check(config, scored, hidden_states, score_fn, remat, straight_through, caches)
+    _check(config, scored, hidden_states, score_fn, remat, straight_through)
     deepstack = {layer for layer in range(num_layers) if deepstack_key(layer) in tokens.extra}
     if query_capacity is None:
         query_capacity = tokens.length * sequence_shards(config)
@@ -209,6 +239,7 @@ def step(
     segment = jnp.ones(x.shape[:2], jnp.int32)
     out = []
     for kind, p, cache in zip(config.pattern, layers, caches, strict=True):
+        p = all_gather_params(config, KINDS[kind], p, x.dtype)
         x, cache, _ = LAYER_KINDS[kind].step(p, config, x, segment, position, cache)
         out.append(cache)
     return rms_norm(x, norm_f, config.norm_eps), tuple(out)
@@ -237,7 +268,7 @@ def extend(
     """
     out = []
     for layer, (kind, cache) in enumerate(zip(config.pattern, caches, strict=True)):
-        p = layer_params(params, config, layer)
+        p = all_gather_params(config, KINDS[kind], layer_params(params, config, layer), x.dtype)
         x, cache, _ = LAYER_KINDS[kind].extend(p, config, x, segment, position, cache)
         out.append(cache)
     return rms_norm(x, params["norm_f"], config.norm_eps), tuple(out)
@@ -372,7 +403,6 @@ def _check(
     score_fn: ScoreFn | None,
     remat: str,
     straight_through: StraightThrough | None,
-    caches: bool,
 ) -> None:
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {sorted(REMAT)}, got {remat!r}")
@@ -380,8 +410,6 @@ def _check(
         raise ValueError(
             "straight_through sees whole rows, and these are cut over the sequence axis; use a mesh of sequence=1"
         )
-    if sequence_shards(config) > 1 and caches:
-        raise ValueError(NO_CACHES)
     for layer in sorted(scored | set(hidden_states)):
         if not 0 <= layer < len(config.pattern):
             raise ValueError(f"layer {layer}: the decoder has layers 0 to {len(config.pattern) - 1}")
