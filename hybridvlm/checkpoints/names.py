@@ -27,10 +27,13 @@ SETTINGS = (
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
-def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> pathlib.Path:
+def resolve(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, patterns: tuple[str, ...] = DOWNLOADED
+) -> pathlib.Path:
     """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
 
-    Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already; HF_HUB_OFFLINE=1 asks nobody.
+    Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already, of it the files of `patterns`;
+    HF_HUB_OFFLINE=1 asks nobody.
     FileNotFoundError names what there is.
     """
     packaged = PACKAGED.get(str(name_or_path))
@@ -41,7 +44,7 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
         return path
     name = str(name_or_path)
     if packaged is None and isinstance(name_or_path, str) and not _is_path(name):
-        return _download(name, revision)
+        return _download(name, revision, patterns)
     known = ", ".join(PACKAGED)
     what = "is packaged but not installed" if packaged else "is no folder here, and no packaged name"
     if path.is_file():
@@ -81,12 +84,12 @@ def _is_path(name: str) -> bool:
     return not plain or set(rest) <= {"."} or owner.lower() in LOCAL or pathlib.Path(owner).exists()
 
 
-def _download(name: str, revision: str | None) -> pathlib.Path:
+def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
