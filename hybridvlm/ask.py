@@ -159,6 +159,7 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> int:
+    from hybridvlm.estimates import refuse_too_large
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
@@ -170,6 +171,7 @@ def _answer(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
+    refuse_too_large(args.model, frames=args.frames, dtype=args.dtype, revision=args.revision)
     model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:

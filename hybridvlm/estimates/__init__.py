@@ -5,7 +5,8 @@
 """
 
 from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh, first_that_fits
-from hybridvlm.estimates.memory import Memory
+from hybridvlm.estimates.guard import refuse_too_large, refuse_training
+from hybridvlm.estimates.memory import Memory, training_memory
 from hybridvlm.estimates.result import Estimate, estimate
 from hybridvlm.estimates.seconds import Phase
 from hybridvlm.estimates.workload import MeshSizes, Workload
@@ -22,4 +23,7 @@ __all__ = [
     "choose_mesh",
     "estimate",
     "first_that_fits",
+    "refuse_too_large",
+    "refuse_training",
+    "training_memory",
 ]

@@ -152,3 +152,25 @@ def _tower(work: Workload, mesh: MeshSizes) -> int:
     if v.kind == "stem":
         inside = patches * (v.patch_size**2 * max(v.stem_channels, default=1) // 4 + 2 * v.width) * work.itemsize
     return pixels + min(frames, CHUNK) * inside
+
+
+def training_memory(work: Workload, mesh: MeshSizes, trained: int, *, least: bool = False) -> int:
+    """Bytes that a step of training needs on one device, with layers computed again in the backward pass.
+
+    Args:
+        work: rows of a step and their plan; its dtype is that of the computation.
+        mesh: of the run.
+        trained: parameters that are trained, of the whole model; float32 with AdamW's two moments and a gradient.
+        least: where memory is short.
+    """
+    config, item, rows = work.config, work.itemsize, local_batch(work, mesh)
+    part = config.mixer if isinstance(config, VambaConfig) else local_part(config, mesh)
+    everything, text = weight_bytes(config, mesh, 1), ("decoder/", "embed", "lm_head")
+    whole, held = (sum(weight_bytes(config, m, 1, name) for name in text) for m in (MeshSizes(), mesh))
+    lengths = [-(-work.plan.row_length(layer) // mesh.sequence) for layer in range(work.plan.layers)]
+    saved = rows * sum(lengths) * config.width * item * (1 if least else 2)
+    inside = rows * max(lengths) * (RESIDUALS * config.width * item + _layer(part, item))
+    embeddings = 2 * config.vocab_size * config.width * item // mesh.tensor  # gathered, as a step uses them
+    share = min(1.0, trained / whole)  # the tower is frozen, as a rule
+    weights = share * held * 16 + (everything - share * held) * item
+    return int(weights + saved + inside * (1 if least else 1.75) + embeddings)

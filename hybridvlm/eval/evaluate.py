@@ -14,6 +14,7 @@ from typing import Any
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
+from hybridvlm.estimates import refuse_too_large
 from hybridvlm.eval import report, statistics
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
@@ -73,6 +74,7 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
+    refuse_too_large(options.model, frames=options.frames, batch=options.batch_size, dtype=options.dtype)
     model = load(options.model, dtype=options.dtype)
     model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)

@@ -1,0 +1,71 @@
+"""What the commands ask before they load or compile: whether the device at hand can hold what is wanted of it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+from hybridvlm.checkpoints.describe import describe
+from hybridvlm.config import Reduction
+from hybridvlm.estimates.choose import DoesNotFit, check_fits
+from hybridvlm.estimates.memory import training_memory
+from hybridvlm.estimates.workload import MeshSizes, Workload
+from hybridvlm.hardware import memory_limit
+
+FRAMES = 32  # that are looked at where nobody says how many
+
+
+def refuse_too_large(
+    name_or_path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+    revision: str | None = None,
+    reduction: Reduction | None = None,
+    mesh: Any = None,
+) -> None:
+    """Refuse a model that this machine's devices cannot hold with the smallest prompt of so many frames, before it is loaded.
+
+    Args:
+        name_or_path: as `hybridvlm.load` takes it.
+        frames: of a video.
+        batch: prompts at once.
+        dtype: of weights and activations (default: as most are stored, bfloat16).
+        revision: on the hub.
+        reduction: what is dropped (default: nothing).
+        mesh: that the model is loaded onto, None for one device.
+
+    Raises:
+        DoesNotFit: with what it needs and what would do. Where the device's memory is not known, as on CPU, nothing is refused.
+    """
+    device = jax.local_devices()[0]
+    limit = memory_limit(device)
+    if limit is None:
+        return
+    found = describe(name_or_path, revision)
+    text, max_new = max(1, found.buckets.text[0]), found.buckets.max_new
+    shown = 0 if found.config.vision is None else frames or min(FRAMES, found.buckets.frames[-1])
+    work = Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction)
+    check_fits(work, mesh, jax.device_count(), limit, device.device_kind)
+
+
+def refuse_training(work: Workload, mesh: Any, trained: int) -> None:
+    """Refuse a training whose steps this machine's devices cannot hold even where activations are computed again.
+
+    Raises:
+        DoesNotFit: with what it needs and the way out.
+    """
+    limit, sizes = memory_limit(jax.local_devices()[0]), MeshSizes.of(mesh)
+    if limit is None:
+        return
+    needed = training_memory(work, sizes, trained, least=True)
+    if needed > limit:
+        raise DoesNotFit(
+            f"a step of {work.batch} rows of {work.visual_tokens + work.text:,} tokens with {trained:,} trained parameters needs "
+            f"{needed / 1e9:.1f} GB on each device, which has {limit / 1e9:.1f} GB ({sizes}); use a mesh with a longer fsdp axis "
+            "(mesh.fsdp), fewer rows or frames, a smaller budget, or LoRA (lora.rank)",
+            sizes,
+        )
