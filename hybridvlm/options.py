@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+MODES = ("auto", "on", "off")
 THINKING = {"auto": None, "on": True, "off": False}
 
 
@@ -25,6 +26,19 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
     budget = "most tokens of reasoning; then it is ended, and the answer has its own (default: one limit for both)"
     parser.add_argument("--thinking", default="auto", choices=tuple(THINKING), help=switch)
     parser.add_argument("--think-tokens", type=int, metavar="N", help=budget)
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that run on devices: whether several processes work together, and where compiled programs are kept."""
+    several = (
+        "work together with the other processes of this launch: auto where one is recognised (Slurm, Open MPI, a TPU slice, GKE, "
+        "multislice, XPK, JAX's variables), on or fail, off (default: auto)"
+    )
+    cache = (
+        "folder where compiled programs are kept for the next start, or off (default: one in the user's cache folder)"
+    )
+    parser.add_argument("--distributed", default="auto", choices=MODES, help=several)
+    parser.add_argument("--compilation-cache", default="", metavar="DIR", help=cache)
 
 
 class FieldHelp(NamedTuple):

@@ -11,6 +11,10 @@ os.environ.setdefault("NPROC", "8")
 # Most of the suite's time is compilation, and most programs run once: LLVM's optimizations cost more than they save.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# Commands that tests run keep no compiled programs: a worker of pytest-xdist has crashed while it wrote one.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax
 import numpy as np
 import pytest

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import re
 
 from hybridvlm.checkpoints.hf import CONFIG
+from hybridvlm.compilation import cache_home
+from hybridvlm.storage import as_path, copy_folder, is_url
 
 _DATA = pathlib.Path(__file__).parent.parent / "tiny" / "data"
 
@@ -33,9 +36,11 @@ def resolve(
     """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
 
     Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already, of it the files of `patterns`;
-    HF_HUB_OFFLINE=1 asks nobody.
+    HF_HUB_OFFLINE=1 asks nobody. A folder of a store (gs://bucket/folder) is copied to this machine, into the user's cache folder.
     FileNotFoundError names what there is.
     """
+    if is_url(name_or_path):
+        return _copy(os.fspath(name_or_path))
     packaged = PACKAGED.get(str(name_or_path))
     path = packaged or pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
@@ -82,6 +87,15 @@ def _is_path(name: str) -> bool:
         r"[\w.-]+", rest, re.ASCII
     )
     return not plain or set(rest) <= {"."} or owner.lower() in LOCAL or pathlib.Path(owner).exists()
+
+
+def _copy(url: str) -> pathlib.Path:
+    """The copy on this machine of a checkpoint in a store."""
+    stored = as_path(url.rstrip("/"))
+    if not stored.is_dir():
+        raise FileNotFoundError(f"{url} is no folder of that store, or may not be read")
+    name = f"{stored.name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
+    return copy_folder(stored, cache_home() / "hybridvlm" / "checkpoints" / name)
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:

@@ -2,7 +2,7 @@
 
 Inference is three programs (tower, prefill, decoding), each with its own arguments, results and temporaries; a device needs what the
 largest of them needs. Weights, caches and states are exact. Activations are those of the layer that needs most: the compilers for
-TPUs were found to keep about six copies of the residual stream, and of a layer its projections. Where memory is short, they
+TPUs were found to keep about five copies of the residual stream, and of a layer its projections. Where memory is short, they
 come by with half of that, by computing some of it again (hybridvlm/plan/README.md has the comparison).
 """
 
@@ -15,7 +15,7 @@ from hybridvlm.estimates.workload import MeshSizes, Workload, local_batch, local
 from hybridvlm.reduction import cost as flops
 from hybridvlm.vision.model import CHUNK
 
-RESIDUALS, LEAST_RESIDUALS = 6, 3  # copies of the residual stream, with memory to spare and without
+RESIDUALS, LEAST_RESIDUALS = 5, 3  # copies of the residual stream, with memory to spare and without
 PROGRAMS = ("tower", "prefill", "decode")
 
 
@@ -173,4 +173,4 @@ def training_memory(work: Workload, mesh: MeshSizes, trained: int, *, least: boo
     embeddings = 2 * config.vocab_size * config.width * item // mesh.tensor  # gathered, as a step uses them
     share = min(1.0, trained / whole)  # the tower is frozen, as a rule
     weights = share * held * 16 + (everything - share * held) * item
-    return int(weights + saved + inside * (1 if least else 1.75) + embeddings)
+    return int(weights + saved + inside * (1 if least else 2) + embeddings)

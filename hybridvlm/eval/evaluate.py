@@ -16,14 +16,16 @@ from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
 from hybridvlm.estimates import refuse_too_large
 from hybridvlm.eval import report, statistics
+from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
-from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
+from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.reduction import BudgetError
+from hybridvlm.storage import as_path
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
 
@@ -51,7 +53,7 @@ class Checked:
     tasks: Sequence[Task]
     variants: Sequence[Variant]
     planner: Planner
-    folder: pathlib.Path
+    folder: Any
 
 
 def prepare(options: argparse.Namespace) -> Checked:
@@ -87,7 +89,7 @@ def prepare(options: argparse.Namespace) -> Checked:
         raise InputError(f"{model.name} knows no conversation; leave --system out")
     tasks = _tasks(options, model)
     default = pathlib.Path("results") / f"{model.name}-{'+'.join(task.name for task in tasks)}"
-    home = options.output or default
+    home = as_path(options.output or default)
     if home.exists() and not home.is_dir():
         raise InputError(f"--output {home} is a file; give a folder")
     return Checked(options, model, tasks, variants, Planner(model, base, options.match_flops), home)
@@ -133,7 +135,7 @@ class Evaluation:
         self.process = here()
         self.store = SampleStore(self.folder / "samples.jsonl", self.process)
         asking = Asking(options.system, THINKING[options.thinking], options.think_tokens)
-        self.weights = fingerprint(model.params)
+        self.weights = weights_fingerprint(options.model, model.params)
         for task in tasks:
             runner = Runner(
                 model, task, [], self.planner, self.store,

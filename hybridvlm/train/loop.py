@@ -27,6 +27,7 @@ from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.cost import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.storage import is_url
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.train import lora as adapters
 from hybridvlm.train.checkpoint import Checkpoints, check_run_dir
@@ -39,8 +40,8 @@ from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
 from hybridvlm.train.step import FrozenParams, State, Trainer, check_family
 
-# exit codes of a run that saved and left because it was told to: by SIGTERM (EX_TEMPFAIL: start it again), by SIGINT
-STOPPED, INTERRUPTED = 75, 130
+# exit codes of a run that saved and left because it was told to: by SIGTERM, by SIGINT
+STOPPED, INTERRUPTED = distributed.TERMINATED, 130
 
 
 class Stopped(Exception):
@@ -85,6 +86,10 @@ class Run:
     """Everything of one run; `train` below is the way to use it. model: instead of loading config.model."""
 
     def __init__(self, config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print):
+        if is_url(config.output):
+            raise ValueError(
+                f"output {config.output}: a training writes to a folder of this machine, such as a bucket that gcsfuse mounts"
+            )
         self.config, self.folder, self.say = config, pathlib.Path(config.output), say
         check_installed(config.logging)
         self.mesh = self._mesh()
@@ -135,6 +140,7 @@ class Run:
         refused = None
         if jax.process_index() == 0:
             try:
+                distributed.refuse_alone(self.folder)
                 check_run_dir(self.folder, self.config, self.began, write=write)
             except (OSError, ValueError) as error:
                 refused = error

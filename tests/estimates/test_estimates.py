@@ -72,6 +72,8 @@ COMPILED = [
     ("prefill", "v6e:2x2", {"tensor": 4}, 128, None, 12.86),
     ("prefill", "v6e:2x2", {"tensor": 4}, 128, 0.25, 12.16),
     ("prefill", "v5e:4x4", {"tensor": 16}, 1024, None, 17.12),
+    ("prefill", "v5p:2x2x4", {"tensor": 16}, 1024, None, 21.58),
+    ("tower", "v5p:2x2x1", {}, 128, None, 30.83),
     ("decode", "v5p:2x2x1", {}, 128, None, 49.88),
 ]
 

@@ -6,11 +6,11 @@ from helpers.micro_checkpoint import micro_model
 from hybridvlm import ask
 from hybridvlm.checkpoints import describe as described
 from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.config import Reduction
 from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, guard, refuse_training, training_memory
 from hybridvlm.estimates.workload import weight_bytes
 from hybridvlm.eval.__main__ import main as evaluate
-from hybridvlm.reduction.plan import Reduction
 from hybridvlm.train.config import Data, Logging, TrainConfig
 from hybridvlm.train.loop import Run
 
