@@ -110,6 +110,7 @@ class GrowingFile:
         if is_url(self.path):
             self._add_to_object(data)
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # of several hosts each may have a disk of its own
         with open(self.path, "ab", buffering=0) as file:
             size = file.tell()
             try:
