@@ -20,7 +20,12 @@ from hybridvlm.train import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [ROOT / "README.md", *(ROOT / "hybridvlm").glob("*/README.md"), *(ROOT / ".github").glob("*.md")],
+    [
+        ROOT / "README.md",
+        ROOT / "notebooks" / "README.md",
+        *(ROOT / "hybridvlm").glob("*/README.md"),
+        *(ROOT / ".github").glob("*.md"),
+    ],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]

@@ -34,7 +34,7 @@ A run that was killed goes on where it stopped when it is started again with the
 
 Several processes share a run, each with a part of the videos, those that cost most first: on a TPU slice or under Slurm start this
 command on every host; by hand set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 writes the
-results; --output gs://bucket/folder writes them to a store. hybridvlm/parallel/README.md has commands for each kind of machine.
+results; --output gs://bucket/folder writes them to a store. notebooks/README.md has the commands for each kind of machine.
 
 fields of a JSONL task, one question a line:
 {fields}
