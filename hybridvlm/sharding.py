@@ -126,7 +126,7 @@ class ShardingRules:
                     f"{getattr(self, field.name)!r}"
                 )
 
-    def spec(self, path: str, shape: Sequence[int] | None = None, mesh: Mesh | AbstractMesh | None = None) -> P:
+    def spec(self, path: str, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> P:
         """The PartitionSpec of the parameter at `path`, such as "decoder/mamba/in_proj"; ValueError for one not in the table.
 
         With its shape and a mesh, only axes of the mesh, and neither shares nor a cut vocabulary that do not come out even.
@@ -139,9 +139,7 @@ class ShardingRules:
         cut = zip(TABLE[path], sizes, strict=True)
         return P(*(_one_or_all(self._dimension(logical, size, mesh)) for logical, size in cut))
 
-    def _dimension(
-        self, logical: str | tuple[str, ...] | None, size: int | None, mesh: Mesh | AbstractMesh | None
-    ) -> tuple[str, ...]:
+    def _dimension(self, logical: str | tuple[str, ...] | None, size: int | None, mesh: Mesh | None) -> tuple[str, ...]:
         """The mesh axes that a dimension of `size` is cut over."""
         chosen: tuple[str, ...] = ()
         for name in (logical,) if isinstance(logical, str) else logical or ():
@@ -188,7 +186,7 @@ def _with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
 DEFAULT_RULES = ShardingRules()
 
 
-def sharding_of(mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where the parameter at `path` lies on the mesh, its columns in the whole model's order; a dimension that does not come out even,
     and anything that no rule is for, is whole on every device."""
     mesh = auto_mesh(mesh)
@@ -225,7 +223,7 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def auto_mesh(mesh: Mesh | AbstractMesh) -> Any:
+def auto_mesh(mesh: Mesh) -> Mesh:
     """The mesh with axes that XLA cuts by, as the layers count on; those of `jax.make_mesh` take every cut written out.
 
     Raises:

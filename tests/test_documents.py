@@ -178,7 +178,7 @@ def test_a_command_with_a_wrong_word_is_seen(monkeypatch):
         check_names(options, "hybridvlm.eval", "")
 
 
-PRINTED = ("README.md", "hybridvlm/models/README.md", "hybridvlm/reduction/README.md")
+PRINTED = ("README.md", "hybridvlm/models/README.md", "hybridvlm/plan/README.md", "hybridvlm/reduction/README.md")
 
 
 @pytest.mark.slow

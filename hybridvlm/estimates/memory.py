@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, VambaConfig, VisionConfig
-from hybridvlm.estimates.workload import MeshSizes, Workload, local_batch, local_part, weight_bytes
+from hybridvlm.estimates.workload import TRAINING, MeshSizes, Workload, local_batch, local_part, weight_bytes
 from hybridvlm.reduction import cost as flops
 from hybridvlm.vision.model import CHUNK
 
@@ -83,9 +83,10 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
     inside = _vamba_layer(work, config, mesh) if vamba else _layer(part, item)
     row = max(lengths) * rows
     head = config.vocab_size * config.width * item // mesh.tensor  # turned about for the product
-    extra = _row_exchange(work, part, mesh) + _drops(work, part, lengths, rows)
+    keys, drops = _row_exchange(work, part, mesh), _drops(work, lengths, rows * shards)
     activations, least = (
-        row * (copies * config.width * item + inside) + head + extra for copies in (RESIDUALS, LEAST_RESIDUALS)
+        head + max(row * (copies * config.width * item + inside) + keys, drops + 2 * row * config.width * item)
+        for copies in (RESIDUALS, LEAST_RESIDUALS)
     )
     return Memory(
         weights=weight_bytes(config, mesh, item),
@@ -95,7 +96,7 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
         tower=_tower(work, mesh) if work.frames else 0,
         activations=activations,
         least_activations=least,
-        decode=weight_bytes(config, dataclasses.replace(mesh, fsdp=1, sequence=1), item, "decoder/"),
+        decode=weight_bytes(config, dataclasses.replace(mesh, fsdp=1), item, "decoder/"),
     )
 
 
@@ -133,10 +134,10 @@ def _row_exchange(work: Workload, part: ModelConfig, mesh: MeshSizes) -> int:
     return local_batch(work, mesh) * 2 * row * part.kv_heads * part.head_dim * work.itemsize
 
 
-def _drops(work: Workload, part: ModelConfig, lengths: list[int], rows: int) -> int:
-    """What dropping adds: the shorter row next to the longer one."""
+def _drops(work: Workload, lengths: list[int], rows: int) -> int:
+    """What is at hand while tokens are dropped: the shorter row, which of a cut one each device builds whole before it is summed."""
     after = [lengths[site + 1] for site in work.plan.drops if site + 1 < len(lengths)]
-    return rows * max(after, default=0) * part.width * work.itemsize
+    return rows * max(after, default=0) * work.config.width * work.itemsize
 
 
 def _tower(work: Workload, mesh: MeshSizes) -> int:
@@ -165,8 +166,8 @@ def training_memory(work: Workload, mesh: MeshSizes, trained: int, *, least: boo
     """
     config, item, rows = work.config, work.itemsize, local_batch(work, mesh)
     part = config.mixer if isinstance(config, VambaConfig) else local_part(config, mesh)
-    everything, text = weight_bytes(config, mesh, 1), ("decoder/", "embed", "lm_head")
-    whole, held = (sum(weight_bytes(config, m, 1, name) for name in text) for m in (MeshSizes(), mesh))
+    everything, text = weight_bytes(config, mesh, 1, "", TRAINING), ("decoder/", "embed", "lm_head")
+    whole, held = (sum(weight_bytes(config, m, 1, name, TRAINING) for name in text) for m in (MeshSizes(), mesh))
     lengths = [-(-work.plan.row_length(layer) // mesh.sequence) for layer in range(work.plan.layers)]
     saved = rows * sum(lengths) * config.width * item * (1 if least else 2)
     inside = rows * max(lengths) * (RESIDUALS * config.width * item + _layer(part, item))

@@ -91,10 +91,7 @@ def _prefill_sent(work: Workload, mesh: MeshSizes) -> float:
 
 def _gathered_weights(work: Workload, mesh: MeshSizes) -> float:
     """Bytes of weights that one device sends while each layer's shares are put together."""
-    share = mesh.fsdp * mesh.sequence
-    if share == 1:
-        return 0.0
-    return (share - 1) * weight_bytes(work.config, mesh, work.itemsize, "decoder/")
+    return (mesh.fsdp - 1) * weight_bytes(work.config, mesh, work.itemsize, "decoder/") if mesh.fsdp > 1 else 0.0
 
 
 def _decode_sent(work: Workload, mesh: MeshSizes) -> float:
@@ -135,7 +132,7 @@ def _expert_weights(config: ModelConfig) -> int:
 def _read_weights(work: Workload, mesh: MeshSizes, rows: int) -> float:
     """Bytes of weights that a decode step reads on one device: of experts at most one per token and choice."""
     config, item = work.config, work.itemsize
-    whole = dataclasses.replace(mesh, fsdp=1, sequence=1)
+    whole = dataclasses.replace(mesh, fsdp=1)
     read = weight_bytes(config, whole, item, "decoder/") + config.width * config.vocab_size * item / mesh.tensor
     if MOE in config.pattern:
         idle = max(0, config.experts - rows * config.experts_per_token)

@@ -10,14 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from hybridvlm.config import ModelConfig, Reduction, VambaConfig
 from hybridvlm.models.family import family_for
 from hybridvlm.models.weights import FLOAT32, flatten
 from hybridvlm.parallel.layout import local_config, permute_for_tp
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.sharding import AXES, sharding_of
+from hybridvlm.sharding import AXES, DEFAULT_RULES, ShardingRules
+
+# Decoding reads every weight for every token: shards of a row hold all of them, and fsdp alone, which is asked for, gathers.
+INFERENCE = ShardingRules(share=("fsdp",))
+TRAINING = DEFAULT_RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +162,19 @@ def _shapes(config: Any, tensor: int) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def weight_bytes(config: Any, mesh: MeshSizes, itemsize: int, prefix: str = "") -> int:
+def weight_bytes(
+    config: Any, mesh: MeshSizes, itemsize: int, prefix: str = "", rules: ShardingRules = INFERENCE
+) -> int:
     """Bytes of the parameters whose path begins with `prefix` on one device, by the rules of hybridvlm/sharding.py."""
     sizes = tuple(getattr(mesh, axis) for axis in AXES)
-    abstract = AbstractMesh(sizes, AXES)
+    abstract: Any = AbstractMesh(sizes, AXES)
     total = 0
     for path, shape in _shapes(config, mesh.tensor).items():
         if path.startswith(prefix):
-            held = shape if mesh.devices == 1 else sharding_of(abstract, path, shape).shard_shape(shape)
+            try:
+                spec = rules.spec(path, shape, abstract) if mesh.devices > 1 else PartitionSpec()
+            except ValueError:  # what no rule is for is whole on every device
+                spec = PartitionSpec()
+            held = NamedSharding(abstract, spec).shard_shape(shape)
             total += math.prod(held) * (4 if path.rsplit("/", 1)[-1] in FLOAT32 else itemsize)
     return total

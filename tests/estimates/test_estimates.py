@@ -17,7 +17,7 @@ from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, check_fits, choose_mesh, first_that_fits
 from hybridvlm.estimates.choose import HEADROOM, candidates
 from hybridvlm.estimates.memory import memory
-from hybridvlm.estimates.workload import weight_bytes
+from hybridvlm.estimates.workload import TRAINING, weight_bytes
 from hybridvlm.hardware import CHIPS, memory_limit, parse_slice, usual_slices
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Batch
@@ -60,7 +60,9 @@ def test_weights_of_one_device_are_those_of_its_part():
     whole = TINY.count("-") * TINY.width * TINY.mlp_width * 2
     assert weight_bytes(TINY, MeshSizes(), 2, up) == weight_bytes(TINY, MeshSizes(data=8), 2, up) == whole
     assert weight_bytes(TINY, MeshSizes(fsdp=2, tensor=2), 2, up) == whole // 4
-    assert weight_bytes(TINY, MeshSizes(sequence=4), 2, up) == whole // 4
+    # shards of a row hold all weights for decoding, and shares of them in training
+    assert weight_bytes(TINY, MeshSizes(sequence=4), 2, up) == whole
+    assert weight_bytes(TINY, MeshSizes(sequence=4), 2, up, TRAINING) == whole // 4
     assert weight_bytes(TINY, MeshSizes(), 2, "decoder/mamba/A_log") == 4 * TINY.count("M") * TINY.mamba_heads
 
 
