@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS
 from hybridvlm.errors import said
-from hybridvlm.options import THINKING, add_thinking
+from hybridvlm.options import THINKING, add_compilation_cache, add_thinking
 
 if TYPE_CHECKING:
     from hybridvlm.inference.conversation import Answer
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")
     add_thinking(parser)
+    add_compilation_cache(parser)
     add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
     add(
         "--show-kept",
@@ -159,6 +160,7 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> int:
+    from hybridvlm.compilation import keep_compiled
     from hybridvlm.estimates import refuse_too_large
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
@@ -167,6 +169,7 @@ def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.video.sheet import contact_sheet
 
     check_question(args.question)
+    keep_compiled(args.compilation_cache)
     if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):

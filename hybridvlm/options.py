@@ -28,16 +28,20 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--think-tokens", type=int, metavar="N", help=budget)
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that run on devices: whether several processes work together, and where compiled programs are kept."""
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that several processes can share."""
     several = (
         "work together with the other processes of this launch: auto where one is recognised (Slurm, Open MPI, a TPU slice, GKE, "
         "multislice, XPK, JAX's variables), on or fail, off (default: auto)"
     )
+    parser.add_argument("--distributed", default="auto", choices=MODES, help=several)
+
+
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that compile: where compiled programs are kept."""
     cache = (
         "folder where compiled programs are kept for the next start, or off (default: one in the user's cache folder)"
     )
-    parser.add_argument("--distributed", default="auto", choices=MODES, help=several)
     parser.add_argument("--compilation-cache", default="", metavar="DIR", help=cache)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
-from hybridvlm.options import add_running, add_thinking
+from hybridvlm.options import add_compilation_cache, add_distributed, add_thinking
 
 STOPPED = "stopped; what was answered is kept, and the same command goes on from there"
 METHODS = "none,str,random-input,uniform-input,saliency,fastv"
@@ -89,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
     add_thinking(parser)
-    add_running(parser)
+    add_distributed(parser)
+    add_compilation_cache(parser)
     add("--list", action="store_true", help="list methods and tasks, and stop")
     return parser
 
@@ -156,6 +157,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
         try:
             keep_compiled(options.compilation_cache)
             process = initialize(mode=options.distributed)
+            if process.count > 1 and process.first:
+                print(
+                    f"each of {process.count} processes runs the model on its own devices and answers whole videos",
+                    file=sys.stderr,
+                )
             with ends_on_sigterm(), together():
                 checked = everywhere(lambda: prepare(options))
                 everywhere(lambda: refuse_alone(checked.folder))

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from hybridvlm.options import add_running
+from hybridvlm.options import add_compilation_cache, add_distributed
 
 EXAMPLES = """\
 examples:
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dest="changes",
         help="change fields of the config, such as data.text=16 optimizer.rate=1e-4",
     )
-    add_running(parser)
+    add_distributed(parser)
+    add_compilation_cache(parser)
     args = parser.parse_args(argv)
 
     from hybridvlm import distributed
