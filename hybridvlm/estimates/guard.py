@@ -9,7 +9,7 @@ import jax
 
 from hybridvlm.checkpoints.describe import describe
 from hybridvlm.config import Reduction
-from hybridvlm.estimates.choose import DoesNotFit, check_fits
+from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh
 from hybridvlm.estimates.memory import training_memory
 from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import memory_limit
@@ -43,13 +43,52 @@ def refuse_too_large(
     """
     device = jax.local_devices()[0]
     limit = memory_limit(device)
+    if limit is not None:
+        work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
+        check_fits(work, mesh, jax.device_count(), limit, device.device_kind)
+
+
+def choose_here(
+    name_or_path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+    revision: str | None = None,
+    reduction: Reduction | None = None,
+) -> MeshChoice | None:
+    """The mesh of this machine's devices for a model, before it is loaded: the smallest tensor x sequence that fits, the rest data.
+
+    Arguments as of `refuse_too_large`; of the largest bucket that will be asked for.
+
+    Returns:
+        The mesh, and why; None where one device is all there is, or where their memory is not known, as on CPU.
+
+    Raises:
+        DoesNotFit: these devices have no memory for it; the message names the smallest slice that would do.
+    """
+    devices = jax.local_devices()
+    limit = memory_limit(devices[0])
     if limit is None:
-        return
+        return None
+    work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
+    choice = choose_mesh(work, len(devices), limit, devices[0].device_kind)
+    return None if len(devices) == 1 else choice
+
+
+def _smallest_work(
+    name_or_path: str | os.PathLike[str],
+    frames: int | None,
+    batch: int,
+    dtype: str | None,
+    revision: str | None,
+    reduction: Reduction | None,
+) -> Workload:
+    """The least that is asked of a model: prompts of so many frames with the shortest text."""
     found = describe(name_or_path, revision)
     text, max_new = max(1, found.buckets.text[0]), found.buckets.max_new
     shown = 0 if found.config.vision is None else frames or min(FRAMES, found.buckets.frames[-1])
-    work = Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction)
-    check_fits(work, mesh, jax.device_count(), limit, device.device_kind)
+    return Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction)
 
 
 def refuse_training(work: Workload, mesh: Any, trained: int) -> None:

@@ -58,6 +58,23 @@ def test_training_memory_is_near_the_compilers():
     assert training_memory(work, MeshSizes(fsdp=64, sequence=4), trained, least=True) < 16 << 30
 
 
+def test_the_mesh_of_the_devices_at_hand(monkeypatch):
+    class Chip:
+        platform, device_kind = "tpu", "TPU v6 lite"
+
+        def memory_stats(self):
+            return {"bytes_limit": 32 << 30}
+
+    assert guard.choose_here("nemotron_nano_12b_v2_vl") is None  # on CPU nothing is known
+    monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()] * 8)
+    choice = guard.choose_here("nemotron_nano_12b_v2_vl", frames=64, batch=4)
+    assert choice.mesh == MeshSizes(data=4, tensor=2) and "fewer than 2 devices" in choice.why
+    monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()])
+    assert guard.choose_here("tiny", frames=8) is None  # one device is no choice
+    with pytest.raises(DoesNotFit, match="smallest slice that would do is v6e:2x2 with --mesh data=2,tensor=2"):
+        guard.choose_here("nemotron_nano_12b_v2_vl", frames=64)
+
+
 def test_nothing_is_refused_on_cpu():
     refuse_training(Workload(load_model_config("nemotron_nano_12b_v2_vl"), 4096, batch=512), None, 10**10)
     guard.refuse_too_large("no such model at all")
