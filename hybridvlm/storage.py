@@ -8,6 +8,7 @@ anew until it has its size.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib.util
 import json
 import os
@@ -219,8 +220,13 @@ def _holder(lock: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def copy_folder(source: Any, target: pathlib.Path) -> pathlib.Path:
+def copy_folder(source: Any, target: pathlib.Path, patterns: tuple[str, ...] = ("*",)) -> pathlib.Path:
     """Copy a folder of a store to this machine; files that are there already, at their size, stay.
+
+    Args:
+        source: the folder in the store.
+        target: here.
+        patterns: of the names of files that are copied.
 
     Returns:
         `target`.
@@ -228,7 +234,9 @@ def copy_folder(source: Any, target: pathlib.Path) -> pathlib.Path:
     target.mkdir(parents=True, exist_ok=True)
     for item in sorted(source.iterdir(), key=lambda item: item.name):
         if item.is_dir():
-            copy_folder(item, target / item.name)
+            copy_folder(item, target / item.name, patterns)
+            continue
+        if not any(fnmatch.fnmatch(item.name, pattern) for pattern in patterns):
             continue
         here = target / item.name
         if here.is_file() and here.stat().st_size == item.stat().length:

@@ -11,6 +11,7 @@ from helpers.eval_world import build_world
 from helpers.object_store import OBJECTS, WRITES
 
 from hybridvlm import files, storage
+from hybridvlm.checkpoints.describe import describe
 from hybridvlm.checkpoints.names import resolve
 from hybridvlm.distributed import Process
 from hybridvlm.eval.__main__ import main
@@ -131,6 +132,8 @@ def test_a_checkpoint_in_a_store(tmp_path, monkeypatch):
     world = build_world(tmp_path / "world")
     for file in (world / "micro").iterdir():
         OBJECTS[f"fake://b/ckpt/micro/{file.name}"] = file.read_bytes()
+    assert describe("fake://b/ckpt/micro").config.name == "micro"
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # no weights for a description
     model = load("fake://b/ckpt/micro")
     assert model.config == load(world / "micro").config and resolve("fake://b/ckpt/micro/").is_relative_to(
         tmp_path / "cache"

@@ -40,7 +40,7 @@ def resolve(
     FileNotFoundError names what there is.
     """
     if is_url(name_or_path):
-        return _copy(os.fspath(name_or_path))
+        return _copy(os.fspath(name_or_path), patterns)
     packaged = PACKAGED.get(str(name_or_path))
     path = packaged or pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
@@ -89,13 +89,15 @@ def _is_path(name: str) -> bool:
     return not plain or set(rest) <= {"."} or owner.lower() in LOCAL or pathlib.Path(owner).exists()
 
 
-def _copy(url: str) -> pathlib.Path:
-    """The copy on this machine of a checkpoint in a store."""
+def _copy(url: str, patterns: tuple[str, ...]) -> pathlib.Path:
+    """The copy on this machine of a checkpoint in a store: of a whole one all there is, else the files of `patterns`."""
     stored = as_path(url.rstrip("/"))
     if not stored.is_dir():
         raise FileNotFoundError(f"{url} is no folder of that store, or may not be read")
     name = f"{stored.name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
-    return copy_folder(stored, cache_home() / "hybridvlm" / "checkpoints" / name)
+    return copy_folder(
+        stored, cache_home() / "hybridvlm" / "checkpoints" / name, ("*",) if patterns == DOWNLOADED else patterns
+    )
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
