@@ -35,6 +35,9 @@ _HOME = {
     "Conversation": "inference.conversation",
     "Sampling": "inference.sampling",
     "compile_count": "inference.program_cache",
+    "Workload": "estimates.workload",
+    "estimate": "estimates.result",
+    "choose_mesh": "estimates.choose",
     "load": "inference.model",
 }
 _MODULES = (
@@ -46,6 +49,7 @@ _MODULES = (
     "reduction",
     "video",
     "checkpoints",
+    "estimates",
     "inference",
     "parallel",
     "tokenizers",

@@ -11,6 +11,10 @@ COMMANDS = {
     "eval": ("hybridvlm.eval.__main__", "accuracy and cost of a model, dense and with visual tokens dropped"),
     "ask": ("hybridvlm.ask", "answer a question about a video or an image"),
     "train": ("hybridvlm.train.__main__", "finetune a model under token reduction"),
+    "plan": (
+        "hybridvlm.plan.__main__",
+        "whether a model fits on devices that need not be there, and how fast it could be",
+    ),
     "analyze": ("hybridvlm.analyze", "which layers' scores follow the question, ablations, probes"),
     "bench": ("hybridvlm.bench.__main__", "time and memory, measured or by the compilers"),
 }

@@ -21,28 +21,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-_GIB = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One device as its maker states it: memory in bytes, bytes per second, bf16 FLOP per second, and its clock in Hz."""
-
-    kind: str
-    hbm_bytes: int
-    bandwidth: float
-    flops: float
-    clock: float
-
-
-# cloud.google.com/tpu/docs (v5e, v5p, v6e), and NVIDIA's data sheets (dense, no sparsity).
-CHIPS = {
-    "v5e": Chip("TPU v5e", 16 * _GIB, 819e9, 197e12, 1.5e9),
-    "v5p": Chip("TPU v5p", 95 * _GIB, 2765e9, 459e12, 1.75e9),
-    "v6e": Chip("TPU v6e", 32 * _GIB, 1640e9, 918e12, 1.75e9),
-    "H100": Chip("NVIDIA H100 SXM", 80 * 10**9, 3.35e12, 989e12, 1.98e9),
-    "H200": Chip("NVIDIA H200 SXM", 141 * 10**9, 4.8e12, 989e12, 1.98e9),
-}
+from hybridvlm.hardware import CHIPS, Chip
 
 # What XLA has to know of a Hopper card (GpuTargetConfigProto); bandwidth, memory and name differ between H100 and H200.
 _HOPPER = """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS
 from hybridvlm.errors import said
-from hybridvlm.options import THINKING, add_mesh, add_thinking
+from hybridvlm.options import THINKING, add_compilation_cache, add_mesh, add_thinking
 
 if TYPE_CHECKING:
     from hybridvlm.inference.conversation import Answer
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-new", type=int, default=None, help="most tokens of an answer")
     add_thinking(parser)
     add_mesh(parser)
+    add_compilation_cache(parser)
     add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
     add(
         "--show-kept",
@@ -160,21 +161,21 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> int:
-    import jax
-
+    from hybridvlm.compilation import keep_compiled
+    from hybridvlm.estimates import mesh_option
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
-    from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
     from hybridvlm.tokenizers.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet
 
     check_question(args.question)
+    keep_compiled(args.compilation_cache)
     if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
-    mesh = None if args.mesh is None else make_mesh(**mesh_sizes(args.mesh), devices=jax.local_devices())
+    mesh = mesh_option(args.mesh, args.model, frames=args.frames, dtype=args.dtype, revision=args.revision)
     model = load(args.model, mesh=mesh, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -15,10 +17,15 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+from hybridvlm import launchers, storage
+from hybridvlm.options import MODES
+
+ADDRESS, COUNT, INDEX = launchers.ADDRESS, launchers.COUNTS[0], launchers.INDICES[0]
 SILENCE = 45  # seconds without a sign of life after which JAX counts a process as lost, and ends the others
 POLL = 1.0  # seconds between two looks at whether another process has failed
 GRACE = 3.0  # seconds in which a process that hears of it may come to its own end
+TERMINATED = 143  # exit code of a process that SIGTERM ended: 128 + 15, as a shell has it
+LAST = 25.0  # seconds that a process has after SIGTERM; clouds kill after 30
 HEARD = 15.0  # seconds that a failing process waits for the others to hear of it
 
 
@@ -35,43 +42,89 @@ class Process:
         return self.index == 0
 
 
-def initialize(environment: Mapping[str, str] | None = None) -> Process:
-    """Join the other processes of this run, if the environment says that there are any; call it before anything asks for devices.
+class Alone(ValueError):
+    """One process of several that were meant to work together, and do not."""
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID name a run by hand; under Slurm, Open MPI and on a
-    slice of several TPU hosts JAX finds all three by itself. Called twice, it joins once. ValueError where only some of the three are
-    set, or are no numbers.
+
+def initialize(environment: Mapping[str, str] | None = None, mode: str = "auto") -> Process:
+    """Join the other processes of this run, if there are any; call it before anything asks for devices.
+
+    `hybridvlm.launchers.find` says what is recognised. Called twice, it joins once. Of several processes each says on standard error
+    which it is.
+
+    Args:
+        environment: variables (default: os.environ).
+        mode: "auto" joins where a launcher is recognised; "on" joins whatever the environment says, by JAX's own means if by no
+            other, and fails where it cannot; "off" stays alone.
+
+    Raises:
+        ValueError: for variables that only half name a run; with "on", for a run that cannot be joined.
     """
+    if mode not in MODES:
+        raise ValueError(f"distributed: expected one of {MODES}, got {mode!r}")
     environment = os.environ if environment is None else environment
-    if not jax.distributed.is_initialized():
-        given = {name: environment[name] for name in (ADDRESS, COUNT, INDEX) if environment.get(name)}
-        if len(given) == 3:
-            try:
-                count, index = int(given[COUNT]), int(given[INDEX])
-            except ValueError:
-                raise ValueError(f"{COUNT} and {INDEX} must be whole numbers, got {given}") from None
-            if not 0 <= index < count:
-                raise ValueError(f"{INDEX} must lie in 0..{COUNT}-1 = 0..{count - 1}, got {index}")
-            if count > 1:
-                jax.distributed.initialize(given[ADDRESS], count, index, **_silence())
-        elif _cluster(environment) and not {COUNT, INDEX} & set(given):
-            jax.distributed.initialize(**_silence())
-        elif given:
-            raise ValueError(f"{ADDRESS}, {COUNT} and {INDEX} go together, got only {sorted(given)}")
+    if mode != "off" and not jax.distributed.is_initialized():
+        launch = launchers.find(environment)
+        if launch is None and mode == "on":
+            launch = launchers.Launch("JAX's own detection")
+        if launch is not None:
+            _join(launch)
+            me = here()
+            if me.count > 1:
+                say_who(me, launch.how)
+            elif mode == "on":
+                raise ValueError(
+                    "distributed: 'on' found one process alone; start the command on every host, or leave it out"
+                )
     return here()
+
+
+def _join(launch: launchers.Launch) -> None:
+    try:
+        if launch.address is None:
+            jax.distributed.initialize(**_silence())
+        else:
+            jax.distributed.initialize(launch.address, launch.count, launch.index, **_silence())
+    except Exception as error:  # JAX raises whatever its cluster's client does
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"distributed: this process could not join the others ({launch.how}): {reason}; start the same command on every "
+            "host at about the same time, or --distributed off for one host by itself"
+        ) from error
+
+
+def say_who(process: Process, how: str) -> None:
+    """Say on standard error which process this is, and what it has."""
+    local, total = len(jax.local_devices()), jax.device_count()
+    kind = jax.local_devices()[0].device_kind
+    print(
+        f"process {process.index} of {process.count} ({how}): {local} of {total} devices ({kind}) on {socket.gethostname()}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def refuse_alone(folder: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> None:
+    """Refuse that one process of several, each by itself, writes into a folder that all of them see.
+
+    Raises:
+        Alone: this machine belongs to a slice of several hosts, or to a launch of several processes, which it has not joined, and
+            the folder lies in a store or on a network.
+    """
+    if jax.process_count() > 1 or not storage.is_shared(folder):
+        return
+    launch = launchers.find(os.environ if environment is None else environment)
+    if launch is not None:
+        raise Alone(
+            f"{folder} is seen by all hosts, and this process is one of several ({launch.how}) that has not joined them: each would "
+            "write over the others. Leave out --distributed off, or give each host a folder on its own disk"
+        )
 
 
 def _silence() -> dict[str, Any]:
     """How JAX is told of SILENCE, where its release can be."""
     known = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
     return {"heartbeat_timeout_seconds": SILENCE} if known else {}
-
-
-def _cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX knows has started more than this process. A Slurm allocation alone has not: its steps have."""
-    names = ["OMPI_COMM_WORLD_SIZE"] + ["SLURM_NTASKS"] * ("SLURM_STEP_NODELIST" in environment)
-    tasks = max(int(environment.get(name) or 1) for name in names)
-    return tasks > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def here() -> Process:
@@ -92,8 +145,45 @@ def gather(part: bytes) -> list[bytes]:
     return [bytes(np.asarray(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
+class Terminated(Exception):
+    """This process was told to end, by SIGTERM: a preemption, or whoever runs the machine."""
+
+
 class OtherProcessFailed(RuntimeError):
     """Another process of this run could not go on."""
+
+    @property
+    def terminated(self) -> bool:
+        """Whether it had been told to end."""
+        return Terminated.__name__ in str(self)
+
+
+@contextlib.contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """While this is entered, SIGTERM raises Terminated in the main thread, so that locks are let go and what is buffered is written.
+
+    Where that does not come to an end, as during a long compilation, the process is ended hard after `LAST` seconds. In other threads
+    than the main one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hard() -> None:
+        time.sleep(LAST)
+        sys.stderr.flush()
+        os._exit(TERMINATED)
+
+    def stop(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=hard, name="last", daemon=True).start()
+        raise Terminated("told to end by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def agree(error: BaseException | None) -> None:
@@ -216,7 +306,7 @@ class _Watch:
         self._last()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(TERMINATED if others and OtherProcessFailed(text).terminated else 1)
 
 
 _watch: _Watch | None = None

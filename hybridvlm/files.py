@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hybridvlm.plain import shown
+from hybridvlm.storage import BEAT, SILENCE, as_path, is_url, object_lock
 
 LOCK = ".lock"
-BEAT = 30.0  # seconds between two signs of life of a holder
-SILENCE = 600.0  # without any for so long, a holder on another machine counts as gone
 
 
 class FolderBusy(RuntimeError):
@@ -34,7 +33,7 @@ def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Hold a folder (made where it is missing) for one run; of a run of several processes the first one alone calls this.
 
     The file `.lock` in it names the holder. A lock whose process is gone is taken over: one of this machine at once, one of
-    another machine where it has given no sign of life for ten minutes.
+    another machine where it has given no sign of life for ten minutes. Of a folder in a store, see `storage.object_lock`.
 
     Args:
         path: the folder.
@@ -43,6 +42,14 @@ def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     Raises:
         FolderBusy: somebody else is at work in there; the message says who, since when, and the way out.
     """
+    if is_url(path):
+        folder = as_path(path)
+        mine = _holder(what, uuid.uuid4().hex)
+        with object_lock(
+            folder / LOCK, mine, FolderBusy, lambda held: held.get("host") == _machine() and _stale(held, 0)
+        ):
+            yield
+        return
     folder = pathlib.Path(path)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+MODES = ("auto", "on", "off")
 THINKING = {"auto": None, "on": True, "off": False}
 
 
@@ -31,9 +32,27 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     """The option of commands that run a model: the devices it runs on."""
     text = (
         "devices along the axes of a mesh, such as data=4,tensor=2; one may be -1: the rest. data cuts batches, tensor "
-        "heads and channels, sequence the rows of a prompt; all of them share a video's frames (default: one device)"
+        "heads and channels, sequence the rows of a prompt; all of them share a video's frames (default: auto, the "
+        "smallest tensor x sequence that fits, the rest data; one device where their memory is not known, as on CPU)"
     )
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=text)
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that several processes can share."""
+    several = (
+        "work together with the other processes of this launch: auto where one is recognised (Slurm, Open MPI, a TPU slice, GKE, "
+        "multislice, XPK, JAX's variables), on or fail, off (default: auto)"
+    )
+    parser.add_argument("--distributed", default="auto", choices=MODES, help=several)
+
+
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that compile: where compiled programs are kept."""
+    cache = (
+        "folder where compiled programs are kept for the next start, or off (default: one in the user's cache folder)"
+    )
+    parser.add_argument("--compilation-cache", default="", metavar="DIR", help=cache)
 
 
 class FieldHelp(NamedTuple):

@@ -12,6 +12,10 @@ os.environ.setdefault("NPROC", "8")
 # Most of the suite's time is compilation, and most programs run once: LLVM's optimizations cost more than they save.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# Commands that tests run keep no compiled programs: a worker of pytest-xdist has crashed while it wrote one.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 # XLA's older emitters of fused loops take less than half the time to compile. JAX 0.11 has them no more, and XLA ends a process that
 # sets a flag it does not know.
 if (0, 8) <= tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):

@@ -9,6 +9,7 @@ import pytest
 from hybridvlm import aot
 from hybridvlm.bench.__main__ import main
 from hybridvlm.bench.hlo import program_cost
+from hybridvlm.hardware import CHIPS
 from hybridvlm.ops.platforms import platform
 
 needs = {name: pytest.mark.aot(name) for name in ("tpu", "gpu")}
@@ -131,7 +132,7 @@ def test_a_time_that_the_compiler_does_not_know_is_that_of_the_bytes():
         "HloModule one\n\nENTRY %main (p: f32[1024]) -> f32[1024] {\n  %p = f32[1024]{0} parameter(0)\n"
         '  ROOT %c = f32[1024]{0} custom-call(%p), custom_call_target="scatter", backend_config={"estimated_cycles":"CYCLES"}\n}\n'
     )
-    chip = aot.CHIPS["v5e"]
+    chip = CHIPS["v5e"]
     known, unknown = (program_cost(text.replace("CYCLES", n), chip) for n in ("940", str(2**63 - 1)))
     assert known.seconds == pytest.approx(940 / chip.clock) and known.bytes == unknown.bytes == 8192
     assert unknown.seconds == pytest.approx(8192 / chip.bandwidth)
@@ -139,7 +140,7 @@ def test_a_time_that_the_compiler_does_not_know_is_that_of_the_bytes():
 
 def test_cost_refuses_what_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
-        program_cost("HloModule nothing", aot.CHIPS["v5e"])
+        program_cost("HloModule nothing", CHIPS["v5e"])
 
 
 def rows_of(tmp_path, *arguments: str) -> list[dict]:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers.eval_world import build_world
@@ -34,12 +36,17 @@ def start(args: list[str], address: str, index: int, count: int = 2, devices: in
     )
 
 
-def run_both(args: list[list[str]], timeout: float = 240) -> list[tuple[int, str]]:
-    """(exit code, output) of two processes; both are killed when one does not end."""
+def start_both(args: list[list[str]]) -> list[subprocess.Popen]:
+    """Two processes of one run."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    processes = [start(own, address, index) for index, own in enumerate(args)]
+    return [start(own, address, index) for index, own in enumerate(args)]
+
+
+def run_both(args: list[list[str]], timeout: float = 240) -> list[tuple[int, str]]:
+    """(exit code, output) of two processes; both are killed when one does not end."""
+    processes = start_both(args)
     try:
         return [(p.returncode, out) for p in processes for out in [p.communicate(timeout=timeout)[0]]]
     finally:
@@ -47,19 +54,7 @@ def run_both(args: list[list[str]], timeout: float = 240) -> list[tuple[int, str
             process.kill()
 
 
-def test_environment_is_checked():
-    with pytest.raises(ValueError, match="go together"):
-        distributed.initialize({distributed.COUNT: "2"})
-    with pytest.raises(ValueError, match="go together"):
-        distributed.initialize({distributed.ADDRESS: "a:1"})
-    with pytest.raises(ValueError, match="whole numbers"):
-        distributed.initialize({distributed.ADDRESS: "a:1", distributed.COUNT: "two", distributed.INDEX: "0"})
-    with pytest.raises(ValueError, match=r"0\.\.JAX_NUM_PROCESSES-1 = 0\.\.1, got 2"):
-        distributed.initialize({distributed.ADDRESS: "a:1", distributed.COUNT: "2", distributed.INDEX: "2"})
-    assert distributed.initialize({}) == distributed.Process(0, 1)
-    assert distributed.initialize({"SLURM_NTASKS": "8"}) == distributed.Process(
-        0, 1
-    )  # a batch script that starts its steps elsewhere
+def test_a_process_alone_gathers_its_own():
     assert distributed.gather(b"alone") == [b"alone"]
 
 
@@ -80,7 +75,9 @@ def test_evaluation_of_two_processes_is_that_of_one(evaluate, tmp_path):
             assert row[name] == other[name], name
     answers = [json.loads(line) for line in (parts[0] / "samples.jsonl").read_text().splitlines()]
     assert len({(a["key"]) for a in answers}) == 2 * 18
-    assert len({a["batch"] for a in answers}) == 5  # 18 questions, four at a time: the tail is filled up
+    # three videos each, so nine questions, four at a time: the tail is filled up, and no number is used twice
+    assert len({a["batch"] for a in answers}) == 6
+    assert "process 1 of 2 (JAX's variables): 4 of 8 devices" in ended[1][1]
     assert not (parts[1] / "results.json").exists() and not list(parts[1].glob("samples-*"))
 
 
@@ -90,3 +87,63 @@ def test_one_failing_process_ends_both_with_its_reason(evaluate, tmp_path):
     ended = run_both([[*evaluate, str(tmp_path / "a")], [*evaluate, str(file)]])
     assert [code for code, _ in ended] == [2, 2], ended
     assert "process 1: InputError: --output" in ended[0][1]
+
+
+def answers(folder) -> list[dict]:
+    """All that the parts of a run hold."""
+    return [json.loads(line) for part in folder.glob("samples*.jsonl") for line in part.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_end_goes_on_with_another_number_of_processes(evaluate, tmp_path):
+    """SIGTERM to one of two ends both with 143; another number of processes and another batch size goes on; the end is the same."""
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    slowly = [*evaluate, str(shared), "--batch-size", "1"]
+    both = start_both([slowly, slowly])
+    try:
+        until = time.monotonic() + 200
+        while not any(part.stat().st_size for part in shared.glob("samples*.jsonl")) and time.monotonic() < until:
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        out = [process.communicate(timeout=60)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [143, 143], out
+    assert time.monotonic() - began < 60
+    assert "process 1: Terminated" in out[0] and "the same command goes on" in out[1]
+    before = answers(shared)
+    assert 0 < len(before) < 36 and not (shared / "results.json").exists()
+
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for folder in (shared, alone):
+        assert subprocess.run([sys.executable, *evaluate, str(folder)], env=env, timeout=240).returncode == 0
+    after, whole = answers(shared), answers(alone)
+    assert not (shared / ".lock").exists() and [p.name for p in shared.glob("samples*")] == ["samples.jsonl"]
+    # nothing that was answered is asked again, but for dense where its clock goes along
+    keys = [answer["key"] for answer in after if answer["method"] != "none"]
+    assert len(keys) == len(set(keys)) == 18
+    said = lambda found: {a["key"]: (a["prediction"], a["correct"], a["method"]) for a in found}  # noqa: E731
+    assert said(after) == said(whole) and set(said(before)) <= set(said(after))
+    rows, other = (json.loads((folder / "results.json").read_text())["rows"] for folder in (shared, alone))
+    for row, same in zip(rows, other, strict=True):
+        for name in ("method", "n", "accuracy", "by_type", "retention_achieved", "predictions_changed"):
+            assert row.get(name) == same.get(name), name
+
+
+@pytest.mark.slow
+def test_one_process_told_to_end_leaves_nothing_held(evaluate, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *evaluate, str(tmp_path / "out"), "--batch-size", "1"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 200
+    while not (tmp_path / "out" / "samples.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == distributed.TERMINATED == 143
+    assert "told to end by SIGTERM" in process.stderr.read()
+    assert not (tmp_path / "out" / ".lock").exists() and answers(tmp_path / "out")

@@ -20,7 +20,12 @@ from hybridvlm.train import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [ROOT / "README.md", *(ROOT / "hybridvlm").glob("*/README.md"), *(ROOT / ".github").glob("*.md")],
+    [
+        ROOT / "README.md",
+        ROOT / "notebooks" / "README.md",
+        *(ROOT / "hybridvlm").glob("*/README.md"),
+        *(ROOT / ".github").glob("*.md"),
+    ],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
@@ -173,7 +178,7 @@ def test_a_command_with_a_wrong_word_is_seen(monkeypatch):
         check_names(options, "hybridvlm.eval", "")
 
 
-PRINTED = ("README.md", "hybridvlm/models/README.md", "hybridvlm/reduction/README.md")
+PRINTED = ("README.md", "hybridvlm/models/README.md", "hybridvlm/plan/README.md", "hybridvlm/reduction/README.md")
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from hybridvlm.analyze.common import (
     short,
 )
 from hybridvlm.config import Reduction
+from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.results import SampleStore
-from hybridvlm.eval.runner import Runner, Variant, fingerprint
+from hybridvlm.eval.runner import Runner, Variant
 from hybridvlm.eval.tasks import TaskOptions, build_task
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, override
@@ -95,7 +96,7 @@ def load_checkpoints(
         kind = repr((model.config, model.buckets, model.style, model.family.NAME))
         first, planner = shared.setdefault(kind, (model, CellPlanner(model)))
         own = dataclasses.replace(model, programs=first.programs)
-        weights = fingerprint(model.params)
+        weights = weights_fingerprint(name, model.params)
         store = stores.setdefault(weights, SampleStore(folder / f"{weights}.jsonl"))
         task = build_task("needle", TaskOptions(model.config, split=options.split, limit=options.limit))
         runner = Runner(own, task, [], planner, store, batch_size=options.batch_size, weights=weights)

@@ -153,6 +153,21 @@ def mesh_there(text: str, where):
     return make_mesh(**sizes, devices=where.devices[:count])
 
 
+def compiled_prefill_row(topology: str, sizes: dict[str, int], work: Any, name: str) -> dict[str, Any]:
+    """The row of one `hybridvlm.estimates.Workload` on one slice and mesh, its prompt a question after the frames."""
+    from hybridvlm import aot, sharding
+
+    where = aot.target(topology)
+    mesh = sharding.make_mesh(**sizes, devices=where.devices[: math.prod(sizes.values())])
+    args = argparse.Namespace(
+        model=name, frames=work.groups, text=work.text, batch=work.batch, topology=topology, prompt="question"
+    )
+    reduced = work.reduction is not None
+    reduction = work.reduction if reduced else Reduction("none", 1.0)
+    plan = plan_there(reduction, work.config, args.frames, args.text, where)
+    return _row(args, mesh, plan, 0, compile_prefill(where, mesh, work.config, plan if reduced else None, args, 0))
+
+
 def plan_there(reduction: Reduction, config: ModelConfig, frames: int, text: int, where):
     import jax
 

@@ -18,7 +18,7 @@ import json
 import math
 import re
 
-from hybridvlm.aot import Chip
+from hybridvlm.hardware import Chip
 
 _ITEM = {
     "pred": 1,

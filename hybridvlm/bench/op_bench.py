@@ -80,7 +80,7 @@ def floor(work: Work, dtype: str) -> dict[str, float]:
     timing.say(f"the least in {dtype}: {work.moved / 1e9:.4g} GB and {work.flops / 1e9:.4g} GFLOP; device {kind}")
     peak = peaks(kind)
     if peak is None or dtype not in peak.flops:
-        timing.say(f"no peaks for {dtype} on {kind!r}, so no floor (hybridvlm.bench.roofline lists those known)")
+        timing.say(f"no peaks for {dtype} on {kind!r}, so no floor (hybridvlm.hardware lists those known)")
         return {}
     return {"bytes_ms": 1e3 * work.moved / peak.bandwidth, "flops_ms": 1e3 * work.flops / peak.flops[dtype]}
 
@@ -94,7 +94,7 @@ def compiled(
     """
     from hybridvlm import aot
     from hybridvlm.bench.hlo import program_cost
-    from hybridvlm.bench.roofline import of_chip
+    from hybridvlm.hardware import of_chip
 
     timing.say(f"compiling {name} for {target.name}")
     program = aot.compile_for(target, function, *shapes)

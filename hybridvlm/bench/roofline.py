@@ -1,41 +1,14 @@
 """What a device can do at most, and so the least time that an amount of work can take on it.
 
-The vendors' figures, of `aot.CHIPS`: dense bf16 FLOP/s and bytes/s of main memory. A TPU multiplies in bf16; a float32 matmul at
-"highest" precision takes six bf16 passes, and so does its peak here. NVIDIA's tensor cores have no float32; the figure for
-it is that of the plain cores, 67 TFLOP/s.
+The makers' figures of accelerators are in hybridvlm/hardware.py; those of a CPU are measured here.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from typing import NamedTuple
 
-from hybridvlm.aot import CHIPS
-
-
-class Peaks(NamedTuple):
-    """flops: operations per second by dtype name, two per multiply-add; bandwidth: bytes per second of main memory."""
-
-    flops: dict[str, float]
-    bandwidth: float
-
-    def floor_seconds(self, flops: float, moved: float, dtype: str) -> float:
-        """The larger of flops over peak and bytes over bandwidth."""
-        return max(flops / self.flops[dtype], moved / self.bandwidth)
-
-
-KINDS = {  # how JAX names a device -> chip
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "NVIDIA H100": "H100",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
-}
+from hybridvlm.hardware import KINDS, Peaks, of_chip
 
 
 def peaks(device_kind: str) -> Peaks | None:
@@ -43,14 +16,6 @@ def peaks(device_kind: str) -> Peaks | None:
     if device_kind == "cpu":
         return _measured_cpu()
     return of_chip(KINDS[device_kind]) if device_kind in KINDS else None
-
-
-def of_chip(name: str) -> Peaks:
-    """Of a chip of `aot.CHIPS`."""
-    chip = CHIPS[name]
-    if name.startswith("v"):
-        return Peaks({"bfloat16": chip.flops, "float32": chip.flops / 6}, chip.bandwidth)
-    return Peaks({"bfloat16": chip.flops, "float16": chip.flops, "float32": 67e12}, chip.bandwidth)
 
 
 @functools.cache

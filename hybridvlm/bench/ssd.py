@@ -227,9 +227,7 @@ def _floor(spec, dtype: str) -> dict[str, float]:
     say(f"at {spec.length} tokens in {dtype}: {moved / 1e9:.3f} GB and {flops / 1e9:.1f} GFLOP on {kind}")
     peak = peaks(kind)
     if peak is None or dtype not in peak.flops:
-        say(
-            f"unknown device: no peaks for {dtype} on {kind!r}, so no floor (hybridvlm.bench.roofline lists those known)"
-        )
+        say(f"unknown device: no peaks for {dtype} on {kind!r}, so no floor (hybridvlm.hardware lists those known)")
         return {}
     return {"bytes_ms": 1e3 * moved / peak.bandwidth, "flops_ms": 1e3 * flops / peak.flops[dtype]}
 

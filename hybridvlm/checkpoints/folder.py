@@ -169,10 +169,13 @@ def read_config(path: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, 
         raise CheckpointError(
             f"{file} has version {shown(version)}, this library reads version {VERSION}; update hybridvlm"
         )
-    return _built(file, {name: value for name, value in data.items() if name not in ("format", "version", "tokenizer")})
+    return built_config(
+        file, {name: value for name, value in data.items() if name not in ("format", "version", "tokenizer")}
+    )
 
 
-def _built(file: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
+def built_config(file: pathlib.Path, data: dict[str, Any]) -> tuple[Family, Any, dict[str, Any]]:
+    """(family, config, {section: its dataclass}) of the table that `file` holds."""
     data = dict(data)
     sections = {name: data.pop(name, None) for name in SECTIONS}
     try:
@@ -349,7 +352,7 @@ def _load_orbax(
     about = read_about(path)
     if not isinstance(about.get("model"), dict):
         raise CheckpointError(f"{path / ABOUT}: model must be a table, got {shown(about.get('model'))}")
-    kind, config, sections = _built(path / ABOUT, about["model"])
+    kind, config, sections = built_config(path / ABOUT, about["model"])
     if reduction is None:
         _check_method(path / ABOUT, sections)
     params = restore_orbax(
@@ -369,7 +372,7 @@ def _load_published(
     buckets: Buckets | None,
     cache: str | os.PathLike[str] | None,
 ) -> Checkpoint:
-    raw = raw | _preprocessors(path)
+    raw = raw | published_settings(path)
     try:
         kind = family_of(raw)
         tensors = TensorFolder(path)
@@ -402,7 +405,7 @@ def _load_published(
     return _load_orbax(copy, None, sharding_for, reduction, buckets)
 
 
-def _preprocessors(path: pathlib.Path) -> dict[str, Any]:
+def published_settings(path: pathlib.Path) -> dict[str, Any]:
     """What a folder says of its image and video processors, in the order in which transformers looks for it."""
     whole = read_json(path / PROCESSORS) if (path / PROCESSORS).is_file() else {}
     found = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import re
 
 from hybridvlm.checkpoints.hf import CONFIG
+from hybridvlm.compilation import cache_home
+from hybridvlm.storage import as_path, copy_folder, is_url
 
 _DATA = pathlib.Path(__file__).parent.parent / "tiny" / "data"
 
@@ -27,12 +30,17 @@ SETTINGS = (
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a repository is fetched, and no code
 
 
-def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> pathlib.Path:
+def resolve(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, patterns: tuple[str, ...] = DOWNLOADED
+) -> pathlib.Path:
     """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
 
-    Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already; HF_HUB_OFFLINE=1 asks nobody.
+    Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already, of it the files of `patterns`;
+    HF_HUB_OFFLINE=1 asks nobody. A folder of a store (gs://bucket/folder) is copied to this machine, into the user's cache folder.
     FileNotFoundError names what there is.
     """
+    if is_url(name_or_path):
+        return _copy(os.fspath(name_or_path), patterns)
     packaged = PACKAGED.get(str(name_or_path))
     path = packaged or pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
@@ -41,7 +49,7 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
         return path
     name = str(name_or_path)
     if packaged is None and isinstance(name_or_path, str) and not _is_path(name):
-        return _download(name, revision)
+        return _download(name, revision, patterns)
     known = ", ".join(PACKAGED)
     what = "is packaged but not installed" if packaged else "is no folder here, and no packaged name"
     if path.is_file():
@@ -81,12 +89,23 @@ def _is_path(name: str) -> bool:
     return not plain or set(rest) <= {"."} or owner.lower() in LOCAL or pathlib.Path(owner).exists()
 
 
-def _download(name: str, revision: str | None) -> pathlib.Path:
+def _copy(url: str, patterns: tuple[str, ...]) -> pathlib.Path:
+    """The copy on this machine of a checkpoint in a store: of a whole one all there is, else the files of `patterns`."""
+    stored = as_path(url.rstrip("/"))
+    if not stored.is_dir():
+        raise FileNotFoundError(f"{url} is no folder of that store, or may not be read")
+    name = f"{stored.name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
+    return copy_folder(
+        stored, cache_home() / "hybridvlm" / "checkpoints" / name, ("*",) if patterns == DOWNLOADED else patterns
+    )
+
+
+def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
-from hybridvlm.options import add_mesh, add_thinking
+from hybridvlm.options import add_compilation_cache, add_distributed, add_mesh, add_thinking
 
+STOPPED = "stopped; what was answered is kept, and the same command goes on from there"
 METHODS = "none,str,random-input,uniform-input,saliency,fastv"
 EXAMPLES = """\
 examples:
@@ -34,8 +34,9 @@ examples:
 
 A run that was killed goes on where it stopped when it is started again with the same options.
 
-Several processes share a run, each with a part of the questions: on a TPU pod or under Slurm start this command on every host; by hand
-set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 writes the results.
+Several processes share a run, each with a part of the videos, those that cost most first: on a TPU slice or under Slurm start this
+command on every host; by hand set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 writes the
+results; --output gs://bucket/folder writes them to a store. notebooks/README.md has the commands for each kind of machine.
 
 fields of a JSONL task, one question a line:
 {fields}
@@ -46,7 +47,7 @@ that turns out damaged are not asked: they are counted apart, and the accuracy i
 files in --output: results.json (rows and metadata), report.md with two pictures, samples.jsonl (one line per answer); .lock while
 a run is at work in there.
 exit code: 0 done; 1 a run failed, what was answered before is kept, or no video of a task could be read; 2 a wrong option or
-input, nothing was started."""
+input, nothing was started; 143 told to end by SIGTERM, 130 by Ctrl-C: what was answered is kept, the same command goes on."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="weights and activations")
     add("--buckets", nargs="+", default=[], metavar="KEY=N,N", help="static sizes: frames=16,64 text=16,64 max_new=8")
-    add("--output", type=pathlib.Path, help="folder for results (default: results/<model>-<task>)")
+    add("--output", help="folder for results, or gs://bucket/folder (default: results/<model>-<task>)")
     add("--seed", type=int, default=0, help="of the random methods (default: 0)")
     kind = "what a budget counts: the average over layers (default), the last layer, or predicted FLOPs"
     match = "solve every other method to the predicted FLOPs of METHOD at the same budget"
@@ -91,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
     add_thinking(parser)
     add_mesh(parser)
+    add_distributed(parser)
+    add_compilation_cache(parser)
     add("--list", action="store_true", help="list methods and tasks, and stop")
     return parser
 
@@ -118,13 +121,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
     except KeyboardInterrupt:
-        return _fail("stopped; what was answered is kept, and the same command goes on from there", 130)
+        return _fail(STOPPED, 130)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
     from jax.errors import JaxRuntimeError
 
-    from hybridvlm.distributed import OtherProcessFailed, agree, initialize, together
+    from hybridvlm.compilation import keep_compiled
+    from hybridvlm.distributed import (
+        TERMINATED,
+        OtherProcessFailed,
+        Terminated,
+        agree,
+        ends_on_sigterm,
+        initialize,
+        refuse_alone,
+        together,
+    )
     from hybridvlm.errors import said
     from hybridvlm.eval.evaluate import Evaluation, prepare
     from hybridvlm.files import FolderBusy, folder_lock
@@ -145,14 +158,25 @@ def _run(options: argparse.Namespace, command: str) -> int:
     evaluation = None
     with contextlib.ExitStack() as held:
         try:
-            process = initialize()
-            with together():
+            keep_compiled(options.compilation_cache)
+            process = initialize(mode=options.distributed)
+            if process.count > 1 and process.first:
+                print(
+                    f"each of {process.count} processes runs the model on its own devices and answers whole videos",
+                    file=sys.stderr,
+                )
+            with ends_on_sigterm(), together():
                 checked = everywhere(lambda: prepare(options))
+                everywhere(lambda: refuse_alone(checked.folder))
                 lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
                 everywhere(lambda: held.enter_context(lock))
                 evaluation = everywhere(lambda: Evaluation(checked, command))
                 evaluation.run()
+        except Terminated as error:
+            return _fail(f"{error}: {STOPPED}", TERMINATED)
         except failures as error:
+            if isinstance(error, OtherProcessFailed) and error.terminated:
+                return _fail(f"{error}: {STOPPED}", TERMINATED)
             if evaluation is None:
                 return _fail(said(error), 2)
             return _fail(f"{said(error)}\nwhat was answered before is kept in {evaluation.store.path}", 1)

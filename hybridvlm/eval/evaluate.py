@@ -16,16 +16,18 @@ import jax
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
+from hybridvlm.estimates import mesh_option
 from hybridvlm.eval import report, statistics
+from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
-from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
+from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
 from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
-from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
 from hybridvlm.reduction import BudgetError
+from hybridvlm.storage import as_path
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
 
@@ -53,7 +55,7 @@ class Checked:
     tasks: Sequence[Task]
     variants: Sequence[Variant]
     planner: Planner
-    folder: pathlib.Path
+    folder: Any
 
 
 def prepare(options: argparse.Namespace) -> Checked:
@@ -76,8 +78,8 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
-    mesh = None if options.mesh is None else make_mesh(**mesh_sizes(options.mesh), devices=jax.local_devices())
-    model = load(options.model, mesh=mesh, dtype=options.dtype)
+    sizes = {"frames": options.frames, "batch": options.batch_size, "dtype": options.dtype}
+    model = load(options.model, mesh=mesh_option(options.mesh, options.model, **sizes), dtype=options.dtype)
     model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)
     check_tokenizer(model)
@@ -89,7 +91,7 @@ def prepare(options: argparse.Namespace) -> Checked:
         raise InputError(f"{model.name} knows no conversation; leave --system out")
     tasks = _tasks(options, model)
     default = pathlib.Path("results") / f"{model.name}-{'+'.join(task.name for task in tasks)}"
-    home = options.output or default
+    home = as_path(options.output or default)
     if home.exists() and not home.is_dir():
         raise InputError(f"--output {home} is a file; give a folder")
     return Checked(options, model, tasks, variants, Planner(model, base, options.match_flops), home)
@@ -135,7 +137,7 @@ class Evaluation:
         self.process = here()
         self.store = SampleStore(self.folder / "samples.jsonl", self.process)
         asking = Asking(options.system, THINKING[options.thinking], options.think_tokens)
-        self.weights = fingerprint(model.whole_params())
+        self.weights = weights_fingerprint(options.model, model.params)
         for task in tasks:
             runner = Runner(
                 model, task, [], self.planner, self.store,
@@ -272,7 +274,6 @@ class Evaluation:
         return {"rows": rows, "details": details, "comparisons": comparisons, "metadata": self._metadata()}
 
     def _metadata(self) -> dict[str, Any]:
-        import jax
 
         device = jax.devices()[0]
         memory = device.memory_stats() or {}

@@ -7,9 +7,6 @@ from it anew and written whole or not at all.
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +15,8 @@ from hybridvlm.eval import statistics
 from hybridvlm.eval.tasks import Task
 from hybridvlm.files import parse_json
 from hybridvlm.reduction import ReductionPlan
+from hybridvlm.storage import GrowingFile, is_url
+from hybridvlm.storage import write_atomic as write_atomic
 
 # the keys of a row of results.json, in this order; scripts may rely on them
 ROW_KEYS = (
@@ -47,29 +46,19 @@ ROW_KEYS = (
 Record = dict[str, Any]
 
 
-def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 class SampleStore:
     """samples.jsonl: what has been answered, by key. A last line that a kill cut off is dropped; it is asked again.
 
     process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) next to it, and reads all there are.
+    In a store (gs://…) every process adds to objects of its own (samples-1-0.jsonl, …), until all is written as one.
     """
 
-    def __init__(self, path: pathlib.Path, process: Process = Process(0, 1)):  # noqa: B008, frozen
+    def __init__(self, path: Any, process: Process = Process(0, 1)):  # noqa: B008, frozen
         self.path, self.process = path, process
-        self.own = path if process.first else path.with_stem(f"{path.stem}-{process.index}")
+        self.own = (
+            path if process.first and not is_url(path) else path.parent / f"{path.stem}-{process.index}{path.suffix}"
+        )
+        self._file = GrowingFile(self.own)
         self.records: list[Record] = []
         self._by_key: dict[str, Record] = {}
         self._seen: set[str] = set()
@@ -77,14 +66,16 @@ class SampleStore:
             if part.is_file():
                 self._read(part)
 
-    def _parts(self) -> list[pathlib.Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"))
+    def _parts(self) -> list[Any]:
+        folder = self.path.parent
+        found = folder.glob(f"{self.path.stem}-*{self.path.suffix}") if folder.exists() else ()
+        return sorted(found, key=lambda part: part.name)
 
-    def _read(self, path: pathlib.Path) -> None:
+    def _read(self, path: Any) -> None:
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         self.merge(data[:whole], str(path))
-        if whole < len(data) and path == self.own:
+        if whole < len(data) and path == self.own and not is_url(path):
             with open(path, "r+b") as file:
                 file.truncate(whole)
 
@@ -124,14 +115,7 @@ class SampleStore:
         """Add records and hand them to the operating system before returning."""
         records = list(records)
         data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        with open(self.own, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError:
-                file.truncate(size)  # no half a line where the disk is full
-                raise
+        self._file.add(data)
         for record in records:
             self._add(record, record["key"])
 
@@ -143,12 +127,12 @@ class SampleStore:
 
     def finish(self) -> None:
         """With everything joined, one file for all: process 0 writes it whole, the others' parts go."""
-        if self.process.first and (self.process.count > 1 or self._parts()):
+        if self.process.first and (self.process.count > 1 or self._parts() or is_url(self.path)):
             write_atomic(self.path, self.lines())
             for part in self._parts():
                 part.unlink(missing_ok=True)
         elif not self.process.first:
-            self.own.unlink(missing_ok=True)
+            self._file.remove()
 
 
 def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None:

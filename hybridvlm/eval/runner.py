@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybridvlm.checkpoints.folder import flatten
 from hybridvlm.config import Reduction, to_dict
+from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.inference.model import Model
@@ -141,16 +141,6 @@ class Planner:
         return f"{variant.label} could not be matched: its {found}"
 
 
-def fingerprint(params: dict[str, Any]) -> str:
-    """A hash of all weights: names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(flatten(params).items()):
-        array = np.asarray(jax.device_get(leaf))
-        digest.update(f"{name} {array.shape} {array.dtype};".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    return digest.hexdigest()[:32]
-
-
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     import hybridvlm
@@ -217,7 +207,7 @@ class Runner:
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
-            "weights": weights or fingerprint(model.whole_params()),
+            "weights": weights or weights_fingerprint(None, model.whole_params()),
             "dtype": dtype,
             "buckets": to_dict(model.buckets),
             "style": to_dict(model.style),
@@ -293,12 +283,13 @@ class Runner:
         """The plan of a variant for every sample, by its id: that of the sample's bucket."""
         return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.task.samples}
 
-    def batches(self) -> Iterator[tuple[Bucket, list[Sample]]]:
-        """Samples of one bucket, `batch_size` at a time, videos in order."""
-        for bucket in sorted(set(self.buckets.values())):
-            samples = [sample for sample in self.task.samples if self.buckets[sample.id] == bucket]
-            for start in range(0, len(samples), self.batch_size):
-                yield bucket, samples[start : start + self.batch_size]
+    def batches(self, samples: Sequence[Sample] | None = None) -> Iterator[tuple[Bucket, list[Sample]]]:
+        """Samples (default: all) of one bucket, `batch_size` at a time, the longest videos first."""
+        asked = self.task.samples if samples is None else samples
+        for bucket in sorted({self.buckets[sample.id] for sample in asked}, reverse=True):
+            own = [sample for sample in asked if self.buckets[sample.id] == bucket]
+            for start in range(0, len(own), self.batch_size):
+                yield bucket, own[start : start + self.batch_size]
 
     def pending(self) -> int:
         """Answers that are still to be found: samples times variants, less what the store holds."""
@@ -334,19 +325,34 @@ class Runner:
                     records = [self._unanswered(variant, sample) for sample in unread]
                     if read:
                         records += self._answer(variant, bucket, number, read, rows, visual)
-                    self.store.append(records)
+                    # what is known already is not answered twice, but for dense and its clock
+                    self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
 
     def _missing(
         self, variants: Sequence[Variant]
     ) -> list[tuple[int, tuple[Bucket, list[Sample]], dict[Variant, list[Sample]]]]:
-        """This process's share of the batches with answers to be found: (number, batch, samples by variant)."""
-        todo = []
-        for number, (bucket, samples) in enumerate(self.batches()):
-            missing = {v: [s for s in samples if self.key(v, s) not in self.store] for v in variants}
-            if any(missing.values()):
-                todo.append((number, (bucket, samples), missing))
-        return todo[self.store.process.index :: self.store.process.count]
+        """Batches of this process's share of what is still to be found: (number, batch, samples by variant)."""
+        absent = {v: [s for s in self.task.samples if self.key(v, s) not in self.store] for v in variants}
+        process, ids = self.store.process, {v: {s.id for s in samples} for v, samples in absent.items()}
+        costs: dict[
+            str, float
+        ] = {}  # of a video with all its questions: tokens of the tower once, of the decoder for each
+        for sample in self.task.samples:
+            count = sum(sample.id in missing for missing in ids.values())
+            if count:
+                costs[sample.video] = costs.get(sample.video, 1.0) + count * max(1, self.buckets[sample.id].frames)
+        mine = set(deal(costs, process.count)[process.index])
+        pending = [s for s in self.task.samples if s.video in mine and any(s.id in missing for missing in ids.values())]
+        return [
+            (
+                # numbers of no two processes are the same
+                number * process.count + process.index,
+                (bucket, samples),
+                {v: [s for s in samples if s.id in ids[v]] for v in variants},
+            )
+            for number, (bucket, samples) in enumerate(self.batches(pending))
+        ]
 
     def _compile(self, variants: Sequence[Variant], bucket: Bucket, rows: Sequence[Sample], visual: jax.Array) -> None:
         """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""

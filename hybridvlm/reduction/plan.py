@@ -26,9 +26,14 @@ from hybridvlm.reduction.evs import evs_keep_count
 from hybridvlm.reduction.schedules import SHARE_ONE
 from hybridvlm.reduction.solver import BudgetSolver, drop_flops, entering_tokens, pooled_tokens
 
-# an example's share times SHARE_ONE must fit an int32 on the device
-MAX_VISUAL_TOKENS = (2**31 - 1 - SHARE_ONE // 2) // SHARE_ONE
+MAX_VISUAL_TOKENS = 2**31 - 1  # of an int32, which counts tokens on the device
 Counts = TypeVar("Counts", int, np.ndarray, jax.Array)  # arrays of int32
+
+
+def _rounded_share(count: Counts, share: int) -> Counts:
+    """count * share / SHARE_ONE to the nearest, a half upwards; no product on the way is larger than an int32 holds."""
+    whole, rest = count // SHARE_ONE, count % SHARE_ONE
+    return whole * share + (rest * share + SHARE_ONE // 2) // SHARE_ONE
 
 
 class PlanMismatch(RuntimeError):
@@ -128,10 +133,10 @@ class ReductionPlan:
         if self.input_rule == "evs":
             entering = self._evs_count(count)
         elif self.input_share < SHARE_ONE:
-            entering = (count * self.input_share + SHARE_ONE // 2) // SHARE_ONE
+            entering = _rounded_share(count, self.input_share)
         if self.relative[layer] == SHARE_ONE:
             return entering
-        return (entering * self.relative[layer] + SHARE_ONE // 2) // SHARE_ONE
+        return _rounded_share(entering, self.relative[layer])
 
     def _evs_count(self, count: Counts) -> Counts:
         m = self.visual_tokens // self.frames

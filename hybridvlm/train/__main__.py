@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from hybridvlm.options import add_compilation_cache, add_distributed
+
 EXAMPLES = """\
 examples:
   python -m hybridvlm.train train_tiny_reduced
@@ -23,7 +25,7 @@ lora/ (the factors, where a config has rank).
 A run that is told to stop, by SIGTERM or Ctrl-C, ends its step, saves and leaves; a second Ctrl-C leaves at once. A checkpoint that was
 damaged on the disk is moved to checkpoints-damaged/, with a line that says why, and the run goes on from the newest one that is whole.
 exit code: 0 done; 1 the run failed, its last whole checkpoint is kept; 2 a wrong config or input, or another training holds the folder:
-nothing was started; 75 it was told to stop by SIGTERM, saved, and can be started again; 130 the same by SIGINT (Ctrl-C).
+nothing was started; 143 it was told to stop by SIGTERM, saved, and can be started again; 130 the same by SIGINT (Ctrl-C).
 
 A config in Python (.py) is run as a program, with all rights of whoever starts it: take such files from nobody whom you would not let
 type at your shell. JSON and YAML configs are data and run nothing."""
@@ -68,16 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         dest="changes",
         help="change fields of the config, such as data.text=16 optimizer.rate=1e-4",
     )
+    add_distributed(parser)
+    add_compilation_cache(parser)
     args = parser.parse_args(argv)
 
     from hybridvlm import distributed
+    from hybridvlm.compilation import keep_compiled
     from hybridvlm.errors import said
     from hybridvlm.files import FolderBusy
     from hybridvlm.train import config_files, loop
 
     started = False
     try:
-        distributed.initialize()
+        keep_compiled(args.compilation_cache)
+        distributed.initialize(mode=args.distributed)
         with distributed.together(but=(loop.Stopped,)):
             config = config_files.read(args.config, args.changes)
             run = loop.Run(config, say=lambda text: print(text, flush=True))

@@ -20,25 +20,28 @@ from hybridvlm.checkpoints.folder import read_checkpoint, save_folder
 from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
 from hybridvlm.errors import reason
+from hybridvlm.estimates import Workload, refuse_training
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.inference.model import Model, from_checkpoint
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.cost import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.storage import is_url
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.train import lora as adapters
 from hybridvlm.train.checkpoint import Checkpoints, check_run_dir
 from hybridvlm.train.config import ReductionMode, TrainConfig
 from hybridvlm.train.log import Log, check_installed, peak_flops
 from hybridvlm.train.meter import TEACH, Meter, StepPlan, step_kind
+from hybridvlm.train.optimizer import split
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
 from hybridvlm.train.step import FrozenParams, State, Trainer, check_family
 
-# exit codes of a run that saved and left because it was told to: by SIGTERM (EX_TEMPFAIL: start it again), by SIGINT
-STOPPED, INTERRUPTED = 75, 130
+# exit codes of a run that saved and left because it was told to: by SIGTERM, by SIGINT
+STOPPED, INTERRUPTED = distributed.TERMINATED, 130
 
 
 class Stopped(Exception):
@@ -83,6 +86,10 @@ class Run:
     """Everything of one run; `train` below is the way to use it. model: instead of loading config.model."""
 
     def __init__(self, config: TrainConfig, model: Model | None = None, say: Callable[[str], None] = print):
+        if is_url(config.output):
+            raise ValueError(
+                f"output {config.output}: a training writes to a folder of this machine, such as a bucket that gcsfuse mounts"
+            )
         self.config, self.folder, self.say = config, pathlib.Path(config.output), say
         check_installed(config.logging)
         self.mesh = self._mesh()
@@ -107,6 +114,7 @@ class Run:
         if d.batch % jax.process_count():
             raise ValueError(f"Data.batch {d.batch} is not a multiple of the {jax.process_count()} processes")
         self.trainer.check(model.params)
+        self._check_memory()
         if d.source == "needle":  # the source itself has to wait: its bank of cells takes the tower's time
             check_needle(config, model, self.shape, self.trainer.answer)
         self.began = {"weights": checksum(model.params)}
@@ -116,10 +124,23 @@ class Run:
         self.told_to_stop, self.interrupted = threading.Event(), False
         self._claim(write=False)
 
+    def _check_memory(self) -> None:
+        """DoesNotFit, before anything is compiled, for steps that the devices have no memory for."""
+        c, d = self.config, self.config.data
+        flat = dict(flatten(self.model.params))
+        names = () if c.lora.rank else split(flat, c.optimizer.frozen)[0]
+        trained = sum(flat[name].size for name in names)
+        patch = self.model.config.vision.temporal_patch if self.model.config.vision else 1
+        densest = max(reductions(c.reduction), key=lambda r: 1.0 if r is None else r.budget)
+        rows = max(1, d.batch // c.optimizer.accumulate)
+        work = Workload(self.model.config, d.frames * patch, max(1, d.text), rows, dtype=c.dtype, reduction=densest)
+        refuse_training(work, self.mesh, trained)
+
     def _claim(self, write: bool) -> None:
         refused = None
         if jax.process_index() == 0:
             try:
+                distributed.refuse_alone(self.folder)
                 check_run_dir(self.folder, self.config, self.began, write=write)
             except (OSError, ValueError) as error:
                 refused = error

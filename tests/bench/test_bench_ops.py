@@ -8,6 +8,7 @@ import pytest
 from hybridvlm.bench import op_bench as candidates
 from hybridvlm.bench import roofline as floors
 from hybridvlm.bench.__main__ import main
+from hybridvlm.hardware import of_chip
 from hybridvlm.ops.attention.arg_specs import SPECS, AttentionSpec
 
 needs_libtpu = pytest.mark.aot("tpu")
@@ -74,7 +75,7 @@ def test_a_kernel_that_declares_nothing_is_counted_by_its_grid():
 
 
 def test_floors_by_chip():
-    v5p, h200 = floors.of_chip("v5p"), floors.of_chip("H200")
+    v5p, h200 = of_chip("v5p"), of_chip("H200")
     assert v5p.floor_seconds(459e12, 0, "bfloat16") == pytest.approx(1) and h200.bandwidth == 4.8e12
     assert v5p.flops["float32"] == pytest.approx(459e12 / 6)
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save, save_file
 import hybridvlm.checkpoints.folder as folders
 from hybridvlm.checkpoints import CheckpointError, TensorFolder, samples, save_folder
 from hybridvlm.checkpoints import names as hub_names
+from hybridvlm.checkpoints.describe import describe
 from hybridvlm.checkpoints.hf import check_finite, read_json
 from hybridvlm.checkpoints.names import PACKAGED
 from hybridvlm.config import Reduction
@@ -432,10 +433,17 @@ def test_names_that_are_missing_folders_ask_nobody(tmp_path, monkeypatch):
 
 def test_names_of_the_hub_ask_it(monkeypatch, sources):
     asked = []
-    monkeypatch.setattr(hub_names, "_download", lambda name, revision: asked.append(name) or sources("qwen2_vl"))
+
+    def download(name, revision, patterns):
+        asked.append((name, "*.safetensors" in patterns))
+        return sources("qwen2_vl")
+
+    monkeypatch.setattr(hub_names, "_download", download)
     for name in ("Qwen/Qwen2-VL-7B", "nvidia/a.b_c"):
         load(name)
-    assert asked == ["Qwen/Qwen2-VL-7B", "nvidia/a.b_c"]
+    assert describe("Qwen/Qwen2-VL-7B").config == load(sources("qwen2_vl")).config
+    # a description takes no weights
+    assert asked == [("Qwen/Qwen2-VL-7B", True), ("nvidia/a.b_c", True), ("Qwen/Qwen2-VL-7B", False)]
 
 
 def test_home_is_found(monkeypatch, sources):

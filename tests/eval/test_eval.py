@@ -727,9 +727,9 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(bytes(data)[:3])
 
-    from hybridvlm.eval import results
+    from hybridvlm import storage
 
-    monkeypatch.setattr(results, "open", lambda path, mode, **_: Full(path, mode.replace("b", "")), raising=False)
+    monkeypatch.setattr(storage, "open", lambda path, mode, **_: Full(path, mode.replace("b", "")), raising=False)
     with pytest.raises(OSError, match="No space"):
         store.append([{"key": "1"}])
     assert store.path.read_bytes() == before and "1" not in store

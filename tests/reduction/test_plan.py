@@ -159,12 +159,15 @@ def test_an_example_keeps_the_same_in_every_bucket():
             ]
 
 
-def test_the_largest_row_does_not_overflow_int32():
-    p = plan(config=NEMOTRON, frames=2047, m=256)
-    count = 2047 * 256
-    assert p.keep(20, jnp.int32(count)) == p.keep(20, count) == p.capacities[20]
+def test_no_row_overflows_int32():
+    """A day at four frames a second, and beyond what a position can be: products on the way to a share stay within int32."""
+    for frames in (2047, 3600, 345_600):
+        p = plan(config=NEMOTRON, frames=frames, m=256)
+        count = frames * 256
+        exact = (count * p.relative[20] + 2048) // 4096
+        assert p.keep(20, jnp.int32(count)) == p.keep(20, np.int32(count)) == p.keep(20, count) == exact
     with pytest.raises(ValueError, match="visual_tokens must lie in"):
-        plan(frames=2049, m=256)
+        plan(config=NEMOTRON, frames=2**23, m=256)
 
 
 def test_start_never_and_stages_are_obeyed():

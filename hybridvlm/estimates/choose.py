@@ -1,0 +1,156 @@
+"""Which mesh a model fits on: the smallest tensor x sequence, the rest of the devices for more examples at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from hybridvlm.config import VambaConfig
+from hybridvlm.estimates.memory import Memory, memory
+from hybridvlm.estimates.result import Estimate, estimate_on
+from hybridvlm.estimates.workload import MeshSizes, Workload, local_part
+from hybridvlm.hardware import KINDS, SLICES, usual_slices
+
+HEADROOM = 0.05  # of a device's memory, which a mesh that is chosen leaves free
+
+
+class DoesNotFit(ValueError):
+    """A model and its inputs need more memory than the devices have; the message says how much, and what would do.
+
+    Attributes:
+        nearest: the mesh that needed least.
+    """
+
+    def __init__(self, text: str, nearest: MeshSizes):
+        super().__init__(text)
+        self.nearest = nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshChoice:
+    """A mesh, what it takes on each device, and why it was chosen: a sentence for people."""
+
+    mesh: MeshSizes
+    memory: Memory
+    why: str
+
+
+def candidates(work: Workload, devices: int) -> Iterator[MeshSizes]:
+    """Meshes of so many devices that the model can be cut over: the smallest tensor x sequence first, then the longest tensor axis."""
+    for size in (n for n in range(1, devices + 1) if devices % n == 0):
+        for tensor in (n for n in range(size, 0, -1) if size % n == 0):
+            mesh = MeshSizes(data=devices // size, sequence=size // tensor, tensor=tensor)
+            if mesh.sequence > 1 and isinstance(work.config, VambaConfig):
+                continue
+            try:
+                local_part(work.config, mesh)
+            except ValueError:
+                continue
+            yield mesh
+
+
+def choose_mesh(work: Workload, devices: int, limit: int, name: str = "") -> MeshChoice:
+    """The mesh to run a workload on.
+
+    Args:
+        work: of the largest bucket that will be asked for.
+        devices: how many there are.
+        limit: bytes of memory of each.
+        name: of the devices for messages, such as "v5e:4x4" or "TPU v5 lite"; of a known generation, the smallest slice that
+            would do is named where these are too few.
+
+    Raises:
+        DoesNotFit: no mesh of so many devices has memory enough.
+    """
+    found = _smallest(work, devices, limit)
+    if found is not None:
+        return MeshChoice(*found, _why(work, *found, limit, devices))
+    tried = [(memory(work, mesh), mesh) for mesh in candidates(work, devices)]
+    nearest, mesh = min(tried, key=lambda pair: pair[0].peak(limit))
+    raise DoesNotFit(_too_large(work, mesh, nearest, limit, devices, name), mesh)
+
+
+def _smallest(work: Workload, devices: int, limit: int) -> tuple[MeshSizes, Memory] | None:
+    """The first of `candidates` that has memory enough and leaves some free; None: there is none."""
+    for mesh in candidates(work, devices):
+        found = memory(work, mesh)
+        if found.fits(int(limit * (1 - HEADROOM))):
+            return mesh, found
+    return None
+
+
+def first_that_fits(work: Workload, generation: str) -> Estimate | None:
+    """The smallest usual slice of a generation on which a workload fits, on the mesh that is chosen there; None: none does."""
+    for where in usual_slices(generation):
+        found = _smallest(work, where.chips, where.chip.hbm_bytes)
+        if found is not None:
+            return estimate_on(work, where, found[0])
+    return None
+
+
+def check_fits(work: Workload, mesh: Any, devices: int, limit: int | None, name: str = "") -> None:
+    """Refuse a workload that the devices at hand have no memory for.
+
+    Args:
+        work: of the largest bucket that will be asked for.
+        mesh: of the model, None for one device.
+        devices: how many devices there are, for the way out.
+        limit: bytes of memory of each; None is not known, and refuses nothing.
+        name: of the devices, as JAX has it.
+
+    Raises:
+        DoesNotFit: with what it needs, part by part, and what would do.
+    """
+    if limit is None:
+        return
+    sizes = MeshSizes.of(mesh)
+    found = memory(work, sizes)
+    if not found.fits(limit):
+        raise DoesNotFit(_too_large(work, sizes, found, limit, devices, name), sizes)
+
+
+def _why(work: Workload, mesh: MeshSizes, found: Memory, limit: int, devices: int) -> str:
+    if devices == 1:
+        return f"one device: {_gb(found.peak(limit))} of {_gb(limit)}"
+    needs = f"{_gb(found.peak(limit))} of {_gb(limit)} on each of {devices} devices for {_asked(work)}"
+    cut = mesh.tensor * mesh.sequence
+    if cut == 1:
+        return f"mesh {mesh}: the model fits on one device, and every device has prompts of its own ({needs})"
+    return f"mesh {mesh}: fewer than {cut} devices do not hold a prompt ({needs})"
+
+
+def _too_large(work: Workload, mesh: MeshSizes, found: Memory, limit: int, devices: int, name: str) -> str:
+    program = max(("tower", "prefill", "decode"), key=lambda p: found.program(p, least=True))
+    parts = {"weights": found.weights, "caches": found.caches + found.states, "visual tokens": found.visual}
+    parts |= {"tower": {"tower": found.tower}, "prefill": {"activations": found.least_activations}}.get(
+        program, {"decoding": found.decode}
+    )
+    listed = ", ".join(f"{part} {_gb(size)}" for part, size in parts.items() if size)
+    text = (
+        f"{work.config.name or 'the model'} with {_asked(work)} needs {_gb(found.peak(limit))} on each device ({listed}), "
+        f"and {'each has' if devices > 1 else 'it has'} {_gb(limit)} ({mesh})"
+    )
+    return f"{text}; {_way_out(work, devices, limit, name)}"
+
+
+def _way_out(work: Workload, devices: int, limit: int, name: str) -> str:
+    generation = KINDS.get(name, name.partition(":")[0])
+    found = _smallest(work, devices, limit) if devices > 1 else None
+    if found is not None:
+        return f"--mesh {found[0]} would do"
+    enough = first_that_fits(work, generation) if generation in SLICES else None
+    fewer = "fewer frames, a smaller --batch-size or a reduction"
+    if enough is None:
+        return f"take {fewer}, or more devices (python -m hybridvlm.plan lists those that would do)"
+    return f"the smallest slice that would do is {enough.slice.name} with --mesh {enough.mesh}; or take {fewer}"
+
+
+def _asked(work: Workload) -> str:
+    budget = "" if work.reduction is None else f" at {work.reduction.budget:.0%}"
+    batch = f", {work.batch} at once" if work.batch > 1 else ""
+    return f"{work.frames} frames and {work.text} text tokens{budget}{batch}, {work.dtype}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

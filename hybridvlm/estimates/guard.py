@@ -1,0 +1,140 @@
+"""What the commands ask before they load or compile: whether the device at hand can hold what is wanted of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from hybridvlm.checkpoints.describe import describe
+from hybridvlm.config import Reduction
+from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh
+from hybridvlm.estimates.memory import training_memory
+from hybridvlm.estimates.workload import MeshSizes, Workload
+from hybridvlm.hardware import memory_limit
+from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
+
+FRAMES = 32  # that are looked at where nobody says how many
+
+
+def refuse_too_large(
+    name_or_path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+    revision: str | None = None,
+    reduction: Reduction | None = None,
+    mesh: Any = None,
+) -> None:
+    """Refuse a model that this machine's devices cannot hold with the smallest prompt of so many frames, before it is loaded.
+
+    Args:
+        name_or_path: as `hybridvlm.load` takes it.
+        frames: of a video.
+        batch: prompts at once.
+        dtype: of weights and activations (default: as most are stored, bfloat16).
+        revision: on the hub.
+        reduction: what is dropped (default: nothing).
+        mesh: that the model is loaded onto, None for one device.
+
+    Raises:
+        DoesNotFit: with what it needs and what would do. Where the device's memory is not known, as on CPU, nothing is refused.
+    """
+    device = jax.local_devices()[0]
+    limit = memory_limit(device)
+    if limit is not None:
+        work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
+        check_fits(work, mesh, jax.device_count(), limit, device.device_kind)
+
+
+def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: Any) -> Mesh | None:
+    """The mesh that a command's `--mesh` asks for, over this process's devices, once it is clear that the model fits there.
+
+    Args:
+        text: such as "data=4,tensor=2"; None or "auto": what `choose_here` finds, which is said on stderr.
+        name_or_path: the model.
+        work: as of `refuse_too_large`.
+
+    Returns:
+        The mesh; None for one device.
+
+    Raises:
+        DoesNotFit: the devices have no memory for it.
+        ValueError: the text is no mesh, or not one of so many devices.
+    """
+    if text not in (None, "auto"):
+        mesh = make_mesh(**mesh_sizes(text), devices=jax.local_devices())
+        refuse_too_large(name_or_path, mesh=mesh, **work)
+        return mesh
+    choice = choose_here(name_or_path, **work)
+    if choice is None:
+        return None
+    print(f"mesh: {choice.why}", file=sys.stderr)
+    return make_mesh(**dataclasses.asdict(choice.mesh), devices=jax.local_devices())
+
+
+def choose_here(
+    name_or_path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+    revision: str | None = None,
+    reduction: Reduction | None = None,
+) -> MeshChoice | None:
+    """The mesh of this machine's devices for a model, before it is loaded: the smallest tensor x sequence that fits, the rest data.
+
+    Arguments as of `refuse_too_large`; of the largest bucket that will be asked for.
+
+    Returns:
+        The mesh, and why; None where one device is all there is, or where their memory is not known, as on CPU.
+
+    Raises:
+        DoesNotFit: these devices have no memory for it; the message names the smallest slice that would do.
+    """
+    devices = jax.local_devices()
+    limit = memory_limit(devices[0])
+    if limit is None:
+        return None
+    work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
+    choice = choose_mesh(work, len(devices), limit, devices[0].device_kind)
+    return None if len(devices) == 1 else choice
+
+
+def _smallest_work(
+    name_or_path: str | os.PathLike[str],
+    frames: int | None,
+    batch: int,
+    dtype: str | None,
+    revision: str | None,
+    reduction: Reduction | None,
+) -> Workload:
+    """The least that is asked of a model: prompts of so many frames with the shortest text."""
+    found = describe(name_or_path, revision)
+    text, max_new = max(1, found.buckets.text[0]), found.buckets.max_new
+    shown = 0 if found.config.vision is None else frames or min(FRAMES, found.buckets.frames[-1])
+    return Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction)
+
+
+def refuse_training(work: Workload, mesh: Any, trained: int) -> None:
+    """Refuse a training whose steps this machine's devices cannot hold even where activations are computed again.
+
+    Raises:
+        DoesNotFit: with what it needs and the way out.
+    """
+    limit, sizes = memory_limit(jax.local_devices()[0]), MeshSizes.of(mesh)
+    if limit is None:
+        return
+    needed = training_memory(work, sizes, trained, least=True)
+    if needed > limit:
+        raise DoesNotFit(
+            f"a step of {work.batch} rows of {work.visual_tokens + work.text:,} tokens with {trained:,} trained parameters needs "
+            f"{needed / 1e9:.1f} GB on each device, which has {limit / 1e9:.1f} GB ({sizes}); use a mesh with a longer fsdp axis "
+            "(mesh.fsdp), fewer rows or frames, a smaller budget, or LoRA (lora.rank)",
+            sizes,
+        )

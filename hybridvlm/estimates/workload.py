@@ -1,0 +1,180 @@
+"""What is to be run, on how many devices, as numbers alone: nothing here compiles or touches a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from hybridvlm.config import ModelConfig, Reduction, VambaConfig
+from hybridvlm.models.family import family_for
+from hybridvlm.models.weights import FLOAT32, flatten
+from hybridvlm.parallel.layout import local_config, permute_for_tp
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.sharding import AXES, DEFAULT_RULES, ShardingRules
+
+# Decoding reads every weight for every token: shards of a row hold all of them, and fsdp alone, which is asked for, gathers.
+INFERENCE = ShardingRules(share=("fsdp",))
+TRAINING = DEFAULT_RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Devices along each axis of a mesh: `hybridvlm.sharding.make_mesh` without the devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if type(size) is not int or size < 1:
+                raise ValueError(f"mesh: {axis} must be a whole number of at least 1, got {size!r}")
+
+    @property
+    def devices(self) -> int:
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def batch(self) -> int:
+        """Devices that work on different examples."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        axes = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return ",".join(axes) or "one device"
+
+    @classmethod
+    def of(cls, mesh: Any) -> MeshSizes:
+        """The sizes of a mesh, of a mapping of axes to sizes, or of None: one device. ValueError for another axis."""
+        shape = {} if mesh is None else dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+        unknown = [axis for axis, size in shape.items() if axis not in AXES and size != 1]
+        if unknown:
+            raise ValueError(f"mesh: expected axes out of {AXES}, got {', '.join(map(str, shape))}")
+        return cls(**{axis: int(size) for axis, size in shape.items() if axis in AXES})
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model's inference on one batch of prompts.
+
+    Attributes:
+        config: of the model.
+        frames: of the video.
+        text: tokens of the prompt around them.
+        batch: prompts at once.
+        max_new: tokens of an answer.
+        dtype: of weights and activations.
+        reduction: what is dropped (None: nothing).
+    """
+
+    config: Any
+    frames: int
+    text: int = 512
+    batch: int = 1
+    max_new: int = 256
+    dtype: str = "bfloat16"
+    reduction: Reduction | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 0), ("text", 1), ("batch", 1), ("max_new", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"Workload.{name} must be a whole number of at least {least}, got {value!r}")
+        if self.frames and self.config.vision is None:
+            raise ValueError(f"the model {self.config.name!r} has no vision tower; use frames=0")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"Workload.dtype must be bfloat16, float16 or float32, got {self.dtype!r}")
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def groups(self) -> int:
+        """Frames as the tower's patches have them: of some models, a patch takes several frames."""
+        return -(-self.frames // self.config.vision.temporal_patch) if self.frames else 0
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.groups * self.config.vision.tokens_per_frame if self.frames else 0
+
+    @property
+    def planes(self) -> int:
+        """How many widths a visual token has when it leaves the tower: itself, and what deeper layers add."""
+        return 1 + len(self.config.vision.deepstack) if self.frames else 1
+
+    @functools.cached_property
+    def plan(self) -> ReductionPlan:
+        """The plan of the reduction; of a dense workload one that keeps everything.
+
+        Raises:
+            ValueError: the budget cannot be met; the message says what the method can do.
+        """
+        from hybridvlm.reduction.plan import make_plan
+        from hybridvlm.reduction.vamba import VambaReading
+
+        family, c = family_for(self.config), self.config
+        if self.reduction is not None and self.reduction.method != "none" and self.frames:
+            plan = family.make_plan(c, self.reduction, self.groups, self.text, self.itemsize)
+            assert plan is not None  # of frames and a method there is one
+            return plan
+        counted = VambaReading(c, self.text) if isinstance(c, VambaConfig) else c
+        sizes = {"visual_tokens": self.visual_tokens, "text_tokens": self.text, "frames": self.groups}
+        return make_plan(Reduction(), counted, **sizes, itemsize=self.itemsize)
+
+    def dense(self) -> Workload:
+        """The same without a reduction."""
+        return dataclasses.replace(self, reduction=None)
+
+
+def local_part(config: ModelConfig, mesh: MeshSizes) -> ModelConfig:
+    """The heads, groups and channels that one device of the tensor axis holds. ValueError where they cannot be cut so."""
+    return local_config(config, mesh.tensor) if mesh.tensor > 1 else config
+
+
+def local_batch(work: Workload, mesh: MeshSizes) -> int:
+    """Prompts on one device: what the batch axes do not divide is filled up."""
+    return -(-work.batch // mesh.batch)
+
+
+@functools.lru_cache(maxsize=8)
+def _params(config: Any) -> Any:
+    """The parameters of a model, as shapes."""
+    return jax.eval_shape(lambda: family_for(config).init(config, jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(config: Any, tensor: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters by path, laid out for a tensor axis."""
+    params = _params(config)
+    if tensor > 1 and not isinstance(config, VambaConfig):
+        params = jax.eval_shape(lambda params: permute_for_tp(params, config, tensor), params)
+    return {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+
+
+@functools.lru_cache(maxsize=1024)
+def weight_bytes(
+    config: Any, mesh: MeshSizes, itemsize: int, prefix: str = "", rules: ShardingRules = INFERENCE
+) -> int:
+    """Bytes of the parameters whose path begins with `prefix` on one device, by the rules of hybridvlm/sharding.py."""
+    sizes = tuple(getattr(mesh, axis) for axis in AXES)
+    abstract: Any = AbstractMesh(sizes, AXES)
+    total = 0
+    for path, shape in _shapes(config, mesh.tensor).items():
+        if path.startswith(prefix):
+            try:
+                spec = rules.spec(path, shape, abstract) if mesh.devices > 1 else PartitionSpec()
+            except ValueError:  # what no rule is for is whole on every device
+                spec = PartitionSpec()
+            held = NamedSharding(abstract, spec).shard_shape(shape)
+            total += math.prod(held) * (4 if path.rsplit("/", 1)[-1] in FLOAT32 else itemsize)
+    return total

@@ -1,0 +1,212 @@
+"""Estimates as tables for people and as rows for JSON."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from hybridvlm.console import plain_table
+from hybridvlm.estimates import DoesNotFit, Estimate, MeshSizes, Workload, choose_mesh
+from hybridvlm.estimates.memory import PROGRAMS
+from hybridvlm.estimates.result import estimate_on
+from hybridvlm.hardware import SLICES, Slice, of_chip, parse_slice, usual_slices
+from hybridvlm.options import InputError
+from hybridvlm.sharding import AXES
+
+PARTS = {
+    "weights": "weights",
+    "keys and values": "caches",
+    "states": "states",
+    "visual tokens": "visual",
+    "tower: pixels, activations": "tower",
+    "prefill: activations": "activations",
+    "decoding: weights by layer": "decode",
+}
+
+
+def on_slice(works: Mapping[str, Workload], topology: str, mesh: str | None) -> dict[str, Estimate]:
+    """The workloads on one slice: on the mesh that is asked for, else each on the smallest that fits (or nearly does)."""
+    where = parse_slice(topology)
+    return {name: estimate_on(work, where, _mesh(work, where, mesh)) for name, work in works.items()}
+
+
+def _mesh(work: Workload, where: Slice, asked: str | None) -> MeshSizes:
+    if asked is not None:
+        sizes = parse_mesh(asked)
+        if sizes.devices > where.chips:
+            raise InputError(f"--mesh {asked} takes {sizes.devices} devices, {where.name} has {where.chips}")
+        return sizes
+    try:
+        return choose_mesh(work, where.chips, where.chip.hbm_bytes).mesh
+    except DoesNotFit as error:
+        return error.nearest
+
+
+def parse_mesh(text: str) -> MeshSizes:
+    """The mesh of "data=2,tensor=4"; InputError for anything else."""
+    sizes: dict[str, int] = {}
+    for pair in text.split(","):
+        axis, _, size = (part.strip() for part in pair.partition("="))
+        if axis not in AXES or not size.isdigit() or int(size) < 1 or axis in sizes:
+            raise InputError(f"--mesh takes a comma list of {', '.join(f'{a}=N' for a in AXES)}, got {text!r}")
+        sizes[axis] = int(size)
+    return MeshSizes(**sizes)
+
+
+def survey(works: Mapping[str, Workload]) -> dict[str, list[dict[str, Any]]]:
+    """Rows for the usual slices of every generation, up to the first on which all workloads fit."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for generation in SLICES:
+        rows = tables[generation] = []
+        for where in usual_slices(generation):
+            found = {name: estimate_on(work, where, _mesh(work, where, None)) for name, work in works.items()}
+            rows += [as_row(name, made) for name, made in found.items()]
+            if all(row["fits"] for row in rows[-len(works) :]):
+                break
+    return tables
+
+
+def as_row(name: str, made: Estimate) -> dict[str, Any]:
+    """An estimate as plain values; bytes and seconds of one device."""
+    row: dict[str, Any] = {
+        "model": made.work.config.name,
+        "method": name,
+        "topology": made.slice.name,
+        "chips": made.slice.chips,
+        "hosts": made.slice.hosts,
+        "mesh": str(made.mesh),
+        "fits": made.fits,
+        "tight": made.tight,
+        "needed_bytes": made.needed,
+        "limit_bytes": made.limit,
+        "largest_program": made.memory.largest,
+    }
+    row |= {f"{part}_bytes": getattr(made.memory, part) for part in PARTS.values()}
+    row |= {f"{program}_bytes": made.memory.program(program) for program in PROGRAMS}
+    for phase, found in made.phases.items():
+        row |= {f"{phase}_seconds": found.seconds, f"{phase}_bound": found.bound, f"{phase}_sent_bytes": found.sent}
+    return row
+
+
+def _asked(works: Mapping[str, Workload]) -> str:
+    work = next(iter(works.values()))
+    c, count = work.config, f"{work.frames:,} frames ({work.visual_tokens:,} visual tokens)"
+    batch = f"{work.batch} prompt{'s' * (work.batch > 1)} at once"
+    return f"{c.name or 'model'}: {count}, {work.text:,} text tokens, {batch}, {work.max_new} new tokens, {work.dtype}"
+
+
+def survey_text(works: Mapping[str, Workload], tables: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The usual slices as one table, and the first of each generation that fits."""
+    lines, first = [], []
+    for generation, rows in tables.items():
+        for row in rows:
+            lines.append(
+                {
+                    "slice": row["topology"],
+                    "chips": str(row["chips"]),
+                    "": row["method"],
+                    "mesh": row["mesh"],
+                    "GB a chip": f"{row['needed_bytes'] / 1e9:.1f} of {row['limit_bytes'] / 1e9:.0f}",
+                    "fits": _verdict(row),
+                    "prefill": _seconds(row["prefill_seconds"]),
+                    "a token": _seconds(row["decode_seconds"]),
+                }
+            )
+        for name in works:
+            fitting = [row["topology"] for row in rows if row["method"] == name and row["fits"]]
+            first.append({"first that fits": generation, "": name, "slice": fitting[0] if fitting else "none of these"})
+    return "\n\n".join([_asked(works), plain_table(lines), plain_table(first), _READING])
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return "tight" if row["tight"] else "yes" if row["fits"] else "no"
+
+
+_READING = (
+    "GB: of the largest program on each chip; tight: only with half of the activations, which compilers then manage.\n"
+    "Seconds are the least by a roofline; python -m hybridvlm.plan --topology SLICE shows one slice in full."
+)
+
+
+def slice_text(works: Mapping[str, Workload], estimates: Mapping[str, Estimate]) -> str:
+    """One slice in full."""
+    made = next(iter(estimates.values()))
+    where, chip, dtype = made.slice, made.slice.chip, made.work.dtype
+    peak = of_chip(where.generation).flops[dtype]
+    head = (
+        f"{where.name}: {where.chips} x {chip.kind} on {where.hosts} host{'s' * (where.hosts > 1)}; each {made.limit / 1e9:.1f} GB, "
+        f"{chip.bandwidth / 1e9:,.0f} GB/s, {peak / 1e12:,.0f} TFLOP/s {dtype}, links {chip.link / 1e9:,.0f} GB/s"
+    )
+    rows = [{"on each chip": "mesh", **{name: str(one.mesh) for name, one in estimates.items()}}]
+    for label, part in PARTS.items():
+        rows.append({"on each chip": f"{label}, GB", **{n: _gb(getattr(e.memory, part)) for n, e in estimates.items()}})
+    for program in PROGRAMS:
+        cells = {name: _gb(one.memory.program(program)) for name, one in estimates.items()}
+        rows.append({"on each chip": f"{program} in all, GB", **cells})
+    rows.append({"on each chip": f"needed of {_gb(made.limit)} GB", **{n: _needed(e) for n, e in estimates.items()}})
+    for phase, label in (("tower", "tower"), ("prefill", "prefill"), ("decode", "a decoded token")):
+        cells = {name: _phase(one, phase) for name, one in estimates.items()}
+        rows.append({"on each chip": f"{label}, least time", **cells})
+    for phase, label in (("prefill", "prefill"), ("decode", "a decoded token")):
+        cells = {name: _sent(one.phases[phase].sent) for name, one in estimates.items()}
+        rows.append({"on each chip": f"{label}, sent", **cells})
+    return "\n\n".join([_asked(works), head, plain_table(rows)])
+
+
+def _phase(made: Estimate, name: str) -> str:
+    found = made.phases.get(name)
+    return "-" if found is None else f"{_seconds(found.seconds)} ({found.bound})"
+
+
+def _needed(made: Estimate) -> str:
+    if made.tight:
+        return f"{_gb(made.needed)}: tight"
+    return f"{_gb(made.needed)}: {'fits' if made.fits else 'too much'}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _sent(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def compile_rows(options: argparse.Namespace, works: Mapping[str, Workload], made: Estimate) -> list[dict[str, Any]]:
+    """The compiler's own figures of the prefill on the slice and mesh of an estimate, printed and returned.
+
+    Raises:
+        ImportError: the compiler is not installed.
+        ValueError: for a GPU, or a model, that the bench cannot compile ahead of time.
+    """
+    from hybridvlm import aot
+    from hybridvlm.bench import aot as bench
+    from hybridvlm.models import nemotron_vl
+    from hybridvlm.models.family import family_for
+
+    if family_for(made.work.config) is not nemotron_vl:
+        raise ValueError(f"--compile takes models of the family nemotron_vl so far, got {made.work.config.name}")
+    if not made.slice.generation.startswith("v"):
+        raise ValueError(
+            f"--compile takes a TPU slice, since XLA's GPU compiler estimates no cost, got {made.slice.name}"
+        )
+    reason = aot.missing("tpu")
+    if reason is not None:
+        raise ImportError(reason)
+    rows = []
+    for name, work in works.items():
+        found = bench.compiled_prefill_row(made.slice.name, vars(made.mesh), work, options.model)
+        rows.append({"method": name, "compiler": True, **found})
+        estimate = estimate_on(work, made.slice, made.mesh).memory
+        needed = estimate.program("prefill", least=estimate.program("prefill") > made.limit)
+        print(
+            f"\ncompiled, {name} on mesh {made.mesh}: prefill {found['needed_gb']:.2f} GB a chip (estimated {_gb(needed)}), "
+            f"{found['cost_s']:.3g} s by its cost model, {found['exchanged_gb']:.3g} GB handed to collectives, "
+            f"{found['compile_s']:.0f} s to compile"
+        )
+    return rows

@@ -1,0 +1,92 @@
+"""Commands refuse, before they load or compile, what the device at hand has no memory for."""
+
+import pytest
+from helpers.micro_checkpoint import micro_model
+
+from hybridvlm import ask
+from hybridvlm.checkpoints import describe as described
+from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.config import Reduction
+from hybridvlm.config_files import load_model_config
+from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, guard, refuse_training, training_memory
+from hybridvlm.estimates.workload import weight_bytes
+from hybridvlm.eval.__main__ import main as evaluate
+from hybridvlm.train.config import Data, Logging, TrainConfig
+from hybridvlm.train.loop import Run
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """A device of 100 kB."""
+    monkeypatch.setattr(guard, "memory_limit", lambda device: 100_000)
+
+
+def test_eval_and_ask_refuse_before_they_load(small_device, monkeypatch, tmp_path, capsys):
+    def never(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("hybridvlm.eval.evaluate.load", never)
+    monkeypatch.setattr("hybridvlm.inference.model.load", never)
+    assert evaluate(["--model", "tiny", "--output", str(tmp_path / "out")]) == 2
+    assert "tiny with 32 frames" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert ask.main(["clip.mp4", "red@t12 none what ?", "--frames", "16"]) == 2
+    error = capsys.readouterr().err
+    assert "16 frames" in error and "weights" in error and "GB on each device" in error
+
+
+def test_training_refuses_before_it_compiles(small_device, tmp_path):
+    settings = TrainConfig(
+        model="tiny", steps=1, output=str(tmp_path / "run"), data=Data(batch=2, frames=64), logging=Logging()
+    )
+    with pytest.raises(DoesNotFit, match=r"a step of 2 rows .* trained parameters needs .*mesh\.fsdp"):
+        Run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_memory_is_near_the_compilers():
+    """The 12B decoder on 64 chips, a row each, by libtpu: hybridvlm/train/README.md."""
+    big = load_model_config("nemotron_nano_12b_v2_vl")
+    trained = 12_300_000_000
+    for budget, mesh, compiled in ((None, MeshSizes(fsdp=64), 53.2), (0.25, MeshSizes(fsdp=64), 24.3)):
+        reduction = None if budget is None else Reduction("str", budget)
+        work = Workload(big, 128, batch=64, reduction=reduction)
+        tower = sum(weight_bytes(big, mesh, 2, part) for part in ("vision/", "projector/"))  # which was left out there
+        assert (training_memory(work, mesh, trained) - tower) / 1e9 == pytest.approx(compiled, rel=0.15)
+        assert training_memory(work, mesh, trained, least=True) / 1e9 < compiled
+    # what does run on 16 GB by the compiler is not refused
+    work = Workload(big, 128, batch=64)
+    assert training_memory(work, MeshSizes(fsdp=64, sequence=4), trained, least=True) < 16 << 30
+
+
+def test_the_mesh_of_the_devices_at_hand(monkeypatch):
+    class Chip:
+        platform, device_kind = "tpu", "TPU v6 lite"
+
+        def memory_stats(self):
+            return {"bytes_limit": 32 << 30}
+
+    assert guard.choose_here("nemotron_nano_12b_v2_vl") is None  # on CPU nothing is known
+    monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()] * 8)
+    choice = guard.choose_here("nemotron_nano_12b_v2_vl", frames=64, batch=4)
+    assert choice.mesh == MeshSizes(data=4, tensor=2) and "fewer than 2 devices" in choice.why
+    monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()])
+    assert guard.choose_here("tiny", frames=8) is None  # one device is no choice
+    with pytest.raises(DoesNotFit, match="smallest slice that would do is v6e:2x2 with --mesh data=2,tensor=2"):
+        guard.choose_here("nemotron_nano_12b_v2_vl", frames=64)
+
+
+def test_nothing_is_refused_on_cpu():
+    refuse_training(Workload(load_model_config("nemotron_nano_12b_v2_vl"), 4096, batch=512), None, 10**10)
+    guard.refuse_too_large("no such model at all")
+
+
+def test_descriptions_are_those_of_the_loaded(tmp_path):
+    model = micro_model()
+    save_folder(tmp_path / "micro", model)
+    found = described.describe(tmp_path / "micro")
+    assert (found.config, found.buckets) == (model.config, model.buckets)
+    (tmp_path / "micro" / "model.safetensors").unlink()  # weights are not looked at
+    assert described.describe(tmp_path / "micro").config == model.config
+    assert described.describe("qwen3_vl_8b").config == load_model_config("qwen3_vl_8b")
+    with pytest.raises(FileNotFoundError, match="no folder here"):
+        described.describe("runs/nothing")
