@@ -27,7 +27,7 @@ from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptio
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
-from hybridvlm.ops.layer_aux import AttentionAux
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.layout import local_config, permute_for_tp
 from hybridvlm.parallel.layout import unpermute_for_tp as unpermute_for_tp
@@ -405,7 +405,7 @@ def reduce_scores(
     reads = methods.QUERIES if method is None else method.reads
     if reads == methods.LAST_QUERY:
         options = ScoreOptions(queries="last")  # whatever the plan's are
-    by_head = local.devices > 1 and reads in (methods.QUERIES, methods.LAST_QUERY)
+    by_head = local.devices > 1 and reads in (methods.QUERIES, methods.LAST_QUERY, methods.NEXT_ATTENTION)
     if by_head and MAMBA in config.pattern and local.group_devices > 1 and (options.dt or options.decay):
         raise ValueError(
             f"scores with dt or decay average over the heads of a group, and tensor={local.devices} cuts the "
@@ -419,26 +419,32 @@ def reduce_scores(
         )
     over = {MAMBA: options.groups, ATTENTION: options.heads}
 
+    def whole(aux: Any, start: jax.Array | int) -> Any:
+        """What a layer tells of the whole row."""
+        if isinstance(aux, LookaheadAux):
+            return LookaheadAux(whole(aux.own, start), tuple(whole(layer, start) for layer in aux.ahead))
+        if isinstance(aux, AttentionAux):
+            return dataclasses.replace(aux, q_index=aux.q_index + start, k=gather_sequence(local, aux.k))
+        return jax.tree.map(lambda a: gather_sequence(local, a), aux)
+
     def of_row(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
-        if local.shards == 1 or (isinstance(aux, AttentionAux) and method is not None and method.token_local):
+        by_attention = isinstance(aux, AttentionAux | LookaheadAux)
+        if local.shards == 1 or (by_attention and method is not None and method.token_local):
             return score_fn(layer, aux, tokens)
         start = row_start(local, tokens.length)
-        gather = lambda a: gather_sequence(local, a)  # noqa: E731
-        if isinstance(aux, AttentionAux):
-            whole = dataclasses.replace(aux, q_index=aux.q_index + start, k=gather(aux.k))
-        else:
-            whole = jax.tree.map(gather, aux)
-        score = score_fn(layer, whole, jax.tree.map(gather, tokens))  # what it does not look at is never gathered
+        gathered = jax.tree.map(lambda a: gather_sequence(local, a), tokens)
+        score = score_fn(layer, whole(aux, start), gathered)  # what it does not look at is never gathered
         return jax.lax.dynamic_slice_in_dim(score, start, tokens.length, axis=1)
 
     def score(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
         mine = of_row(layer, aux, tokens)
         if not by_head:
             return mine
-        if over[config.pattern[layer]] == "max":
+        if over[ATTENTION if isinstance(aux, LookaheadAux) else config.pattern[layer]] == "max":
             return jnp.max(jax.lax.all_gather(mine, local.axis), axis=0)  # JAX has no derivative of pmax
         return jax.lax.pmean(mine, local.axis)
 
+    score.ahead = getattr(score_fn, "ahead", None)  # type: ignore[attr-defined]
     return score
 
 

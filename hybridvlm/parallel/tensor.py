@@ -50,7 +50,9 @@ def all_gather_params(c: ModelConfig, kind: str, p: dict[str, jax.Array], dtype:
         return p
     # weights of products, which are taken in that type anyway: cast before they travel
     whole = {
-        path.removeprefix(f"{kind}/"): (axis, axes) for path, axis, axes in c.shared if path.startswith(f"{kind}/")
+        path.removeprefix(f"{kind}/"): (axis, axes)
+        for path, axis, axes in c.shared
+        if path.startswith(f"{kind}/") and path.removeprefix(f"{kind}/") in p
     }
     return p | {
         name: jax.lax.all_gather(p[name].astype(dtype), axes, axis=axis, tiled=True)

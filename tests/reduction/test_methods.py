@@ -8,7 +8,7 @@ from helpers.plans import model, plan
 from helpers.prompts import mamba_aux, prompts
 
 from hybridvlm.config import Reduction, ScoreOptions
-from hybridvlm.ops.layer_aux import AttentionAux
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.reduction import (
     METHODS,
     average_pool,
@@ -26,7 +26,7 @@ from hybridvlm.reduction import (
 )
 
 INSIDE = [
-    *("str", "str-attention", "str-mamba", "random", "uniform", "saliency"),
+    *("str", "str-attention", "str-mamba", "str-lookahead", "random", "uniform", "saliency"),
     *("fastv", "pyramiddrop", "timeviper-td", "oneshot-mamba", "oneshot-attention"),
 ]
 EXPECTED = ["none", *INSIDE[:3], "str-calibrated", *INSIDE[3:], "random-input", "uniform-input", "evs", "avgpool"]
@@ -63,6 +63,8 @@ def test_every_decoder_method_scores_visual_tokens_after_its_layers(name):
     score = score_fn(p)
     for layer in {p.pattern[i]: i for i in p.drops}.values():
         aux = attention_aux(tokens) if p.pattern[layer] == "*" else mamba_aux(tokens)
+        if ahead := score.ahead(layer):
+            aux = LookaheadAux(aux, tuple(attention_aux(tokens, other) for other in ahead))
         out = score(layer, aux, tokens)
         assert out.shape == (2, 20) and out.dtype == jnp.float32
         for values, visual in zip(np.asarray(out), np.asarray(tokens.visual), strict=True):
