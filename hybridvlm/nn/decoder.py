@@ -119,7 +119,8 @@ def prefill(
             residual stream after that layer, and is not carried further.
         plan: where tokens drop.
         score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`. Where its
-            attribute `ahead` (layer) -> (attention layers after it), if it has one, names any, aux is a LookaheadAux.
+            attribute `ahead` (layer) -> (attention layers, as a rule those after it), if it has one, names any, aux is a
+            LookaheadAux of them.
         collect: mixer layers whose scores are returned without dropping.
         hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
@@ -367,10 +368,8 @@ def _score(
     config, ahead = layer_range.config, getattr(score_fn, "ahead", None)
     coming = () if ahead is None else tuple(ahead(layer))
     for other in coming:
-        if not layer < other < len(config.pattern) or config.pattern[other] != ATTENTION:
-            raise ValueError(
-                f"score_fn.ahead({layer}): expected attention layers after it in {config.pattern}, got {coming}"
-            )
+        if not 0 <= other < len(config.pattern) or config.pattern[other] != ATTENTION:
+            raise ValueError(f"score_fn.ahead({layer}): expected attention layers of {config.pattern}, got {coming}")
     if coming:
         row = (tokens.x, tokens.segment, tokens.position, tokens.query)
         capacity = min(query_capacity, tokens.length * sequence_shards(config))

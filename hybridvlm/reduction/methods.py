@@ -26,6 +26,7 @@ from hybridvlm.reduction import calibrated, schedules, scores
 Aux = MambaAux | AttentionAux | LookaheadAux
 ScoreFn = Callable[[int, Aux, Tokens], jax.Array]
 Sites = Callable[[str, Schedule], tuple[int, ...]]
+Looks = Callable[[str, int, int], tuple[int, ...]]
 INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
 NEXT_ATTENTION = "next attention"
 READS = (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY, NEXT_ATTENTION)
@@ -66,6 +67,8 @@ class Method:
     token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
     shard of a row that is cut over devices ranks its own (so, too, where attention layers ahead say it: of a LookaheadAux its
     `ahead` alone may be read); any other method is given the whole row on every device.
+    looks(pattern, layer, count): of a method that reads "next attention", the attention layers it looks through; None: those of
+    `attention_ahead`.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Method:
     reads: str = INDEX_ONLY
     where: str = ""
     token_local: bool = False
+    looks: Looks | None = None
 
     def __post_init__(self) -> None:
         if self.phase == "decoder" and (self.sites is None or self.curve is None):
@@ -88,7 +92,7 @@ class Method:
 
     def ahead(self, pattern: str, layer: int, options: ScoreOptions) -> tuple[int, ...]:
         """The attention layers that its score after `layer` looks through, nearest first; () for its own inside alone."""
-        return attention_ahead(pattern, layer, options.ahead) if self.reads == NEXT_ATTENTION else ()
+        return (self.looks or attention_ahead)(pattern, layer, options.ahead) if self.reads == NEXT_ATTENTION else ()
 
     @property
     def scheduled(self) -> bool:

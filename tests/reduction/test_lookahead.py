@@ -12,11 +12,11 @@ import hybridvlm as hv
 from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.models import vamba
 from hybridvlm.nn import decoder
-from hybridvlm.nn.attention import attention_layer
 from hybridvlm.nn.decoder import Decoder, layer_params
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
+from hybridvlm.ops.rope import apply_rope
 from hybridvlm.ops.tokens import Tokens, text_tokens
-from hybridvlm.reduction import METHODS, make_plan, mamba_score, score_fn
+from hybridvlm.reduction import METHODS, attention_score, make_plan, mamba_score, score_fn
 from hybridvlm.reduction.methods import attention_ahead
 from hybridvlm.train.straight_through import straight_through
 
@@ -80,28 +80,43 @@ def reduced(config, **score):
     return score_fn(make_plan(reduction, config, visual_tokens=11, text_tokens=12, frames=1), segments=2)
 
 
+OPTIONS = ({}, {"ahead": 2, "heads": "max", "queries": "last"}, {"ahead": 0, "queries": "max"})
+
+
 @pytest.fixture(scope="module", params=[CONFIG, TURNED], ids=["no rope", "m-rope"])
 def passed(request):
-    """A pass that collects the scores of every mixer layer, for several options."""
-    config, options = (
-        request.param,
-        [{}, {"ahead": 2, "heads": "max", "queries": "last"}, {"ahead": 0, "queries": "max"}],
-    )
-    params, tokens = parameters(config), packed(config)
-    mixers = tuple(i for i, kind in enumerate(config.pattern) if kind != "-")
-    fns = [reduced(config, **o) for o in options]
+    """A pass that collects scores for several options, and the layers' own ones last."""
+    config = request.param
+    scored = (4, 5, 6, 8) if "M" in config.pattern else (0, 4)
+    fns = [reduced(config, **option) for option in OPTIONS]
 
     def every(layer, aux, tokens):
-        return [fn(layer, LookaheadAux(aux.own, aux.ahead[: len(fn.ahead(layer))]), tokens) if fn.ahead(layer) else
-                fn(layer, getattr(aux, "own", aux), tokens) for fn in fns]  # fmt: skip
+        own = getattr(aux, "own", aux)
+        assert isinstance(own, MambaAux if config.pattern[layer] == "M" else AttentionAux)
+        score = mamba_score(own, tokens, segments=2) if config.pattern[layer] == "M" else attention_score(own, tokens)
+        counts = [len(fn.ahead(layer)) for fn in fns]
+        told = [LookaheadAux(own, aux.ahead[:count]) if count else own for count in counts]
+        return [fn(layer, one, tokens) for fn, one in zip(fns, told, strict=True)] + [score]
 
-    every.ahead = lambda layer: fns[-1].ahead(layer)
-    run = jax.jit(
-        lambda p, t: decoder.prefill(
-            p, config, t, score_fn=every, collect=mixers, hidden_states=mixers, segments=2, query_capacity=8
-        )
-    )
-    return config, options, params, tokens, run(params, tokens)
+    every.ahead = fns[-1].ahead
+    params, tokens = parameters(config), packed(config)
+    options = {"score_fn": every, "collect": scored, "hidden_states": scored, "segments": 2, "query_capacity": 8}
+    return config, params, tokens, jax.jit(lambda p, t: decoder.prefill(p, config, t, **options))(params, tokens)
+
+
+def queries_and_keys(p, c, x, position):
+    """Of all tokens, in float64 but for the rotation: q [B,L,H,P] and k [B,L,K,P]."""
+    p, x = {name: np.asarray(a, np.float64) for name, a in p.items()}, np.asarray(x, np.float64)
+    normed = lambda a, weight: a / np.sqrt(np.mean(a * a, -1, keepdims=True) + c.norm_eps) * weight  # noqa: E731
+    found = []
+    for name in "qk":
+        a = (normed(x, p["norm"]) @ p[f"{name}_proj"] + p.get(f"{name}_bias", 0)).reshape(*x.shape[:2], -1, c.head_dim)
+        if c.qk_norm:
+            a = normed(a, p[f"{name}_norm"])
+        if c.rope_theta:
+            a = apply_rope(jnp.asarray(a, jnp.float32), position, c.rope_theta, sections=c.rope_sections)
+        found.append(a)
+    return found
 
 
 def one_score(q, k, row, tokens, options):
@@ -126,41 +141,29 @@ def one_score(q, k, row, tokens, options):
 
 
 def test_it_is_the_softmax_of_the_layers_to_come_over_the_tokens_as_they_are(passed):
-    config, options, params, tokens, out = passed
+    config, params, tokens, out = passed
     looked = 0
     for layer, x in out.hidden_states.items():
-        for number, option in enumerate(options):
+        for number, option in enumerate(OPTIONS):
             coming = attention_ahead(config.pattern, layer, option.get("ahead", 1))
-            if not coming:
-                continue
             want = np.zeros(tokens.segment.shape)
             for other in coming:
-                # all queries and keys of the whole row, by the layer's own forward pass
-                p = layer_params(params, config, other)
-                aux = attention_layer(
-                    p, config, x, tokens.segment, position=tokens.position, query=tokens.segment > -1,
-                    query_capacity=tokens.length,
-                )[2]  # fmt: skip
-                want += np.stack([one_score(aux.q, aux.k, row, tokens, option) for row in range(2)]) / len(coming)
-            np.testing.assert_allclose(out.scores[layer][number], want, atol=1e-5, err_msg=f"{layer} {option}")
+                q, k = queries_and_keys(layer_params(params, config, other), config, x, tokens.position)
+                want += np.stack([one_score(q, k, row, tokens, option) for row in range(2)]) / len(coming)
+            if coming:
+                np.testing.assert_allclose(out.scores[layer][number], want, atol=1e-5, err_msg=f"{layer} {option}")
             looked += len(coming)
-    assert looked == {"M-M-M*M*M": 3 * (1 + 2 + 2) + 3, "*-*-*": (1 + 2 + 2) + 3}[config.pattern]
+    # Mamba layers 4 and 6 have two and one attention layers ahead; attention layer 0 of three has two
+    assert looked == {"M-M-M*M*M": (1 + 2 + 2) + 3, "*-*-*": 1 + 2 + 2}[config.pattern]
 
 
 def test_an_attention_layer_of_a_hybrid_and_layers_after_the_last_one_have_their_own_score(passed):
-    config, options, params, tokens, out = passed
+    config, _, _, out = passed
     own = [layer for layer in out.hidden_states if not attention_ahead(config.pattern, layer, 1)]
-    assert own == ([5, 7, 8] if "M" in config.pattern else [4])
-
-    def score(layer, aux, tokens):
-        assert isinstance(aux, MambaAux | AttentionAux)
-        if isinstance(aux, MambaAux):
-            return mamba_score(aux, tokens, segments=2)
-        return hv.reduction.attention_score(aux, tokens)
-
-    want = jax.jit(lambda p, t: decoder.prefill(p, config, t, score_fn=score, collect=tuple(own), query_capacity=8))
-    for layer, value in want(params, tokens).scores.items():
-        np.testing.assert_allclose(out.scores[layer][0], value, atol=1e-6)
+    assert own == ([5, 8] if "M" in config.pattern else [4])
+    for layer in own:
+        first, *_, score = out.scores[layer]
+        np.testing.assert_array_equal(first, score)
 
 
 def test_what_is_ahead():
@@ -204,12 +207,11 @@ def test_a_layer_that_is_not_ahead_is_refused():
         return tokens.index.astype(jnp.float32)
 
     score.ahead = lambda layer: (2,)
-    with pytest.raises(ValueError, match=r"ahead\(4\): expected attention layers after it in M-M-M\*M\*M, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"ahead\(4\): expected attention layers of M-M-M\*M\*M, got \(2,\)"):
         jax.eval_shape(lambda p: decoder.prefill(p, CONFIG, tokens, score_fn=score, collect=(4,)), parameters(CONFIG))
 
 
-def test_a_method_of_ones_own_may_read_what_is_ahead(monkeypatch):
-    monkeypatch.setattr("hybridvlm.reduction.methods.METHODS", METHODS)
+def test_a_method_of_ones_own_may_read_what_is_ahead():
     found = {}
     try:
 
