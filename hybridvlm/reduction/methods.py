@@ -117,7 +117,12 @@ def _register(name: str, phase: str, **fields: Any) -> Callable[[Callable[..., A
 
 
 def register_method(
-    name: str, *, reads: str = QUERIES, after: Sequence[str] = MIXERS, token_local: bool = False
+    name: str,
+    *,
+    reads: str = QUERIES,
+    after: Sequence[str] = MIXERS,
+    token_local: bool = False,
+    looks: Looks | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a score function of one's own a reduction method: a decorator.
 
@@ -141,6 +146,7 @@ def register_method(
             cost of scoring by it, and conversations reuse caches by it.
         after: the kinds of layers after which it may drop, of "M" and "*".
         token_local: see `Method`.
+        looks: see `Method`.
 
     Raises:
         ValueError: for a name that another function has or that cannot be one, or other values of `reads` and `after`.
@@ -160,6 +166,7 @@ def register_method(
         curve=_scheduled,
         where=" or ".join(kinds),
         token_local=token_local,
+        looks=looks,
     )
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
