@@ -16,6 +16,7 @@ from hybridvlm.nn.linear import biased
 from hybridvlm.nn.projections import join_heads, project_heads
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.attention.api import attend_unmasked
+from hybridvlm.ops.attention.visual import log_sum_exp
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.parallel.sequence import gather_sequence, merge_lse, pick_rows, row_start, sequence_shards
@@ -142,7 +143,7 @@ def attention_look(
     aux = AttentionAux(q=q, q_mask=mask, q_segment=pick_rows(c, segment, index, mask), q_index=index - start, k=k)
     if sequence_shards(c) == 1:
         return aux
-    _, lse = attention(q, k, k[..., :1], q_segment=aux.q_segment, kv_segment=segment, q_index=aux.q_index, causal=True)
+    lse = log_sum_exp(q, k, q_segment=aux.q_segment, kv_segment=segment, q_index=aux.q_index)
     return dataclasses.replace(aux, lse=merge_lse(c, lse))
 
 
