@@ -14,7 +14,7 @@ from typing import Any
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
 from hybridvlm.options import add_thinking
 
-METHODS = "none,str,random-input,uniform-input,saliency,fastv"
+METHODS = "none,str-lookahead,str,uniform-input,saliency,fastv"
 EXAMPLES = """\
 examples:
   python -m hybridvlm.eval
