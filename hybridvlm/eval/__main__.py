@@ -14,7 +14,7 @@ from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
 from hybridvlm.options import add_compilation_cache, add_distributed, add_mesh, add_thinking
 
 STOPPED = "stopped; what was answered is kept, and the same command goes on from there"
-METHODS = "none,str,random-input,uniform-input,saliency,fastv"
+METHODS = "none,str-lookahead,str,uniform-input,saliency,fastv"
 EXAMPLES = """\
 examples:
   python -m hybridvlm.eval

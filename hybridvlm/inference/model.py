@@ -13,6 +13,7 @@ import numpy as np
 
 from hybridvlm.checkpoints.folder import Checkpoint, read_checkpoint, save_folder
 from hybridvlm.config import Buckets, Reduction
+from hybridvlm.estimates.guard import mesh_option
 from hybridvlm.inference import placement
 from hybridvlm.inference.conversation import Answer, Conversation, check_question
 from hybridvlm.inference.programs import ModelPrograms
@@ -193,7 +194,7 @@ def init(config: Any, seed: int = 0, *, tokenizer: Any = None, buckets: Buckets 
 def load(
     name_or_path: str | os.PathLike[str],
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
     dtype: Any = None,
     reduction: Reduction | None = None,
     buckets: Buckets | None = None,
@@ -205,7 +206,8 @@ def load(
     Args:
         name_or_path: a folder (this library's, Orbax's or a published one), a packaged name (`tiny`, `tiny-reduced`), or
             an id of the Hugging Face hub.
-        mesh: the devices that the model runs on, such as `make_mesh(tensor=4, data=-1)`, see `Model.to_mesh` (default: one).
+        mesh: the devices that the model runs on, such as `make_mesh(tensor=4, data=-1)`, see `Model.to_mesh`; "auto": the
+            smallest tensor x sequence of this process's devices that fits, the rest data (default: one).
         dtype: of the weights and so of the activations, e.g. "bfloat16" (default: float32 for the library's own, else as
             stored).
         reduction: instead of the checkpoint's own.
@@ -218,6 +220,8 @@ def load(
         FileNotFoundError: for a missing file.
         CheckpointError: (a ValueError) where one does not fit.
     """
+    if isinstance(mesh, str):
+        mesh = mesh_option(mesh, name_or_path, dtype=dtype, revision=revision, reduction=reduction)
     mesh = None if mesh is None else full_mesh(mesh)
     checkpoint = read_checkpoint(
         name_or_path, mesh=mesh, dtype=dtype, reduction=reduction, buckets=buckets, revision=revision, cache=cache

@@ -16,11 +16,13 @@ from hybridvlm.nn.linear import biased
 from hybridvlm.nn.projections import join_heads, project_heads
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.attention.api import attend_unmasked
+from hybridvlm.ops.attention.visual import log_sum_exp
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.parallel.sequence import (
     gather_sequence,
     join_keys,
+    merge_lse,
     pick_rows,
     row_start,
     sequence_shards,
@@ -29,6 +31,8 @@ from hybridvlm.parallel.sequence import (
 from hybridvlm.parallel.tensor import own_channels, psum_tensor
 
 Params = dict[str, jax.Array]
+# parameters of a layer that its queries and keys depend on
+LOOK_PARAMS = ("norm", "q_proj", "k_proj", "q_bias", "k_bias", "q_norm", "k_norm")
 
 
 class AttentionStack(nn.Module):
@@ -124,6 +128,33 @@ def attention_layer(
         )
     here = -(-decode_capacity // sequence_shards(c))
     return _output(p, c, x, out), attention_cache(k, v, segment, here), aux
+
+
+def attention_look(
+    p: Params,
+    c: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    *,
+    position: jax.Array,
+    query: jax.Array,
+    query_capacity: int,
+) -> AttentionAux:
+    """How this layer would look at a residual stream that it is not given: the aux of `attention_layer`, and no more than that.
+
+    Arguments as there; of p the entries named in LOOK_PARAMS are read. Queries are projected for the question's rows alone,
+    keys for every row, values not at all. Where rows are cut over devices, lse is that of the whole row.
+    """
+    start = row_start(c, segment.shape[1])
+    index, mask = gather_queries(gather_sequence(c, query), query_capacity)
+    rows = pick_rows(c, x, index, mask)
+    (q,) = project_heads(p, c, rms_norm(rows, p["norm"], c.norm_eps), pick_rows(c, position, index, mask), "q")
+    (k,) = project_heads(p, c, rms_norm(x, p["norm"], c.norm_eps), position, "k")
+    aux = AttentionAux(q=q, q_mask=mask, q_segment=pick_rows(c, segment, index, mask), q_index=index - start, k=k)
+    if sequence_shards(c) == 1:
+        return aux
+    lse = log_sum_exp(q, k, q_segment=aux.q_segment, kv_segment=segment, q_index=aux.q_index)
+    return dataclasses.replace(aux, lse=merge_lse(c, lse))
 
 
 def _merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,8 @@ from hybridvlm.config import ATTENTION, KINDS, MAMBA, MIXERS, ModelConfig
 from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.nn.linear import cut_columns
-from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, run_layer, run_layers
+from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, look_ahead, run_layer, run_layers
+from hybridvlm.ops.layer_aux import LookaheadAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.segments import index_in_segment
 from hybridvlm.ops.tokens import INDEX_IN_SEGMENT, Tokens
@@ -147,7 +148,9 @@ def prefill(
         tokens: x [B,L,D] and what belongs to each token. `tokens.extra[deepstack_key(layer)]` [B,L,D] is added to the
             residual stream after that layer, and is not carried further.
         plan: where tokens drop.
-        score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`.
+        score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`. Where its
+            attribute `ahead` (layer) -> (attention layers, as a rule those after it), if it has one, names any, aux is a
+            LookaheadAux of them.
         collect: mixer layers whose scores are returned without dropping.
         hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
@@ -198,9 +201,10 @@ def prefill(
         if layer in scored:
             # `_check` refuses a missing score_fn
             assert score_fn is not None
-            inputs = (aux, tokens)
+            inputs = (params, aux, tokens)
             differentiable = layer in collect or straight_through is not None
-            score = score_fn(layer, *(inputs if differentiable else jax.lax.stop_gradient(inputs)))
+            inputs = inputs if differentiable else jax.lax.stop_gradient(inputs)
+            score = _score(layer_range, layer, score_fn, *inputs, query_capacity)
         if layer in collect:
             scores[layer] = score
         if plan is not None and layer in drops:
@@ -380,6 +384,28 @@ def _run_last(
         query_capacity=min(query_capacity, tokens.length * sequence_shards(config)),
     )
     return _add_deepstack(tokens.replace(x=x), layer), cache, aux
+
+
+def _score(
+    layer_range: LayerRange,
+    layer: int,
+    score_fn: ScoreFn,
+    params: Params,
+    aux: Any,
+    tokens: Tokens,
+    query_capacity: int,
+) -> jax.Array:
+    """The score after a layer, of what the layer tells and of how the attention layers look that the score asks for."""
+    config, ahead = layer_range.config, getattr(score_fn, "ahead", None)
+    coming = () if ahead is None else tuple(ahead(layer))
+    for other in coming:
+        if not 0 <= other < len(config.pattern) or config.pattern[other] != ATTENTION:
+            raise ValueError(f"score_fn.ahead({layer}): expected attention layers of {config.pattern}, got {coming}")
+    if coming:
+        row = (tokens.x, tokens.segment, tokens.position, tokens.query)
+        capacity = min(query_capacity, tokens.length * sequence_shards(config))
+        aux = LookaheadAux(aux, tuple(look_ahead(layer_range, other, params, *row, capacity) for other in coming))
+    return score_fn(layer, aux, tokens)
 
 
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:

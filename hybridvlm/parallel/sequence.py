@@ -177,6 +177,15 @@ def pick_rows(c: ModelConfig, array: jax.Array, index: jax.Array, counted: jax.A
     return row_total(c, jnp.where(mine.reshape(mine.shape + (1,) * (array.ndim - 2)), taken, 0))  # each has one owner
 
 
+def merge_lse(c: ModelConfig, lse: jax.Array) -> jax.Array:
+    """Log-sum-exp over a stretch's own keys [B,H,R] -> over those of the whole row."""
+    if not row_is_cut(c):
+        return lse
+    # JAX has no derivative of pmax, and none is needed: the sum does not depend on what is taken out of it
+    largest = jax.lax.pmax(jax.lax.stop_gradient(lse), c.row_axis)
+    return largest + jnp.log(jax.lax.psum(jnp.exp(lse - largest), c.row_axis))
+
+
 def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int) -> Tokens:
     """`hybridvlm.ops.compact.compact`, of stretches: score [B,l]; the row that is left is cut evenly again.
 

@@ -68,7 +68,9 @@ def all_gather_params(c: ModelConfig, kind: str, p: dict[str, jax.Array], dtype:
         return p
     # weights of products, which are taken in that type anyway: cast before they travel
     whole = {
-        path.removeprefix(f"{kind}/"): (axis, axes) for path, axis, axes in c.shared if path.startswith(f"{kind}/")
+        path.removeprefix(f"{kind}/"): (axis, axes)
+        for path, axis, axes in c.shared
+        if path.startswith(f"{kind}/") and path.removeprefix(f"{kind}/") in p
     }
     # a weight may come in pieces of its columns, for decoding (hybridvlm/nn/linear.py)
     return p | {

@@ -76,6 +76,8 @@ TRAIN = {
     "zscore sequence=2 tensor=2": ("zscore", "layer", {"sequence": 2, "tensor": 2}),
     "max sequence=2 tensor=4": ("max", "layer", {"sequence": 2, "tensor": 4}),
     "fastv sequence=4 tensor=2": ("fastv", "layer", {"sequence": 4, "tensor": 2}),
+    "lookahead sequence=4 tensor=2": ("str-lookahead", "layer", {"sequence": 4, "tensor": 2}),
+    "lookahead fsdp=2 tensor=4": ("str-lookahead", "dots", {"fsdp": 2, "tensor": 4}),
     "random sequence=4": ("random", "layer", {"sequence": 4}),
     "across sequence=4": ("across", "layer", {"sequence": 4}),
 }

@@ -270,7 +270,7 @@ def _walk(params: dict, config: VambaConfig, batch: Batch, visual, text: Tokens 
     video, given = _prepare(batch, visual, plan)
     options: dict[str, Any] = {}
     if plan is not None:
-        score_fn = methods.score_fn(plan)
+        score_fn: Callable[..., jax.Array] = methods.score_fn(plan)
         if isinstance(config, LocalConfig):
             score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
         options = {"plan": _VideoRows(plan), "score_fn": score_fn, "counts": given}
