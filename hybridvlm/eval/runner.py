@@ -22,13 +22,14 @@ import numpy as np
 
 from hybridvlm.checkpoints.folder import flatten
 from hybridvlm.config import Reduction, to_dict
+from hybridvlm.eval.layouts import Asking, lay_out
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.inference.model import Model
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
-from hybridvlm.models.prompt import Layout, user_message
+from hybridvlm.models.prompt import Layout
 from hybridvlm.reduction import ReductionPlan, parse_method
 from hybridvlm.video import VideoError
 
@@ -160,16 +161,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Asking:
-    """How questions are put, in addition to their text: a system message, the template's switch for reasoning (None: as it is), and
-    the most tokens of reasoning (None: one limit for it and the answer)."""
-
-    system: str = ""
-    thinking: bool | None = None
-    think_tokens: int | None = None
-
-
 def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
     """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
     plan = generation.plan
@@ -234,13 +225,16 @@ class Runner:
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
-        self.buckets = {sample.id: self._bucket(sample) for sample in task.samples}
+        self.available = [sample for sample in task.samples if sample.id not in task.unavailable]
+        self.buckets = {sample.id: self._bucket(sample) for sample in self.available}
 
     def _bucket(self, sample: Sample) -> Bucket:
+        pick = self.model.buckets.pick
         try:
-            clip, config = self.task.clip(sample.video, pixels=False)
             layout = self.layout(sample)
-            pick = self.model.buckets.pick
+            if self.task.blind:
+                return Bucket(0, pick("text", layout.text), kind="text")
+            clip, config = self.task.clip(sample.video, pixels=False)
             return Bucket(pick("frames", layout.frames), pick("text", layout.text), config.tower.image_size, clip.kind)
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
@@ -254,44 +248,37 @@ class Runner:
         return self._layouts[sample.id, factors]
 
     def _layout(self, sample: Sample, factors: tuple[int, int, int]) -> Layout:
-        model, (clip, config) = self.model, self.task.clip(sample.video, pixels=False)
-        system = [{"role": "system", "content": self.asking.system}] if self.asking.system else []
-        asked = user_message(self.task.prompt(sample), model.style, [clip.kind])
-        return model.family.prompt(
-            config,
-            model.tokenizer,
-            self._switch.messages([*system, asked]),
-            [clip],
-            style=model.style,
-            factors=factors,
-            template_options=self._switch.options,
-        )
+        return lay_out(self.model, self.task, sample, factors, self.asking, self._switch)
 
     def key(self, variant: Variant, sample: Sample) -> str:
         """What a stored answer must share with this run to stand for it: configuration, weights, plan, sample."""
         if (variant, sample.id) not in self._keys:
+            if sample.id in self.task.unavailable:
+                absent = [self._common, dataclasses.asdict(variant), sample.id, self.task.unavailable[sample.id]]
+                return self._keys.setdefault((variant, sample.id), _digest(absent))
             bucket = self.buckets[sample.id]
             if (variant, bucket) not in self._settings:
                 _, plan = self.planner(variant, bucket)
                 self._settings[variant, bucket] = _digest(
                     [self._common, bucket, None if plan is None else plan.to_dict()]
                 )
+            # names of videos and groups are no part of what was asked
             asked = [
-                dataclasses.asdict(sample) | {"video": ""},
+                dataclasses.asdict(sample) | {"video": "", "groups": {}, "cluster": ""},
                 self.task.prompt(sample),
-                self.task.identity(sample.video),
+                "" if self.task.blind else self.task.identity(sample.video),
             ]
             self._keys[variant, sample.id] = _digest([self._settings[variant, bucket], asked])
         return self._keys[variant, sample.id]
 
     def plans(self, variant: Variant) -> dict[str, ReductionPlan | None]:
-        """The plan of a variant for every sample, by its id: that of the sample's bucket."""
-        return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.task.samples}
+        """The plan of a variant for every sample that can be asked, by its id: that of the sample's bucket."""
+        return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.available}
 
     def batches(self) -> Iterator[tuple[Bucket, list[Sample]]]:
         """Samples of one bucket, `batch_size` at a time, videos in order."""
         for bucket in sorted(set(self.buckets.values())):
-            samples = [sample for sample in self.task.samples if self.buckets[sample.id] == bucket]
+            samples = [sample for sample in self.available if self.buckets[sample.id] == bucket]
             for start in range(0, len(samples), self.batch_size):
                 yield bucket, samples[start : start + self.batch_size]
 
@@ -314,13 +301,17 @@ class Runner:
             PlanMismatch: a run kept something else than its plan says; what was answered before is in the store.
         """
         variants = self.variants if variants is None else variants
+        self._note_unavailable(variants, progress)
         for number, (bucket, samples), missing in self._missing(variants):
-            encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
-            seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
-            unread = [sample for sample in samples if sample.id not in seen]
-            read = [sample for sample in samples if sample.id in seen]
+            read, unread, visual = samples, list[Sample](), None
+            if not self.task.blind:
+                encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
+                seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
+                unread = [sample for sample in samples if sample.id not in seen]
+                read = [sample for sample in samples if sample.id in seen]
             if read:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
+            if read and not self.task.blind:
                 visual = jax.block_until_ready(jax.device_put(np.stack([seen[sample.id] for sample in rows])))
             for variant in variants:
                 # dense goes along, so that every clock has its counterpart
@@ -330,6 +321,17 @@ class Runner:
                         records += self._answer(variant, bucket, number, read, rows, visual)
                     self.store.append(records)
                     progress(len(missing[variant]), variant.label)
+
+    def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
+        """Records of the samples that cannot be asked, made by the first process."""
+        if not self.task.unavailable or not self.store.process.first:
+            return
+        for variant in variants:
+            absent = [
+                s for s in self.task.samples if s.id in self.task.unavailable and self.key(variant, s) not in self.store
+            ]
+            self.store.append(self._unanswered(variant, sample) for sample in absent)
+            progress(len(absent), variant.label)
 
     def _missing(
         self, variants: Sequence[Variant]
@@ -349,7 +351,7 @@ class Runner:
         number: int,
         samples: Sequence[Sample],
         rows: Sequence[Sample],
-        visual: jax.Array,
+        visual: jax.Array | None,
     ) -> list[dict[str, Any]]:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
         reduction, plan = self.planner(variant, bucket)
@@ -364,7 +366,7 @@ class Runner:
             self._warm.add((variant, bucket))
         generation = self.model.generate(batch, visual, plan, think_tokens=think_tokens)
         self.model.verify(generation)
-        m = config.vision.tokens_per_frame
+        m = 0 if self.task.blind else config.vision.tokens_per_frame
         shares = achieved(generation, [self.layout(sample).frames * m for sample in rows])
         per = 1e3 / len(rows)
         clock = {
@@ -377,11 +379,10 @@ class Runner:
         }
         out = []
         for row, sample in enumerate(samples):
-            parsed = None if generation.unfinished[row] else self.task.parse(generation.text[row], sample)
+            text = None if generation.unfinished[row] else generation.text[row]
             record = self._record(variant, sample) | {
                 "prediction": generation.text[row],
-                "parsed": parsed,
-                "correct": self.task.correct(parsed, sample),
+                **self.task.score(text, sample),
                 "retention": shares[row],
                 **clock,
             }
@@ -404,13 +405,17 @@ class Runner:
             "type": sample.type,
             "answer": sample.answer,
         }
+        if sample.groups:
+            record |= {"groups": dict(sample.groups), "cluster": sample.whole}
         remarks = self.task.remarks(sample.video)
         return record | {"remarks": remarks} if remarks else record
 
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
-        """The record of a question whose video cannot be read: it is neither right nor wrong."""
-        nothing = {"prediction": None, "parsed": None, "correct": None, "retention": None, "run": self.run_id}
-        return self._record(variant, sample) | nothing | {"failure": self._unread[sample.video]}
+        """The record of a question whose video cannot be read: it is neither right nor wrong, unless the task says so."""
+        wrong = False if self.task.counts_unavailable else None
+        nothing = {"prediction": None, "parsed": None, "correct": wrong, "retention": None, "run": self.run_id}
+        failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
+        return self._record(variant, sample) | nothing | {"failure": failure}
 
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
