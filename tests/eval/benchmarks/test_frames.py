@@ -60,9 +60,7 @@ def test_bounds_of_a_video(start, end, wanted):
     assert span_numbers(*bounds(start, end, 10.0, 0, 99), 8) == [int(k) for k in wanted.split()]
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "wanted"), [(1, 5, "3 5 6 7 9 11 12 13"), (0, 100, "2 6 9 13 16 20 24 27")]
-)
+@pytest.mark.parametrize(("start", "end", "wanted"), [(1, 5, "3 5 6 7 9 11 12 13"), (0, 100, "2 6 9 13 16 20 24 27")])
 def test_bounds_of_a_folder(start, end, wanted):
     found = choose("mvbench", Source(30, 3.0, 10.0), 8, Part(start, end), first=1)
     assert found.tolist() == [int(k) for k in wanted.split()]

@@ -8,7 +8,7 @@ from hybridvlm.eval.benchmarks.letters import ALPHABET, letter
 from hybridvlm.eval.benchmarks.parity import PARSERS, parse
 
 OPTIONS = ("red", "Blue", "green", "yellow")
-COLUMNS = "lmms.mcq vk.regex vk.infer lmms.lvb lmms.ego lmms.nextqa lmms.mvb lvbench.off vamba letter".split()
+COLUMNS = ["lmms.mcq", "vk.regex", "vk.infer", "lmms.lvb", "lmms.ego", "lmms.nextqa", "lmms.mvb", "lvbench.off", "vamba", "letter"]
 # reply | each parser's letter: - for none, R where its harness then draws one at random; the last column is ours
 TABLE = r"""
 A                                   | A A A A A A A A A | A
@@ -112,6 +112,16 @@ def test_every_plain_form_of_a_letter_is_read(count, data):
     options = tuple(f"option number {i}" for i in range(count))
     place = data.draw(st.integers(0, count - 1))
     x = ALPHABET[place]
-    forms = (x, x.lower(), f"({x})", f"{x})", f"{x}.", f"{x}:", f"{x}. {options[place]}", options[place], f"The answer is {x}.")
+    forms = (
+        x,
+        x.lower(),
+        f"({x})",
+        f"{x})",
+        f"{x}.",
+        f"{x}:",
+        f"{x}. {options[place]}",
+        options[place],
+        f"The answer is {x}.",
+    )
     for form in forms:
         assert letter(form, options).letter == x, form

@@ -49,7 +49,9 @@ def test_lines_stand_between_frames(tmp_path):
     lines = read_lvb(tmp_path / "x.json", 100.0, 10.0)
     assert between_frames(lines, [0, 2, 4, 6, 8]) == [0, 1, "s2", 2, 3, "s3", 4]
     late = {"start": "01:00:00.0", "end": "01:00:02.0", "line": "late"}
-    (tmp_path / "y.json").write_text(json.dumps([{"start": "00:00:01.800", "end": "00:00:02.100", "line": "short"}, late]))
+    (tmp_path / "y.json").write_text(
+        json.dumps([{"start": "00:00:01.800", "end": "00:00:02.100", "line": "short"}, late])
+    )
     assert between_frames(read_lvb(tmp_path / "y.json", 0.0, None), [0, 2, 4]) == [0, "short", 1, 2]
 
 
