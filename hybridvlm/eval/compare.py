@@ -66,7 +66,7 @@ def compare(a: Sequence[Answer], b: Sequence[Answer], paired: bool) -> Compariso
     key = "key" if {x.key for x in a} & {x.key for x in b} else "row"
     first = {getattr(x, key): x for x in a if x.correct is not None}
     second = {getattr(x, key): x for x in b if x.correct is not None}
-    common = [name for name in first if name in second]
+    common = sorted((name for name in first if name in second), key=lambda name: (len(name), name))
     if not first or not second or (paired and not common):
         raise InputError("no scored question is common to both; are they of one task and split?")
     golds = [(first[x].gold, second[x].gold) for x in common]

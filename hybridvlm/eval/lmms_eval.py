@@ -118,11 +118,16 @@ def _line(task: BenchmarkTask, question: Question, record: Record) -> dict[str, 
     sample = next(s for s in task.samples if s.id == question.id)
     return {
         "doc_id": question.row,
-        "target": question.answer,
+        "target": gold(question),
         "filtered_resps": [reply],
         "input": task.prompt(sample),
         task.benchmark.lmms[1]: payload(task.benchmark.name, question, found, reply),
     }
+
+
+def gold(question: Question) -> str | None:
+    """The right letter; "" where the answer is no option, None where it is not published."""
+    return question.answer or ("" if question.remark else None)
 
 
 def payload(name: str, q: Question, found: str, reply: str) -> Any:
@@ -134,22 +139,23 @@ def payload(name: str, q: Question, found: str, reply: str) -> Any:
         found: the letter that its parser gives, "" for none.
         reply: what the model said.
     """
-    right = found == q.answer
+    answer = gold(q)
+    right = bool(answer) and found == answer
     if name.startswith("videomme"):
         return {
             "question_id": q.id, "duration": q.groups["duration"], "category": q.groups["domain"],
             "sub_category": q.groups["sub_category"], "task_category": q.groups["task_type"], "pred_answer": found,
-            "answer": q.answer, "score": int(right), "videoID": q.video,
+            "answer": answer, "score": int(right), "videoID": q.video,
         }  # fmt: skip
     if name == "longvideobench":
         return {
-            "id": q.id, "duration_group": int(str(q.groups["duration_group"])), "parsed_pred": found, "answer": q.answer,
+            "id": q.id, "duration_group": int(str(q.groups["duration_group"])), "parsed_pred": found, "answer": answer,
             "question_category": q.groups["question_category"],
         }  # fmt: skip
     if name.startswith("mlvu"):
-        return {"question_id": q.published, "task_type": q.groups["task"], "pred_answer": found, "answer": q.answer}
+        return {"question_id": q.published, "task_type": q.groups["task"], "pred_answer": found, "answer": answer}
     if name == "mvbench":
-        return {"pred_answer": found, "gt_answer": q.answer, "score": int(right)}
+        return {"pred_answer": found, "gt_answer": answer, "score": int(right)}
     if name in ("longvideobench-test", "egoschema"):
         return {q.id: reply}
     return right

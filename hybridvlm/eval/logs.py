@@ -137,7 +137,7 @@ def _from_lmms(name: str, row: Mapping[str, Any]) -> Answer:
         given = value.get("pred_answer", value.get("parsed_pred"))
         gold = value.get("answer", value.get("gt_answer"))
         if given is not None and gold is not None:
-            correct = str(given).lower() == str(gold).lower()
+            correct = bool(gold) and str(given).lower() == str(gold).lower()
     elif isinstance(value, bool | int | float):
         correct = bool(value)
     replies = row.get("filtered_resps") or row["resps"]

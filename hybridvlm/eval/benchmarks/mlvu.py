@@ -46,16 +46,15 @@ def load(found: Found) -> list[Question]:
     """Questions of the dev split; those of generation (sub_scene, summary) are left out."""
     if found.kind == "official":
         found.notes.append("8_sub_scene and 9_summary are not multiple choice and are left out")
-        questions = []
+        questions: list[Question] = []
         for task, folder in TASKS.items():
             path = found.marker.parent / f"{folder}.json"
             if not path.is_file():
                 found.notes.append(f"{path.name} is missing")
                 continue
-            questions += [
-                _written_out(found, Fields(row, path, number), task, folder, number)
-                for number, row in enumerate(rows(path))
-            ]
+            for number, row in enumerate(rows(path)):
+                fields = Fields(row, path, number)
+                questions.append(_written_out(found, fields, task, folder, number, len(questions)))
         return questions
     seen: Counter[str] = Counter()
     questions = []
@@ -71,7 +70,7 @@ def load(found: Found) -> list[Question]:
     return questions
 
 
-def _written_out(found: Found, fields: Fields, task: str, folder: str, number: int, row: int | None = None) -> Question:
+def _written_out(found: Found, fields: Fields, task: str, folder: str, number: int, row: int) -> Question:
     """A question whose answer is an option's text; of equal options the official letter is that of the last."""
     name, question, options = fields.text("video"), fields.text("question"), fields.texts("candidates")
     answer, remark = letter_of(fields.text("answer"), options, last=True)
@@ -84,7 +83,7 @@ def _written_out(found: Found, fields: Fields, task: str, folder: str, number: i
         options=tuple(options),
         answer=None if blank else answer,
         groups={"task": task},
-        row=number if row is None else row,
+        row=row,
         published=f"{question}\n{prompts.bracketed(options)}\n",
         scored=not blank,
         remark="its question and options are empty; it is left out" if blank else remark,

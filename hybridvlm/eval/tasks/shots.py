@@ -67,8 +67,8 @@ class Shot:
                 f"{self.path}: none of the frames asked for is there; the folder holds {len(files)} pictures"
             )
         seconds = tuple((k - first) / fps for k in chosen)
-        size = read_image(files[chosen[0]]).shape[:2]
-        shown = np.stack([read_image(files[k]) for k in chosen]) if pixels else None
+        size = read_image(files[chosen[0]]).shape[1:3]
+        shown = np.concatenate([read_image(files[k]) for k in chosen]) if pixels else None
         return Clip(seconds, shown, "video", size, tuple(chosen), fps)
 
 

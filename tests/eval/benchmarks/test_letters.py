@@ -8,7 +8,18 @@ from hybridvlm.eval.benchmarks.letters import ALPHABET, letter
 from hybridvlm.eval.benchmarks.parity import PARSERS, parse
 
 OPTIONS = ("red", "Blue", "green", "yellow")
-COLUMNS = ["lmms.mcq", "vk.regex", "vk.infer", "lmms.lvb", "lmms.ego", "lmms.nextqa", "lmms.mvb", "lvbench.off", "vamba", "letter"]
+COLUMNS = [
+    "lmms.mcq",
+    "vk.regex",
+    "vk.infer",
+    "lmms.lvb",
+    "lmms.ego",
+    "lmms.nextqa",
+    "lmms.mvb",
+    "lvbench.off",
+    "vamba",
+    "letter",
+]
 # reply | each parser's letter: - for none, R where its harness then draws one at random; the last column is ours
 TABLE = r"""
 A                                   | A A A A A A A A A | A
