@@ -106,9 +106,9 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     names = split(options.tasks)
     if not names:
         raise InputError("--tasks needs at least one task")
-    published.check(options, names)
     load_tasks(options.task_module)
     tasks = [task for name in names for task in published.build(name, settings, options)]
+    published.check(options, names)
     twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
     if twice:
         raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")
@@ -220,6 +220,9 @@ class Evaluation:
             rows = [row for row in results["rows"] if row["task"] == task.name]
             print(f"\n{task.name}: {rows[0]['n']} questions on {len({s.whole for s in task.samples})} videos\n")
             report.print_rows(rows)
+            if task.name in results.get("tasks", {}):
+                details = [extra for extra in results["details"] if extra["task"] == task.name]
+                report.print_benchmark(results["tasks"][task.name], rows, details)
         print(f"\n{report.READING}")
         warnings = report.warnings_of(results["rows"], results["details"])
         print_lines((f"warning: {line}" for line in warnings), "yellow")

@@ -53,6 +53,8 @@ def write(
         own = records(task)
         for name, questions in _tasks(task).items():
             lines = [_line(task, q, own[q.id]) for q in questions if own[q.id].get("prediction") is not None]
+            if not lines:
+                continue
             path = home / f"{stamp}_samples_{name}.jsonl"
             write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             written.append(path)

@@ -250,7 +250,7 @@ def build_row(
         "plans": [p.to_dict() for p in different],
         "explained": [p.explain() for p in different],
         "unscored": unscored,
-    } | task.summary(list(zip(samples, answers, strict=True)))
+    } | task.summary([(s, a) for s, a, _ in asked])
     assert tuple(row) == ROW_KEYS
     return row, extra
 

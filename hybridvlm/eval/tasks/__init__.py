@@ -201,7 +201,7 @@ class Task(abc.ABC):
         return {}
 
     def summary(self, answers: Sequence[tuple[Sample, Mapping[str, Any]]]) -> dict[str, Any]:
-        """Further numbers of a row, from its samples and their records."""
+        """Further numbers of a row, from its samples and their records; `correct` is None where the answer is not published."""
         return {}
 
     def files(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

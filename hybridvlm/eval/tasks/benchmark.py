@@ -254,16 +254,13 @@ class BenchmarkTask(FileTask):
         return scored(text, question, self.protocol.parser) | {"options": list(question.options), "row": question.row}
 
     def summary(self, answers: Sequence[tuple[Sample, Mapping[str, Any]]]) -> dict[str, Any]:
-        found = [
-            metrics.Answered(
-                self.questions[sample.id].groups,
-                bool(record["correct"]),
-                record["parsed"],
-                record["prediction"],
-                record.get("parity", {}).get("correct"),
-            )
-            for sample, record in answers
-        ]
+        def answered(sample: Sample, record: Mapping[str, Any]) -> metrics.Answered:
+            own = record.get("parity", {}).get("correct", False)  # a question that counts as wrong unasked has none
+            given = (record["parsed"], record["prediction"], own)
+            return metrics.Answered(self.questions[sample.id].groups, bool(record["correct"]), *given)
+
+        found = [answered(s, r) for s, r in answers]
+        counted = [answered(s, r) for s, r in answers if r["correct"] is not None]
         spread = metrics.replies(found)
         reasons: dict[str, int] = {}
         for _, record in answers:
@@ -271,7 +268,7 @@ class BenchmarkTask(FileTask):
                 reasons[record["how"]] = reasons.get(record["how"], 0) + 1
         guessing = parity.PARSERS[self.protocol.parser].guesses
         return {
-            "scores": metrics.scores(self.benchmark, found)
+            "scores": metrics.scores(self.benchmark, counted)
             | {"parity_parser": self.protocol.parser, "parity_guesses": guessing},
             "replies": spread | {"reasons": reasons},
             "reply_warnings": metrics.warnings(spread),
