@@ -107,8 +107,8 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     if not names:
         raise InputError("--tasks needs at least one task")
     load_tasks(options.task_module)
-    tasks = [task for name in names for task in published.build(name, settings, options)]
     published.check(options, names)
+    tasks = [task for name in names for task in published.build(name, settings, options)]
     twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
     if twice:
         raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")

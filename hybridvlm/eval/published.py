@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 
-from hybridvlm.eval.tasks import MODULES, Published, Task, TaskOptions, build_task
+from hybridvlm.eval.tasks import MODULES, TASKS, Published, Task, TaskOptions, build_task
 from hybridvlm.options import InputError
 
 LIMIT = 300  # questions of the embedded benchmark and of JSONL files where nobody says; of published benchmarks all
@@ -86,7 +86,7 @@ def check(options: argparse.Namespace, names: list[str]) -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"--tasks names {twice[0]!r} twice")
-    if not set(names) & set(MODULES):
+    if all(name in TASKS or name.endswith((".jsonl", ".json")) for name in names):
         given = [flag for flag in ("data", "protocol", "no_video", "shuffle_frames") if getattr(options, flag)]
         if given and not options.task_module:
             flag = given[0].replace("_", "-")

@@ -262,9 +262,11 @@ class Runner:
                 self._settings[variant, bucket] = _digest(
                     [self._common, bucket, None if plan is None else plan.to_dict()]
                 )
-            # names of videos and groups are no part of what was asked
+            fields = dataclasses.asdict(sample) | {"video": ""}
+            for name in ("groups", "cluster"):  # no part of what was asked, like the video's name
+                del fields[name]
             asked = [
-                dataclasses.asdict(sample) | {"video": "", "groups": {}, "cluster": ""},
+                fields,
                 self.task.prompt(sample),
                 "" if self.task.blind else self.task.identity(sample.video),
             ]

@@ -96,6 +96,8 @@ class Found:
     notes: list[str] = dataclasses.field(default_factory=list)
     _listed: dict[pathlib.Path, dict[str, pathlib.Path]] = dataclasses.field(default_factory=dict, repr=False)
 
+    _globbed: dict[tuple[pathlib.Path, str], list[pathlib.Path]] = dataclasses.field(default_factory=dict, repr=False)
+
     def bases(self) -> list[pathlib.Path]:
         """Folders below which videos may lie, the nearest first."""
         found = [self.root, self.marker.parent, self.data]
@@ -132,8 +134,7 @@ class Found:
         empty = None
         for base in self.bases():
             for folder in folders:
-                places = sorted(base.glob(folder)) if "*" in folder else [base / folder]
-                for place in places:
+                for place in self._matching(base, folder):
                     listed = self.listing(place / within if within else place)
                     for wanted in names:
                         path = listed.get(wanted)
@@ -141,6 +142,13 @@ class Found:
                             return path
                         empty = empty or path
         return empty
+
+    def _matching(self, base: pathlib.Path, folder: str) -> list[pathlib.Path]:
+        if "*" not in folder:
+            return [base / folder]
+        if (base, folder) not in self._globbed:
+            self._globbed[base, folder] = sorted(base.glob(folder))
+        return self._globbed[base, folder]
 
     def archives(self) -> list[pathlib.Path]:
         """Archives beside the marker that may hold videos or subtitles."""

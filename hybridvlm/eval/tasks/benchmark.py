@@ -8,7 +8,7 @@ import functools
 import json
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,7 @@ class BenchmarkTask(FileTask):
         self.samples = tuple(sorted(samples, key=lambda sample: order[sample.cluster]))
         self._lines: dict[str, list[subtitles.Line]] = {}
         self._digests: dict[str, str] = {}
+        self._totals: dict[pathlib.Path, int] = {}
         if all(q.file is None for q in self.questions.values()) and (archives := self.found.archives()):
             lines = "\n".join(unpack_commands(archives))
             raise InputError(
@@ -143,12 +144,23 @@ class BenchmarkTask(FileTask):
         """Questions whose videos are missing, empty or not to be decoded, found before any model work."""
         if self.blind:
             return {}
+        by_file: dict[pathlib.Path, dict[str, None]] = {}
+        for sample in self.samples:
+            if sample.video in self._shots:
+                by_file.setdefault(self.path(sample.video), {})[sample.video] = None
         reasons: dict[pathlib.Path, str] = {}
-        files = list(dict.fromkeys(q.file for q in self.questions.values() if q.file is not None))
-        with warnings.catch_warnings():  # said once more when the clip is settled, where it is kept
-            warnings.simplefilter("ignore", VideoWarning)
-            with concurrent.futures.ThreadPoolExecutor(PROBES) as pool:
-                for file, reason in zip(files, pool.map(_unreadable, files), strict=True):
+        files = list(by_file)
+        with concurrent.futures.ThreadPoolExecutor(PROBES) as pool:
+            for start in range(
+                0, len(files), PROBES
+            ):  # what was looked at is still at hand when its frames are settled
+                some = files[start : start + PROBES]
+                with warnings.catch_warnings():  # said once more when the frames are settled, where it is kept
+                    warnings.simplefilter("ignore", VideoWarning)
+                    looked = list(pool.map(_look, some))
+                for file, (frames_, reason) in zip(some, looked, strict=True):
+                    self._totals[file] = frames_
+                    reason = reason or self._settle(by_file[file])
                     if reason:
                         reasons[file] = reason
         out = {}
@@ -158,6 +170,15 @@ class BenchmarkTask(FileTask):
             elif q.file in reasons:
                 out[q.id] = reasons[q.file]
         return out
+
+    def _settle(self, videos: Iterable[str]) -> str:
+        """Settle which frames are shown; why that cannot be, "" where it can."""
+        try:
+            for video in videos:
+                super().clip(video, pixels=False)
+        except VideoError as error:
+            return str(error)
+        return ""
 
     @property
     def counts_unavailable(self) -> bool:
@@ -224,8 +245,7 @@ class BenchmarkTask(FileTask):
         if question.video not in self._lines:
             self._lines[question.video] = subtitles.read_srt(question.subtitle)
         clip, _ = super().clip(sample.video, pixels=False)
-        total = probe(self.path(sample.video)).frames
-        return rule(self._lines[question.video], clip.numbers, clip.fps, total)
+        return rule(self._lines[question.video], clip.numbers, clip.fps, self._totals[self.path(sample.video)])
 
     def _interleaved(self, sample: Sample) -> list[int | str] | None:
         """Frames and subtitle lines in their order; None where the protocol has none between frames."""
@@ -368,15 +388,14 @@ def scored(text: str | None, question: Question, parser: str) -> dict[str, Any]:
     }
 
 
-def _unreadable(file: pathlib.Path) -> str:
-    """Why a file gives no frame, "" where it does."""
+def _look(file: pathlib.Path) -> tuple[int, str]:
+    """(frames of a file, why it gives none, "" where it does)."""
     if file.is_dir():
-        return "" if any(file.iterdir()) else f"{file}: an empty folder"
+        return sum(1 for _ in file.iterdir()), ""
     try:
-        probe(file)
+        return probe(file).frames, ""
     except (VideoError, OSError) as error:
-        return str(error)
-    return ""
+        return 0, str(error)
 
 
 def _limited(questions: list[Question], limit: int, videos: int) -> list[Question]:
