@@ -139,6 +139,36 @@ def test_a_killed_run_over_several_tasks_goes_on(world, mouth, tmp_path):
         ]
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_other_numbers_of_processes_go_on(world, mouth, tmp_path, processes):
+    """All processes but the last answer their share and are gone; one alone asks the rest, and nothing twice."""
+    from hybridvlm.config import Reduction
+    from hybridvlm.distributed import Process
+    from hybridvlm.eval.results import SampleStore
+    from hybridvlm.eval.runner import Planner, Runner
+    from hybridvlm.eval.tasks import Published, TaskOptions, build_task
+    from hybridvlm.inference.model import load
+    from hybridvlm.options import override
+
+    model = load(world / "qwen3_vl")
+    model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
+    own = Published(data=world / "data", incomplete=True, missing="wrong")
+    task = build_task("lvbench", TaskOptions(model.config, 4, model.buckets, published=own))
+
+    def runner(process):
+        store = SampleStore(tmp_path / "samples.jsonl", process)
+        return Runner(model, task, [], Planner(model, Reduction()), store, weights="w", batch_size=2)
+
+    for index in range(processes - 1):
+        runner(Process(index, processes)).run()
+    last = runner(Process(0, 1))
+    assert 0 < last.pending() < 6  # of six that can be asked
+    last.run()
+    records = SampleStore(tmp_path / "samples.jsonl", Process(0, 1)).records
+    assert len(records) == len({r["key"] for r in records}) == 9 and last.pending() == 0
+    assert sorted(r["id"] for r in records if r["correct"]) == ["0"]
+
+
 def test_a_limit_is_of_each_task(world, mouth, tmp_path):
     assert run(world, tmp_path / "out", "--limit", "5", tasks="tempcompass,nextqa") == 0
     assert [row["n"] for row, _ in rows_of(tmp_path / "out")[0].values()] == [5, 5]
