@@ -13,10 +13,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval import statistics
 from hybridvlm.eval.tasks import Task
 from hybridvlm.files import parse_json
+from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan
 
 # the keys of a row of results.json, in this order; scripts may rely on them
@@ -149,6 +153,16 @@ class SampleStore:
                 part.unlink(missing_ok=True)
         elif not self.process.first:
             self.own.unlink(missing_ok=True)
+
+
+def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
+    """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
+    plan = generation.plan
+    if plan is None:
+        return [1.0] * len(own)
+    kept = np.asarray(jax.device_get(generation.prefilled.decoder.kept), np.float64)[..., 0]  # [1 + drops, B]
+    edges = [0, *(site + 1 for site in plan.drops), plan.layers]
+    return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
 
 
 def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None:

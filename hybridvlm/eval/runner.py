@@ -22,12 +22,12 @@ import numpy as np
 
 from hybridvlm.checkpoints.folder import flatten
 from hybridvlm.config import Reduction, to_dict
+from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.layouts import Asking, lay_out
-from hybridvlm.eval.results import SampleStore
+from hybridvlm.eval.results import SampleStore, achieved
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.inference.model import Model
 from hybridvlm.inference.program_cache import compile_count
-from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Layout
 from hybridvlm.reduction import ReductionPlan, parse_method
@@ -161,16 +161,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
-    """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
-    plan = generation.plan
-    if plan is None:
-        return [1.0] * len(own)
-    kept = np.asarray(jax.device_get(generation.prefilled.decoder.kept), np.float64)[..., 0]  # [1 + drops, B]
-    edges = [0, *(site + 1 for site in plan.drops), plan.layers]
-    return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -225,6 +215,7 @@ class Runner:
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
+        self._ahead = Ahead(task)
         self.available = [sample for sample in task.samples if sample.id not in task.unavailable]
         self.buckets = {sample.id: self._bucket(sample) for sample in self.available}
 
@@ -304,7 +295,7 @@ class Runner:
         """
         variants = self.variants if variants is None else variants
         self._note_unavailable(variants, progress)
-        for number, (bucket, samples), missing in self._missing(variants):
+        for number, (bucket, samples), missing in self._ahead.over(self._missing(variants), self._unseen):
             read, unread, visual = samples, list[Sample](), None
             if not self.task.blind:
                 encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
@@ -323,6 +314,12 @@ class Runner:
                         records += self._answer(variant, bucket, number, read, rows, visual)
                     self.store.append(records)
                     progress(len(missing[variant]), variant.label)
+
+    def _unseen(self, item: tuple[int, tuple[Bucket, list[Sample]], Any]) -> list[str]:
+        """The videos of a batch that have to be decoded."""
+        _, (bucket, samples), _ = item
+        videos = [] if self.task.blind else dict.fromkeys(sample.video for sample in samples)
+        return [v for v in videos if v not in self._unread and (v, bucket.frames) not in self._visual]
 
     def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
         """Records of the samples that cannot be asked, made by the first process."""
@@ -431,7 +428,7 @@ class Runner:
             self._visual.move_to_end((video, bucket.frames))
             return self._visual[video, bucket.frames]
         try:
-            clip, config = self.task.clip(video)
+            clip, config = self._ahead.clip(video)
         except VideoError as error:
             if self.task.gone(video):
                 raise

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +24,9 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.options import InputError
 from hybridvlm.tokenizers.messages import Message
-from hybridvlm.video import VideoError, VideoInfo, VideoWarning, most_frames, probe
+from hybridvlm.video import VideoError, VideoInfo, most_frames, probe
 from hybridvlm.video.clip import FrameRule
+from hybridvlm.video.errors import heard
 
 NAMED = 8  # names that a line lists before it counts
 PROBES = 4  # files that are looked at side by side
@@ -155,9 +155,7 @@ class BenchmarkTask(FileTask):
                 0, len(files), PROBES
             ):  # what was looked at is still at hand when its frames are settled
                 some = files[start : start + PROBES]
-                with warnings.catch_warnings():  # said once more when the frames are settled, where it is kept
-                    warnings.simplefilter("ignore", VideoWarning)
-                    looked = list(pool.map(_look, some))
+                looked = list(pool.map(_look, some))
                 for file, (frames_, reason) in zip(some, looked, strict=True):
                     self._totals[file] = frames_
                     reason = reason or self._settle(by_file[file])
@@ -393,7 +391,8 @@ def _look(file: pathlib.Path) -> tuple[int, str]:
     if file.is_dir():
         return sum(1 for _ in file.iterdir()), ""
     try:
-        return probe(file).frames, ""
+        with heard():  # said once more when the frames are settled, where it is kept
+            return probe(file).frames, ""
     except (VideoError, OSError) as error:
         return 0, str(error)
 

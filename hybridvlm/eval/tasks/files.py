@@ -5,15 +5,15 @@ from __future__ import annotations
 import abc
 import contextlib
 import pathlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from hybridvlm.eval.tasks import Task
 from hybridvlm.models.family import Family
 from hybridvlm.models.media import Clip
-from hybridvlm.video import VideoError, VideoWarning, shown_clip
+from hybridvlm.video import VideoError, shown_clip
 from hybridvlm.video.clip import FrameRule
+from hybridvlm.video.errors import heard
 
 
 class FileTask(Task):
@@ -71,13 +71,11 @@ class FileTask(Task):
     @contextlib.contextmanager
     def _listening(self, video: str) -> Iterator[None]:
         """Keep what the decoder remarks on a video."""
-        kept = self._remarks.setdefault(video, [])
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always", VideoWarning)
+        with heard() as told:
             try:
                 yield
             finally:
-                told = [str(remark.message) for remark in remarks if issubclass(remark.category, VideoWarning)]
+                kept = self._remarks.setdefault(video, [])
                 kept += [text for text in dict.fromkeys(told) if text not in kept]
 
     def remarks(self, video: str) -> list[str]:
