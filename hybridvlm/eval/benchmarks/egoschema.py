@@ -9,7 +9,7 @@ from hybridvlm.eval.benchmarks import prompts
 from hybridvlm.eval.benchmarks.definition import Benchmark, Protocol, Question
 from hybridvlm.eval.benchmarks.layout import Found, Marker
 from hybridvlm.eval.benchmarks.letters import ALPHABET
-from hybridvlm.eval.benchmarks.tables import Fields, read_json, rows, without_letters
+from hybridvlm.eval.benchmarks.tables import Fields, mapping, rows, without_letters
 
 _COLUMNS = ("question_idx", "video_idx", "option")
 FULL = (
@@ -35,7 +35,6 @@ def load(found: Found) -> list[Question]:
             options = [fields.text(f"option {i}") for i in range(5)]
         else:
             options = without_letters(fields.texts("option"))
-        place = known.get(uid)
         questions.append(
             Question(
                 id=uid,
@@ -43,7 +42,7 @@ def load(found: Found) -> list[Question]:
                 file=found.file(uid, FOLDERS),
                 question=fields.text("question"),
                 options=tuple(options),
-                answer=None if place is None else ALPHABET[place],
+                answer=known.get(uid),
                 row=number,
             )
         )
@@ -55,14 +54,17 @@ def load_subset(found: Found) -> list[Question]:
     return [question for question in load(found) if question.answer is not None]
 
 
-def _answers(found: Found) -> dict[str, int]:
-    """Place of the right option by question, as far as it is published."""
+def _answers(found: Found) -> dict[str, str]:
+    """Letter of the right option by question, as far as it is published."""
     if found.kind == "official":
         path = found.marker.parent / "subset_answers.json"
-        return {uid: int(place) for uid, place in read_json(path).items()} if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        known = Fields(mapping(path), path, 0)
+        return {uid: letter for uid in known.row if (letter := known.place(uid, 5))}
     path = found.root / "Subset/test-00000-of-00001.parquet"
-    table = rows(path) if path.is_file() else []
-    return {str(row["video_idx"]): int(row["answer"]) for row in table if str(row.get("answer")).isdigit()}
+    table = [Fields(row, path, number) for number, row in enumerate(rows(path) if path.is_file() else [])]
+    return {fields.text("video_idx"): letter for fields in table if (letter := fields.place("answer", 5))}
 
 
 def submit(

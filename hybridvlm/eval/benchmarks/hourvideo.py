@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from hybridvlm.eval.benchmarks import prompts
 from hybridvlm.eval.benchmarks.definition import Benchmark, Protocol, Question
 from hybridvlm.eval.benchmarks.layout import Found, Marker
-from hybridvlm.eval.benchmarks.tables import Fields, read_json
-from hybridvlm.options import InputError
+from hybridvlm.eval.benchmarks.tables import Fields, mapping
 
 MARKERS = tuple(
     Marker(f"{folder}{name}", kind)
@@ -24,9 +23,7 @@ def load(found: Found) -> list[Question]:
     """Questions by video; what is no video's entry, such as the canary, is passed over and goes nowhere."""
     if found.kind != "official":
         found.notes.append(f"{found.marker.name} has no answers; dev_v1.0_annotations.json has")
-    videos = read_json(found.marker)
-    if not isinstance(videos, Mapping):
-        raise InputError(f"{found.marker}: must hold an object, one entry a video")
+    videos = mapping(found.marker)
     questions: list[Question] = []
     for uid, entry in videos.items():
         items = entry.get("benchmark_dataset") if isinstance(entry, Mapping) else None

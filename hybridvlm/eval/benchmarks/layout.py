@@ -113,7 +113,7 @@ class Found:
         if folder not in self._listed:
             try:
                 self._listed[folder] = {p.name.lower(): p for p in sorted(folder.iterdir())}
-            except OSError:
+            except (OSError, ValueError):  # a name that no file can have
                 self._listed[folder] = {}
         return self._listed[folder]
 

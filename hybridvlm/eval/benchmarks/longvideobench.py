@@ -8,7 +8,6 @@ from typing import Any
 from hybridvlm.eval.benchmarks import prompts
 from hybridvlm.eval.benchmarks.definition import Benchmark, Protocol, Question
 from hybridvlm.eval.benchmarks.layout import Found, Marker
-from hybridvlm.eval.benchmarks.letters import ALPHABET
 from hybridvlm.eval.benchmarks.tables import Fields, rows
 
 _COLUMNS = ("option0", "correct_choice", "starting_timestamp_for_subtitles")
@@ -33,7 +32,6 @@ def load(found: Found) -> list[Question]:
     for number, row in enumerate(rows(found.marker)):
         fields = Fields(row, found.marker, number)
         options = fields.texts("candidates") if "candidates" in fields else _columns(fields)
-        choice = fields.number("correct_choice")
         video = fields.text("video_path").rpartition("/")[2]
         questions.append(
             Question(
@@ -42,7 +40,7 @@ def load(found: Found) -> list[Question]:
                 file=found.file(video, FOLDERS),
                 question=fields.text("question"),
                 options=tuple(options),
-                answer=ALPHABET[int(choice)] if choice is not None and 0 <= choice < len(options) else None,
+                answer=fields.place("correct_choice", len(options)),
                 groups={name: fields.text(name) for name in GROUPS if name in fields},
                 row=number,
                 subtitle=found.file(fields.text("subtitle_path"), SUBTITLES, (".json",)),

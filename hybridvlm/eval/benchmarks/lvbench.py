@@ -35,7 +35,7 @@ def load(found: Found) -> list[Question]:
     for number, row in enumerate(rows(found.marker)):
         fields = Fields(row, found.marker, number)
         if found.kind == "official":
-            asked = [Fields(item, found.marker, number) for item in fields.value("qa")]
+            asked = [Fields(item, found.marker, number) for item in fields.items("qa")]
         else:
             asked = [fields]
         if found.kind == "flat":

@@ -9,7 +9,7 @@ from collections import Counter
 from hybridvlm.eval.benchmarks import prompts
 from hybridvlm.eval.benchmarks.definition import Benchmark, Protocol, Question
 from hybridvlm.eval.benchmarks.layout import Found, Marker
-from hybridvlm.eval.benchmarks.tables import Fields, letter_of, read_json, rows
+from hybridvlm.eval.benchmarks.tables import Fields, letter_of, rows
 
 STAR = ("star/Charades_v1_480", "star/Charades_segment")
 CLEVRER = ("clevrer/video_validation",) * 2
@@ -60,14 +60,13 @@ def load(found: Found) -> list[Question]:
             questions.append(dataclasses.replace(_question(found, fields, task, folder, seen[task]), row=number))
             seen[task] += 1
     else:
+        bounded = any("start" in row for row in rows(found.root / "json" / "action_sequence.json"))
         for task, (whole, cut) in TASKS.items():
             path = found.root / "json" / f"{task}.json"
             if not path.is_file():
                 found.notes.append(f"{path.name} is missing")
                 continue
-            table = read_json(path)
-            bounded = any("start" in row for row in read_json(found.root / "json" / "action_sequence.json"))
-            for number, row in enumerate(table):
+            for number, row in enumerate(rows(path)):
                 questions.append(_question(found, Fields(row, path, number), task, whole if bounded else cut, number))
     if any(q.file is None and q.groups["task"] == "fine_grained_pose" for q in questions):
         found.notes.append(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hybridvlm.eval.benchmarks import prompts
 from hybridvlm.eval.benchmarks.definition import Benchmark, Protocol, Question
 from hybridvlm.eval.benchmarks.layout import Found, Marker
-from hybridvlm.eval.benchmarks.letters import ALPHABET
-from hybridvlm.eval.benchmarks.tables import Fields, read_json, rows
+from hybridvlm.eval.benchmarks.tables import Fields, mapping, rows
 
 _COLUMNS = ("video", "qid", "type", "a0", "a4")
 TEST = (
@@ -24,12 +23,11 @@ TYPES = ("CW", "CH", "TN", "TC", "DC", "DL", "DO")
 def load(found: Found) -> list[Question]:
     """Questions of a CSV file or the hub's copy, where videos are numbers; type TP counts as TN, as the authors have it."""
     path = found.marker.parent / "map_vid_vidorID.json"
-    folders = {str(video): str(place) for video, place in read_json(path).items()} if path.is_file() else {}
+    folders = {str(video): str(place) for video, place in mapping(path).items()} if path.is_file() else {}
     questions = []
     for number, row in enumerate(rows(found.marker)):
         fields = Fields(row, found.marker, number)
         video, kind = fields.text("video"), fields.text("type")
-        place = fields.number("answer")
         questions.append(
             Question(
                 id=f"{video}_{fields.text('qid')}",
@@ -37,7 +35,7 @@ def load(found: Found) -> list[Question]:
                 file=found.file(folders.get(video, video), FOLDERS) or found.file(video, FOLDERS),
                 question=fields.text("question"),
                 options=tuple(fields.text(f"a{i}") for i in range(5)),
-                answer=None if place is None else ALPHABET[int(place)],
+                answer=fields.place("answer", 5),
                 groups={"group": kind[:1], "type": "TN" if kind == "TP" else kind},
                 row=number,
             )

@@ -9,7 +9,7 @@ from hybridvlm.eval.benchmarks import prompts
 from hybridvlm.eval.benchmarks.definition import Benchmark, Protocol, Question
 from hybridvlm.eval.benchmarks.layout import Found, Marker
 from hybridvlm.eval.benchmarks.letters import ALPHABET
-from hybridvlm.eval.benchmarks.tables import Fields, Row, read_json, rows
+from hybridvlm.eval.benchmarks.tables import Fields, Row, mapping, read_json, rows
 from hybridvlm.options import InputError
 
 MARKERS = (
@@ -23,13 +23,14 @@ CUTS = "cut_frame_mapping_valid.json"
 def load(found: Found) -> list[Question]:
     """Questions, with the frame at which each video is cut where the file of cuts is there."""
     path = next((p for base in found.bases() if (p := base / CUTS).is_file()), None)
-    cuts = {} if path is None else {str(video): int(frame) for video, frame in read_json(path).items()}
+    table = None if path is None else Fields(mapping(path), path, 0)
+    cuts = {} if table is None else {video: int(table.number(video) or 0) for video in table.row}
     if path is None:
         found.notes.append(f"{CUTS} is not there: videos are shown whole, and some show the answer at their end")
     questions = []
     for number, row in enumerate(_rows(found)):
         fields = Fields(row, found.marker, number)
-        video, options, place = fields.text("video_name"), fields.texts("options"), fields.number("answer_id")
+        video, options = fields.text("video_name"), fields.texts("options")
         groups: dict[str, Any] = {name: fields.text(name) for name in ("area", "reasoning") if name in fields}
         if "tag" in fields:
             groups["tag"] = tuple(fields.texts("tag"))
@@ -40,7 +41,7 @@ def load(found: Found) -> list[Question]:
                 file=found.file(video, FOLDERS),
                 question=fields.text("question"),
                 options=tuple(options),
-                answer=None if place is None or not 0 <= place < len(options) else ALPHABET[int(place)],
+                answer=fields.place("answer_id", len(options)),
                 groups=groups,
                 row=number,
                 stop=cuts.get(video),

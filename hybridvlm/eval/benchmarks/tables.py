@@ -50,11 +50,21 @@ def rows(path: pathlib.Path) -> list[Row]:
     return found
 
 
+def mapping(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds an object; InputError for any other."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: must hold an object, got {type(found).__name__}")
+    return found
+
+
 class Fields:
     """The fields of one row; InputError with file, row and field for one that is missing or wrong."""
 
     def __init__(self, row: Row, path: pathlib.Path, number: int):
         self.row, self.where = row, f"{path}, row {number + 1}"
+        if not isinstance(row, Mapping):
+            raise InputError(f"{self.where}: must be an object, got {row!r:.60}")
 
     def __contains__(self, name: str) -> bool:
         return self.row.get(name) is not None
@@ -96,6 +106,22 @@ class Fields:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise InputError(f"{self.where}: field {name!r} must be a list, got {value!r:.60}")
         return [str(item) for item in value]
+
+    def items(self, name: str) -> list[Any]:
+        """A list of anything."""
+        value = self.value(name)
+        if not isinstance(value, list):
+            raise InputError(f"{self.where}: field {name!r} must be a list, got {value!r:.60}")
+        return value
+
+    def place(self, name: str, count: int) -> str | None:
+        """The letter of an option that is given by its place, from 0; None where there is none, or it is negative."""
+        number = self.number(name)
+        if number is None or number < 0:
+            return None
+        if not number.is_integer() or number >= count:
+            raise InputError(f"{self.where}: field {name!r} must be a place among {count} options, got {number:g}")
+        return ALPHABET[int(number)]
 
     def letter(self, name: str, count: int) -> str | None:
         """A letter among the first `count`; None for any other text."""

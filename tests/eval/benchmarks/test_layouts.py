@@ -235,3 +235,82 @@ def test_na_is_dropped_at_the_end_alone(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "validation-00000-of-00001.parquet")
     _, (question,) = loaded("longvideobench", tmp_path)
     assert question.options == ("x", "N/A", "y") and question.answer == "C"
+
+
+# -- annotation files that somebody has damaged
+
+DAMAGED = {
+    "longvideobench": "unpacked/LongVideoBench/lvb_val.json",
+    "lvbench": "official/data/video_info.meta.jsonl",
+    "mlvu": "official/MLVU/json/1_plotQA.json",
+    "mlvu-test": "official/MLVU_Test/test_question.json",
+    "egoschema": "official/EgoSchema/questions.json",
+    "egoschema-subset": "official/EgoSchema/subset_answers.json",
+    "nextqa": "official/dataset/nextqa/map_vid_vidorID.json",
+    "mvbench": "main/MVBench/json/action_sequence.json",
+    "hourvideo": "official/HourVideo/v1.0_release/json/dev_v1.0_annotations.json",
+    "tempcompass": "official/questions/multi-choice.json",
+    "perceptiontest": "official/mc_question_valid.json",
+}
+
+
+def spots(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from spots(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_whatever_a_file_holds_is_read_or_refused_in_one_line(name, tmp_path):
+    root = fixture(TASKS[name][0])[0]
+    source = root / DAMAGED[name]
+    top = DAMAGED[name].split("/")[0]
+    for path in (root / top).rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".csv"):
+            (tmp_path / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(root))
+    lines = source.suffix == ".jsonl"
+    text = source.read_text()
+    value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    places = [place for place in spots(value) if len(place) < 5]
+    refused = 0
+    for number, place in enumerate(places[:: max(1, len(places) // 40)]):
+        new = (None, 7, "text", [], {}, -3, 99, [None], "\x00", True)[number % 10]
+        found = changed(value, place, new)
+        out = "\n".join(json.dumps(row) for row in found) if lines and isinstance(found, list) else json.dumps(found)
+        (tmp_path / DAMAGED[name]).write_text(out)
+        try:
+            loaded(name, tmp_path / top)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused
+    (tmp_path / DAMAGED[name]).write_bytes(b"\xff\xfe{")
+    with pytest.raises(InputError, match=r"\.(json|jsonl)"):
+        loaded(name, tmp_path / top)
+
+
+def test_a_snapshot_alone_finds_the_videos_beside_the_hub(tmp_path):
+    """`--data` may be the snapshot; of two owners of one data set one is taken, and that is said."""
+    root, expected = fixture("videomme")
+    shutil.copytree(root / expected["layouts"]["lmms-eval"], tmp_path / "home", symlinks=True)
+    (snapshot,) = (tmp_path / "home/hub").glob("*/snapshots/*")
+    _, questions = loaded("videomme", snapshot)
+    assert all(q.file is not None for q in questions)
+    shutil.copytree(
+        tmp_path / "home/hub/datasets--lmms-lab--Video-MME",
+        tmp_path / "home/hub/datasets--lmms-eval--Video-MME",
+        symlinks=True,
+    )
+    found, questions = loaded("videomme", tmp_path / "home")
+    assert len(questions) == 12 and any("also there" in note and "lmms-lab" in note for note in found.notes)
