@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridvlm.analyze import controls
 from hybridvlm.config import Reduction
-from hybridvlm.eval.runner import Bucket, Planner, Variant
+from hybridvlm.eval.variants import Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan, get_method, parse_method

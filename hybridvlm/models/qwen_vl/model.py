@@ -10,6 +10,7 @@ A frame of the decoder is a tubelet, two frames of the video.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -128,12 +129,12 @@ def prompt(
     factors: tuple[int, int, int] = (1, 1, 1),
     template_options: Mapping[str, Any] | None = None,
 ) -> QwenLayout:
-    """Lay one conversation out, with at most one clip in it.
+    """Lay one conversation out, with at most one clip in it, or the pieces of one video with text between them.
 
     factors: (frames, rows, columns) that an average-pooling plan makes one. `style` has no part here: the chat template and, for
     Qwen3-VL, the frames' times are all the text there is around a question. template_options: further variables of that template.
     """
-    if len(clips) > 1:
+    if len(clips) > 1 and not all(_continues(*pair) for pair in itertools.pairwise(clips)):
         raise ValueError(
             f"a prompt of this family takes one video or image, got {len(clips)}; ask about them one by one"
         )
@@ -171,6 +172,12 @@ def prompt(
     layout = pieces.layout()
     position = rope_positions(layout.frame, grid, factors, apart=times)
     return QwenLayout(layout.ids, layout.frame, layout.frames, position, grid)
+
+
+def _continues(clip: Clip, following: Clip) -> bool:
+    """Whether one clip is the next piece of the video that another one is a piece of."""
+    alike = clip.kind == following.kind == "video" and clip.size == following.size
+    return alike and following.seconds[0] > clip.seconds[-1]
 
 
 def make_batch(
