@@ -34,8 +34,8 @@ def _scores(
 
     def score_fn(_layer, aux, tokens):
         own, coming = (aux.own, aux.ahead) if isinstance(aux, LookaheadAux) else (aux, ())
-        score = attention_score if isinstance(own, AttentionAux) else mamba_score
-        found = {name: score(own, tokens, options) for name, options in variants}
+        score: Any = attention_score if isinstance(own, AttentionAux) else mamba_score
+        found: dict[str, Any] = {name: score(own, tokens, options) for name, options in variants}
         looks = [attention_score(layer, tokens) for layer in coming]
         for name, count in ahead if looks else ():
             used = looks[:count] if count else looks
