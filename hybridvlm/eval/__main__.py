@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tasks", default="needle", help="comma list of tasks: needle, or paths of .jsonl files (default: needle)")
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
-    add("--limit", type=int, default=300, help="first N questions of each task, 0 for all (default: 300)")
+    add("--limit", type=int, default=100, help="first N questions of each task, 0 for all (default: 100)")
     add("--frames", type=int, help="frames per video (default: 64 for needle, as many as ask looks at for files)")
     sampling = "frames of video files: uniform (first to last), middle (of equal spans), fps:R (default: uniform)"
     add("--sampling", default="uniform", metavar="RULE", help=sampling)

@@ -7,10 +7,13 @@ first call of each program is repeated and only the repetition is timed: compila
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import time
 import uuid
@@ -28,7 +31,7 @@ from hybridvlm.inference.model import Model
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
-from hybridvlm.models.prompt import Layout, user_message
+from hybridvlm.models.prompt import Batch, Layout, user_message
 from hybridvlm.reduction import ReductionPlan, parse_method
 from hybridvlm.video import VideoError
 
@@ -219,6 +222,7 @@ class Runner:
         self._keys: dict[tuple[Variant, str], str] = {}
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket]] = set()
+        self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
         self._warm_encode: set[Bucket] = set()
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
@@ -313,6 +317,7 @@ class Runner:
             if read:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
                 visual = jax.block_until_ready(jax.device_put(np.stack([seen[sample.id] for sample in rows])))
+                self._compile([v for v in variants if missing[v] or v == DENSE], bucket, rows, visual)
             for variant in variants:
                 # dense goes along, so that every clock has its counterpart
                 if missing[variant] or variant == DENSE:
@@ -348,6 +353,30 @@ class Runner:
             for number, (bucket, samples) in enumerate(self.batches(pending))
         ]
 
+    def _compile(self, variants: Sequence[Variant], bucket: Bucket, rows: Sequence[Sample], visual: jax.Array) -> None:
+        """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""
+        cold = [variant for variant in variants if (variant, bucket) not in self._warm]
+        if len(cold) < 2:
+            return
+        batches = [self._batch(variant, bucket, rows) for variant in cold]
+
+        def compile_one(batch: Batch, plan: ReductionPlan | None) -> int:
+            before = compile_count(thread=True)
+            self.model.compile_prefill(batch, visual, plan, self.asking.think_tokens)
+            return compile_count(thread=True) - before
+
+        with concurrent.futures.ThreadPoolExecutor(min(len(cold), os.cpu_count() or 1, 4)) as pool:
+            counts = pool.map(compile_one, *zip(*batches, strict=True))
+            self._compiled.update({(variant, bucket): n for variant, n in zip(cold, counts, strict=True)})
+
+    def _batch(self, variant: Variant, bucket: Bucket, rows: Sequence[Sample]) -> tuple[Batch, ReductionPlan | None]:
+        reduction, _ = self.planner(variant, bucket)
+        layouts = functools.partial(self._layouts_of, rows)
+        return self.model.batch_of(layouts, reduction, config=bucket.config(self.model))
+
+    def _layouts_of(self, rows: Sequence[Sample], factors: tuple[int, int, int]) -> list[Layout]:
+        return [self.layout(sample, factors) for sample in rows]
+
     def _answer(
         self,
         variant: Variant,
@@ -358,12 +387,9 @@ class Runner:
         visual: jax.Array,
     ) -> list[dict[str, Any]]:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
-        reduction, plan = self.planner(variant, bucket)
-        compiled = compile_count()
+        compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
         config, think_tokens = bucket.config(self.model), self.asking.think_tokens
-        batch, plan = self.model.batch_of(
-            lambda factors: [self.layout(sample, factors) for sample in rows], reduction, config=config
-        )
+        batch, plan = self._batch(variant, bucket, rows)
         batch = jax.block_until_ready(jax.device_put(batch))
         if (variant, bucket) not in self._warm:
             self.model.generate(batch, visual, plan, think_tokens=think_tokens)
