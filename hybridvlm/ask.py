@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS
 from hybridvlm.errors import said
-from hybridvlm.options import THINKING, add_compilation_cache, add_thinking
+from hybridvlm.options import THINKING, add_compilation_cache, add_mesh, add_thinking
 
 if TYPE_CHECKING:
     from hybridvlm.inference.conversation import Answer
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--system", default="", help="a system message, such as /no_think")
     add("--max-new", type=int, default=None, help="most tokens of an answer")
     add_thinking(parser)
+    add_mesh(parser)
     add_compilation_cache(parser)
     add("--follow-up", action="store_true", help="read further questions from standard input, one a line")
     add(
@@ -161,7 +162,7 @@ def _complain(error: Exception | str, args: argparse.Namespace) -> None:
 
 def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.compilation import keep_compiled
-    from hybridvlm.estimates import refuse_too_large
+    from hybridvlm.estimates import mesh_option
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
@@ -174,8 +175,8 @@ def _answer(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
-    refuse_too_large(args.model, frames=args.frames, dtype=args.dtype, revision=args.revision)
-    model = load(args.model, revision=args.revision, cache=args.cache, dtype=args.dtype)
+    mesh = mesh_option(args.mesh, args.model, frames=args.frames, dtype=args.dtype, revision=args.revision)
+    model = load(args.model, mesh=mesh, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:
         allow_special_tokens(model.tokenizer)

@@ -389,6 +389,7 @@ class ScoreOptions:
         groups: mean or max over groups.
         heads: mean or max over attention heads, and over the dt and decay factors inside a Mamba group.
         queries: mean, max or last of the query rows.
+        ahead: how many of the next attention layers str-lookahead looks through; 0: all that come.
     """
 
     decay: bool = False
@@ -398,6 +399,7 @@ class ScoreOptions:
     groups: str = "mean"
     heads: str = "mean"
     queries: str = "mean"
+    ahead: int = 1
 
     def __post_init__(self) -> None:
         choices = {
@@ -410,6 +412,10 @@ class ScoreOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ScoreOptions.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.ahead < 0:
+            raise ValueError(
+                f"ScoreOptions.ahead must be at least 0 (0: all attention layers to come), got {self.ahead}"
+            )
 
 
 BUDGET_KINDS = ("mean", "final", "flops")

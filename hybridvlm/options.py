@@ -28,6 +28,16 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--think-tokens", type=int, metavar="N", help=budget)
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that run a model: the devices it runs on."""
+    text = (
+        "devices along the axes of a mesh, such as data=4,tensor=2; one may be -1: the rest. data cuts batches, tensor "
+        "heads and channels, sequence the rows of a prompt; all of them share a video's frames (default: auto, the "
+        "smallest tensor x sequence that fits, the rest data; one device where their memory is not known, as on CPU)"
+    )
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help=text)
+
+
 def add_distributed(parser: argparse.ArgumentParser) -> None:
     """The option of commands that several processes can share."""
     several = (

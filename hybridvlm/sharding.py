@@ -20,25 +20,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, ScoreOptions
+from hybridvlm.config import ModelConfig, ScoreOptions
 from hybridvlm.nn import decoder
-from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
+from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
-from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.parallel.layout import local_config, permute_for_tp
+from hybridvlm.parallel.layout import column_order, local_config
+from hybridvlm.parallel.layout import permute_for_tp as permute_for_tp
 from hybridvlm.parallel.layout import unpermute_for_tp as unpermute_for_tp
-from hybridvlm.parallel.sequence import NO_CACHES, gather_sequence, row_start, shard_length
+from hybridvlm.parallel.mesh import AXES, auto_mesh, full_mesh, tensor_size
+from hybridvlm.parallel.mesh import make_mesh as make_mesh
+from hybridvlm.parallel.scores import reduce_scores as reduce_scores
+from hybridvlm.parallel.sequence import shard_length
 from hybridvlm.parallel.tensor import LocalConfig
-from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
-
-# devices of the last one are neighbours
-AXES = ("data", "fsdp", "sequence", "tensor")
-Axes = str | tuple[str, ...] | None
 
 # Path of a parameter -> its logical axes, of which a dimension may have two; "*" ends a path whose every parameter is whole on
 # each device.
@@ -68,6 +66,14 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "decoder/attention/o_bias": ("layer", None),
     "decoder/attention/q_norm": ("layer", None),
     "decoder/attention/k_norm": ("layer", None),
+    "decoder/cross/q_proj": ("layer", "share", "heads"),
+    "decoder/cross/k_proj": ("layer", "share", "heads"),
+    "decoder/cross/v_proj": ("layer", "share", "heads"),
+    "decoder/cross/o_proj": ("layer", ("heads", "share"), None),
+    "decoder/cross/q_bias": ("layer", "heads"),
+    "decoder/cross/k_bias": ("layer", "heads"),
+    "decoder/cross/v_bias": ("layer", "heads"),
+    "decoder/cross/alpha": ("layer",),
     "decoder/mlp/norm": ("layer", None),
     "decoder/mlp/up_proj": ("layer", "share", "mlp"),
     "decoder/mlp/gate_proj": ("layer", "share", "mlp"),
@@ -178,12 +184,9 @@ def _one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes[0] if len(axes) == 1 else axes or None
 
 
-def _with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
-    """A node of a tree with partition specs in the positions of its arrays, as `jax.shard_map` takes them."""
-    return node(*specs, **named)
-
-
 DEFAULT_RULES = ShardingRules()
+# Decoding reads every weight for every token: shards of a row hold all of them, and only fsdp, which is asked for, gathers.
+INFERENCE_RULES = ShardingRules(share=("fsdp",))
 
 
 def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -201,61 +204,57 @@ def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, P(*cut))
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
-) -> Mesh:
-    """A mesh with axes data, fsdp, sequence and tensor over `devices` (default: all there are); one size may be -1: the rest.
-
-    data, fsdp: examples of a batch; fsdp cuts the matrices as well. sequence: stretches of a row. tensor: heads and channels.
-    Raises ValueError where the sizes do not fill the devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, sequence, tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"make_mesh: sizes must be at least 1, one of them may be -1, got {dict(zip(AXES, sizes))}")  # noqa: B905
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"make_mesh: {'x'.join(map(str, sizes))} ({' x '.join(AXES)}) is not the number of devices, {len(devices)}; "
-            "pass `devices` to use some of them"
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
-
-
-def auto_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with axes that XLA cuts by, as the layers count on; those of `jax.make_mesh` take every cut written out.
-
-    Raises:
-        TypeError: it is no mesh.
-    """
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise TypeError(f"mesh: expected a jax.sharding.Mesh, as make_mesh gives it, got {type(mesh).__name__}")
-    types = (AxisType.Auto,) * len(mesh.axis_names)
-    if mesh.axis_types == types:
-        return mesh
-    if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-
-
-def tensor_size(mesh: Mesh | None) -> int:
-    """Devices along the mesh's tensor axis. ValueError for a mesh with an axis that no rule knows."""
-    if mesh is None:
-        return 1
-    unknown = [axis for axis, size in mesh.shape.items() if axis not in AXES and size > 1]
-    if unknown:
-        raise ValueError(f"mesh: expected axes out of {AXES}, as make_mesh gives them, got {tuple(mesh.shape)}")
-    return mesh.shape.get("tensor", 1)
+def is_whole_everywhere(mesh: Mesh) -> bool:
+    """Whether a mesh cuts nothing but examples, so that parameters are whole on every device."""
+    return all(size == 1 for axis, size in mesh.shape.items() if axis != "data")
 
 
 def shard_params(
-    params: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+    params: dict[str, Any],
+    config: ModelConfig,
+    mesh: Mesh,
+    rules: ShardingRules = DEFAULT_RULES,
+    *,
+    consume: bool = False,
 ) -> dict[str, Any]:
-    """The whole model's parameters, laid out for the mesh and put on its devices."""
-    mesh = auto_mesh(mesh)
-    params = permute_for_tp(params, config, tensor_size(mesh))
-    return jax.device_put(params, rules.shardings(mesh, params))
+    """The whole model's parameters, laid out for the mesh and put on its devices, one array after another.
+
+    They may lie on one device or, cut by these or other rules, on the mesh. Nothing that is cut is ever whole on a device, but for
+    the columns of one layer that are put in the order of the devices. consume: each of the arrays given is let go once it is placed.
+    """
+    mesh = full_mesh(mesh)
+    devices = tensor_size(mesh)
+    order = column_order(config, devices)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        name = "/".join(key.key for key in path)
+        columns, spec = order.get(name), rules.spec(name, leaf.shape, mesh)
+        even = columns is None or leaf.shape[-1] % devices == 0
+        where = NamedSharding(mesh, spec if even else P(*spec[:-1]))
+        placed = whole = jax.device_put(leaf, where)
+        if columns is not None:
+            placed = _in_device_order(whole, columns, mesh, spec, even)
+        moved = columns is not None or not leaf.sharding.is_equivalent_to(where, leaf.ndim) if consume else False
+        if moved:
+            jax.block_until_ready(placed)
+            leaf.delete()
+        return placed
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def _in_device_order(whole: jax.Array, columns: np.ndarray, mesh: Mesh, spec: P, even: bool) -> jax.Array:
+    """A stack's columns [n,...,C] as its devices need them, layer by layer. even: whether they lie cut over the devices."""
+
+    def layer(a: jax.Array, mine: jax.Array) -> jax.Array:
+        return jnp.take(jax.lax.all_gather(a, "tensor", axis=a.ndim - 1, tiled=True) if even else a, mine, axis=-1)
+
+    def part(stack: jax.Array, mine: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda a: layer(a, mine), stack)
+
+    before = spec if even else P(*spec[:-1])
+    run = jax.shard_map(part, mesh=mesh, in_specs=(before, P("tensor")), out_specs=spec, check_vma=False)
+    return jax.jit(run)(whole, jax.device_put(columns.astype(np.int32), NamedSharding(mesh, P("tensor"))))
 
 
 def prefill(
@@ -270,49 +269,40 @@ def prefill(
     score: ScoreOptions | None = None,
     counts: jax.Array | None = None,
     segments: int = 1,
-    caches: bool = True,
+    caches: bool = False,
     **options: Any,
 ) -> DecoderOutput:
-    """`hybridvlm.nn.decoder.prefill` over a mesh: the decoder's parameters laid out for it, tokens cut over the batch.
+    """`hybridvlm.nn.decoder.prefill` over a mesh, for training: the decoder's parameters laid out for it, tokens cut over the batch.
 
-    Arguments and results as there, gradients too; `config` is that of the whole model. Caches stay cut: keys and values by kv head,
-    states by head, convolution states by the devices' own channels (x|B|C each); heads and groups that several devices hold appear
-    once per device. Scores are joined across devices before anything is dropped, over heads and groups as `score` says (default: the
-    plan's options, without a plan those by default): it must be what score_fn itself goes by. A sequence axis of more than one device
-    takes caches=False; rows of any length are filled up to be cut evenly, and come back without.
+    Arguments and results as there, without caches, gradients too; `config` is that of the whole model. Scores are joined across devices
+    before anything is dropped, over heads and groups as `score` says (default: the
+    plan's options, without a plan those by default): it must be what score_fn itself goes by. Rows of any length are filled up to
+    be cut evenly, and come back without.
     ValueError, before anything runs, for sizes that the mesh cannot cut.
 
     For a backward pass take remat="dots" or "layer": with "none", matrices that fsdp cuts are kept whole from layer to layer.
     """
-    mesh = auto_mesh(mesh)
-    local = local_config(config, tensor_size(mesh))
-    batch, heads, ssm = (
-        _one_or_all(tuple(axis for axis in getattr(rules, name) if axis in mesh.shape))
-        for name in ("batch", "heads", "ssm")
-    )
-    rows = [axis for axis in rules.row if axis in mesh.shape]
-    if len(rows) > 1:
-        raise ValueError(f"sharding: rows are cut over one mesh axis, the rules name {', '.join(rows)}")
-    row = rows[0] if rows else None
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in rules.batch)
+    if caches:
+        raise ValueError(
+            "sharding.prefill is for training and leaves no caches; a Model on a mesh does (Model.to_mesh)"
+        )
+    mesh = full_mesh(mesh)
+    specs = rules.specs({"decoder": params}, mesh)
+    local = local_part(config, mesh, specs, rules)
+    parts = math.prod(mesh.shape[axis] for axis in local.batch_axes)
     if tokens.x.shape[0] % parts:
         raise ValueError(
-            f"sharding: {' x '.join(rules.batch)} = {parts} devices do not divide a batch of {tokens.x.shape[0]}; fill it up "
+            f"sharding: {' x '.join(local.batch_axes)} = {parts} devices do not divide a batch of {tokens.x.shape[0]}; fill it up "
             "with rows of padding (segment 0), or use a mesh with a smaller data axis"
         )
-    specs = rules.specs({"decoder": params}, mesh)["decoder"]
-    shards = mesh.shape[row] if row else 1
-    if shards > 1 and caches:
-        raise ValueError(NO_CACHES)
-    local = dataclasses.replace(local, shared=_shared(specs, rules, mesh), row_axis=row or "", shards=shards)
     if score_fn is not None:
         score = score or (ScoreOptions() if plan is None else plan.score)
-        score_fn = reduce_scores(score_fn, config, local, score, getattr(score_fn, "method", None))
+        score_fn = reduce_scores(score_fn, local, score, getattr(score_fn, "method", None))
     if counts is None:
         counts = visual_counts(tokens, segments)
-    length = tokens.length
+    length, shards = tokens.length, local.shards
     tokens = pad_to(tokens, shards * shard_length(config, length, shards) if shards > 1 else length)
-    out_specs = _output_specs(config, batch, row, heads, ssm, caches)
+    out_specs = dataclasses.replace(decoder.output_specs(local), caches=())
 
     def part(params: Any, tokens: Tokens, counts: jax.Array) -> DecoderOutput[tuple[Cache, ...]]:
         return decoder.prefill(
@@ -323,36 +313,16 @@ def prefill(
             score_fn=score_fn,
             counts=counts,
             segments=segments,
-            caches=caches,
+            caches=False,
             **options,
         )
 
     # what is whole on every device is so by construction (sums over the axis); the checker cannot see into kernels
-    in_specs = (specs, P(batch, row), P(batch))
+    in_specs = (specs["decoder"], P(local.batch_axes, local.row_axis), P(local.batch_axes))
     out = jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
         params, tokens, counts
     )
     return out if shards == 1 else _without_padding(out, plan, length)
-
-
-def _output_specs(config: ModelConfig, batch: Axes, row: Axes, heads: Axes, ssm: Axes, caches: bool) -> Any:
-    """How what `prefill` returns lies on the mesh: PartitionSpecs instead of arrays."""
-    kv = P(batch, None, heads)
-    entries = {
-        MAMBA: _with_specs(MambaCache, P(batch, None, ssm), P(batch, ssm), P(batch)),
-        ATTENTION: _with_specs(AttentionCache, kv, kv, P(batch), kv, kv, P(batch), P()),
-        MLP: None,
-        MOE: None,
-    }
-    return _with_specs(
-        DecoderOutput,
-        tokens=P(batch, row),
-        caches=tuple(entries[kind] for kind in config.pattern) if caches else (),
-        survivors=P(batch, row),
-        kept=P(None, batch),
-        scores=P(batch, row),
-        hidden_states=P(batch, row),
-    )
 
 
 def _without_padding(out: DecoderOutput, plan: ReductionPlan | None, length: int) -> DecoderOutput:
@@ -370,17 +340,48 @@ def _without_padding(out: DecoderOutput, plan: ReductionPlan | None, length: int
     )
 
 
+def local_part(
+    config: ModelConfig, mesh: Mesh, specs: Mapping[str, Any], rules: ShardingRules = DEFAULT_RULES
+) -> LocalConfig:
+    """What one device of a mesh with all axes (`full_mesh`) holds of a model whose parameters lie by `specs`.
+
+    ValueError for a tensor axis that does not divide the model's sizes, or rules that cut rows over several axes.
+    """
+    local = local_config(config, tensor_size(mesh))
+    if len(rules.row) > 1:
+        raise ValueError(f"sharding: rows are cut over one mesh axis, the rules name {', '.join(rules.row)}")
+    row = rules.row[0] if rules.row else ""
+    vocab = specs.get("embed", P())
+    cut = bool(vocab) and "tensor" in ((vocab[0],) if isinstance(vocab[0], str) else vocab[0] or ())
+    return dataclasses.replace(
+        local,
+        shared=_shared(specs, rules, mesh),
+        vocab_devices=local.devices if cut else 1,
+        row_axis=row,
+        shards=mesh.shape[row] if row else 1,
+        batch_axes=rules.batch,
+    )
+
+
 def _shared(specs: Mapping[str, Any], rules: ShardingRules, mesh: Mesh) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
-    """`LocalConfig.shared` of the decoder's PartitionSpecs."""
+    """`LocalConfig.shared` of a model's PartitionSpecs."""
     found = []
-    for kind, stack in specs.items():
-        for name, spec in stack.items() if isinstance(stack, Mapping) else ():
-            for dimension, axes in enumerate(spec):
-                axes = (axes,) if isinstance(axes, str) else axes or ()
-                share = tuple(axis for axis in axes if axis in rules.share and mesh.shape[axis] > 1)
-                if share:
-                    found.append((f"{kind}/{name}", dimension - 1, share))
+    for path, spec in flatten_specs(specs):
+        for dimension, axes in enumerate(spec):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            share = tuple(axis for axis in axes if axis in rules.share and mesh.shape[axis] > 1)
+            if share:
+                stacked = path.startswith("decoder/")  # of a stack of layers one is gathered at a time
+                found.append((path.removeprefix("decoder/"), dimension - stacked, share))
     return tuple(found)
+
+
+def flatten_specs(specs: Mapping[str, Any], prefix: str = "") -> list[tuple[str, P]]:
+    """A tree of PartitionSpecs by the parameters' paths."""
+    found: list[tuple[str, P]] = []
+    for name, spec in specs.items():
+        found += flatten_specs(spec, f"{prefix}{name}/") if isinstance(spec, Mapping) else [(prefix + name, spec)]
+    return found
 
 
 def pad_to(tokens: Tokens, length: int) -> Tokens:
@@ -391,55 +392,6 @@ def pad_to(tokens: Tokens, length: int) -> Tokens:
     pad = lambda a, empty=0: jnp.pad(a, ((0, 0), (0, more)) + ((0, 0),) * (a.ndim - 2), constant_values=empty)  # noqa: E731
     filled = jax.tree.map(pad, tokens)
     return filled.replace(index=pad(tokens.index, -1), frame=pad(tokens.frame, -1))
-
-
-def reduce_scores(
-    score_fn: Callable,
-    config: ModelConfig,
-    local: LocalConfig,
-    options: ScoreOptions,
-    method: methods.Method | None = None,
-) -> Callable:
-    """score_fn on a device's own heads and groups, then the mean or the largest over devices, as the options ask for; and of
-    a row that is cut, on the whole of it where the score of `method` (None: any function, which may look at anything) needs that."""
-    reads = methods.QUERIES if method is None else method.reads
-    if reads == methods.LAST_QUERY:
-        options = ScoreOptions(queries="last")  # whatever the plan's are
-    by_head = local.devices > 1 and reads in (methods.QUERIES, methods.LAST_QUERY)
-    if by_head and MAMBA in config.pattern and local.group_devices > 1 and (options.dt or options.decay):
-        raise ValueError(
-            f"scores with dt or decay average over the heads of a group, and tensor={local.devices} cuts the "
-            f"{config.ssm_groups} groups; use tensor={config.ssm_groups} or less"
-        )
-    rows_first = {"mean": ("mean", "last"), "max": ("max", "last")}[options.heads]  # what commutes with that over heads
-    if by_head and ATTENTION in config.pattern and options.queries not in rows_first:
-        raise ValueError(
-            f"scores with heads={options.heads!r} and queries={options.queries!r} need all heads before rows are reduced, "
-            f"and tensor={local.devices} cuts the heads; queries may be one of {rows_first}"
-        )
-    over = {MAMBA: options.groups, ATTENTION: options.heads}
-
-    def of_row(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
-        if local.shards == 1 or (isinstance(aux, AttentionAux) and method is not None and method.token_local):
-            return score_fn(layer, aux, tokens)
-        start = row_start(local, tokens.length)
-        gather = lambda a: gather_sequence(local, a)  # noqa: E731
-        if isinstance(aux, AttentionAux):
-            whole = dataclasses.replace(aux, q_index=aux.q_index + start, k=gather(aux.k))
-        else:
-            whole = jax.tree.map(gather, aux)
-        score = score_fn(layer, whole, jax.tree.map(gather, tokens))  # what it does not look at is never gathered
-        return jax.lax.dynamic_slice_in_dim(score, start, tokens.length, axis=1)
-
-    def score(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
-        mine = of_row(layer, aux, tokens)
-        if not by_head:
-            return mine
-        if over[config.pattern[layer]] == "max":
-            return jnp.max(jax.lax.all_gather(mine, local.axis), axis=0)  # JAX has no derivative of pmax
-        return jax.lax.pmean(mine, local.axis)
-
-    return score
 
 
 def _is_spec(x: Any) -> bool:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-NAMES = {"quickstart", "load_checkpoint", "first_method", "finetune", "tpu", "analysis"}
+NAMES = {"quickstart", "load_checkpoint", "first_method", "finetune", "tpu", "analysis", "benchmarks"}
 BYTES = 400_000
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -29,6 +29,10 @@ ANALYSES = {
         "hybridvlm.analyze.probe",
         "what the model still holds of a token that was dropped: compression or dropping?",
     ),
+    "lookahead": (
+        "hybridvlm.analyze.lookahead",
+        "which score finds what later attention reads: a layer's own, or the next attention layers'",
+    ),
     "calibrate": (
         "hybridvlm.analyze.calibrate",
         "which layers' scores follow the question, and layer weights for str-calibrated",

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hybridvlm.analyze import controls
 from hybridvlm.config import Reduction
-from hybridvlm.eval.runner import Bucket, Planner, Variant
+from hybridvlm.eval.variants import Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan, get_method, parse_method
@@ -206,6 +207,17 @@ def _composition(base: Reduction) -> list[Cell]:
     return product + matched
 
 
+def _lookahead(base: Reduction) -> list[Cell]:
+    own = _with(base, method="str-lookahead")
+    counts = ((2, "the next two"), (0, "all that come"))
+    cells = [cell("lookahead", "str-lookahead", own)]
+    cells += [cell("lookahead", f"str-lookahead, {words}", _with(own, ahead=count)) for count, words in counts]
+    return cells + [
+        cell("lookahead", words, _with(base, method=name, ahead=2 if name == controls.SECOND else 1))
+        for name, words in controls.register().items()
+    ]
+
+
 SETS: dict[str, tuple[Callable[[Reduction], list[Cell]], str]] = {
     "layers": (_layers, "which layers score and drop: attention, Mamba, all; at equal FLOPs"),
     "schedules": (_schedules, "shape of the schedule, where it starts, its floor; at equal FLOPs"),
@@ -214,6 +226,7 @@ SETS: dict[str, tuple[Callable[[Reduction], list[Cell]], str]] = {
     "scores": (_scores, "decay and dt in the Mamba score"),
     "aggregation": (_aggregation, "sign, norm and reduction over query words of the Mamba score"),
     "budgets": (_budgets, f"str, random, saliency, one-shot at {', '.join(f'{100 * b:g}' for b in BUDGETS)}% mean"),
+    "lookahead": (_lookahead, "scores by attention layers to come, and controls that should fall; same plan"),
     "composition": (_composition, "evs+str against either alone, at one product budget and at equal FLOPs"),
 }
 
@@ -240,6 +253,7 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "str beats evs at equal FLOPs": (REFERENCE, "evs, FLOPs of str"),
     "evs+str beats str at equal FLOPs": ("evs:0.5+str, FLOPs of str", REFERENCE),
     "evs+str beats evs at equal FLOPs": ("evs:0.5+str, FLOPs of str", "evs, FLOPs of str"),
+    "the next attention layer's score beats the layer's own": ("str-lookahead", REFERENCE),
     "trusting calibrated layers beats plain str": ("str-calibrated", REFERENCE),
     "the same, both from layer 0": ("str-calibrated, from 0", "str, from 0"),
     "trusting calibrated layers beats attention layers alone": ("str-calibrated", "str-attention"),

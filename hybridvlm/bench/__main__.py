@@ -28,6 +28,7 @@ BENCHES = {
     "train": ("hybridvlm.bench.train", "a whole step of training compiled ahead of time for TPUs, as aot"),
     "step": ("hybridvlm.bench.step", "a training step, dense and under reduction"),
     "prefill": ("hybridvlm.bench.prefill", "decoder prefill, dense and under reduction methods"),
+    "decode": ("hybridvlm.bench.decode", "frames of an hour-long file, with OpenCV, decord and torchcodec"),
     "vs_transformers": ("hybridvlm.bench.vs_transformers", "prefill and decode, with transformers' NemotronH"),
 }
 

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kind", choices=BUDGET_KINDS, default="mean", help="how the budget is counted (default: mean)")
     add("--schedule", nargs="+", default=[f"stages={STAGES}"], metavar="KEY=VALUE", help=f"default: stages={STAGES}")
     add("--topology", default="v5p:2x2x1", help="slice to compile for, such as v5e:4x4 or v6e:2x2 (default: v5p:2x2x1)")
-    add("--mesh", default="tensor=1", help="data=, fsdp=, tensor=, comma list; may leave chips out (default: tensor=1)")
+    add(
+        "--mesh",
+        default="tensor=1",
+        help="data=, fsdp=, sequence=, tensor=, comma list; may leave chips out (default: tensor=1)",
+    )
     add("--batch", type=int, default=1, help="examples; the data and fsdp axes must divide them (default: 1)")
     add("--prompt", choices=("question", "real", "both"), default="both", help="prompts to compile (default: both)")
 
@@ -43,7 +47,7 @@ STAGES = 7  # lengths that rows have: every one compiles the layers anew
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile, print, and return the rows."""
-    from hybridvlm import aot, sharding
+    from hybridvlm import aot
 
     config = load_model_config(args.model)
     if config.vision is None:
@@ -55,8 +59,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             f"--topology must be a TPU slice, since XLA's GPU compiler estimates no cost, got {where.name}"
         )
-    sizes = mesh_sizes(args.mesh)
-    mesh = sharding.make_mesh(**sizes, devices=where.devices[: math.prod(sizes.values())])
+    mesh = mesh_there(args.mesh, where)
     methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
     stamps = {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]
     rows: list[dict[str, Any]] = []
@@ -90,18 +93,20 @@ def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Names
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot, sharding
+    from hybridvlm.inference import functions, placement
     from hybridvlm.models import nemotron_vl
     from hybridvlm.models.prompt import Batch
+    from hybridvlm.parallel.mesh import tensor_size
 
-    devices = sharding.tensor_size(mesh)
-    sharding.local_config(config, devices)
-    rules = sharding.DEFAULT_RULES
+    devices = tensor_size(mesh)
     params = jax.eval_shape(
         lambda: sharding.permute_for_tp(nemotron_vl.init(config, jax.random.key(0)), config, devices)
     )
-    shardings = rules.shardings(mesh, params)
+    shardings = sharding.INFERENCE_RULES.shardings(mesh, params)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s), params, shardings)
-    over_batch = NamedSharding(mesh, P(("data", "fsdp")))
+    part = placement.part_of(config, params, mesh)
+    over_batch = NamedSharding(mesh, P(part.batch_axes))
+    over_frames = NamedSharding(mesh, P(part.batch_axes, part.row_axis))
 
     def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((args.batch, *shape), dtype, sharding=over_batch)
@@ -115,14 +120,37 @@ def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Names
         length = merged[0] * (merged[1] + stamp) + args.text
     row = struct((length,), jnp.int32)
     batch = Batch(row, row, row, struct((), jnp.int32))
-    visual = struct((args.frames, per_frame, config.width), jnp.bfloat16)
-    one = mesh.size == 1
+    # a video is cut into stretches of whole frames
+    frames = args.frames + -args.frames % part.shards
+    visual = jax.ShapeDtypeStruct((args.batch, frames, per_frame, config.width), jnp.bfloat16, sharding=over_frames)
 
-    def prefill(params, batch, visual):
-        out = nemotron_vl.prefill(params, config, batch, visual, plan, 0, mesh=None if one else mesh)
+    def prefill(*given):
+        if mesh.size == 1:
+            out = nemotron_vl.prefill(given[0], config, given[1], given[2], plan, 0)
+        else:
+            out = placement.over_mesh(
+                *given,
+                phase=functions.prefill,
+                results=functions.RESULTS[functions.prefill],
+                mesh=mesh,
+                specs=placement.arguments_specs((params, batch, visual)),
+                family=nemotron_vl,
+                config=part,
+                plan=plan,
+                decode_capacity=0,
+            )
         return out.logits, out.decoder.caches, out.decoder.survivors, out.decoder.kept
 
     return aot.compile_for(where, prefill, params, batch, visual)
+
+
+def mesh_there(text: str, where):
+    """The mesh that `--mesh` asks for, over the first devices of a slice, or all of them."""
+    from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
+
+    sizes = mesh_sizes(text)
+    count = len(where.devices) if -1 in sizes.values() else math.prod(sizes.values())
+    return make_mesh(**sizes, devices=where.devices[:count])
 
 
 def compiled_prefill_row(topology: str, sizes: dict[str, int], work: Any, name: str) -> dict[str, Any]:
@@ -177,15 +205,3 @@ def _row(args: argparse.Namespace, mesh, plan, stamp: int, compiled) -> dict[str
         "unread_loops": cost.unread_loops,
         "cost_s": cost.seconds,
     }
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    from hybridvlm.sharding import AXES
-
-    sizes: dict[str, int] = {}
-    for pair in text.split(","):
-        axis, _, size = pair.partition("=")
-        if axis not in AXES or not size.isdigit() or int(size) < 1:
-            raise ValueError(f"--mesh takes a comma list of {', '.join(f'{a}=N' for a in AXES)}, got {pair!r}")
-        sizes[axis] = int(size)
-    return sizes

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.bench.aot import STAGES, mesh_sizes, plan_there
+from hybridvlm.bench.aot import STAGES, mesh_there, plan_there
 from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.options import override
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile, print, and return the rows."""
     import jax
 
-    from hybridvlm import aot, sharding
+    from hybridvlm import aot
     from hybridvlm.nn.scan import REMAT
 
     config = load_model_config(args.model)
@@ -62,10 +61,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.layers is not None:
         config = dataclasses.replace(config, pattern=config.pattern[: args.layers])
     where = aot.target(args.topology)
-    sizes = mesh_sizes(args.mesh)
-    if args.batch % (sizes.get("data", 1) * sizes.get("fsdp", 1)):
+    mesh = mesh_there(args.mesh, where)
+    if args.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"--batch must be a multiple of data times fsdp of --mesh {args.mesh}, got {args.batch}")
-    mesh = sharding.make_mesh(**sizes, devices=where.devices[: math.prod(sizes.values())])
     rows: list[dict[str, Any]] = []
     for method in dict.fromkeys(args.methods.split(",")):
         budget = 1.0 if method == "none" else args.budget

@@ -211,9 +211,16 @@ def read_weights(
         array = tensors[name]
         to = jnp.dtype(jnp.float32) if name.rsplit("/", 1)[-1] in FLOAT32 else dtype
         check_finite(array, f"{file}: {name}", to)
-        here = jnp.asarray(array, to)
-        flat[name] = here if sharding_for is None else jax.device_put(here, sharding_for(name, here.shape))
+        if sharding_for is None:
+            flat[name] = jnp.asarray(array, to)
+        else:
+            flat[name] = _on_mesh(array.astype(to), sharding_for(name, array.shape))
     return unflatten(flat)
+
+
+def _on_mesh(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array of the host, of which every device is sent its own part alone."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def read_checkpoint(

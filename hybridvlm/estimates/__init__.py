@@ -5,7 +5,7 @@
 """
 
 from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh, first_that_fits
-from hybridvlm.estimates.guard import choose_here, refuse_too_large, refuse_training
+from hybridvlm.estimates.guard import choose_here, mesh_option, refuse_too_large, refuse_training
 from hybridvlm.estimates.memory import Memory, training_memory
 from hybridvlm.estimates.result import Estimate, estimate
 from hybridvlm.estimates.seconds import Phase
@@ -24,6 +24,7 @@ __all__ = [
     "choose_mesh",
     "estimate",
     "first_that_fits",
+    "mesh_option",
     "refuse_too_large",
     "refuse_training",
     "training_memory",

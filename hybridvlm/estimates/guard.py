@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from hybridvlm.checkpoints.describe import describe
 from hybridvlm.config import Reduction
@@ -13,6 +16,7 @@ from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choos
 from hybridvlm.estimates.memory import training_memory
 from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import memory_limit
+from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
 
 FRAMES = 32  # that are looked at where nobody says how many
 
@@ -46,6 +50,32 @@ def refuse_too_large(
     if limit is not None:
         work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
         check_fits(work, mesh, jax.device_count(), limit, device.device_kind)
+
+
+def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: Any) -> Mesh | None:
+    """The mesh that a command's `--mesh` asks for, over this process's devices, once it is clear that the model fits there.
+
+    Args:
+        text: such as "data=4,tensor=2"; None or "auto": what `choose_here` finds, which is said on stderr.
+        name_or_path: the model.
+        work: as of `refuse_too_large`.
+
+    Returns:
+        The mesh; None for one device.
+
+    Raises:
+        DoesNotFit: the devices have no memory for it.
+        ValueError: the text is no mesh, or not one of so many devices.
+    """
+    if text not in (None, "auto"):
+        mesh = make_mesh(**mesh_sizes(text), devices=jax.local_devices())
+        refuse_too_large(name_or_path, mesh=mesh, **work)
+        return mesh
+    choice = choose_here(name_or_path, **work)
+    if choice is None:
+        return None
+    print(f"mesh: {choice.why}", file=sys.stderr)
+    return make_mesh(**dataclasses.asdict(choice.mesh), devices=jax.local_devices())
 
 
 def choose_here(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
-from hybridvlm.options import add_compilation_cache, add_distributed, add_thinking
+from hybridvlm.options import add_compilation_cache, add_distributed, add_mesh, add_thinking
 
 STOPPED = "stopped; what was answered is kept, and the same command goes on from there"
-METHODS = "none,str,random-input,uniform-input,saliency,fastv"
+METHODS = "none,str-lookahead,str,uniform-input,saliency,fastv"
 EXAMPLES = """\
 examples:
   python -m hybridvlm.eval
-      the embedded model on 300 questions of the embedded benchmark, dense and five methods at 25%
+      the embedded model on 100 questions of the embedded benchmark, dense and five methods at 25%
   python -m hybridvlm.eval --limit 20 --methods str
       a quick look
   python -m hybridvlm.eval --model tiny-reduced --limit 0 --methods str,random,oneshot-mamba,fastv --match-flops str
@@ -29,6 +30,14 @@ examples:
       other score options and another schedule
   python -m hybridvlm.eval --tasks my/questions.jsonl --frames 32 --output results/mine
       your own videos
+  python -m hybridvlm.eval --mesh data=4,tensor=2
+      on the eight devices of this host: two hold a copy of the model between them, and four such pairs share a batch
+  python -m hybridvlm.eval --model DIR --tasks videomme,lvbench --data /data --methods str --missing skip
+      published benchmarks from files of your own, by their official protocols (--protocol, --list)
+  python -m hybridvlm.eval compare results/a results/b --paired
+      two runs, or logs of lmms-eval, on the same questions
+  python -m hybridvlm.eval --rescore results/a/samples.jsonl
+      parse and score the replies of a run, or of lmms-eval, again; no model is needed
 
 A run that was killed goes on where it stopped when it is started again with the same options.
 
@@ -50,6 +59,7 @@ input, nothing was started; 143 told to end by SIGTERM, 130 by Ctrl-C: what was 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    from hybridvlm.eval.published import add_arguments
     from hybridvlm.eval.tasks.jsonl import FIELDS
 
     parser = argparse.ArgumentParser(
@@ -60,13 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="tiny", help="packaged name (tiny, tiny-reduced) or checkpoint folder (default: tiny)")
-    add("--tasks", default="needle", help="comma list of tasks: needle, or paths of .jsonl files (default: needle)")
+    tasks = "comma list of tasks: needle, paths of .jsonl files, published benchmarks, see --list (default: needle)"
+    add("--tasks", default="needle", help=tasks)
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
-    add("--limit", type=int, default=100, help="first N questions of each task, 0 for all (default: 100)")
+    limit = "N questions of each task, 0 for all (default: 100, of published benchmarks all; there whole videos, spread evenly)"
+    add("--limit", type=int, help=limit)
     add("--frames", type=int, help="frames per video (default: 64 for needle, as many as ask looks at for files)")
-    sampling = "frames of video files: uniform (first to last), middle (of equal spans), fps:R (default: uniform)"
-    add("--sampling", default="uniform", metavar="RULE", help=sampling)
+    sampling = "frames of video files: uniform (first to last), middle (of equal spans), fps:R (default: uniform, or the protocol's)"
+    add("--sampling", default="", metavar="RULE", help=sampling)
     add("--batch-size", type=int, default=8, help="questions per batch (default: 8)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="weights and activations")
     add("--buckets", nargs="+", default=[], metavar="KEY=N,N", help="static sizes: frames=16,64 text=16,64 max_new=8")
@@ -89,8 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--system", default="", metavar="TEXT", help="a system message, such as /no_think")
     add_thinking(parser)
+    add_mesh(parser)
     add_distributed(parser)
     add_compilation_cache(parser)
+    add_arguments(parser)
+    rescored = "samples file of this library or of lmms-eval, or a folder with some: parse its replies again, and stop"
+    add("--rescore", type=pathlib.Path, metavar="FILE", help=rescored)
     add("--list", action="store_true", help="list methods and tasks, and stop")
     return parser
 
@@ -101,20 +117,40 @@ def _keys(cls: type) -> str:
 
 def listing() -> str:
     """Methods and tasks, with one line on each."""
+    from hybridvlm.eval import published
     from hybridvlm.eval.tasks import FILE_TASK, TASKS
     from hybridvlm.reduction import describe_methods
 
     tasks = [f"  {name:<13}  {what}" for name, (_, what) in TASKS.items()] + [f"  {'FILE.jsonl':<13}  {FILE_TASK}"]
-    return f"methods:\n{describe_methods()}\n\ntasks:\n" + "\n".join(tasks)
+    return (
+        f"methods:\n{describe_methods()}\n\ntasks:\n"
+        + "\n".join(tasks)
+        + f"\n\npublished benchmarks, from --data, and their protocols:\n{published.listing()}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["compare"]:
+        from hybridvlm.eval import compare
+
+        return compare.main(argv[1:])
     options = build_parser().parse_args(argv)
-    if options.list:
-        print(listing())
-        return 0
+    try:
+        if options.list:
+            from hybridvlm.eval.tasks import load_tasks
+
+            load_tasks(options.task_module)
+            print(listing())
+            return 0
+        if options.rescore is not None:
+            from hybridvlm.eval import rescore
+
+            print(rescore.report(options.rescore))
+            return 0
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2)
     try:
         return _run(options, shlex.join(["python", "-m", "hybridvlm.eval", *argv]))
     except KeyboardInterrupt:

@@ -11,15 +11,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
-from hybridvlm.estimates import refuse_too_large
-from hybridvlm.eval import report, statistics
+from hybridvlm.estimates import mesh_option
+from hybridvlm.eval import lmms_eval, published, report, statistics
 from hybridvlm.eval.deal import weights_fingerprint
+from hybridvlm.eval.layouts import Asking
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
-from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, versions
-from hybridvlm.eval.tasks import Sample, Task, TaskOptions, build_task
+from hybridvlm.eval.runner import Runner, versions
+from hybridvlm.eval.tasks import Sample, Task, TaskOptions, load_tasks
+from hybridvlm.eval.variants import DENSE, Planner, Variant, expand
 from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
@@ -65,7 +69,7 @@ def prepare(options: argparse.Namespace) -> Checked:
         raise InputError(f"--budgets takes numbers in (0, 1], got {options.budgets!r}") from None
     if not methods or not shares:
         raise InputError("--methods and --budgets need at least one entry each")
-    for number, flag, least in ((options.limit, "--limit", 0), (options.batch_size, "--batch-size", 1)):
+    for number, flag, least in ((options.limit or 0, "--limit", 0), (options.batch_size, "--batch-size", 1)):
         if number < least:
             raise InputError(f"{flag} must be at least {least}, got {number}")
     if options.frames is not None and options.frames < 1:
@@ -76,8 +80,8 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
-    refuse_too_large(options.model, frames=options.frames, batch=options.batch_size, dtype=options.dtype)
-    model = load(options.model, dtype=options.dtype)
+    sizes = {"frames": options.frames, "batch": options.batch_size, "dtype": options.dtype}
+    model = load(options.model, mesh=mesh_option(options.mesh, options.model, **sizes), dtype=options.dtype)
     model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)
     check_tokenizer(model)
@@ -105,12 +109,14 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
             f"{model.buckets.frames}, its table of times has {model.config.vision.max_frames or 'no'} rows)"
         )
     settings = TaskOptions(
-        model.config, options.frames, model.buckets, options.split, options.limit, options.prompt, options.sampling
+        model.config, options.frames, model.buckets, options.split, prompt=options.prompt, sampling=options.sampling
     )
     names = split(options.tasks)
     if not names:
         raise InputError("--tasks needs at least one task")
-    tasks = [build_task(name, settings) for name in names]
+    load_tasks(options.task_module)
+    published.check(options, names)
+    tasks = [task for name in names for task in published.build(name, settings, options)]
     twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
     if twice:
         raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")
@@ -141,7 +147,8 @@ class Evaluation:
                 model, task, [], self.planner, self.store,
                 batch_size=options.batch_size, weights=self.weights, dtype=options.dtype, asking=asking,
             )  # fmt: skip
-            runner.variants += self._possible(runner, checked.variants)
+            if not task.dense_only:
+                runner.variants += self._possible(runner, checked.variants)
             self.runners.append(runner)
 
     def _possible(self, runner: Runner, variants: Sequence[Variant]) -> list[Variant]:
@@ -176,6 +183,7 @@ class Evaluation:
         Of several processes each answers its share of the batches, and process 0 writes and prints for all. Where one fails, all
         raise; what was answered stays in their files.
         """
+        self._note(*(line for task in self.tasks for line in task.about().get("notes", [])))
         self._note(*(line for task in self.tasks for video in task.videos for line in task.remarks(video)))
         self.store.join()
         names = json.loads(gather(json.dumps([runner.run_id for runner in self.runners]).encode())[0])
@@ -213,22 +221,41 @@ class Evaluation:
         results = self.results()
         write_atomic(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
         report.write_report(self.folder, results)
+        self._write_submissions()
+        if self.options.format == "lmms-eval":
+            lmms_eval.write(self.folder / "lmms-eval", self.model.name, self.tasks, self._records, self.command)
         for task in self.tasks:
             rows = [row for row in results["rows"] if row["task"] == task.name]
-            print(f"\n{task.name}: {rows[0]['n']} questions on {len(task.videos)} videos\n")
+            print(f"\n{task.name}: {rows[0]['n']} questions on {len({s.whole for s in task.samples})} videos\n")
             report.print_rows(rows)
+            if task.name in results.get("tasks", {}):
+                details = [extra for extra in results["details"] if extra["task"] == task.name]
+                report.print_benchmark(results["tasks"][task.name], rows, details)
         print(f"\n{report.READING}")
         warnings = report.warnings_of(results["rows"], results["details"])
         print_lines((f"warning: {line}" for line in warnings), "yellow")
         print(f"\npictures: {', '.join(str(self.folder / name) for name in report.PICTURES)}")
         print(f"results:  {self.folder / 'report.md'}, results.json, samples.jsonl")
 
+    def _records(self, task: Task, variant: Variant = DENSE) -> dict[str, dict[str, Any]]:
+        """The records of a task under a variant, by sample id."""
+        (runner,) = (r for r in self.runners if r.task is task)
+        return {sample.id: self.store.get(runner.key(variant, sample)) for sample in task.samples}
+
+    def _write_submissions(self) -> None:
+        for runner in self.runners:
+            for variant in runner.variants:
+                folder = self.folder / "submissions" / runner.task.name / variant.label.replace(" at ", "-")
+                for name, content in runner.task.files(self._records(runner.task, variant)).items():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_atomic(folder / name, content)
+
     def _remarks(self) -> list[str]:
         """What was said of the videos: by the decoder, and of those that could not be read."""
         lines = []
         for runner in self.runners:
             for variant in runner.variants:
-                for sample in runner.task.samples:
+                for sample in runner.available:  # of the others the task itself has told
                     record = self.store.get(runner.key(variant, sample))
                     lines += [*record.get("remarks", []), record.get("failure", "")]
             for video in runner.task.videos:
@@ -269,10 +296,11 @@ class Evaluation:
                         [self.store.get(runner.key(v, s)) for s in runner.task.samples] for v in (variant, other)
                     ]
                     comparisons += compare(runner.task, row, other_row, *answers)
-        return {"rows": rows, "details": details, "comparisons": comparisons, "metadata": self._metadata()}
+        found = {"rows": rows, "details": details, "comparisons": comparisons, "metadata": self._metadata()}
+        tasks = {task.name: about for task in self.tasks if (about := task.about())}
+        return found | ({"tasks": tasks} if tasks else {})
 
     def _metadata(self) -> dict[str, Any]:
-        import jax
 
         device = jax.devices()[0]
         memory = device.memory_stats() or {}
@@ -291,7 +319,7 @@ class Evaluation:
             "system": self.options.system,
             "thinking": self.options.thinking,
             "think_tokens": self.options.think_tokens,
-            "sampling": self.options.sampling,
+            "sampling": self.options.sampling or "by task",
             "seed": self.options.seed,
             "split": self.options.split,
             "limit": self.options.limit,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridvlm.console import print_table
+from hybridvlm.eval import report_benchmarks
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.inference.thinking import UNFINISHED
 
@@ -31,6 +32,7 @@ _COLOURS = (
     "#000000",
 )
 _MARKS = "osD^vPX<>*"
+PANELS = 4  # side by side in a picture
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
@@ -108,6 +110,13 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     print_table(texts, keys=2, style=style)
 
 
+def print_benchmark(about: dict[str, Any], rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) -> None:
+    """Print how a published benchmark was asked, and its own metric."""
+    print(f"\n{report_benchmarks.asked(about)}\n")
+    labelled = [(f"{name(row)} {row['budget']:g}", extra) for row, extra in zip(rows, details, strict=True)]
+    print_table(report_benchmarks.own(labelled), keys=1)
+
+
 def _markdown(table: Sequence[dict[str, str]]) -> str:
     head = list(table[0])
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -134,7 +143,9 @@ def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]
                 f"{label}: {extra['thinking_unfinished']} of those replies {UNFINISHED}; give more by --think-tokens or "
                 "--buckets max_new=N, or turn it off by --thinking off"
             )
-        if row["n"] >= 20 and extra["most_common_reply"] > 0.9:
+        if "reply_warnings" in extra:
+            lines += [f"{label}: {line}" for line in extra["reply_warnings"]]
+        elif row["n"] >= 20 and extra["most_common_reply"] > 0.9:
             lines.append(
                 f"{label}: one reply makes up {extra['most_common_reply']:.0%} of all; the model may not be looking"
             )
@@ -153,7 +164,15 @@ def markdown(results: dict[str, Any]) -> str:
         mine = [(row, extra) for row, extra in zip(rows, details, strict=True) if row["task"] == task]
         videos = mine[0][1]["videos"]
         parts.append(f"## {task}: {mine[0][0]['n']} questions on {videos} videos")
+        about = results.get("tasks", {}).get(task)
+        if about is not None:
+            parts.append(report_benchmarks.asked(about))
         parts.append(_markdown([cells(row) for row, _ in mine]))
+        if about is not None:
+            labelled = [(f"{name(row)} {row['budget']:g}", extra) for row, extra in mine]
+            tables = [report_benchmarks.own(labelled), *report_benchmarks.groups(labelled)]
+            parts += [_markdown(table) for table in tables]
+            continue
         types = list(dict.fromkeys(t for row, _ in mine for t in row["by_type"]))
         table = [
             {"accuracy % by type": f"{name(row)} {row['budget']:g}"}
@@ -218,9 +237,13 @@ def picture(rows: Sequence[dict[str, Any]], axis: str, label: str) -> bytes:
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(name(row) for row in rows))
-    figure = matplotlib.figure.Figure(figsize=(6.4 * len(tasks), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for panel, task in zip(panels, tasks, strict=True):
+    wide = min(len(tasks), PANELS)
+    high = -(-len(tasks) // wide)
+    figure = matplotlib.figure.Figure(figsize=(6.4 * wide, 4.4 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).ravel()
+    for panel in panels[len(tasks) :]:
+        panel.set_visible(False)
+    for panel, task in zip(panels, tasks, strict=False):
         for number, method in enumerate(methods):
             points = sorted(
                 (r for r in rows if r["task"] == task and name(r) == method and r[axis] and r["n"]),

@@ -10,10 +10,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval import statistics
 from hybridvlm.eval.tasks import Task
 from hybridvlm.files import parse_json
+from hybridvlm.inference.placement import to_host
+from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan
 from hybridvlm.storage import GrowingFile, is_url
 from hybridvlm.storage import write_atomic as write_atomic
@@ -135,6 +139,16 @@ class SampleStore:
             self._file.remove()
 
 
+def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
+    """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
+    plan = generation.plan
+    if plan is None:
+        return [1.0] * len(own)
+    kept = np.asarray(to_host(generation.prefilled.decoder.kept), np.float64)[:, : len(own), 0]  # [1 + drops, B]
+    edges = [0, *(site + 1 for site in plan.drops), plan.layers]
+    return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
+
+
 def timing_run(records: Sequence[Record], dense: Sequence[Record]) -> str | None:
     """The one run whose clock counts for a row: it timed most of its questions together with dense; the latest of equals."""
     with_dense = {record["run"] for record in dense}
@@ -164,12 +178,16 @@ def build_row(
     """
     pairs = [(s, store.get(key("row", s)), store.get(key("dense", s))) for s in task.samples]
     # questions on videos that could not be read are neither right nor wrong: they are counted apart
-    pairs = [pair for pair in pairs if not any("failure" in record for record in pair[1:])]
-    unanswered = len(task.samples) - len(pairs)
+    # (their `correct` is None, like that of questions whose answer is not published)
+    asked = [pair for pair in pairs if not any(_left_out(record) for record in pair[1:])]
+    unanswered = len(pairs) - len(asked)
+    pairs = [pair for pair in asked if all(record["correct"] is not None for record in pair[1:])]
+    unscored = len(asked) - len(pairs)
     if not pairs:
-        return _empty_row(task, method, budget, unanswered)
+        row, extra = _empty_row(task, method, budget, unanswered)
+        return row, extra | {"unscored": unscored} | task.summary([(s, a) for s, a, _ in asked])
     samples, answers, dense = (list(part) for part in zip(*pairs, strict=True))
-    clusters = [sample.video for sample in samples]
+    clusters = [sample.whole for sample in samples]
     correct, reference = [r["correct"] for r in answers], [r["correct"] for r in dense]
     keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in dense}
     run, batches, dense_batches, both = _timed(store, keys, dense_keys)
@@ -182,7 +200,8 @@ def build_row(
     for sample, right in zip(samples, correct, strict=True):
         types.setdefault(sample.type or "all", []).append(right)
     two_hop = [right for sample, right in zip(samples, correct, strict=True) if sample.two_hop]
-    used = [plans[sample.id] for sample in samples]
+    used = [plans[sample.id] for sample in samples if sample.id in plans] or [None]
+    shares = [r["retention"] for r in answers if r["retention"] is not None] or [1.0]
     mean, final = (sum(1.0 if p is None else getattr(p, f"retention_{of}") for p in used) for of in ("mean", "final"))
     work = sum(1.0 if p is None else p.flop_ratio for p in used)
     different = list(dict.fromkeys(p for p in used if p is not None))
@@ -200,18 +219,18 @@ def build_row(
         "accuracy_two_hop": sum(two_hop) / len(two_hop) if two_hop else None,
         "retention_mean": mean / len(used),
         "retention_final": final / len(used),
-        "retention_achieved": sum(r["retention"] for r in answers) / len(answers),
+        "retention_achieved": sum(shares) / len(shares),
         "prefill_ms": prefill,
         "speedup": dense_prefill / prefill if prefill and dense_prefill else None,
         "flop_speedup": len(used) / work,
         "decode_ms": statistics.median([batches[b]["decode_ms"] for b in both]),
         "peak_bytes": max((r["peak_bytes"] for r in batches.values()), default=None),
         "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
-        "parse_failures": sum(r["parsed"] is None for r in answers),
+        "parse_failures": sum(r["parsed"] is None and r["prediction"] is not None for r in answers),
         "unanswered": unanswered,
     }
     changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, dense, strict=True))
-    replies: dict[str, int] = {}
+    replies: dict[str | None, int] = {}
     for record in answers:
         replies[record["prediction"]] = replies.get(record["prediction"], 0) + 1
     extra = {
@@ -228,9 +247,15 @@ def build_row(
         "timed_batches": len(both),
         "plans": [p.to_dict() for p in different],
         "explained": [p.explain() for p in different],
-    }
+        "unscored": unscored,
+    } | task.summary([(s, a) for s, a, _ in asked])
     assert tuple(row) == ROW_KEYS
     return row, extra
+
+
+def _left_out(record: Record) -> bool:
+    """Whether a question could not be asked, and does not count as wrong for that."""
+    return "failure" in record and record["correct"] is None
 
 
 def _timed(
@@ -260,9 +285,9 @@ def compare(
     out = []
     for subset in ("all", "two_hop"):
         pairs = [
-            (a["correct"], b["correct"], sample.video)
+            (a["correct"], b["correct"], sample.whole)
             for sample, a, b in zip(task.samples, records, others, strict=True)
-            if (subset == "all" or sample.two_hop) and "failure" not in a and "failure" not in b
+            if (subset == "all" or sample.two_hop) and a["correct"] is not None and b["correct"] is not None
         ]
         if not pairs:
             continue

@@ -18,126 +18,27 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from hybridvlm.config import Reduction, to_dict
+from hybridvlm.config import to_dict
+from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.deal import deal, weights_fingerprint
-from hybridvlm.eval.results import SampleStore
+from hybridvlm.eval.layouts import Asking, lay_out
+from hybridvlm.eval.results import SampleStore, achieved
 from hybridvlm.eval.tasks import Sample, Task
+from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
+from hybridvlm.inference.placement import to_host
 from hybridvlm.inference.program_cache import compile_count
-from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
-from hybridvlm.models.prompt import Batch, Layout, user_message
-from hybridvlm.reduction import ReductionPlan, parse_method
+from hybridvlm.models.prompt import Batch, Layout
+from hybridvlm.reduction import ReductionPlan
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
-MATCHED = 0.02  # relative error of predicted FLOPs up to which --match-flops counts as met
-
-
-class Bucket(NamedTuple):
-    """The static shape of a batch: frames and text tokens, (height, width) of the frames, and whether of videos or images."""
-
-    frames: int
-    text: int
-    size: tuple[int, int] = (0, 0)
-    kind: str = "video"
-
-    def config(self, model: Model) -> Any:
-        """The model's config for clips of this size."""
-        vision = model.config.vision
-        if vision is None or self.size in ((0, 0), tuple(vision.image_size)):
-            return model.config
-        return dataclasses.replace(model.config, vision=dataclasses.replace(vision, image_size=self.size))
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One row of the table: a method and its nominal budget; `fixed` where the method itself says every rate."""
-
-    method: str
-    budget: float
-    fixed: bool = False
-
-    @property
-    def product(self) -> float:
-        """The budget of all parts together: what `evs+str` at 0.5 leaves is 0.25."""
-        if self.method == "none" or self.fixed:
-            return self.budget
-        return float(np.prod([self.budget if rate is None else rate for _, rate in parse_method(self.method)]))
-
-    @property
-    def label(self) -> str:
-        return self.method if self.fixed or self.method == "none" else f"{self.method} at {self.budget:g}"
-
-
-DENSE = Variant("none", 1.0)
-
-
-def expand(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
-    """Methods x budgets, dense first and always; a method with rates of its own (`evs:0.5+str:0.5`) makes one row.
-
-    ValueError for an unknown method (with near names) or a budget outside (0, 1].
-    """
-    for budget in budgets:
-        Reduction(budget=budget)
-    variants = [DENSE]
-    for method in methods:
-        parts = parse_method(method)
-        if method == "none":
-            continue
-        rates = [rate for _, rate in parts if rate is not None]
-        if len(rates) == len(parts):
-            variants.append(Variant(method, float(np.prod(rates)), fixed=True))
-        else:
-            variants += [Variant(method, float(budget)) for budget in budgets]
-    return list(dict.fromkeys(variants))
-
-
-class Planner:
-    """Reductions and plans of variants, per bucket, settled once.
-
-    base: kind, schedule, score options and seed that all variants share. match: a method whose predicted FLOPs, at the
-    same nominal budget, every other one is solved to.
-    """
-
-    def __init__(self, model: Model, base: Reduction, match: str | None = None):
-        self.model, self.base, self.match = model, base, match
-        self._plans: dict[tuple[Variant, Bucket], tuple[Reduction, ReductionPlan | None]] = {}
-
-    def __call__(self, variant: Variant, bucket: Bucket) -> tuple[Reduction, ReductionPlan | None]:
-        """(reduction, plan); ValueError where the method cannot meet the budget."""
-        if (variant, bucket) not in self._plans:
-            reduction = dataclasses.replace(
-                self.base, method=variant.method, budget=1.0 if variant.fixed else variant.budget
-            )
-            if self.match not in (None, variant.method) and variant != DENSE and not variant.fixed:
-                _, goal = self(Variant(self.match, variant.budget), bucket)
-                if goal is not None:
-                    reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
-            config = bucket.config(self.model)
-            self._plans[variant, bucket] = (
-                reduction,
-                self.model.plan(reduction, bucket.frames, bucket.text, config=config),
-            )
-        return self._plans[variant, bucket]
-
-    def unmatched(self, variant: Variant, bucket: Bucket) -> str | None:
-        """What a reader must know where a plan misses the FLOPs that it was to match."""
-        if self.match in (None, variant.method) or variant == DENSE:
-            return None
-        if variant.fixed:
-            return f"{variant.label} was not matched: its rates are written out"
-        _, plan = self(variant, bucket)
-        _, goal = self(Variant(self.match, variant.budget), bucket)
-        if plan is None or goal is None or abs(plan.flop_ratio / goal.flop_ratio - 1) <= MATCHED:
-            return None
-        found = f"predicted FLOPs are {plan.flop_ratio:.3f} of dense where {self.match} has {goal.flop_ratio:.3f}"
-        return f"{variant.label} could not be matched: its {found}"
 
 
 def versions() -> dict[str, str]:
@@ -151,26 +52,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Asking:
-    """How questions are put, in addition to their text: a system message, the template's switch for reasoning (None: as it is), and
-    the most tokens of reasoning (None: one limit for it and the answer)."""
-
-    system: str = ""
-    thinking: bool | None = None
-    think_tokens: int | None = None
-
-
-def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
-    """Per example, the share of its video's `own` tokens [B] that really entered each layer, averaged over layers."""
-    plan = generation.plan
-    if plan is None:
-        return [1.0] * len(own)
-    kept = np.asarray(jax.device_get(generation.prefilled.decoder.kept), np.float64)[..., 0]  # [1 + drops, B]
-    edges = [0, *(site + 1 for site in plan.drops), plan.layers]
-    return (np.repeat(kept, np.diff(edges), axis=0).mean(axis=0) / np.asarray(own)).tolist()
 
 
 def _digest(value: Any) -> str:
@@ -206,7 +87,7 @@ class Runner:
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
-            "weights": weights or weights_fingerprint(None, model.params),
+            "weights": weights or weights_fingerprint(None, model.whole_params()),
             "dtype": dtype,
             "buckets": to_dict(model.buckets),
             "style": to_dict(model.style),
@@ -228,13 +109,17 @@ class Runner:
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
-        self.buckets = {sample.id: self._bucket(sample) for sample in task.samples}
+        self._ahead = Ahead(task)
+        self.available = [sample for sample in task.samples if sample.id not in task.unavailable]
+        self.buckets = {sample.id: self._bucket(sample) for sample in self.available}
 
     def _bucket(self, sample: Sample) -> Bucket:
+        pick = self.model.buckets.pick
         try:
-            clip, config = self.task.clip(sample.video, pixels=False)
             layout = self.layout(sample)
-            pick = self.model.buckets.pick
+            if self.task.blind:
+                return Bucket(0, pick("text", layout.text), kind="text")
+            clip, config = self.task.clip(sample.video, pixels=False)
             return Bucket(pick("frames", layout.frames), pick("text", layout.text), config.tower.image_size, clip.kind)
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
@@ -248,43 +133,38 @@ class Runner:
         return self._layouts[sample.id, factors]
 
     def _layout(self, sample: Sample, factors: tuple[int, int, int]) -> Layout:
-        model, (clip, config) = self.model, self.task.clip(sample.video, pixels=False)
-        system = [{"role": "system", "content": self.asking.system}] if self.asking.system else []
-        asked = user_message(self.task.prompt(sample), model.style, [clip.kind])
-        return model.family.prompt(
-            config,
-            model.tokenizer,
-            self._switch.messages([*system, asked]),
-            [clip],
-            style=model.style,
-            factors=factors,
-            template_options=self._switch.options,
-        )
+        return lay_out(self.model, self.task, sample, factors, self.asking, self._switch)
 
     def key(self, variant: Variant, sample: Sample) -> str:
         """What a stored answer must share with this run to stand for it: configuration, weights, plan, sample."""
         if (variant, sample.id) not in self._keys:
+            if sample.id in self.task.unavailable:
+                absent = [self._common, dataclasses.asdict(variant), sample.id, self.task.unavailable[sample.id]]
+                return self._keys.setdefault((variant, sample.id), _digest(absent))
             bucket = self.buckets[sample.id]
             if (variant, bucket) not in self._settings:
                 _, plan = self.planner(variant, bucket)
                 self._settings[variant, bucket] = _digest(
                     [self._common, bucket, None if plan is None else plan.to_dict()]
                 )
+            fields = dataclasses.asdict(sample) | {"video": ""}
+            for name in ("groups", "cluster"):  # no part of what was asked, like the video's name
+                del fields[name]
             asked = [
-                dataclasses.asdict(sample) | {"video": ""},
+                fields,
                 self.task.prompt(sample),
-                self.task.identity(sample.video),
+                "" if self.task.blind else self.task.identity(sample.video),
             ]
             self._keys[variant, sample.id] = _digest([self._settings[variant, bucket], asked])
         return self._keys[variant, sample.id]
 
     def plans(self, variant: Variant) -> dict[str, ReductionPlan | None]:
-        """The plan of a variant for every sample, by its id: that of the sample's bucket."""
-        return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.task.samples}
+        """The plan of a variant for every sample that can be asked, by its id: that of the sample's bucket."""
+        return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.available}
 
     def batches(self, samples: Sequence[Sample] | None = None) -> Iterator[tuple[Bucket, list[Sample]]]:
-        """Samples (default: all) of one bucket, `batch_size` at a time, the longest videos first."""
-        asked = self.task.samples if samples is None else samples
+        """Samples (default: all that can be asked) of one bucket, `batch_size` at a time, the longest videos first."""
+        asked = self.available if samples is None else samples
         for bucket in sorted({self.buckets[sample.id] for sample in asked}, reverse=True):
             own = [sample for sample in asked if self.buckets[sample.id] == bucket]
             for start in range(0, len(own), self.batch_size):
@@ -309,14 +189,19 @@ class Runner:
             PlanMismatch: a run kept something else than its plan says; what was answered before is in the store.
         """
         variants = self.variants if variants is None else variants
-        for number, (bucket, samples), missing in self._missing(variants):
-            encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
-            seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
-            unread = [sample for sample in samples if sample.id not in seen]
-            read = [sample for sample in samples if sample.id in seen]
+        self._note_unavailable(variants, progress)
+        for number, (bucket, samples), missing in self._ahead.over(self._missing(variants), self._unseen):
+            read, unread, visual = samples, list[Sample](), None
+            if not self.task.blind:
+                encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
+                seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
+                unread = [sample for sample in samples if sample.id not in seen]
+                read = [sample for sample in samples if sample.id in seen]
             if read:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
+            if read and not self.task.blind:
                 visual = jax.block_until_ready(jax.device_put(np.stack([seen[sample.id] for sample in rows])))
+            if read:
                 self._compile([v for v in variants if missing[v] or v == DENSE], bucket, rows, visual)
             for variant in variants:
                 # dense goes along, so that every clock has its counterpart
@@ -328,21 +213,37 @@ class Runner:
                     self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
 
+    def _unseen(self, item: tuple[int, tuple[Bucket, list[Sample]], Any]) -> list[str]:
+        """The videos of a batch that have to be decoded."""
+        _, (bucket, samples), _ = item
+        videos = [] if self.task.blind else dict.fromkeys(sample.video for sample in samples)
+        return [v for v in videos if v not in self._unread and (v, bucket.frames) not in self._visual]
+
+    def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
+        """Records of the samples that cannot be asked, made by the first process."""
+        if not self.task.unavailable or not self.store.process.first:
+            return
+        for variant in variants:
+            absent = [
+                s for s in self.task.samples if s.id in self.task.unavailable and self.key(variant, s) not in self.store
+            ]
+            self.store.append(self._unanswered(variant, sample) for sample in absent)
+            progress(len(absent), variant.label)
+
     def _missing(
         self, variants: Sequence[Variant]
     ) -> list[tuple[int, tuple[Bucket, list[Sample]], dict[Variant, list[Sample]]]]:
         """Batches of this process's share of what is still to be found: (number, batch, samples by variant)."""
-        absent = {v: [s for s in self.task.samples if self.key(v, s) not in self.store] for v in variants}
+        absent = {v: [s for s in self.available if self.key(v, s) not in self.store] for v in variants}
         process, ids = self.store.process, {v: {s.id for s in samples} for v, samples in absent.items()}
-        costs: dict[
-            str, float
-        ] = {}  # of a video with all its questions: tokens of the tower once, of the decoder for each
-        for sample in self.task.samples:
+        # of a video with all its questions: tokens of the tower once, of the decoder for each
+        costs: dict[str, float] = {}
+        for sample in self.available:
             count = sum(sample.id in missing for missing in ids.values())
             if count:
                 costs[sample.video] = costs.get(sample.video, 1.0) + count * max(1, self.buckets[sample.id].frames)
         mine = set(deal(costs, process.count)[process.index])
-        pending = [s for s in self.task.samples if s.video in mine and any(s.id in missing for missing in ids.values())]
+        pending = [s for s in self.available if s.video in mine and any(s.id in missing for missing in ids.values())]
         return [
             (
                 # numbers of no two processes are the same
@@ -353,7 +254,9 @@ class Runner:
             for number, (bucket, samples) in enumerate(self.batches(pending))
         ]
 
-    def _compile(self, variants: Sequence[Variant], bucket: Bucket, rows: Sequence[Sample], visual: jax.Array) -> None:
+    def _compile(
+        self, variants: Sequence[Variant], bucket: Bucket, rows: Sequence[Sample], visual: jax.Array | None
+    ) -> None:
         """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""
         cold = [variant for variant in variants if (variant, bucket) not in self._warm]
         if len(cold) < 2:
@@ -384,7 +287,7 @@ class Runner:
         number: int,
         samples: Sequence[Sample],
         rows: Sequence[Sample],
-        visual: jax.Array,
+        visual: jax.Array | None,
     ) -> list[dict[str, Any]]:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
         compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
@@ -396,7 +299,7 @@ class Runner:
             self._warm.add((variant, bucket))
         generation = self.model.generate(batch, visual, plan, think_tokens=think_tokens)
         self.model.verify(generation)
-        m = config.vision.tokens_per_frame
+        m = 0 if self.task.blind else config.vision.tokens_per_frame
         shares = achieved(generation, [self.layout(sample).frames * m for sample in rows])
         per = 1e3 / len(rows)
         clock = {
@@ -409,11 +312,10 @@ class Runner:
         }
         out = []
         for row, sample in enumerate(samples):
-            parsed = None if generation.unfinished[row] else self.task.parse(generation.text[row], sample)
+            text = None if generation.unfinished[row] else generation.text[row]
             record = self._record(variant, sample) | {
                 "prediction": generation.text[row],
-                "parsed": parsed,
-                "correct": self.task.correct(parsed, sample),
+                **self.task.score(text, sample),
                 "retention": shares[row],
                 **clock,
             }
@@ -436,13 +338,17 @@ class Runner:
             "type": sample.type,
             "answer": sample.answer,
         }
+        if sample.groups:
+            record |= {"groups": dict(sample.groups), "cluster": sample.whole}
         remarks = self.task.remarks(sample.video)
         return record | {"remarks": remarks} if remarks else record
 
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
-        """The record of a question whose video cannot be read: it is neither right nor wrong."""
-        nothing = {"prediction": None, "parsed": None, "correct": None, "retention": None, "run": self.run_id}
-        return self._record(variant, sample) | nothing | {"failure": self._unread[sample.video]}
+        """The record of a question whose video cannot be read: it is neither right nor wrong, unless the task says so."""
+        wrong = False if self.task.counts_unavailable else None
+        nothing = {"prediction": None, "parsed": None, "correct": wrong, "retention": None, "run": self.run_id}
+        failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
+        return self._record(variant, sample) | nothing | {"failure": failure}
 
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
@@ -456,7 +362,7 @@ class Runner:
             self._visual.move_to_end((video, bucket.frames))
             return self._visual[video, bucket.frames]
         try:
-            clip, config = self.task.clip(video)
+            clip, config = self._ahead.clip(video)
         except VideoError as error:
             if self.task.gone(video):
                 raise
@@ -464,7 +370,7 @@ class Runner:
             return None
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()
-        tokens = np.asarray(jax.device_get(self.model.encode(pixels)))[0]
+        tokens = to_host(self.model.encode(pixels))[0]
         if bucket in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
         self._warm_encode.add(bucket)

@@ -18,6 +18,7 @@ import numpy as np
 
 from hybridvlm.config import Reduction
 from hybridvlm.files import text_problem
+from hybridvlm.inference.placement import to_host
 from hybridvlm.inference.programs import ModelPrograms
 from hybridvlm.inference.sampling import Sampling
 from hybridvlm.inference.thinking import opens, read_reply, switch, think_budget
@@ -276,7 +277,7 @@ class Conversation:
                     self._memory[plan] = model.build_video_memory(batch, visual, plan)
                 visual = self._memory[plan]
             prefilled = jax.block_until_ready(model.prefill(batch, visual, plan, max_new + self.decode_capacity))
-        kept = np.asarray(jax.device_get(prefilled.decoder.kept))[:, 0].sum(-1)
+        kept = to_host(prefilled.decoder.kept)[:, 0].sum(-1)
         layers = len(self.config.pattern) if plan is None else plan.layers
         stages = [(0, layers)] if plan is None else list(plan.stages)
         listed = [(first, stop - 1, int(count)) for (first, stop), count in zip(stages, kept, strict=True)]
@@ -306,7 +307,7 @@ class Conversation:
         else:
             survivors = prefilled.decoder.survivors
             last = survivors[-1] if survivors else (prefilled.decoder.tokens.index, prefilled.decoder.tokens.visual)
-            index, visual = (np.asarray(jax.device_get(part))[0] for part in last)
+            index, visual = (part[0] for part in to_host(last))
             # index in the prompt -> which visual token
             visual_index = np.cumsum(layout.frame >= 0) - 1
             alive.reshape(-1)[visual_index[index[visual]]] = True
@@ -345,7 +346,7 @@ class Conversation:
             logits = None
             tokens += new[0, : lengths[0]].tolist()
             left -= piece
-            done = left == 0 or bool(state.done[0])
+            done = left == 0 or bool(to_host(state.done)[0])
             if show is not None:
                 text, thinking, unfinished = read_reply(model.tokenizer, tokens, opened)
                 if thinking and not unfinished and not answering:  # the reasoning was shown as it came

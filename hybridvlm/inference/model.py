@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridvlm.checkpoints.folder import read_checkpoint, save_folder
+from hybridvlm.checkpoints.folder import Checkpoint, read_checkpoint, save_folder
 from hybridvlm.config import Buckets, Reduction
+from hybridvlm.estimates.guard import mesh_option
+from hybridvlm.inference import placement
 from hybridvlm.inference.conversation import Answer, Conversation, check_question
 from hybridvlm.inference.programs import ModelPrograms
 from hybridvlm.inference.sampling import Sampling
 from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
+from hybridvlm.parallel.mesh import full_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -33,8 +36,32 @@ class Model(ModelPrograms):
         size = sum(leaf.nbytes for leaf in leaves)
         return (
             f"Model({self.name or 'unnamed'!r}, family {self.family.NAME}, {len(self.config.pattern)} layers, "
-            f"{count:,} parameters, {size / 1e9:.2f} GB, frames up to {self.buckets.frames[-1]})"
+            f"{count:,} parameters, {size / 1e9:.2f} GB, frames up to {self.buckets.frames[-1]}{self._mesh_text()})"
         )
+
+    def _mesh_text(self) -> str:
+        if self.mesh is None:
+            return ""
+        return ", mesh " + (" ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1) or "of one device")
+
+    def to_mesh(self, mesh: jax.sharding.Mesh) -> Model:
+        """This model on the devices of a mesh, as `make_mesh` gives it: all of its programs run over them.
+
+        Args:
+            mesh: data and fsdp cut batches (fsdp the weights too, gathered layer by layer: slow to decode with), tensor
+                heads, channels and the vocabulary, sequence the rows of a prompt. All devices share the frames of a video.
+
+        Raises:
+            ValueError: for an axis that the family does not run over, or that does not divide the model's sizes.
+        """
+        mesh = placement.check_mesh(self.family, self.config, mesh)
+        return dataclasses.replace(
+            self, params=placement.place_params(self.config, self.whole_params(), mesh), mesh=mesh
+        )
+
+    def whole_params(self) -> dict[str, Any]:
+        """The parameters in the whole model's order: `params`, or of a mesh NumPy arrays on this host."""
+        return self.params if self.mesh is None else placement.whole_params(self.config, self.params, self.mesh)
 
     def ask(
         self,
@@ -103,7 +130,8 @@ class Model(ModelPrograms):
         Raises:
             ValueError: for weights that are not finite in `storage`, or a path that holds anything else.
         """
-        return save_folder(pathlib.Path(path), self, storage=storage)
+        whole = dataclasses.replace(self, params=self.whole_params(), mesh=None)
+        return save_folder(pathlib.Path(path), whole, storage=storage)
 
     def warm_up(
         self,
@@ -166,7 +194,7 @@ def init(config: Any, seed: int = 0, *, tokenizer: Any = None, buckets: Buckets 
 def load(
     name_or_path: str | os.PathLike[str],
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
     dtype: Any = None,
     reduction: Reduction | None = None,
     buckets: Buckets | None = None,
@@ -178,7 +206,8 @@ def load(
     Args:
         name_or_path: a folder (this library's, Orbax's or a published one), a packaged name (`tiny`, `tiny-reduced`), or
             an id of the Hugging Face hub.
-        mesh: where the weights go, by the rules of hybridvlm/sharding.py (default: one device).
+        mesh: the devices that the model runs on, such as `make_mesh(tensor=4, data=-1)`, see `Model.to_mesh`; "auto": the
+            smallest tensor x sequence of this process's devices that fits, the rest data (default: one).
         dtype: of the weights and so of the activations, e.g. "bfloat16" (default: float32 for the library's own, else as
             stored).
         reduction: instead of the checkpoint's own.
@@ -191,8 +220,20 @@ def load(
         FileNotFoundError: for a missing file.
         CheckpointError: (a ValueError) where one does not fit.
     """
+    if isinstance(mesh, str):
+        mesh = mesh_option(mesh, name_or_path, dtype=dtype, revision=revision, reduction=reduction)
+    mesh = None if mesh is None else full_mesh(mesh)
     checkpoint = read_checkpoint(
         name_or_path, mesh=mesh, dtype=dtype, reduction=reduction, buckets=buckets, revision=revision, cache=cache
     )
-    fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
-    return Model(**fields)
+    model = from_checkpoint(checkpoint)
+    if mesh is None:
+        return model
+    mesh = placement.check_mesh(model.family, model.config, mesh)
+    params = placement.place_params(model.config, model.params, mesh, consume=True)
+    return dataclasses.replace(model, params=params, mesh=mesh)
+
+
+def from_checkpoint(checkpoint: Checkpoint) -> Model:
+    """The model of what was read, its parameters where they lie and in the whole model's order."""
+    return Model(**{field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)})

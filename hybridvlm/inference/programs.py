@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from hybridvlm.config import Buckets, Reduction
-from hybridvlm.inference import sampling as decoding
+from hybridvlm.inference import functions, placement
 from hybridvlm.inference.program_cache import ProgramCache, peak_bytes
 from hybridvlm.inference.sampling import DecodeState, Sampling
 from hybridvlm.inference.thinking import ThinkBudget, opens, read_reply, think_budget
@@ -21,6 +22,7 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
 from hybridvlm.nn.caches import check_capacity
+from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction.methods import parse_method
 from hybridvlm.reduction.plan import ReductionPlan
 
@@ -73,6 +75,8 @@ class ModelPrograms:
         name: for people (default: the config's).
         family: whose functions do the work.
         programs: what is compiled; copies by `dataclasses.replace` share it.
+        mesh: the devices that `params` are laid out for, see `Model.to_mesh`; None for one device. Rows of padding that fill
+            a batch up to come out even on a mesh stand at the end of what `prefill` and `extend` return.
     """
 
     config: Any
@@ -85,9 +89,16 @@ class ModelPrograms:
     name: str = ""
     family: Family = nemotron_vl
     programs: ProgramCache = dataclasses.field(default_factory=ProgramCache)
+    mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.config.name)
+
+    @functools.cached_property
+    def _part(self) -> LocalConfig:
+        """What one device of the mesh holds."""
+        assert self.mesh is not None
+        return placement.part_of(self.config, self.params, self.mesh)
 
     # -- from samples to arrays -----------------------------------------------------------------------------------
 
@@ -180,7 +191,12 @@ class ModelPrograms:
             if spare:
                 # on the host: on the device every number of frames would compile a padding of its own
                 pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
-        return self._run(_encode, self.params, pixels)
+        if self.mesh is None:
+            return self._run(functions.encode, self.params, pixels)
+        if isinstance(pixels, dict | tuple | list):
+            raise TypeError(f"encode: on a mesh pixels are one array [B,F,...], got {type(pixels).__name__}")
+        dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
+        return self._run(functions.encode, self.params, dealt, config=part, frames=pixels.shape[1])
 
     def prefill(
         self,
@@ -207,9 +223,40 @@ class ModelPrograms:
         Raises:
             ValueError: where visual tokens do not fit the batch, or the family has no such scores or states.
         """
+        batch, visual = self._placed(batch, visual)
         return self._prefill_program(batch, visual, plan, decode_capacity, return_scores, return_hidden_states)(
             self.params, batch, visual
         )
+
+    def _placed(self, batch: Batch, visual: Any) -> tuple[Batch, Any]:
+        """A batch and its visual tokens where the mesh needs them, after `_check_visual`."""
+        self._check_visual(batch, visual)
+        if self.mesh is None:
+            return batch, visual
+        if hasattr(visual, "shape"):
+            visual = placement.put_visual(visual, self.mesh)
+        return placement.put_rows(batch, self.mesh), visual
+
+    def _check_visual(self, batch: Batch, visual: Any) -> None:
+        """ValueError for visual tokens that a batch has no use for, or that it lacks."""
+        frames = int(np.max(placement.to_host(batch.frame_count), initial=0))
+        if visual is None and frames:
+            raise ValueError(f"visual is None, but the batch has visual tokens of {frames} frames; pass encode(frames)")
+        if visual is None or not hasattr(visual, "shape"):
+            return
+        rows = len(batch.input_ids)
+        most = rows if self.mesh is None else rows + -rows % placement.row_parts(self.mesh)
+        if not rows <= visual.shape[0] <= most or visual.shape[1] < frames:
+            raise ValueError(
+                f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has, "
+                f"got {visual.shape}"
+            )
+        needed = int(np.max(np.sum(placement.to_host(getattr(batch, "frame", -1)) >= 0, axis=-1), initial=0))
+        if needed > visual.shape[1] * visual.shape[2]:
+            raise ValueError(
+                f"the batch has indices for {needed} visual tokens, and visual holds {visual.shape[1]} frames of "
+                f"{visual.shape[2]} tokens; encode frames of the size that the prompt was laid out for"
+            )
 
     def _prefill_program(
         self,
@@ -220,25 +267,9 @@ class ModelPrograms:
         scores: bool = False,
         hidden_states: bool = False,
     ) -> Any:
-        frames = int(np.max(np.asarray(batch.frame_count), initial=0))
-        if visual is None and frames:
-            raise ValueError(f"visual is None, but the batch has visual tokens of {frames} frames; pass encode(frames)")
-        if visual is not None and hasattr(visual, "shape"):
-            rows = len(batch.input_ids)
-            if visual.shape[0] != rows or visual.shape[1] < frames:
-                raise ValueError(
-                    f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has, "
-                    f"got {visual.shape}"
-                )
-            needed = int(np.max(np.sum(np.asarray(getattr(batch, "frame", -1)) >= 0, axis=-1), initial=0))
-            if needed > visual.shape[1] * visual.shape[2]:
-                raise ValueError(
-                    f"the batch has indices for {needed} visual tokens, and visual holds {visual.shape[1]} frames of "
-                    f"{visual.shape[2]} tokens; encode frames of the size that the prompt was laid out for"
-                )
         static = {"plan": plan, "decode_capacity": self.buckets.max_new if decode_capacity is None else decode_capacity}
         collected = {"scores": scores, "hidden_states": hidden_states}
-        return self._program(_prefill, self.params, batch, visual, **static, **collected)
+        return self._program(functions.prefill, self.params, batch, visual, **static, **collected)
 
     def generate(
         self,
@@ -266,7 +297,9 @@ class ModelPrograms:
         sampling = Sampling() if sampling is None else sampling
         budget = think_budget(self, think_tokens)
         opened = self.opened(batch)
-        drawn = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
+        rows = len(batch.input_ids)
+        drawn = np.zeros(rows, np.int32) if seeds is None else np.asarray(seeds, np.int32)
+        batch, visual = self._placed(batch, visual)
         timing = Timing()
         start = time.perf_counter()
         most = self._decode_capacity(budget)
@@ -275,16 +308,15 @@ class ModelPrograms:
         start = time.perf_counter()
         prefilled = jax.block_until_ready(prefill(self.params, batch, visual))
         timing.prefill = time.perf_counter() - start
-        args: tuple[Any, ...] = (self.params, prefilled.logits, prefilled.decoder.caches, drawn, np.int32(max_new))
-        if budget is not None:
-            args += (np.asarray(opened),)
+        rest = self._decoding(drawn, max_new, None if budget is None else opened)
+        args = (self.params, prefilled.logits, prefilled.decoder.caches, *rest)
         start = time.perf_counter()
-        decode = self._program(_decode_tokens, *args, max_new=most, sampling=sampling, budget=budget)
+        decode = self._program(functions.decode_tokens, *args, max_new=most, sampling=sampling, budget=budget)
         timing.compile += time.perf_counter() - start
         start = time.perf_counter()
-        tokens, lengths = jax.device_get(decode(*args))
+        tokens, lengths = placement.to_host(decode(*args))
         timing.decode = time.perf_counter() - start
-        ids = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+        ids = [row[:n].tolist() for row, n in zip(tokens[:rows], lengths[:rows], strict=True)]
         replies = [read_reply(self.tokenizer, *row) for row in zip(ids, opened, strict=True)]
         text, thinking, unfinished = (list(part) for part in zip(*replies, strict=True))
         peak = max(peak_bytes(prefill), peak_bytes(decode))
@@ -336,13 +368,34 @@ class ModelPrograms:
         sampling = Sampling() if sampling is None else sampling
         # the last sampled token is not written to the caches; a resumed call writes the one of the call before
         check_capacity(caches, max_new - (logits is not None), "decode puts in")
-        args: tuple[Any, ...] = (self.params, logits, caches, seeds, np.int32(max_new if answer is None else answer))
+        opened = None
         if budget is not None and logits is not None:
-            args += (np.asarray([False] * len(seeds) if inside is None else inside, bool),)
+            opened = [False] * len(seeds) if inside is None else inside
+        rest = self._decoding(seeds, max_new if answer is None else answer, opened, begins=logits is not None)
         tokens, lengths, state = self._run(
-            _decode, *args, max_new=max_new, sampling=sampling, budget=budget, donate=(2,)
+            functions.decode,
+            self.params,
+            logits,
+            caches,
+            *rest,
+            max_new=max_new,
+            sampling=sampling,
+            budget=budget,
+            donate=(2,),
         )
-        return *jax.device_get((tokens, lengths)), state
+        tokens, lengths = placement.to_host((tokens, lengths))
+        return tokens[: len(seeds)], lengths[: len(seeds)], state
+
+    def _decoding(
+        self, seeds: np.ndarray, limit: int, inside: Sequence[bool] | None, begins: bool = True
+    ) -> tuple[Any, ...]:
+        """The arguments of `functions.decode` after the caches."""
+        opened = None if inside is None else np.asarray(inside, bool)
+        if self.mesh is None:
+            return seeds, np.int32(limit), opened
+        real = np.ones(len(seeds), bool) if begins else None
+        seeds, opened, real = placement.put_rows((np.asarray(seeds, np.int32), opened, real), self.mesh)
+        return seeds, np.int32(limit), opened, real
 
     def extend(self, ids: np.ndarray, segment: np.ndarray, caches: Any) -> tuple[jax.Array, Any]:
         """Text after what the caches hold, ids and segment [B,T] -> logits [B,V] after it, and the longer caches.
@@ -350,74 +403,37 @@ class ModelPrograms:
         ValueError where they have fewer than T slots free: prefill(decode_capacity=...) says how many there are.
         """
         check_capacity(caches, ids.shape[1], "extend takes")
-        return self._run(_extend, self.params, ids, segment, caches, donate=(3,))
+        if self.mesh is not None:
+            ids, segment = placement.put_rows((ids, segment), self.mesh)
+        return self._run(functions.extend, self.params, ids, segment, caches, donate=(3,))
 
     def build_video_memory(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> Any:
         """Of a family that can make it: what every question needs of these videos, to be given to prefill as `visual`."""
-        return self._run(_build_video_memory, self.params, batch, visual, plan=plan)
+        batch, visual = self._placed(batch, visual)
+        return self._run(functions.build_video_memory, self.params, batch, visual, plan=plan)
 
     def verify(self, generation: Generation) -> None:
         """Raise PlanMismatch if what the run kept is not what its plan says."""
         if generation.plan is not None:
-            kept, counts = jax.device_get((generation.prefilled.decoder.kept, generation.prefilled.counts))
+            kept, counts = placement.to_host((generation.prefilled.decoder.kept, generation.prefilled.counts))
             drops = np.asarray(generation.plan.drops, int)
             entering = [int((drops < layer).sum()) for layer in range(generation.plan.layers)]
             generation.plan.verify(kept[entering, :, 0], counts[..., 0])
 
     def _program(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-        return self.programs.get(function, *args, family=self.family, config=self.config, **static)
+        if self.mesh is None:
+            return self.programs.get(function, *args, family=self.family, config=self.config, **static)
+        static = {"config": self._part, **static}
+        return self.programs.get(
+            placement.over_mesh,
+            *args,
+            phase=function,
+            results=functions.RESULTS[function],
+            mesh=self.mesh,
+            specs=placement.arguments_specs(args),
+            family=self.family,
+            **static,
+        )
 
     def _run(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
         return self._program(function, *args, **static)(*args)
-
-
-# -- what is compiled -----------------------------------------------------------------------------------------------------
-
-
-def _encode(params: Any, pixels: Any, *, family: Family, config: Any) -> Any:
-    return family.encode(params, config, pixels)
-
-
-def _prefill(
-    params: Any,
-    batch: Any,
-    visual: Any,
-    *,
-    family: Family,
-    config: Any,
-    plan: ReductionPlan | None,
-    decode_capacity: int,
-    **collected: bool,
-) -> Any:
-    return family.prefill(params, config, batch, visual, plan, decode_capacity, **collected)
-
-
-def _decode(
-    params: Any,
-    logits: Any,
-    caches: Any,
-    seeds: Any,
-    limit: Any,
-    inside: Any = None,
-    *,
-    family: Family,
-    config: Any,
-    **static: Any,
-) -> Any:
-    return decoding.decode(params, config, logits, caches, seeds, limit=limit, family=family, inside=inside, **static)
-
-
-def _decode_tokens(*args: Any, **static: Any) -> Any:
-    # without the caches, which would be copied out
-    return _decode(*args, **static)[:2]
-
-
-def _extend(params: Any, ids: Any, segment: Any, caches: Any, *, family: Family, config: Any) -> Any:
-    return family.extend(params, config, ids, segment, caches)
-
-
-def _build_video_memory(
-    params: Any, batch: Any, visual: Any, *, family: Family, config: Any, plan: ReductionPlan | None
-) -> Any:
-    assert family.build_video_memory is not None  # asked before it is compiled
-    return family.build_video_memory(params, config, batch, visual, plan)

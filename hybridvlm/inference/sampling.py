@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.config import ModelConfig
 from hybridvlm.inference.thinking import ThinkBudget, Thought, think
 from hybridvlm.inference.thinking import begin as start_thought
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.family import Family
+from hybridvlm.parallel.tensor import all_rows
+from hybridvlm.parallel.vocab import gumbel_noise, keep_likeliest, likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +42,14 @@ class Sampling:
             object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 
 
-def sample_token(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Next token of each example: logits [B,V] fp32, one key per example -> [B] int32."""
+def sample_token(config: ModelConfig, logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Next token of each example: logits [B,V] fp32 (a device's own where the vocabulary is cut), one key each -> [B] int32."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(config, logits)
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-        # the likeliest token always stays: the probability before it is 0
-        before = jnp.cumsum(ranked, axis=-1) - ranked
-        rows = jnp.arange(logits.shape[0])[:, None]
-        drop = jnp.zeros(logits.shape, bool).at[rows, order].set(before >= sampling.top_p)
-        logits = jnp.where(drop, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        logits = keep_likeliest(config, logits, sampling.top_p)
+    return likeliest(config, logits + gumbel_noise(config, keys, logits.shape[-1]))
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +85,7 @@ def decode(
     family: Family = nemotron_vl,
     budget: ThinkBudget | None = None,
     inside: jax.Array | None = None,
+    real: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, DecodeState]:
     """Generate up to `max_new` tokens per example; ends early once all have stopped.
 
@@ -106,6 +104,7 @@ def decode(
         family: whose decode step runs.
         budget: reasoning has tokens of its own.
         inside: [B] bool, whether the prompt opened the reasoning.
+        real: [B] bool, False for a row that only fills a batch up and says nothing (default: all are real).
 
     Returns:
         Tokens [B,max_new] (pad_id after the end), lengths [B], the stop token not counted, and where decoding stands.
@@ -120,7 +119,7 @@ def decode(
     def pick(
         step: jax.Array, logits: jax.Array, done: jax.Array, out: jax.Array, length: jax.Array, thought: Thought | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Thought | None]:
-        token = sample_token(logits, jax.vmap(jax.random.fold_in, (0, None))(base, step), sampling)
+        token = sample_token(config, logits, jax.vmap(jax.random.fold_in, (0, None))(base, step), sampling)
         if budget is None or thought is None:
             done = done | jnp.any(token[:, None] == stops, axis=1)
         else:
@@ -133,19 +132,24 @@ def decode(
         return token, done, out, length, thought
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, done, out, length, thought, caches = state
+        step, _, token, done, out, length, thought, caches = state
         logits, caches = decode_step(token, caches)
-        return step + 1, *pick(step, logits, done, out, length, thought), caches
+        token, done, *rest = pick(step, logits, done, out, length, thought)
+        return step + 1, all_rows(config, done), token, done, *rest, caches
 
     out, length = jnp.full((b, max_new), config.pad_id, jnp.int32), jnp.zeros((b,), jnp.int32)
     if logits is not None:
         thought = None
         if budget is not None:
             thought = start_thought(budget, jnp.zeros((b,), bool) if inside is None else jnp.asarray(inside))
-        state = (begin + 1, *pick(begin, logits, jnp.zeros((b,), bool), out, length, thought), caches)
+        over = jnp.zeros((b,), bool) if real is None else ~real
+        token, done, *rest = pick(begin, logits, over, out, length, thought)
+        state = (begin + 1, all_rows(config, done), token, done, *rest, caches)
     else:
-        state = (begin, caches.token, caches.done, out, length, caches.thought, caches.caches)
+        ended = all_rows(config, caches.done)
+        state = (begin, ended, caches.token, caches.done, out, length, caches.thought, caches.caches)
     most = max_new if budget is not None else jnp.minimum(answer, max_new)
-    state = jax.lax.while_loop(lambda s: (s[0] - begin < most) & ~jnp.all(s[2]), body, state)
-    step, token, done, out, length, thought, caches = state
+    # whether all have ended is part of the state: all devices take the same number of steps, which exchange what they make
+    state = jax.lax.while_loop(lambda s: (s[0] - begin < most) & ~s[1], body, state)
+    step, _, token, done, out, length, thought, caches = state
     return out, length, DecodeState(token, done, step, caches, thought)

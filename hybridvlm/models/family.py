@@ -18,6 +18,7 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, PromptStyle
 from hybridvlm.models.weights import WeightMap
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.plain import shown
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
@@ -41,6 +42,7 @@ class Family(Protocol):
             `prefill` in the place of visual tokens; None where there is no such thing.
         embed_prompt: (params, config, batch, visual) -> the Tokens that enter layer 0 of a dense pass; None for a family
             without a row of video and text.
+        MESH_AXES: axes of a mesh that may have more than one device.
         decoder_output: rows of training and analyses through the decoder; None where the family has none of one stream.
     """
 
@@ -55,6 +57,8 @@ class Family(Protocol):
     def METHODS(self) -> tuple[str, ...] | None: ...
     @property
     def CHAT(self) -> str: ...
+    @property
+    def MESH_AXES(self) -> tuple[str, ...]: ...
     @property
     def trim_frames(self) -> Callable[[Any, Clip], Clip] | None: ...
     @property
@@ -155,6 +159,12 @@ class Family(Protocol):
         self, params: Params, config: Any, ids: jax.Array, segment: jax.Array, caches: Any
     ) -> tuple[jax.Array, Any]:
         """Text after what the caches hold: ids and segment [B,T] -> logits [B,V] after it, and the longer caches."""
+        ...
+
+    # -- the same on a mesh: every function above then runs on each device, with a LocalConfig for its config
+
+    def output_specs(self, config: LocalConfig, plan: ReductionPlan | None) -> Any:
+        """How what `prefill` returns under a plan lies on the mesh: a tree like it, or the beginning of one, of PartitionSpecs."""
         ...
 
 

@@ -16,12 +16,23 @@ from hybridvlm.nn.linear import biased
 from hybridvlm.nn.projections import join_heads, project_heads
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.attention.api import attend_unmasked
+from hybridvlm.ops.attention.visual import log_sum_exp
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
-from hybridvlm.parallel.sequence import gather_sequence, pick_rows, row_start, sequence_shards
+from hybridvlm.parallel.sequence import (
+    gather_sequence,
+    join_keys,
+    merge_lse,
+    pick_rows,
+    row_start,
+    sequence_shards,
+    write_slots,
+)
 from hybridvlm.parallel.tensor import own_channels, psum_tensor
 
 Params = dict[str, jax.Array]
+# parameters of a layer that its queries and keys depend on
+LOOK_PARAMS = ("norm", "q_proj", "k_proj", "q_bias", "k_bias", "q_norm", "k_norm")
 
 
 class AttentionStack(nn.Module):
@@ -91,7 +102,8 @@ def attention_layer(
     """One residual attention layer over whole rows.
 
     x [B,L,D], segment [B,L]; position [B,L] or [B,L,3] where the config has a rotary embedding (keys are cached turned).
-    `decode_capacity`: empty slots in the cache for tokens to come. With `query` [B,L] bool the rows of the question (at most
+    `decode_capacity`: empty slots in the cache for tokens to come, of all shards of a row together.
+    With `query` [B,L] bool the rows of the question (at most
     `query_capacity` of them) come back in the aux, for the text-to-visual score. Where rows are cut over devices, the aux has
     the whole row's question, its positions counted from the first token here, and the keys of this stretch alone.
     """
@@ -114,7 +126,35 @@ def attention_layer(
             k=k,
             lse=pick_rows(c, lse.swapaxes(1, 2), index, mask).swapaxes(1, 2),
         )
-    return _output(p, c, x, out), attention_cache(k, v, segment, decode_capacity), aux
+    here = -(-decode_capacity // sequence_shards(c))
+    return _output(p, c, x, out), attention_cache(k, v, segment, here), aux
+
+
+def attention_look(
+    p: Params,
+    c: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    *,
+    position: jax.Array,
+    query: jax.Array,
+    query_capacity: int,
+) -> AttentionAux:
+    """How this layer would look at a residual stream that it is not given: the aux of `attention_layer`, and no more than that.
+
+    Arguments as there; of p the entries named in LOOK_PARAMS are read. Queries are projected for the question's rows alone,
+    keys for every row, values not at all. Where rows are cut over devices, lse is that of the whole row.
+    """
+    start = row_start(c, segment.shape[1])
+    index, mask = gather_queries(gather_sequence(c, query), query_capacity)
+    rows = pick_rows(c, x, index, mask)
+    (q,) = project_heads(p, c, rms_norm(rows, p["norm"], c.norm_eps), pick_rows(c, position, index, mask), "q")
+    (k,) = project_heads(p, c, rms_norm(x, p["norm"], c.norm_eps), position, "k")
+    aux = AttentionAux(q=q, q_mask=mask, q_segment=pick_rows(c, segment, index, mask), q_index=index - start, k=k)
+    if sequence_shards(c) == 1:
+        return aux
+    lse = log_sum_exp(q, k, q_segment=aux.q_segment, kv_segment=segment, q_index=aux.q_index)
+    return dataclasses.replace(aux, lse=merge_lse(c, lse))
 
 
 def _merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -137,28 +177,33 @@ def _past(q: jax.Array, segment: jax.Array, cache: AttentionCache, recent: bool)
 
 
 def extend_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, cache: AttentionCache
+    c: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, cache: AttentionCache
 ) -> tuple[jax.Array, AttentionCache]:
-    """Heads of new tokens over a cache and themselves: q [B,T,H,P], k and v [B,T,K,P], segment [B,T] -> out [B,T,H,P], longer cache."""
-    t, decode_capacity = segment.shape[1], cache.new_k.shape[1]
+    """Heads of new tokens over a cache and themselves: q [B,T,H,P], k and v [B,T,K,P], segment [B,T] -> out [B,T,H,P], longer cache.
+
+    Where rows are cut over devices, each attends to the keys that it holds, of the prompt and of what came after, and the parts are
+    joined; a new token's keys and values are kept by the device that has its slot.
+    """
+    t, here = segment.shape[1], cache.new_k.shape[1]
+    decode_capacity, start = here * sequence_shards(c), row_start(c, here)
     if t > decode_capacity:
         raise ValueError(
             f"the cache has room for {decode_capacity} new tokens, got {t}; prefill with a larger `decode_capacity`"
         )
     check_capacity(cache, t, "extend takes")
     keys, values, slots = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+        write_slots(c, old, new.astype(old.dtype), cache.length)
         for old, new in ((cache.new_k, k), (cache.new_v, v), (cache.new_segment, segment))
     )
     cache = dataclasses.replace(cache, new_k=keys, new_v=values, new_segment=slots, length=cache.length + t)
     if t == 1:  # a single new token sees every filled slot: no order to check
-        out, _ = _merge(*_past(q, segment, cache, recent=True))
+        out, lse = _merge(*_past(q, segment, cache, recent=True))
     else:
-        index = jnp.broadcast_to(jnp.arange(decode_capacity, dtype=jnp.int32), slots.shape)
+        index = jnp.broadcast_to(start + jnp.arange(here, dtype=jnp.int32), slots.shape)
         index_q = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
         own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=index_q, kv_index=index)
-        out, _ = _merge(own, *_past(q, segment, cache, recent=False))
-    return out, cache
+        out, lse = _merge(own, *_past(q, segment, cache, recent=False))
+    return join_keys(c, out, lse), cache
 
 
 def attention_extend(
@@ -171,9 +216,9 @@ def attention_extend(
 ) -> tuple[jax.Array, AttentionCache]:
     """New tokens after a cache: x [B,T,D], segment [B,T] (0 = padding at the end; its slots stay empty), position as above.
 
-    The caller sees to it that the cache has room (AttentionCache.new_k.shape[1] >= length + T).
+    The caller sees to it that the cache has room (as many slots as length + T).
     """
-    out, cache = extend_cache(*_qkv(p, c, x, position), segment, cache)
+    out, cache = extend_cache(c, *_qkv(p, c, x, position), segment, cache)
     return _output(p, c, x, out), cache
 
 

@@ -14,16 +14,19 @@ from typing import Any, Generic, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
-from hybridvlm.config import KINDS, MIXERS, ModelConfig
-from hybridvlm.nn.caches import AttentionCache, Cache
+from hybridvlm.config import ATTENTION, KINDS, MAMBA, MIXERS, ModelConfig
+from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.nn.linear import cut_columns
-from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, run_layer, run_layers
+from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, look_ahead, run_layer, run_layers
+from hybridvlm.ops.layer_aux import LookaheadAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.segments import index_in_segment
 from hybridvlm.ops.tokens import INDEX_IN_SEGMENT, Tokens
-from hybridvlm.parallel.sequence import NO_CACHES, compact_row, gather_sequence, row_start, row_total, sequence_shards
+from hybridvlm.parallel.sequence import compact_row, gather_sequence, row_start, row_total, sequence_shards
+from hybridvlm.parallel.tensor import LocalConfig, all_gather_params
 
 ScoreFn = Callable[[int, Any, Tokens], jax.Array]
 StraightThrough = Callable[[Tokens, jax.Array, jax.Array], Tokens]
@@ -73,6 +76,34 @@ class DecoderOutput(Generic[CachesT]):
     hidden_states: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
 
+def output_specs(c: LocalConfig) -> DecoderOutput[Any]:
+    """How what `prefill` returns of a device's part `c` lies on the mesh: PartitionSpecs, each for all arrays below it.
+
+    Keys and values are cut by row and kv head, new tokens' slots too; states by head, convolution states by the devices' own channels
+    (x|B|C each). Heads and groups that several devices hold appear once per device.
+    """
+    batch, row, tensor = P(c.batch_axes), P(c.batch_axes, c.row_axis), c.axis
+    kv = P(c.batch_axes, c.row_axis, tensor)
+    entries: dict[str, Any] = {
+        MAMBA: with_specs(MambaCache, P(c.batch_axes, None, tensor), P(c.batch_axes, tensor), batch),
+        ATTENTION: with_specs(AttentionCache, kv, kv, row, kv, kv, row, P()),
+    }
+    return with_specs(
+        DecoderOutput,
+        tokens=row,
+        caches=tuple(entries.get(kind) for kind in c.pattern),
+        survivors=row,
+        kept=P(None, c.batch_axes),
+        scores=row,
+        hidden_states=row,
+    )
+
+
+def with_specs(node: Callable[..., Any], *specs: Any, **named: Any) -> Any:
+    """A node of a tree with partition specs in the positions of its arrays, as `jax.shard_map` takes them."""
+    return node(*specs, **named)
+
+
 class Decoder(nn.Module):
     """The decoder's parameters, stacked by kind of layer: params["decoder"] = {mamba, attention, mlp, moe, norm_f}."""
 
@@ -117,7 +148,9 @@ def prefill(
         tokens: x [B,L,D] and what belongs to each token. `tokens.extra[deepstack_key(layer)]` [B,L,D] is added to the
             residual stream after that layer, and is not carried further.
         plan: where tokens drop.
-        score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`.
+        score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`. Where its
+            attribute `ahead` (layer) -> (attention layers, as a rule those after it), if it has one, names any, aux is a
+            LookaheadAux of them.
         collect: mixer layers whose scores are returned without dropping.
         hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
@@ -138,7 +171,7 @@ def prefill(
     num_layers = len(config.pattern)
     drops = set(plan.drops) if plan is not None else set()
     scored = drops | set(collect)
-    _check(config, scored, hidden_states, score_fn, remat, straight_through, caches)
+    _check(config, scored, hidden_states, score_fn, remat, straight_through)
     deepstack = {layer for layer in range(num_layers) if deepstack_key(layer) in tokens.extra}
     if query_capacity is None:
         query_capacity = tokens.length * sequence_shards(config)
@@ -168,9 +201,10 @@ def prefill(
         if layer in scored:
             # `_check` refuses a missing score_fn
             assert score_fn is not None
-            inputs = (aux, tokens)
+            inputs = (params, aux, tokens)
             differentiable = layer in collect or straight_through is not None
-            score = score_fn(layer, *(inputs if differentiable else jax.lax.stop_gradient(inputs)))
+            inputs = inputs if differentiable else jax.lax.stop_gradient(inputs)
+            score = _score(layer_range, layer, score_fn, *inputs, query_capacity)
         if layer in collect:
             scores[layer] = score
         if plan is not None and layer in drops:
@@ -209,6 +243,7 @@ def step(
     segment = jnp.ones(x.shape[:2], jnp.int32)
     out = []
     for kind, p, cache in zip(config.pattern, layers, caches, strict=True):
+        p = all_gather_params(config, KINDS[kind], p, x.dtype)
         x, cache, _ = LAYER_KINDS[kind].step(p, config, x, segment, position, cache)
         out.append(cache)
     return rms_norm(x, norm_f, config.norm_eps), tuple(out)
@@ -237,7 +272,7 @@ def extend(
     """
     out = []
     for layer, (kind, cache) in enumerate(zip(config.pattern, caches, strict=True)):
-        p = layer_params(params, config, layer)
+        p = all_gather_params(config, KINDS[kind], layer_params(params, config, layer), x.dtype)
         x, cache, _ = LAYER_KINDS[kind].extend(p, config, x, segment, position, cache)
         out.append(cache)
     return rms_norm(x, params["norm_f"], config.norm_eps), tuple(out)
@@ -351,6 +386,28 @@ def _run_last(
     return _add_deepstack(tokens.replace(x=x), layer), cache, aux
 
 
+def _score(
+    layer_range: LayerRange,
+    layer: int,
+    score_fn: ScoreFn,
+    params: Params,
+    aux: Any,
+    tokens: Tokens,
+    query_capacity: int,
+) -> jax.Array:
+    """The score after a layer, of what the layer tells and of how the attention layers look that the score asks for."""
+    config, ahead = layer_range.config, getattr(score_fn, "ahead", None)
+    coming = () if ahead is None else tuple(ahead(layer))
+    for other in coming:
+        if not 0 <= other < len(config.pattern) or config.pattern[other] != ATTENTION:
+            raise ValueError(f"score_fn.ahead({layer}): expected attention layers of {config.pattern}, got {coming}")
+    if coming:
+        row = (tokens.x, tokens.segment, tokens.position, tokens.query)
+        capacity = min(query_capacity, tokens.length * sequence_shards(config))
+        aux = LookaheadAux(aux, tuple(look_ahead(layer_range, other, params, *row, capacity) for other in coming))
+    return score_fn(layer, aux, tokens)
+
+
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:
     if deepstack_key(layer) not in tokens.extra:
         return tokens
@@ -372,7 +429,6 @@ def _check(
     score_fn: ScoreFn | None,
     remat: str,
     straight_through: StraightThrough | None,
-    caches: bool,
 ) -> None:
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {sorted(REMAT)}, got {remat!r}")
@@ -380,8 +436,6 @@ def _check(
         raise ValueError(
             "straight_through sees whole rows, and these are cut over the sequence axis; use a mesh of sequence=1"
         )
-    if sequence_shards(config) > 1 and caches:
-        raise ValueError(NO_CACHES)
     for layer in sorted(scored | set(hidden_states)):
         if not 0 <= layer < len(config.pattern):
             raise ValueError(f"layer {layer}: the decoder has layers 0 to {len(config.pattern) - 1}")

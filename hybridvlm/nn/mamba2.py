@@ -17,7 +17,7 @@ from hybridvlm.ops.layer_aux import MambaAux
 from hybridvlm.ops.norms import gated_rms_norm, rms_norm
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.ssd import ssd, ssd_step
-from hybridvlm.parallel.sequence import halo, incoming_state, row_is_cut
+from hybridvlm.parallel.sequence import after_last_token, halo, incoming_state, row_is_cut
 from hybridvlm.parallel.tensor import group_mean, psum_tensor
 
 Params = dict[str, jax.Array]
@@ -116,7 +116,7 @@ def mamba_layer(
     x [B,L,D], segment [B,L] int32 (0 = padding), cache: what came before, or None. A cache of fewer rows than x is shared:
     row b of the cache is the past of rows b*Q .. b*Q+Q-1 (many questions on one video).
     Returns x after the residual, the cache after the last real token, and what the scores need. Where rows are cut over devices
-    there is no cache to come, and the one returned is that of this stretch.
+    without one, x is a stretch of the row, and the cache is that after the row, on every device; what comes after a cache is whole.
     """
     b, length, _ = x.shape
     if cache is not None and cache.ssm.shape[0] != b:
@@ -125,7 +125,7 @@ def mamba_layer(
         cache = jax.tree.map(
             lambda a: jnp.broadcast_to(a[:, None], (a.shape[0], times, *a.shape[1:])).reshape(-1, *a.shape[1:]), cache
         )
-    blocks, size = (1, length) if row_is_cut(c) else _blocks(c, b, length)
+    blocks, size = (1, length) if cache is None and row_is_cut(c) else _blocks(c, b, length)
     if blocks == 1:
         return _whole(p, c, x, segment, cache)
     if cache is None:
@@ -176,9 +176,9 @@ def _whole(
     z, channels, raw_dt = _project(p, c, x)
     past: jax.Array | None = None
     owner: jax.Array | None = None
-    if row_is_cut(c):
+    if cache is None and row_is_cut(c):
         past, owner = halo(c, channels, segment)
-    elif cache is not None:
+    if cache is not None:
         past, owner = cache.conv, cache.segment
     convolved, conv_state = causal_conv1d(
         channels,
@@ -191,7 +191,7 @@ def _whole(
     xs, b, cc, dt, decay = _inputs(p, c, convolved, raw_dt, segment > 0)
     before = jnp.zeros_like(segment[:, 0]) if owner is None else owner
     initial = None if cache is None else cache.ssm
-    if row_is_cut(c):
+    if cache is None and row_is_cut(c):
         initial = incoming_state(c, xs, dt, decay, b, segment, before)
     y, state = ssd(
         xs,
@@ -209,6 +209,8 @@ def _whole(
     count = jnp.sum(segment > 0, axis=1)
     last = jnp.take_along_axis(segment, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     new = MambaCache(conv_state, state, jnp.where(count > 0, last, before))
+    if cache is None and row_is_cut(c):
+        new = after_last_token(c, new, segment)
     return _output(p, c, x, y, z), new, MambaAux(b=b, c=cc, dt=dt, log_decay=dt * decay)
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.config import KINDS, ModelConfig
+from hybridvlm.config import ATTENTION, KINDS, ModelConfig
+from hybridvlm.nn.attention import LOOK_PARAMS, attention_look
 from hybridvlm.nn.layers import LAYER_KINDS
+from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.parallel.tensor import all_gather_params
 
 Params = dict[str, Any]
@@ -96,6 +98,23 @@ def run_layer(layers: LayerRange, layer: int, stack: Params, index, x, segment, 
     static = (1,) if isinstance(index, int) else ()
     again = jax.checkpoint(run, policy=REMAT[layers.remat], prevent_cse=not layers.in_scan, static_argnums=static)
     return again(stack, index, x, segment, position, query)
+
+
+def look_ahead(
+    layers: LayerRange, layer: int, params: Params, x, segment, position, query, query_capacity: int
+) -> AttentionAux:
+    """How attention layer `layer` would look at the residual stream of these layers, which come before it."""
+    config, kind = layers.config, KINDS[ATTENTION]
+    index = config.kind_index(layer)[1]
+
+    def run(stack, x):
+        p = all_gather_params(config, kind, index_params(stack, index), x.dtype)
+        return attention_look(p, config, x, segment, position=position, query=query, query_capacity=query_capacity)
+
+    stack = {name: a for name, a in params[kind].items() if name in LOOK_PARAMS}
+    if REMAT[layers.remat] is None:
+        return run(stack, x)
+    return jax.checkpoint(run, policy=REMAT[layers.remat])(stack, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,6 +20,7 @@ from hybridvlm.ops.attention.api import attend_unmasked
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
+from hybridvlm.parallel.tensor import own_channels, psum_tensor
 
 Params = dict[str, Any]
 
@@ -84,6 +85,11 @@ def cross_keys(p: Params, c: VambaConfig, v: jax.Array) -> tuple[jax.Array, jax.
     """What a layer's cross-attention reads of its video states v [B,M,D], un-normed and without positions: k, v [B,M,K*P]."""
     k, v = (a.reshape(*v.shape[:2], -1) for a in project_heads(p, c, v, names="kv", rope=False))
     return k, v
+
+
+def _join(p: Params, c: VambaConfig, out: jax.Array) -> jax.Array:
+    """Attention's heads [B,T,H,P] -> [B,T,D] through o_proj, of all devices that hold some."""
+    return psum_tensor(c, join_heads(p, own_channels(c, out.reshape(*out.shape[:2], -1))))
 
 
 def start_state(c: VambaConfig, layers: int, batch: int, dtype: Any) -> MambaCache:
@@ -215,7 +221,7 @@ def cross_attention(
             folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False
         )
         lse = lse.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t)
-    return join_heads(p, out.reshape(rows, t, heads, width)), q, lse
+    return _join(p, c, out.reshape(rows, t, heads, width)), q, lse
 
 
 def text_layer(
@@ -239,10 +245,10 @@ def text_layer(
         own, _ = attention(q, k, v, q_segment=segment, kv_segment=segment)
         cache = attention_cache(k, v, segment, decode_capacity)
     else:
-        own, cache = extend_cache(q, k, v, segment, past)
+        own, cache = extend_cache(c, q, k, v, segment, past)
     seen, q, lse = cross_attention(p["cross"], c, h, segment, memory.k, memory.v, memory.segment)
-    x = blend(c, p["cross"], x, join_heads(p["attention"], own), seen, lse[:, 0] > EMPTY_LSE / 2)
-    x = x + swiglu(p["mlp"], rms_norm(x, p["mlp"]["norm"], c.norm_eps)).astype(x.dtype)
+    x = blend(c, p["cross"], x, _join(p["attention"], c, own), seen, lse[:, 0] > EMPTY_LSE / 2)
+    x = x + psum_tensor(c, swiglu(p["mlp"], rms_norm(x, p["mlp"]["norm"], c.norm_eps))).astype(x.dtype)
     return x, cache, (q, lse)
 
 

@@ -41,3 +41,16 @@ class AttentionAux:
     q_index: jax.Array
     k: jax.Array
     lse: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookaheadAux:
+    """Inside of a layer, and how attention layers to come would look at its output.
+
+    own: what the layer itself tells. ahead: of each attention layer that was asked for, nearest first, its norm and its query
+    and key projections applied to the residual stream as this layer leaves it.
+    """
+
+    own: MambaAux | AttentionAux
+    ahead: tuple[AttentionAux, ...]

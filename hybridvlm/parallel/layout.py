@@ -14,14 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
-from hybridvlm.parallel.tensor import LocalConfig
+from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, VambaConfig
+from hybridvlm.parallel.tensor import LocalConfig, LocalVambaConfig
 
 
 def local_config(config: ModelConfig, devices: int) -> LocalConfig:
     """What each of `devices` tensor-parallel devices holds of the decoder. ValueError, with the sizes, if it cannot be cut so."""
     c = config
-    fields: dict[str, Any] = {f.name: getattr(c, f.name) for f in dataclasses.fields(ModelConfig)}
+    kind = LocalVambaConfig if isinstance(c, VambaConfig) else LocalConfig
+    fields: dict[str, Any] = {f.name: getattr(c, f.name) for f in dataclasses.fields(kind) if hasattr(c, f.name)}
     group_devices = kv_devices = 1
     cut: dict[str, int] = {}
     if c.count(ATTENTION):
@@ -30,7 +31,7 @@ def local_config(config: ModelConfig, devices: int) -> LocalConfig:
         kv_parts = min(devices, c.kv_heads)
         fields |= {"attention_heads": c.attention_heads // kv_parts, "kv_heads": c.kv_heads // kv_parts}
         kv_devices = devices // kv_parts
-    if c.count(MAMBA):
+    if c.count(MAMBA) or isinstance(c, VambaConfig):
         cut |= {"mamba_heads": c.mamba_heads}
         _whole_heads("ssm_groups", c.ssm_groups, devices)
         ssm_parts = min(devices, c.ssm_groups)
@@ -44,7 +45,8 @@ def local_config(config: ModelConfig, devices: int) -> LocalConfig:
         if size % devices:
             raise ValueError(f"sharding: tensor={devices} does not divide {name} {size}")
     fields |= {name: size // devices for name, size in cut.items() if name in fields}
-    return LocalConfig(**fields, axis="tensor", devices=devices, group_devices=group_devices, kv_devices=kv_devices)
+    fields |= {"axis": "tensor", "devices": devices, "group_devices": group_devices, "kv_devices": kv_devices}
+    return kind(**fields)
 
 
 def _whole_heads(name: str, count: int, devices: int) -> None:
@@ -65,25 +67,34 @@ def _reordered(
     params: dict[str, Any], config: ModelConfig, devices: int, change: Callable[[Any, np.ndarray], Any]
 ) -> dict:
     """params with `change(array, columns)` where `permute_for_tp` takes these columns of an array."""
+    order = column_order(config, devices)
+    decoder = {
+        kind: {
+            name: change(a, order[path]) if (path := f"decoder/{kind}/{name}") in order else a
+            for name, a in stack.items()
+        }
+        if isinstance(stack, Mapping)
+        else stack
+        for kind, stack in params["decoder"].items()
+    }
+    return params | {"decoder": decoder}
+
+
+def column_order(config: ModelConfig, devices: int) -> dict[str, np.ndarray]:
+    """Of each parameter, by its path, whose columns `permute_for_tp` puts in the order of the devices: which it takes."""
     sharing = local_config(config, devices).kv_devices
-    if devices == 1:
-        return params
     order: dict[tuple[str, str], np.ndarray] = {}
-    if config.count(MAMBA):
+    if devices == 1:
+        return {}
+    if config.count(MAMBA) or isinstance(config, VambaConfig):
         order["mamba", "in_proj"] = order["mamba", "in_bias"] = _packed(config, devices, ("z", "x", "b", "c", "dt"))
         order["mamba", "conv_weight"] = order["mamba", "conv_bias"] = _packed(config, devices, ("x", "b", "c"))
     if sharing > 1:
         for name, heads in (("q", config.attention_heads), ("k", config.kv_heads), ("v", config.kv_heads)):
             parts = np.arange(heads * config.head_dim).reshape(devices // sharing, -1)
             columns = np.repeat(parts, sharing, axis=0).ravel()
-            order |= {("attention", f"{name}_{part}"): columns for part in ("proj", "bias")}
-    decoder = {
-        kind: {name: change(a, order[kind, name]) if (kind, name) in order else a for name, a in stack.items()}
-        if isinstance(stack, Mapping)
-        else stack
-        for kind, stack in params["decoder"].items()
-    }
-    return params | {"decoder": decoder}
+            order |= {(kind, f"{name}_{part}"): columns for part in ("proj", "bias") for kind in ("attention", "cross")}
+    return {f"decoder/{kind}/{name}": columns for (kind, name), columns in order.items()}
 
 
 def _packed(c: ModelConfig, devices: int, parts: tuple[str, ...]) -> np.ndarray:

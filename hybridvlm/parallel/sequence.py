@@ -10,6 +10,10 @@ Of S shards each holds l tokens of every row [B,S*l], in order, so that padding 
 * a drop gathers scores and the other integers of a token (not x), decides on every device alike over the whole row, and hands on
   only rows that stay: one reduce-scatter of the shorter row. A device builds the whole shorter row for it, mostly zeros.
 
+What a prefill leaves, and what comes after it: keys and values stay where their stretch is, the states after the last token are
+sent to every shard. A new token is whole on every shard, which attends to the keys that it holds; parts are joined by
+log-sum-exp, and its own keys go to the shard that has its slot.
+
 Gradients go the same ways back: a gather's is a reduce-scatter. Everything here is the identity where a row is whole.
 """
 
@@ -25,8 +29,6 @@ from hybridvlm.ops.compact import compact, compact_indices, gather_rows
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
-
-NO_CACHES = "a row that is cut over the sequence axis leaves no caches; pass caches=False, or a mesh of sequence=1"
 
 
 def row_is_cut(c: ModelConfig) -> TypeGuard[LocalConfig]:
@@ -57,6 +59,69 @@ def row_start(c: ModelConfig, length: int) -> jax.Array | int:
 def gather_sequence(c: ModelConfig, array: jax.Array) -> jax.Array:
     """array [B,l,...] -> [B,L,...]."""
     return jax.lax.all_gather(array, c.row_axis, axis=1, tiled=True) if row_is_cut(c) else array
+
+
+def own_stretch(c: ModelConfig, array: jax.Array, empty: int = 0) -> jax.Array:
+    """A shard's part of what every shard has whole: array [B,L,...] -> [B,l,...], `empty` beyond the end of the row."""
+    if not row_is_cut(c):
+        return array
+    size = shard_length(c, array.shape[1], c.shards)
+    fill = ((0, 0), (0, size * c.shards - array.shape[1])) + ((0, 0),) * (array.ndim - 2)
+    whole = jnp.pad(array, fill, constant_values=empty)
+    return jax.lax.dynamic_slice_in_dim(whole, row_start(c, size), size, axis=1)
+
+
+def take_from_shards(c: ModelConfig, array: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows from anywhere: array [B,n,D], the shards' parts of one of S*n rows, index [B,l] into that -> [B,l,D].
+
+    The parts go round from shard to shard, so that none ever holds more than its own and one other.
+    """
+    if not row_is_cut(c):
+        return gather_rows(array, index)
+    n, here = array.shape[1], jax.lax.axis_index(c.row_axis)
+    ring = [(i, (i + 1) % c.shards) for i in range(c.shards)]
+
+    def turn(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        part, out = carry
+        local = index - (here - step) % c.shards * n
+        mine = (local >= 0) & (local < n)
+        out = jnp.where(mine[..., None], gather_rows(part, jnp.clip(local, 0, n - 1)), out)
+        return jax.lax.ppermute(part, c.row_axis, ring), out
+
+    empty = jnp.zeros((*index.shape, array.shape[-1]), array.dtype)
+    return jax.lax.fori_loop(0, c.shards, turn, (array, empty))[1]
+
+
+def after_last_token(c: LocalConfig, tree: Any, segment: jax.Array) -> Any:
+    """What the shard that holds the last real token of each row has, on every shard: arrays [B,...], segment [B,l]."""
+    count = row_total(c, jnp.sum(segment > 0, axis=1))
+    owner = jnp.maximum(count - 1, 0) // segment.shape[1]
+    mine = owner == jax.lax.axis_index(c.row_axis)
+
+    def send(a: jax.Array) -> jax.Array:
+        return row_total(c, jnp.where(mine.reshape(mine.shape + (1,) * (a.ndim - 1)), a, 0))
+
+    return jax.tree.map(send, tree)
+
+
+def write_slots(c: ModelConfig, old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """old [B,R,...], a shard's slots, with new [B,T,...] (whole on every shard) in the slots from number `at` on that it has."""
+    if not row_is_cut(c):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
+    place = row_start(c, old.shape[1]) + jnp.arange(old.shape[1], dtype=jnp.int32) - at
+    mine = (place >= 0) & (place < new.shape[1])
+    taken = jnp.take(new, jnp.clip(place, 0, new.shape[1] - 1), axis=1)
+    return jnp.where(mine.reshape((1, -1) + (1,) * (old.ndim - 2)), taken, old)
+
+
+def join_keys(c: ModelConfig, out: jax.Array, lse: jax.Array) -> jax.Array:
+    """Attention over each shard's keys, out [B,T,H,P] with log-sum-exp [B,H,T], as if it had been over all of them."""
+    if not row_is_cut(c):
+        return out
+    share = jnp.exp(lse - jax.lax.pmax(lse, c.row_axis))
+    weighted = out.astype(jnp.float32) * share.swapaxes(1, 2)[..., None]
+    total, parts = jax.lax.psum((share, weighted), c.row_axis)
+    return (parts / total.swapaxes(1, 2)[..., None]).astype(out.dtype)
 
 
 def halo(c: LocalConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,6 +175,15 @@ def pick_rows(c: ModelConfig, array: jax.Array, index: jax.Array, counted: jax.A
     mine = counted & (local >= 0) & (local < length)
     taken = gather_rows(array, jnp.clip(local, 0, length - 1))
     return row_total(c, jnp.where(mine.reshape(mine.shape + (1,) * (array.ndim - 2)), taken, 0))  # each has one owner
+
+
+def merge_lse(c: ModelConfig, lse: jax.Array) -> jax.Array:
+    """Log-sum-exp over a stretch's own keys [B,H,R] -> over those of the whole row."""
+    if not row_is_cut(c):
+        return lse
+    # JAX has no derivative of pmax, and none is needed: the sum does not depend on what is taken out of it
+    largest = jax.lax.pmax(jax.lax.stop_gradient(lse), c.row_axis)
+    return largest + jnp.log(jax.lax.psum(jnp.exp(lse - largest), c.row_axis))
 
 
 def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int) -> Tokens:

@@ -13,11 +13,12 @@ each device gets the sum over its own shard of their gradient.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.config import ModelConfig
+from hybridvlm.config import MAMBA, ModelConfig, VambaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +27,34 @@ class LocalConfig(ModelConfig):
 
     Heads, groups and widths are those of the part. group_devices: devices that hold the heads of one SSM group between
     them (more devices than groups), each with the group's whole B and C. kv_devices: devices that hold the same kv
-    heads, with all their queries. shared: parameters of which a device holds a share, as (path such as "mamba/in_proj", axis of
+    heads, with all their queries. vocab_devices: devices that embedding and head are cut over, by token.
+    shared: parameters of which a device holds a share, as (path such as "mamba/in_proj", axis of
     one layer's array, mesh axes that it is cut over). row_axis, shards: mesh axis that rows are cut over, and in how many.
+    batch_axes: mesh axes that examples are cut over. frame_axes: those that the frames of a video are dealt over.
     """
 
     axis: str = ""
     devices: int = 1
     group_devices: int = 1
     kv_devices: int = 1
+    vocab_devices: int = 1
     shared: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     row_axis: str = ""
     shards: int = 1
+    batch_axes: tuple[str, ...] = ()
+    frame_axes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalVambaConfig(VambaConfig, LocalConfig):
+    """The part of a VAMBA model that a device holds. group_devices is that of the video's Mamba-2 blocks, kv_devices of the text's
+    attention, and of the cross-attention, which has the same heads."""
+
+    @functools.cached_property
+    def mixer(self) -> LocalConfig:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(LocalConfig)}
+        fields |= {"pattern": MAMBA * self.layers, "norm_eps": self.mamba_norm_eps, "vision": None}
+        return LocalConfig(**fields)
 
 
 def psum_tensor(c: ModelConfig, part: jax.Array) -> jax.Array:
@@ -50,12 +68,30 @@ def all_gather_params(c: ModelConfig, kind: str, p: dict[str, jax.Array], dtype:
         return p
     # weights of products, which are taken in that type anyway: cast before they travel
     whole = {
-        path.removeprefix(f"{kind}/"): (axis, axes) for path, axis, axes in c.shared if path.startswith(f"{kind}/")
+        path.removeprefix(f"{kind}/"): (axis, axes)
+        for path, axis, axes in c.shared
+        if path.startswith(f"{kind}/") and path.removeprefix(f"{kind}/") in p
     }
+    # a weight may come in pieces of its columns, for decoding (hybridvlm/nn/linear.py)
     return p | {
-        name: jax.lax.all_gather(p[name].astype(dtype), axes, axis=axis, tiled=True)
-        for name, (axis, axes) in whole.items()
+        name: jax.tree.map(lambda a, at=at: jax.lax.all_gather(a.astype(dtype), at[1], axis=at[0], tiled=True), p[name])
+        for name, at in whole.items()
     }
+
+
+def all_gather_param(c: ModelConfig, path: str, array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A parameter outside the layers, such as "embed", put together, in `dtype`, of which each device holds a share."""
+    found = {name: at for name, *at in c.shared} if isinstance(c, LocalConfig) else {}
+    if path not in found:
+        return array
+    axis, axes = found[path]
+    return jax.lax.all_gather(array.astype(dtype), axes, axis=axis, tiled=True)
+
+
+def all_rows(c: ModelConfig, done: jax.Array) -> jax.Array:
+    """Whether [] something holds for all examples [B] bool, those of other devices too."""
+    every = jnp.all(done)
+    return jax.lax.pmin(every.astype(jnp.int32), c.batch_axes) > 0 if isinstance(c, LocalConfig) else every
 
 
 def group_mean(c: ModelConfig, mean: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from hybridvlm.reduction.methods import (
 )
 from hybridvlm.reduction.plan import PlanMismatch, ReductionPlan, make_plan
 from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
-from hybridvlm.reduction.scores import attention_score, mamba_score, saliency_score
+from hybridvlm.reduction.scores import attention_score, lookahead_score, mamba_score, saliency_score
 
 __all__ = [
     "METHODS",
@@ -32,6 +32,7 @@ __all__ = [
     "evs_score",
     "get_method",
     "input_score",
+    "lookahead_score",
     "make_plan",
     "mamba_score",
     "merge_fn",

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
-from hybridvlm.ops.layer_aux import AttentionAux
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import calibrated, schedules, scores
 from hybridvlm.reduction import evs as before
 from hybridvlm.reduction.methods import (
     FEATURES,
     LAST_QUERY,
+    NEXT_ATTENTION,
     QUERIES,
     Aux,
     PlanView,
@@ -39,7 +40,9 @@ def _shallow_then_attention(pattern: str, schedule: Schedule) -> tuple[int, ...]
 
 
 def _by_layer(aux: Aux, tokens: Tokens, options: ScoreOptions, plan: PlanView, segments: int) -> jax.Array:
-    """The layer's own score: attention weights or c.b."""
+    """The score of the attention layers ahead where the aux tells of any, else the layer's own: attention weights or c.b."""
+    if isinstance(aux, LookaheadAux):
+        return scores.lookahead_score(aux, tokens, options)
     if isinstance(aux, AttentionAux):
         return scores.attention_score(aux, tokens, options)
     return scores.mamba_score(aux, tokens, options, segments=segments, query_rows=plan.text_tokens)
@@ -91,6 +94,12 @@ def str_mamba(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: in
 )
 def str_calibrated(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """as str, but each layer drops by its weight in Schedule.layer_weights; weight 0: it is skipped"""
+    return _by_layer(aux, tokens, plan.score, plan, segments)
+
+
+@_register("str-lookahead", "decoder", token_local=True, reads=NEXT_ATTENTION, **_ALL)
+def str_lookahead(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
+    """as str, but Mamba layers rank by how the next attention layer would look at the tokens as they are"""
     return _by_layer(aux, tokens, plan.score, plan, segments)
 
 

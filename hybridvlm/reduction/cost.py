@@ -128,6 +128,14 @@ def scoring_flops(config: Counted, layer: int, length: int, queries: int) -> int
     return 2 * length * queries * c.attention_heads * c.head_dim
 
 
+def lookahead_flops(config: ModelConfig, length: int, queries: int) -> int:
+    """Operations of a score by one attention layer to come: its keys of `length` tokens, its queries of `queries` rows, and
+    their products twice, for the softmax's sums and for its weights."""
+    c = config
+    heads = c.attention_heads * c.head_dim
+    return 2 * c.width * (length * c.kv_heads * c.head_dim + queries * heads) + 4 * length * queries * heads
+
+
 def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
     """Operations of the tower and its connector over `frames` frames, into a decoder of `width`."""
     v = vision

@@ -18,15 +18,18 @@ from typing import Any, Protocol
 
 import jax
 
-from hybridvlm.config import ATTENTION, MIXERS, Schedule, ScoreOptions
-from hybridvlm.ops.layer_aux import AttentionAux, MambaAux
+from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import calibrated, schedules, scores
 
-Aux = MambaAux | AttentionAux
+Aux = MambaAux | AttentionAux | LookaheadAux
 ScoreFn = Callable[[int, Aux, Tokens], jax.Array]
 Sites = Callable[[str, Schedule], tuple[int, ...]]
+Looks = Callable[[str, int, int], tuple[int, ...]]
 INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
+NEXT_ATTENTION = "next attention"
+READS = (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY, NEXT_ATTENTION)
 
 
 class PlanView(Protocol):
@@ -38,6 +41,8 @@ class PlanView(Protocol):
     def input_method(self) -> str: ...
     @property
     def decoder_method(self) -> str: ...
+    @property
+    def pattern(self) -> str: ...
     @property
     def text_tokens(self) -> int: ...
     @property
@@ -60,7 +65,10 @@ class Method:
     schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
     reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
     token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
-    shard of a row that is cut over devices ranks its own; any other method is given the whole row on every device.
+    shard of a row that is cut over devices ranks its own (so, too, where attention layers ahead say it: of a LookaheadAux its
+    `ahead` alone may be read); any other method is given the whole row on every device.
+    looks(pattern, layer, count): of a method that reads "next attention", the attention layers it looks through; None: those of
+    `attention_ahead`.
     """
 
     name: str
@@ -71,6 +79,7 @@ class Method:
     reads: str = INDEX_ONLY
     where: str = ""
     token_local: bool = False
+    looks: Looks | None = None
 
     def __post_init__(self) -> None:
         if self.phase == "decoder" and (self.sites is None or self.curve is None):
@@ -79,7 +88,11 @@ class Method:
     @property
     def depends_on_query(self) -> bool:
         """Whether its score reads the question."""
-        return self.reads in (QUERIES, LAST_QUERY)
+        return self.reads in (QUERIES, LAST_QUERY, NEXT_ATTENTION)
+
+    def ahead(self, pattern: str, layer: int, options: ScoreOptions) -> tuple[int, ...]:
+        """The attention layers that its score after `layer` looks through, nearest first; () for its own inside alone."""
+        return (self.looks or attention_ahead)(pattern, layer, options.ahead) if self.reads == NEXT_ATTENTION else ()
 
     @property
     def scheduled(self) -> bool:
@@ -104,7 +117,12 @@ def _register(name: str, phase: str, **fields: Any) -> Callable[[Callable[..., A
 
 
 def register_method(
-    name: str, *, reads: str = QUERIES, after: Sequence[str] = MIXERS, token_local: bool = False
+    name: str,
+    *,
+    reads: str = QUERIES,
+    after: Sequence[str] = MIXERS,
+    token_local: bool = False,
+    looks: Looks | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a score function of one's own a reduction method: a decorator.
 
@@ -115,25 +133,28 @@ def register_method(
     The function takes (layer, aux, tokens, plan, segments) and returns scores [B,L] float32; of each example (and segment) the
     visual tokens of highest score stay, ties go to the earlier. `aux` is what the layer returns in addition to its output:
     `AttentionAux` (q of the question's rows, k, log-sum-exp) or `MambaAux` (b, c, dt, log_decay). `tokens` is its output. It is
-    traced by JAX. The
-    first line of its docstring is what `eval --list` shows.
+    traced by JAX. The first line of its docstring is what `eval --list` shows.
+
+    With reads="next attention" the aux after a Mamba layer (in a model without any: after an attention layer) is a
+    `LookaheadAux`: `own` as above, and in `ahead` an `AttentionAux` of each of the next `plan.score.ahead` attention layers, its
+    queries and keys of the tokens as they are. After the last attention layer nothing is ahead, and the aux is as above.
 
     Args:
         name: of the method; letters, digits, "-" and "_".
         reads: what the score looks at: "index" (positions alone), "features" (tokens, not the question), "queries" (the
-            question) or "last query". Plans predict the cost of scoring by it, and conversations reuse caches by it.
+            question), "last query" or "next attention" (the question, by projections of layers to come). Plans predict the
+            cost of scoring by it, and conversations reuse caches by it.
         after: the kinds of layers after which it may drop, of "M" and "*".
         token_local: see `Method`.
+        looks: see `Method`.
 
     Raises:
         ValueError: for a name that another function has or that cannot be one, or other values of `reads` and `after`.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise ValueError(f"register_method: a name is letters, digits, '-' and '_', got {name!r}")
-    if reads not in (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY):
-        raise ValueError(
-            f"register_method: reads must be one of {[INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY]}, got {reads!r}"
-        )
+    if reads not in READS:
+        raise ValueError(f"register_method: reads must be one of {list(READS)}, got {reads!r}")
     kinds = tuple(after)
     if not kinds or not set(kinds) <= set(MIXERS):
         raise ValueError(f"register_method: after must name kinds of layers of {list(MIXERS)}, got {after!r}")
@@ -145,6 +166,7 @@ def register_method(
         curve=_scheduled,
         where=" or ".join(kinds),
         token_local=token_local,
+        looks=looks,
     )
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,8 +241,8 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
 
 
 class AttentionMethods(Collection[str]):
-    """Names of the methods that can drop after attention layers, or before the decoder: what a model takes whose visual tokens
-    are scored by attention alone. Methods that are registered later are among them."""
+    """Names of the methods that can drop after attention layers by what these tell, or before the decoder: what a model takes
+    whose visual tokens are scored by attention alone. Methods that are registered later are among them."""
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in METHODS if name in self)
@@ -230,29 +252,56 @@ class AttentionMethods(Collection[str]):
 
     def __contains__(self, name: object) -> bool:
         method = METHODS.get(str(name))
-        return method is not None and (method.phase != "decoder" or ATTENTION in method.where)
+        if method is None or method.reads == NEXT_ATTENTION:
+            return False
+        return method.phase != "decoder" or ATTENTION in method.where
 
 
-def layer_score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
+def layer_score(layer: int, aux: MambaAux | AttentionAux, tokens: Tokens) -> jax.Array:
     """Every layer's own score under the default options, without a plan: what "str" ranks by."""
     if isinstance(aux, AttentionAux):
         return scores.attention_score(aux, tokens, ScoreOptions())
     return scores.mamba_score(aux, tokens, ScoreOptions())
 
 
-def score_fn(plan: PlanView, *, segments: int = 1) -> ScoreFn:
-    """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer; its attribute
-    `method` says what it reads.
+def attention_ahead(pattern: str, layer: int, count: int) -> tuple[int, ...]:
+    """The next `count` (0: all) attention layers after a layer whose score they are to give, nearest first.
+
+    () after an attention layer of a hybrid, which has weights of its own, and where no attention layer comes.
+    """
+    if pattern[layer] == ATTENTION and MAMBA in pattern:
+        return ()
+    coming = tuple(i for i in range(layer + 1, len(pattern)) if pattern[i] == ATTENTION)
+    return coming[:count] if count else coming
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanScore:
+    """The function (layer, aux, tokens) -> score [B,L] fp32 by which a plan ranks visual tokens after a layer; see `score_fn`."""
+
+    plan: PlanView
+    segments: int = 1
+
+    @property
+    def method(self) -> Method:
+        """What it ranks by, and what that reads."""
+        return get_method(self.plan.decoder_method)
+
+    def ahead(self, layer: int) -> tuple[int, ...]:
+        """The attention layers to come that the aux after `layer` has to tell of."""
+        return self.method.ahead(self.plan.pattern, layer, self.plan.score)
+
+    def __call__(self, layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
+        return self.method.function(layer, aux, tokens, self.plan, self.segments)
+
+
+def score_fn(plan: PlanView, *, segments: int = 1) -> PlanScore:
+    """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer.
 
     `tokens` are the layer's output; `segments` is the largest segment number in a row (1 unless examples are packed).
     """
-    method = get_method(plan.decoder_method)
-
-    def score(layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
-        return method.function(layer, aux, tokens, plan, segments)
-
-    score.method = method  # type: ignore[attr-defined]
-    return score
+    get_method(plan.decoder_method)
+    return PlanScore(plan, segments)
 
 
 def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:

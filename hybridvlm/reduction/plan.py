@@ -273,7 +273,7 @@ def make_plan(
     lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
     dense = [visual_tokens] * len(config.pattern)
     drops = schedules.drop_sites(relative)
-    scoring = sum(drop_flops(decoder, config, i, lengths[i] + text_tokens, text_tokens) for i in drops)
+    scoring = sum(drop_flops(decoder, config, i, lengths[i] + text_tokens, text_tokens, reduction.score) for i in drops)
     if outer != "none" and methods.get_method(outer).reads == methods.FEATURES:
         scoring += 6 * visual_tokens * config.width  # products with the previous frame and norms, or one sum
     vision = flops.vision_flops(config.vision, frames, config.width) if config.vision else 0

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.config import ScoreOptions
-from hybridvlm.ops.layer_aux import AttentionAux, MambaAux
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 
 _DEFAULT = ScoreOptions()
@@ -73,6 +73,15 @@ def attention_score(aux: AttentionAux, tokens: Tokens, options: ScoreOptions = _
         heads=options.heads,
         queries=options.queries,
     )
+
+
+def lookahead_score(aux: LookaheadAux, tokens: Tokens, options: ScoreOptions = _DEFAULT) -> jax.Array:
+    """Score of every visual token by the attention layers to come: [B,L] fp32, 0 elsewhere.
+
+    The mean over these layers of `attention_score`, of their queries and keys of the tokens as they are.
+    """
+    total = sum(attention_score(layer, tokens, options) for layer in aux.ahead)
+    return jnp.asarray(total, jnp.float32) / len(aux.ahead)
 
 
 def saliency_score(tokens: Tokens, segments: int = 1) -> jax.Array:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from hybridvlm.config import Reduction
+from hybridvlm.config import ModelConfig, Reduction, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.evs import evs_keep_count
@@ -25,7 +25,18 @@ def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, fram
     return (decoder_input * share + SHARE_ONE // 2) // SHARE_ONE
 
 
-def drop_flops(method: methods.Method, config: flops.Counted, layer: int, length: int, text_tokens: int) -> int:
+def drop_flops(
+    method: methods.Method, config: flops.Counted, layer: int, length: int, text_tokens: int, options: ScoreOptions
+) -> int:
+    """Operations of a method's score after one layer, over a row of `length` tokens."""
+    coming = method.ahead(config.pattern, layer, options)
+    if coming:
+        if not isinstance(config, ModelConfig):
+            raise ValueError(
+                f"{method.name} reads the next attention layer of one row of video and text, which a {type(config).__name__} "
+                "has not; use str"
+            )
+        return len(coming) * flops.lookahead_flops(config, length, text_tokens)
     if method.reads == methods.FEATURES:
         return 3 * length * config.width
     if method.reads == methods.INDEX_ONLY:

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from hybridvlm import distributed, sharding
-from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.checkpoints.folder import read_checkpoint, save_folder
 from hybridvlm.checkpoints.steps import checksum
 from hybridvlm.config import Buckets, Reduction
 from hybridvlm.errors import reason
 from hybridvlm.estimates import Workload, refuse_training
 from hybridvlm.files import FolderBusy, folder_lock
-from hybridvlm.inference.model import Model, load
+from hybridvlm.inference.model import Model, from_checkpoint
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.cost import decoder_flops
@@ -93,7 +93,7 @@ class Run:
         self.config, self.folder, self.say = config, pathlib.Path(config.output), say
         check_installed(config.logging)
         self.mesh = self._mesh()
-        self.model = model = load(config.model, mesh=self.mesh) if model is None else model
+        self.model = model = from_checkpoint(read_checkpoint(config.model, mesh=self.mesh)) if model is None else model
         check_tokenizer(model)
         if config.data.allow_special_tokens:
             allow_special_tokens(model.tokenizer)

@@ -12,12 +12,14 @@ from hybridvlm.models.media import Clip, resize
 from hybridvlm.video import images
 from hybridvlm.video.decode import decode_frames, frame_seconds, probe
 from hybridvlm.video.images import read_image
-from hybridvlm.video.index import file_status
+from hybridvlm.video.index import VideoInfo, file_status
 from hybridvlm.video.sampling import sample_indices
 
 CLOCKS = ("exact", "milliseconds")
 # (height, width, frames, kind) of a source -> (height, width) of the frames that a model takes
 SizeOf = Callable[[int, int, int, str], tuple[int, int]]
+# (a video, most frames) -> numbers of the frames to take, rising
+FrameRule = Callable[[VideoInfo, int], np.ndarray]
 
 
 def read_clip(
@@ -25,17 +27,17 @@ def read_clip(
     size_of: SizeOf,
     *,
     frames: int = 32,
-    rule: str = "uniform",
+    rule: str | FrameRule = "uniform",
     clock: str = "exact",
     pixels: bool = True,
 ) -> Clip:
     """The clip of a video file, an image file, frames [F,h,w,3] uint8 (one a second), one image [h,w,3], or a Clip as it is.
 
     A file is known by what it holds: a picture is an image, an animated one (GIF, WebP, PNG, AVIF) a video.
-    frames, rule: which frames of a file are taken, see `sample_indices`. clock: "exact" time stamps, as the file has them, or
-    "milliseconds", frame number times a whole number of milliseconds, as vLLM and others count (and drift). Video frames
-    are scaled to size_of as they are decoded, an image is left to the model. pixels: False decodes no video and leaves the
-    clip's frames out. VideoError for a file that gives nothing.
+    frames, rule: which frames of a file are taken, see `sample_indices`, or a function that says. clock: "exact" time
+    stamps, as the file has them, or "milliseconds", frame number times a whole number of milliseconds, as vLLM and others
+    count (and drift). Video frames are scaled to size_of as they are decoded, an image is left to the model. pixels: False
+    decodes no video and leaves the clip's frames out. VideoError for a file that gives nothing.
     """
     if clock not in CLOCKS:
         raise ValueError(f"clock must be one of {CLOCKS}, got {clock!r}")
@@ -56,7 +58,7 @@ def read_clip(
         image = read_image(source)
         return Clip((0.0,), image if pixels else None, "image", image.shape[1:3])
     info = probe(source)
-    numbers = sample_indices(info, frames, rule, str(source))
+    numbers = sample_indices(info, frames, rule, str(source)) if isinstance(rule, str) else rule(info, frames)
     size = size_of(info.height, info.width, len(numbers), "video")
     shown = decode_frames(source, numbers, size=size, resize=resize) if pixels else None
     if clock == "exact":

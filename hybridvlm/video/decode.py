@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 from hybridvlm.models.media import resize as plain_resize
 from hybridvlm.video import container as films
 from hybridvlm.video import images
-from hybridvlm.video.errors import VideoError, VideoWarning
+from hybridvlm.video.errors import VideoError, warn
 from hybridvlm.video.index import Index, VideoInfo, index_of
 
 _NEAR = 4  # frames; a key frame no further ahead is not sought
@@ -96,7 +95,7 @@ def decode_frames(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, VideoWarning, stacklevel=3)
+    warn(text, stacklevel=3)
 
 
 class _Task:

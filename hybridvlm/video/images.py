@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridvlm.video.errors import VideoError, VideoWarning
+from hybridvlm.video.errors import VideoError, warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -302,6 +302,5 @@ def _one(value: Any) -> int:
 
 
 def _warn(text: str) -> None:
-    import warnings
 
-    warnings.warn(text, VideoWarning, stacklevel=5)
+    warn(text, stacklevel=5)

@@ -19,12 +19,11 @@ How many a rate gives, at most n:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 
-from hybridvlm.video.errors import VideoWarning
+from hybridvlm.video.errors import warn
 from hybridvlm.video.index import VideoInfo
 
 
@@ -74,7 +73,7 @@ def sample_indices(info: VideoInfo, frames: int, rule: str = "uniform", name: st
     count = min(frames, info.frames)
     if count < frames:
         text = f"{name}: has {count} frames, fewer than the {frames} asked for; using all"
-        warnings.warn(text, VideoWarning, stacklevel=2)
+        warn(text, stacklevel=2)
         return np.arange(count, dtype=np.int64)
     return COUNTED[rule](info.frames, count)
 

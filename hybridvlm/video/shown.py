@@ -11,7 +11,7 @@ import numpy as np
 from hybridvlm.config import Buckets
 from hybridvlm.models.family import Family
 from hybridvlm.models.media import Clip
-from hybridvlm.video.clip import read_clip
+from hybridvlm.video.clip import FrameRule, read_clip
 
 FRAMES = 32  # of a video, where neither the caller nor the model's table of times says how many
 
@@ -33,7 +33,7 @@ def shown_clip(
     source: str | os.PathLike[str] | np.ndarray | Clip,
     *,
     frames: int,
-    rule: str = "uniform",
+    rule: str | FrameRule = "uniform",
     clock: str = "exact",
     size: tuple[int, int] | None = None,
     pixels: bool = True,

@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from helpers.prompts import mamba_aux, prompts
 from scipy import stats
 
-from hybridvlm.analyze import calibrate, measures, over_seeds, ridge
+from hybridvlm.analyze import calibrate, controls, lookahead, measures, over_seeds, ridge
 from hybridvlm.analyze.ablate_checkpoints import parse_models
 from hybridvlm.analyze.ablate_report import verdict
 from hybridvlm.analyze.cells import CLAIMS, REFERENCE, SETS, cells_of
@@ -19,8 +20,9 @@ from hybridvlm.analyze.sparsity import measure as sparsity
 from hybridvlm.analyze.stability import measure as stability
 from hybridvlm.config import Reduction, Schedule
 from hybridvlm.config_files import load_model_config
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.options import InputError
-from hybridvlm.reduction import ReductionPlan, make_plan
+from hybridvlm.reduction import METHODS, ReductionPlan, attention_score, make_plan, mamba_score, score_fn
 
 RNG = np.random.default_rng(0)
 FORMS = {"visual_tokens": 64, "text_tokens": 8, "frames": 4}
@@ -337,3 +339,64 @@ def test_even_weights_are_the_plain_schedule_and_wrong_ones_are_refused():
     for wrong in ((1.0, -0.1), (float("inf"),), (0.0, 0.0)):
         with pytest.raises(ValueError, match=r"Schedule\.layer_weights"):
             Schedule(layer_weights=wrong)
+
+
+def test_which_score_finds_what_later_attention_reads():
+    """Of M M * M *: own scores ignore the question, the next layer's are what it reads; after the last * nothing is asked."""
+    m, layers = 40, (0, 1, 2, 3, 4)
+    read = [np.full(m, 0.2 / m) + 0.8 * np.eye(m)[token] + 1e-6 * np.arange(m) for token in (7, 30)]
+    same = np.arange(m)[::-1].astype(float)
+    questions = [
+        Scored(
+            Asked("v", "", None, None, (3, token)),
+            {
+                "plain": {layer: weight if layer in (2, 4) else same for layer in layers},
+                "next": dict.fromkeys((0, 1, 2, 3), weight),
+                "all": dict.fromkeys((0, 1, 2, 3), weight),
+            },
+        )
+        for token, weight in zip((7, 30), read, strict=True)
+    ]
+    rows = {(row["layer"], row["score"]): row for row in lookahead.measure([questions], "MM*M*", 0.25)}
+    assert set(rows) == {(layer, name) for layer in (0, 1, 2, 3) for name in ("own", "next", "all")}
+    for layer in (0, 1, 3):
+        own, ahead = rows[layer, "own"], rows[layer, "next"]
+        assert own["follows"] == pytest.approx(0) and own["overlap"] == 1 and own["recall"] == 0.5
+        assert own["held"] == pytest.approx((0.8 + 2 * 0.2 * 0.25) / 2, abs=1e-3)
+        assert ahead["held"] == pytest.approx(0.8 + 0.2 * 0.25, abs=1e-3) and ahead["recall"] == 1
+        assert ahead["rank"] == pytest.approx(1) and ahead["follows"] > 0.75 and ahead["overlap"] < 1
+    means = lookahead.over_layers(list(rows.values()))
+    assert [row["score"] for row in means] == ["own", "next", "all"] and means[1]["layers"] == "M"
+    assert lookahead.advice(means).startswith("`str-lookahead` follows the question most: 0.7")
+
+
+@pytest.mark.slow
+def test_controls_of_looking_ahead_differ_from_it_in_the_one_thing():
+    """Their scores for two rows of a batch: another question's are the other row's; ranks are mixed; a random projection is neither."""
+    names = controls.register()
+    assert set(names) <= set(METHODS) and controls.register() == names
+    tokens = prompts([[(0, 12, 4)], [(0, 12, 4)]], 16)
+    tokens = tokens.replace(x=tokens.x.at[1].set(tokens.x[0]))
+    rng, place = np.random.default_rng(0), np.tile(np.arange(12, 16, dtype=np.int32), (2, 1))
+    key = np.tile(rng.normal(size=(1, 16, 1, 4)), (2, 1, 1, 1)).astype(np.float32)
+
+    def look(seed):
+        q = np.random.default_rng(seed).normal(size=(2, 4, 2, 4)).astype(np.float32)
+        return AttentionAux(*map(np.asarray, (q, np.ones((2, 4), bool), np.ones((2, 4), np.int32), place, key)))
+
+    near, far, own = look(1), look(2), mamba_aux(tokens)
+    reduction = {"visual_tokens": 1024, "text_tokens": 8, "frames": 64}
+    found = {}
+    for name in ("str-lookahead", *names):
+        plan = make_plan(Reduction(name, 0.5), load_model_config("tiny"), **reduction)
+        aux = LookaheadAux(own, (near, far) if name == controls.SECOND else (near,))
+        found[name] = np.asarray(score_fn(plan)(0, aux, tokens))[:, :12]
+    own_look = found["str-lookahead"]
+    np.testing.assert_allclose(found["lookahead-question"], own_look[::-1], rtol=1e-5)
+    np.testing.assert_allclose(found["lookahead-previous"], own_look)
+    np.testing.assert_allclose(found[controls.SECOND], np.asarray(attention_score(far, tokens))[:, :12])
+    ranks = [stats.rankdata(score, axis=1) - 1 for score in (own_look, np.asarray(mamba_score(own, tokens))[:, :12])]
+    np.testing.assert_array_equal(found["lookahead-mixed"], sum(ranks))
+    assert np.abs(stats.spearmanr(found["lookahead-random"][0], own_look[0]).statistic) < 0.9
+    plan = make_plan(Reduction("lookahead-previous", 0.25), load_model_config("tiny"), **reduction)
+    assert [score_fn(plan).ahead(layer) for layer in (0, 2, 4, 10, 12)] == [(), (), (2,), (), (10,)]

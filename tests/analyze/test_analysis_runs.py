@@ -50,6 +50,8 @@ def test_help_and_what_is_refused(capsys, folders, tmp_path):
         (["stability", "--model", folders["h0"], "--frames", "0"], "--frames must be at least 1"),
         (["deletion", "--model", folders["h0"], "--layers", "9"], "layer 9"),
         (["deletion", "--model", folders["h0"], "--videos", "0"], "--videos must be at least 1"),
+        (["lookahead", "--model", "no/such", "--per-video", "1"], "at least 2 by --per-video"),
+        (["lookahead", "--model", folders["h0"], "--top", "0"], "--top"),
         (["calibrate", "--model", "no/such", "--per-video", "1"], "at least 2 by --per-video"),
         (["calibrate", "--model", "no/such", "--compare", "-1"], "--compare"),
         (["calibrate", "--model", folders["h0"], "--budget", "2"], "budget"),
@@ -79,6 +81,20 @@ def test_scores_of_a_hybrid_and_of_a_transformer(capsys, folders, tmp_path):
     matrix = np.array(json.loads((tmp_path / "s" / "stability.json").read_text())["matrices"]["kendall"])
     np.testing.assert_allclose(np.diag(matrix), 1, atol=0.01)
     assert "M-*" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h0", "t0"])
+def test_looking_ahead_of_a_hybrid_and_of_a_transformer(capsys, folders, tmp_path, name):
+    few = ("--videos", 2, "--per-video", 2, "--frames", 8)
+    code, out, error = run(capsys, "lookahead", "--model", folders[name], *few, "--output", tmp_path)
+    assert code == 0 and "follows the question most" in out, error
+    layers = json.loads((tmp_path / "lookahead.json").read_text())["layers"]
+    assert sorted({row["layer"] for row in layers}) == [0, 1, 2]
+    assert all(
+        0 <= row["held"] <= 1 and -1 <= row["rank"] <= 1 and row["recall"] in (0, 0.25, 0.5, 0.75, 1) for row in layers
+    )
+    assert (tmp_path / "lookahead.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_prompts_have_the_places_that_they_promise(micro):
     config = load_model_config(micro)
     for stamps in (0, 3):
         batch = prefill.prompt(4, config.vision.tokens_per_frame, 5, stamps, config.vocab_size)
-        tokens = assemble(jnp.zeros((config.vocab_size, config.width)), batch, None)
+        tokens = assemble(config, jnp.zeros((config.vocab_size, config.width)), batch, None)
         assert batch.input_ids.shape == (1, 4 * (4 + stamps) + 5)
         assert int(tokens.visual.sum()) == 16 and int(tokens.query.sum()) == 5
         frames = np.asarray(tokens.frame[tokens.visual])

@@ -595,15 +595,16 @@ def test_partial_meshes():
 import jax, numpy as np
 import hybridvlm as hv
 from hybridvlm.models.weights import flatten
-from hybridvlm.sharding import auto_mesh
+from hybridvlm.sharding import full_mesh
 one = flatten(hv.load("tiny").params)
 for shape, axes in (((2, 2), ("fsdp", "tensor")), ((4,), ("data",)), ((2, 2), ("tensor", "sequence")), ((4,), ("tensor",))):
     mesh = jax.make_mesh(shape, axes)
-    there = flatten(hv.load("tiny", mesh=mesh).params)
+    model = hv.load("tiny", mesh=mesh)
+    there, whole = flatten(model.params), flatten(model.whole_params())
     cut = 0
     for name in one:
-        assert there[name].sharding.mesh == auto_mesh(mesh), name
-        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(there[name]), err_msg=name)
+        assert there[name].sharding.mesh == full_mesh(mesh), name
+        np.testing.assert_array_equal(np.asarray(one[name]), whole[name], err_msg=name)
         cut += not there[name].sharding.is_fully_replicated
     assert (cut > 0) == (axes != ("data",)), (axes, cut)
 try:

@@ -15,8 +15,9 @@ from hybridvlm.config import Reduction
 from hybridvlm.distributed import Process
 from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.results import SampleStore
-from hybridvlm.eval.runner import Planner, Runner, Variant
+from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
+from hybridvlm.eval.variants import Planner, Variant
 from hybridvlm.inference.model import load
 
 

@@ -169,7 +169,9 @@ def whole_prompt(config, params, batch, visual):
 
     @jax.jit
     def run(params):
-        tokens = model.apply({"params": params}, batch, visual, method=lambda m, b, v: assemble(m.embed, b, v))
+        tokens = model.apply(
+            {"params": params}, batch, visual, method=lambda m, b, v: assemble(m.config, m.embed, b, v)
+        )
         hidden = model.apply({"params": params}, tokens, method=lambda m, t: m.decoder(t).tokens.x)
         return tokens.x, hidden @ params["lm_head"]
 

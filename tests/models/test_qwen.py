@@ -113,7 +113,7 @@ def row(name, ids, visual, grid=(2, 2)):
     """One prompt as the oracle takes it: x [L,D], position [L,3], planes [L,D] each."""
     config, params, _ = load(name)
     batch = batch_of(config, ids, grid)
-    tokens = qwen_vl_model._assemble(config)(params["embed"], batch, visual)
+    tokens = qwen_vl_model.assemble(config, params["embed"], batch, visual)
     planes = [tokens.extra[key][0] for key in sorted(tokens.extra)]
     return tokens.x[0], batch.position[0], planes
 

@@ -59,7 +59,7 @@ def test_logits_and_positions(name, reference):
     position = geometry.rope_positions(frame[0], (GRID[0] // 2, GRID[1] // 2), apart=config.generation == 3)
     np.testing.assert_array_equal(position.T, places[:, 0])
     batch = qwen_vl_model.QwenBatch(ids, np.ones_like(ids), frame, np.asarray([frames]), position[None])
-    tokens = qwen_vl_model._assemble(config)(params["embed"], batch, visual[None])
+    tokens = qwen_vl_model.assemble(config, params["embed"], batch, visual[None])
     logits = decoder.prefill(params["decoder"], config, tokens).tokens.x @ params["lm_head"]
     assert np.abs(expected).max() > 2
     assert np.max(np.abs(np.asarray(logits) - expected)) <= 1e-4

@@ -1,7 +1,8 @@
 """Tasks: samples with a right answer, the clips of their videos, and a parser that never guesses.
 
-A task is the embedded benchmark (`needle`) or a JSONL file of questions on videos and images. Adding one is adding a class
-with `samples`, `clip` and `identity`, and its builder to TASKS.
+A task is the embedded benchmark (`needle`), a JSONL file of questions on videos and images, or a published benchmark
+(`hybridvlm.eval.benchmarks`). Adding one is adding a class with `samples`, `clip` and `identity`, and its builder to TASKS; from
+outside the package by `register`, an entry point of the group `hybridvlm.tasks`, or `--task-module`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,40 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import importlib
+import importlib.metadata
+import importlib.util
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hybridvlm.config import Buckets, ModelConfig
+from hybridvlm.eval.benchmarks import MODULES, published
 from hybridvlm.inference.thinking import split_reply
 from hybridvlm.models.media import Clip
+from hybridvlm.models.prompt import PromptStyle, user_message
+from hybridvlm.tokenizers.messages import Message
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One question. `video` names its video, the cluster of the statistics; no `options` means an open answer."""
+    """One question.
+
+    Attributes:
+        id: unique in its task.
+        video: what is shown, as `Task.clip` knows it.
+        question: text.
+        answer: the right one; "" where it is not published, so that the question is asked and not scored.
+        options: none for an open answer.
+        type: for the accuracy by type.
+        two_hop: whether the answer needs a second look-up.
+        groups: field -> value or values, for a benchmark's own breakdown.
+        cluster: the video, for the statistics, where several samples see different parts of it ("": `video`).
+    """
 
     id: str
     video: str
@@ -31,13 +52,60 @@ class Sample:
     options: tuple[str, ...] = ()
     type: str = ""
     two_hop: bool = False
+    groups: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    cluster: str = ""
+
+    @property
+    def whole(self) -> str:
+        """The video that answers are clustered by."""
+        return self.cluster or self.video
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Options of published benchmarks.
+
+    Attributes:
+        data: folder that holds them.
+        protocol: name of one; None for each benchmark's default.
+        missing: what a video that cannot be read means: "fail", "wrong" or "skip" its questions.
+        incomplete: whether an annotation file may hold fewer questions than the benchmark.
+        limit_videos: most videos, 0 for all.
+        verify: "quick" or "full", how much of a video file its identity is taken from.
+        sanity: "" or "no-video" or "shuffle-frames".
+    """
+
+    data: pathlib.Path | None = None
+    protocol: str | None = None
+    missing: str = "fail"
+    incomplete: bool = False
+    limit_videos: int = 0
+    verify: str = "quick"
+    sanity: str = ""
+
+
+class Asked(NamedTuple):
+    """How a sample is put to a model: messages, the clips in them in order, and how the reply has to begin."""
+
+    messages: list[Message]
+    clips: list[Clip]
+    prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """What a task is built for: the model's config and buckets, frames per video (None: the task's own choice), split of
-    `needle`, most samples (0: all), the prompt template of JSONL questions, the rule that picks frames of video files
-    (`video.sampling`)."""
+    """What a task is built for.
+
+    Attributes:
+        config: of the model.
+        frames: of a video; None for the task's own choice.
+        buckets: of the model.
+        split: of `needle`.
+        limit: most samples, 0 for all.
+        prompt: template of JSONL questions; another one than the default replaces a protocol's prompt.
+        sampling: rule that picks frames of video files (`video.sampling`), "" for the task's own.
+        published: what published benchmarks are built with.
+    """
 
     config: ModelConfig
     frames: int | None = None
@@ -45,7 +113,8 @@ class TaskOptions:
     split: str = "test"
     limit: int = 0
     prompt: str = "{question}"
-    sampling: str = "uniform"
+    sampling: str = ""
+    published: Published = Published()
 
 
 class Task(abc.ABC):
@@ -53,10 +122,33 @@ class Task(abc.ABC):
 
     name: str
     samples: tuple[Sample, ...]
+    blind: bool = False  # whether questions are asked without any video
+    dense_only: bool = False  # whether methods have no part in it
 
     def prompt(self, sample: Sample) -> str:
         """The text that the model is asked."""
         return sample.question
+
+    def asked(self, sample: Sample, clip: Clip | None, style: PromptStyle) -> Asked:
+        """How a sample is put to a model, without the messages that the command itself adds.
+
+        Args:
+            sample: the question.
+            clip: what is shown, without its frames; None where the task is blind.
+            style: of the model.
+        """
+        clips = [] if clip is None else [clip]
+        return Asked([user_message(self.prompt(sample), style, [c.kind for c in clips])], clips)
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        """Samples that cannot be asked, by id, with the reason; known before any work starts."""
+        return {}
+
+    @property
+    def counts_unavailable(self) -> bool:
+        """Whether such samples count as wrong, rather than being left out of the score."""
+        return False
 
     @abc.abstractmethod
     def clip(self, video: str, pixels: bool = True) -> tuple[Clip, ModelConfig]:
@@ -98,6 +190,23 @@ class Task(abc.ABC):
     def correct(self, parsed: str | None, sample: Sample) -> bool:
         """Whether a parsed answer is the right one; no answer is wrong."""
         return parsed is not None and plain(parsed) == plain(sample.answer)
+
+    def score(self, text: str | None, sample: Sample) -> dict[str, Any]:
+        """What a record holds of a reply; None for one that never came to an answer. At least `parsed` and `correct`."""
+        parsed = None if text is None else self.parse(text, sample)
+        return {"parsed": parsed, "correct": self.correct(parsed, sample)}
+
+    def about(self) -> dict[str, Any]:
+        """What results.json holds of the task itself."""
+        return {}
+
+    def summary(self, answers: Sequence[tuple[Sample, Mapping[str, Any]]]) -> dict[str, Any]:
+        """Further numbers of a row, from its samples and their records; `correct` is None where the answer is not published."""
+        return {}
+
+    def files(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Files to write of a row, name -> content, from its records by sample id: submissions for a server."""
+        return {}
 
     @property
     def videos(self) -> list[str]:
@@ -165,12 +274,61 @@ TASKS: dict[str, tuple[Callable[[str, TaskOptions], Task], str]] = {
 FILE_TASK = "any JSONL file of questions on videos and images (fields: see --help)"
 
 
+ENTRY_POINTS = "hybridvlm.tasks"
+
+
+def register(name: str, build: Callable[[str, TaskOptions], Task], what: str) -> None:
+    """Add a task of one's own.
+
+    Args:
+        name: as `--tasks` takes it.
+        build: (name, options) -> the task.
+        what: one line for `--list`.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if name in TASKS or name in MODULES:
+        raise ValueError(f"task {name!r} is there already; give yours another name")
+    TASKS[name] = (build, what)
+
+
+def load_tasks(modules: Sequence[str] = ()) -> None:
+    """Import what registers tasks: entry points of the group hybridvlm.tasks, and modules by name or path of a .py file.
+
+    ValueError names a module that cannot be imported.
+    """
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if point.name not in TASKS:
+            register(point.name, point.load(), f"from {point.value}")
+    for module in modules:
+        try:
+            if module.endswith(".py"):
+                path = pathlib.Path(module).resolve()
+                spec = importlib.util.spec_from_file_location(f"hybridvlm_task_{path.stem}", path)
+                if spec is None or spec.loader is None or not path.is_file():
+                    raise ImportError(f"there is no file {path}")
+                if spec.name not in sys.modules:
+                    found = importlib.util.module_from_spec(spec)
+                    sys.modules[spec.name] = found
+                    spec.loader.exec_module(found)
+            else:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--task-module {module}: {error}") from None
+
+
 def build_task(name: str, options: TaskOptions) -> Task:
     """The task called `name`, or the one of a .jsonl file; ValueError with near names for anything else."""
     if name in TASKS:
         return TASKS[name][0](name, options)
+    if name in MODULES:
+        from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+
+        return BenchmarkTask(published(name), options)
     if name.endswith((".jsonl", ".json")) or pathlib.Path(name).is_file():
         return _jsonl(name, options)
-    near = difflib.get_close_matches(name, TASKS, n=1)
+    known = (*TASKS, *MODULES)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}, or the path of a .jsonl file")
+    raise ValueError(f"unknown task {name!r}; {hint}the tasks are {', '.join(known)}, or the path of a .jsonl file")

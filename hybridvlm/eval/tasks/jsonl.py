@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,15 +9,13 @@ import os
 import pathlib
 import re
 import string
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
-from hybridvlm.eval.tasks import Sample, Task, TaskOptions, letters, plain
+from hybridvlm.eval.tasks import Sample, TaskOptions, letters, plain
+from hybridvlm.eval.tasks.files import FileTask
 from hybridvlm.files import json_rows, text_problem
 from hybridvlm.models.family import family_for
-from hybridvlm.models.media import Clip
-from hybridvlm.video import VideoError, VideoWarning, default_frames, shown_clip
+from hybridvlm.video import VideoError, default_frames
 
 FIELDS = """\
   video     path of the video or image file, relative to the JSONL file (required)
@@ -31,7 +28,7 @@ FIELDS = """\
 _KNOWN = {"video", "question", "answer", "options", "type", "two_hop", "id"}
 
 
-class JsonlTask(Task):
+class JsonlTask(FileTask):
     """A JSONL file, one question a line (or one JSON array of them); frames by the rule of the options, evenly from first to last
     unless told, and as many as `ask` looks at.
 
@@ -45,12 +42,9 @@ class JsonlTask(Task):
         if options.config.vision is None:
             raise ValueError(f"{path}: the model has no vision tower, it cannot be asked about videos")
         self.name, self._folder, self._template = path.stem, path.parent, options.prompt
-        self._config, self._family = options.config, family_for(options.config)
-        self._count = options.frames or default_frames(options.config, options.buckets)
-        self._rule = options.sampling
-        self._clips: dict[str, tuple[Clip, Any]] = {}
+        count = options.frames or default_frames(options.config, options.buckets)
+        super().__init__(family_for(options.config), options.config, count, options.sampling or "uniform")
         self._digests: dict[str, str] = {}
-        self._remarks: dict[str, list[str]] = {}
         first: dict[Any, str] = {}  # file -> how it was written first
         samples = []
         for sample in read_samples(path)[: options.limit or None]:
@@ -64,44 +58,8 @@ class JsonlTask(Task):
     def prompt(self, sample: Sample) -> str:
         return self._template.format(question=sample.question, options=letters(sample.options))
 
-    def clip(self, video: str, pixels: bool = True) -> tuple[Clip, Any]:
-        """As `Task.clip`; VideoError for a file that gives no pictures. The choice of frames is settled once per video."""
-        if pixels:
-            found = self._shown(video, True)
-            planned, _ = self.clip(video, pixels=False)
-            if found[0].seconds != planned.seconds:
-                raise VideoError(
-                    f"{self._folder / video}: gives {len(found[0].seconds)} frames where {len(planned.seconds)} were announced"
-                )
-            return found
-        if video not in self._clips:
-            self._clips[video] = self._shown(video, False)
-        return self._clips[video]
-
-    def _shown(self, video: str, pixels: bool) -> tuple[Clip, Any]:
-        with self._listening(video):
-            return shown_clip(
-                self._family, self._config, self._folder / video, frames=self._count, rule=self._rule, pixels=pixels
-            )
-
-    @contextlib.contextmanager
-    def _listening(self, video: str) -> Iterator[None]:
-        """Keep what the decoder remarks on a video."""
-        kept = self._remarks.setdefault(video, [])
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always", VideoWarning)
-            try:
-                yield
-            finally:
-                told = [str(remark.message) for remark in remarks if issubclass(remark.category, VideoWarning)]
-                kept += [text for text in dict.fromkeys(told) if text not in kept]
-
-    def remarks(self, video: str) -> list[str]:
-        return list(self._remarks.get(video, ()))
-
-    def gone(self, video: str) -> bool:
-        """Whether the file is not there any more: that is no fault of the video."""
-        return not (self._folder / video).is_file()
+    def path(self, video: str) -> pathlib.Path:
+        return self._folder / video
 
     def check(self) -> list[str]:
         problems = []

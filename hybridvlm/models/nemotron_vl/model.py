@@ -16,18 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from hybridvlm import sharding
-from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
+from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction, ScoreOptions
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
+from hybridvlm.models.nemotron_vl.rows import assemble, visual_positions
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, unstack, visual_counts
-from hybridvlm.ops.compact import compact
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, unstack, visual_counts, with_specs
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.frames import frame_numbers, gather_frames
+from hybridvlm.parallel.scores import reduce_scores
+from hybridvlm.parallel.sequence import (
+    compact_row,
+    gather_sequence,
+    own_stretch,
+    pick_rows,
+    row_total,
+    sequence_shards,
+)
+from hybridvlm.parallel.tensor import LocalConfig
+from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
 from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
@@ -47,6 +60,7 @@ MODEL_TYPES = (
 Config = ModelConfig
 # every method: its text is a part of the row that every layer sees
 METHODS = None
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 _IMAGE = {"image": "<img>", "after_image": "</img>"}
 _STAMP = "Frame {number} sampled at {seconds:.2f} seconds"
@@ -125,52 +139,19 @@ class HybridVLM(nn.Module):
     def __call__(self, batch: Batch, pixels: jax.Array | None = None) -> jax.Array:
         """Logits [B,L,V] fp32 of whole prompts, nothing dropped; pixels [B,F,h,w,3] uint8, or None for plain text."""
         visual = None if pixels is None else self.encode(pixels)
-        return self.logits(self.decoder(assemble(self.embed, batch, visual)).tokens.x)
+        return self.logits(self.decoder(assemble(self.config, self.embed, batch, visual)).tokens.x)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Frames [B,F,h,w,3] uint8, or groups of frames that make one patch [B,F,t,h,w,3] -> visual tokens [B,F,m,D]."""
-        b, f = pixels.shape[:2]
-        scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
-        params = {"vision": self.vision.parameters(), "projector": self.projector.parameters()}
-        frame = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-        visual = encode_frames(params, self.config.tower, scaled, frame, dtype=self.embed.dtype)
-        return visual.reshape(b, f, *visual.shape[1:])
+        params = {"vision": self.vision.parameters(), "projector": self.projector.parameters(), "embed": self.embed}
+        return encode(params, self.config, pixels)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final hidden states [...,D] -> logits [...,V] fp32."""
         return head({"embed": self.embed} if self.config.tie_embeddings else {"lm_head": self.lm_head}, self.config, x)
 
 
-def assemble(embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens:
-    """The Tokens of a batch: text embeddings, with the visual tokens in order where batch.frame >= 0.
-
-    Args:
-        embed: [V,D].
-        batch: prompts of L tokens.
-        visual: [B,F,m,D], at least as many as the batch has indices for; None for text alone.
-    """
-    is_visual = (batch.frame >= 0) & (batch.segment > 0)
-    b, length = batch.input_ids.shape
-    x = jnp.take(embed, batch.input_ids, axis=0)
-    if visual is not None:
-        flat = visual.reshape(b, -1, visual.shape[-1]).astype(x.dtype)
-        order = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, flat.shape[1] - 1)
-        x = jnp.where(is_visual[..., None], jnp.take_along_axis(flat, order[..., None], axis=1), x)
-    x = jnp.where(batch.segment[..., None] > 0, x, 0)
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
-    last_visual = jnp.max(jnp.where(is_visual, index, -1), axis=1, keepdims=True)
-    query = (batch.segment > 0) & (index > last_visual)
-    return Tokens(
-        x=x,
-        position=index,
-        segment=batch.segment,
-        visual=is_visual,
-        query=query,
-        index=index,
-        frame=jnp.where(is_visual, batch.frame, -1),
-    )
-
-
+AssembleFn = Callable[[ModelConfig, jax.Array, Any, jax.Array | None], Tokens]
 DecodedT = TypeVar("DecodedT")  # a DecoderOutput, or a family's own with the same fields as far as they are used
 
 
@@ -284,14 +265,16 @@ def make_plan(
 
 def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array) -> jax.Array:
     """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
-    visual = HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)
-    assert isinstance(visual, jax.Array)  # no collection is mutable, so nothing comes next to it
-    return visual
+    b, f = pixels.shape[:2]
+    scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
+    frame = jnp.tile(frame_numbers(config, f), b)
+    visual = encode_frames(params, config.tower, scaled, frame, dtype=params["embed"].dtype)
+    return gather_frames(config, visual.reshape(b, f, *visual.shape[1:]))
 
 
 def embed_prompt(params: Mapping[str, Any], config: ModelConfig, batch: Batch, visual: jax.Array | None) -> Tokens:
     """Prompts as layer 0 of a dense pass sees them; visual [B,F,m,D], or None for text alone."""
-    return assemble(params["embed"], batch, visual)
+    return assemble(config, params["embed"], batch, visual)
 
 
 def decoder_output(
@@ -302,7 +285,7 @@ def decoder_output(
     plan: ReductionPlan | None,
     *,
     decode_capacity: int = 0,
-    assemble_fn: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
+    assemble_fn: AssembleFn = assemble,
     mesh: Mesh | None = None,
     question: jax.Array | None = None,
     segments: int = 1,
@@ -320,7 +303,7 @@ def decoder_output(
         decode_capacity: cache slots for new tokens.
         assemble_fn: how embeddings, batch and visual tokens become one row; a family whose visual tokens carry more after
             their first D values has its own.
-        mesh: the devices that `params` were laid out for by `sharding.shard_params`.
+        mesh: for training, the devices that `params` are cut over; inside a program over a mesh `config` is a device's part.
         question: [B,L] bool, the text that says what matters, where that is not simply all after the last visual token, as
             in rows that hold answers or several packed samples.
         segments: S, samples packed in a row.
@@ -329,25 +312,35 @@ def decoder_output(
     """
     counts = None
     frame_count = batch.frame_count
+    if visual is not None and plan is not None and plan.input_method != "none":
+        # what merges or ranks before the decoder looks at the whole video
+        visual = gather_sequence(config, visual)
     if segments > 1 and plan is not None and plan.input_method != "none":
         raise ValueError(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
     if plan is not None and plan.pool_factors != (1, 1, 1):
         visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
-    tokens = assemble_fn(params["embed"], batch, visual)
+    whole = visual
+    if visual is not None and plan is not None and plan.input_method != "none":
+        visual = own_stretch(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
+    tokens = assemble_fn(config, params["embed"], batch, visual)
     if question is not None:
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
-    text = tokens.length
-    given = visual_counts(tokens, segments)
+    text = tokens.length * sequence_shards(config)
+    given = row_total(config, visual_counts(tokens, segments))
     if plan is not None:
         score_fn = methods.score_fn(plan, segments=segments) if score_fn is None else score_fn
         counts, text = given, plan.text_tokens
         if plan.drops_input:
-            ranks = methods.input_score(plan)(_needed(plan, visual)[..., : config.width], frame_count)
-            order = jnp.clip(jnp.cumsum(tokens.visual, axis=1) - 1, 0, ranks.shape[1] - 1)
-            score = jnp.where(tokens.visual, jnp.take_along_axis(ranks, order, axis=1), 0)
-            tokens = compact(tokens, score, plan.keep(0, given), plan.row_length(0))
+            ranks = methods.input_score(plan)(_needed(plan, whole)[..., : config.width], frame_count)
+            is_visual, order = visual_positions(batch)
+            ranks = jnp.take_along_axis(ranks, jnp.minimum(order, ranks.shape[1] - 1), axis=1)
+            score = own_stretch(config, jnp.where(is_visual, ranks, 0))
+            tokens = compact_row(config, tokens, score, plan.keep(0, given), plan.row_length(0))
+    if isinstance(config, LocalConfig) and score_fn is not None:
+        options_of_score = ScoreOptions() if plan is None else plan.score
+        score_fn = reduce_scores(score_fn, config, options_of_score, getattr(score_fn, "method", None))
     run = decoder.prefill if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
     options = {
         "decode_capacity": decode_capacity,
@@ -373,8 +366,7 @@ def prefill(
     visual: jax.Array | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
-    assemble_fn: Callable[[jax.Array, Any, jax.Array | None], Tokens] = assemble,
-    mesh: Mesh | None = None,
+    assemble_fn: AssembleFn = assemble,
     *,
     scores: bool = False,
     hidden_states: bool = False,
@@ -384,7 +376,7 @@ def prefill(
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
     in `decoder.hidden_states`.
     """
-    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble_fn": assemble_fn, "mesh": mesh}
+    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble_fn": assemble_fn}
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:
@@ -392,15 +384,14 @@ def prefill(
     if hidden_states:
         options["hidden_states"] = tuple(range(len(config.pattern)))
     out, given = decoder_output(params, config, batch, visual, plan, **options)
-    last = jnp.maximum(jnp.sum(out.tokens.segment > 0, axis=1) - 1, 0)
-    x = jnp.take_along_axis(out.tokens.x, last[:, None, None], axis=1)[:, 0]
+    last = jnp.maximum(row_total(config, jnp.sum(out.tokens.segment > 0, axis=1)) - 1, 0)[:, None]
+    x = pick_rows(config, out.tokens.x, last, jnp.ones(last.shape, bool))[:, 0]
     return PrefillOutput(head(params, config, x), out, given)
 
 
 def head(params: Mapping[str, Any], config: ModelConfig, x: jax.Array) -> jax.Array:
-    """Final hidden states [...,D] -> logits [...,V] fp32."""
-    weight = params["embed"].T if config.tie_embeddings else params["lm_head"]
-    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    """Final hidden states [...,D] -> logits [...,V] fp32; of a device's part those of its own tokens."""
+    return project_to_vocab(config, params, x)
 
 
 def make_decode_step(
@@ -410,7 +401,7 @@ def make_decode_step(
     layers = unstack(params["decoder"], config)  # once, and not again for every token
 
     def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
-        x = jnp.take(params["embed"], token, axis=0)[:, None]
+        x = embed_tokens(config, params["embed"], token)[:, None]
         x, caches = decoder.step(layers, params["decoder"]["norm_f"], config, x, caches)
         return head(params, config, x[:, 0]), caches
 
@@ -421,7 +412,13 @@ def extend(
     params: Mapping[str, Any], config: ModelConfig, ids: jax.Array, segment: jax.Array, caches: tuple[Cache, ...]
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
-    x = jnp.where(segment[..., None] > 0, jnp.take(params["embed"], ids, axis=0), 0)
+    x = jnp.where(segment[..., None] > 0, embed_tokens(config, params["embed"], ids), 0)
     x, caches = decoder.extend(params["decoder"], config, x, segment, caches)
     last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
     return head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches
+
+
+def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[DecoderOutput[Any]]:
+    """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs."""
+    logits = P(config.batch_axes, config.axis if config.vocab_devices > 1 else None)
+    return with_specs(PrefillOutput, logits, decoder.output_specs(config), P(config.batch_axes))

@@ -7,6 +7,7 @@ from hybridvlm.models.qwen_vl.config import config_from_hf
 from hybridvlm.models.qwen_vl.geometry import frame_size
 from hybridvlm.models.qwen_vl.model import (
     CHAT,
+    MESH_AXES,
     METHODS,
     MODEL_TYPES,
     NAME,
@@ -20,6 +21,7 @@ from hybridvlm.models.qwen_vl.model import (
     make_decode_step,
     make_plan,
     module,
+    output_specs,
     pixels,
     prefill,
     prompt,
@@ -34,6 +36,7 @@ trim_frames = None
 
 __all__ = [
     "CHAT",
+    "MESH_AXES",
     "METHODS",
     "MODEL_TYPES",
     "NAME",
@@ -49,6 +52,7 @@ __all__ = [
     "make_decode_step",
     "make_plan",
     "module",
+    "output_specs",
     "pixels",
     "prefill",
     "prompt",

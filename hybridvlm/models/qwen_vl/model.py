@@ -10,6 +10,7 @@ A frame of the decoder is a tubelet, two frames of the video.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,28 +18,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
-from hybridvlm.config import Buckets, QwenConfig, Reduction
+from hybridvlm.config import Buckets, ModelConfig, QwenConfig, Reduction
 from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
+from hybridvlm.models.nemotron_vl.rows import token_rows, visual_rows
 from hybridvlm.models.prompt import ArrayT, Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.geometry import _grid, frame_size, rope_positions
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack, with_specs
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.sequence import own_stretch
+from hybridvlm.parallel.tensor import LocalConfig
+from hybridvlm.parallel.vocab import embed_tokens
 from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
-from hybridvlm.vision.model import CONNECTORS, TOWERS, encode_frames
+from hybridvlm.vision.model import CONNECTORS, TOWERS
 
 NAME = "qwen_vl"
 MODEL_TYPES = ("qwen2_vl", "qwen3_vl", "Qwen2VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
 Config = QwenConfig
 METHODS = None
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 CHAT = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -122,12 +129,12 @@ def prompt(
     factors: tuple[int, int, int] = (1, 1, 1),
     template_options: Mapping[str, Any] | None = None,
 ) -> QwenLayout:
-    """Lay one conversation out, with at most one clip in it.
+    """Lay one conversation out, with at most one clip in it, or the pieces of one video with text between them.
 
     factors: (frames, rows, columns) that an average-pooling plan makes one. `style` has no part here: the chat template and, for
     Qwen3-VL, the frames' times are all the text there is around a question. template_options: further variables of that template.
     """
-    if len(clips) > 1:
+    if len(clips) > 1 and not all(_continues(*pair) for pair in itertools.pairwise(clips)):
         raise ValueError(
             f"a prompt of this family takes one video or image, got {len(clips)}; ask about them one by one"
         )
@@ -165,6 +172,12 @@ def prompt(
     layout = pieces.layout()
     position = rope_positions(layout.frame, grid, factors, apart=times)
     return QwenLayout(layout.ids, layout.frame, layout.frames, position, grid)
+
+
+def _continues(clip: Clip, following: Clip) -> bool:
+    """Whether one clip is the next piece of the video that another one is a piece of."""
+    alike = clip.kind == following.kind == "video" and clip.size == following.size
+    return alike and following.seconds[0] > clip.seconds[-1]
 
 
 def make_batch(
@@ -253,35 +266,25 @@ class QwenCaches:
 
 def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> jax.Array:
     """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes after it."""
-    b, f = pixels.shape[:2]
-    scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
-    frame = jnp.tile(jnp.arange(f, dtype=jnp.int32), b)
-    visual = encode_frames(params, config.tower, scaled, frame, dtype=params["embed"].dtype)
-    return visual.reshape(b, f, *visual.shape[1:])
+    return nemotron_vl.encode(params, config, pixels)
 
 
-def _assemble(config: QwenConfig) -> Callable[[jax.Array, QwenBatch, jax.Array | None], Tokens]:
-    """How a batch and its visual tokens become one row: with M-RoPE positions, and the planes in Tokens.extra."""
-
-    def assemble(embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
-        whole = nemotron_vl.assemble(embed, batch, None if visual is None else visual[..., : config.width])
-        extra = {}
-        if visual is not None:
-            flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
-            order = jnp.clip(jnp.cumsum(whole.visual, axis=1) - 1, 0, flat.shape[1] - 1)[..., None]
-            planes = visual.shape[-1] // config.width - 1
-            for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
-                plane = flat[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
-                plane = jnp.where(whole.visual[..., None], jnp.take_along_axis(plane, order, axis=1), 0)
-                extra[deepstack_key(2 * k + 1)] = plane  # after the MLP of published layer k
-        return whole.replace(position=jnp.asarray(batch.position), extra=extra)
-
-    return assemble
+def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
+    """A batch and its visual tokens as one row: with M-RoPE positions, and the planes in Tokens.extra."""
+    rows = None if visual is None else visual_rows(config, batch, visual)
+    whole = token_rows(config, embed, batch, None if rows is None else rows[..., : config.width])
+    extra = {}
+    if rows is not None:
+        planes = rows.shape[-1] // config.width - 1
+        for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
+            plane = rows[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
+            extra[deepstack_key(2 * k + 1)] = plane  # after the MLP of published layer k
+    return whole.replace(position=own_stretch(config, jnp.asarray(batch.position)), extra=extra)
 
 
 def embed_prompt(params: Mapping[str, Any], config: QwenConfig, batch: QwenBatch, visual: jax.Array | None) -> Tokens:
     """Prompts as layer 0 of a dense pass sees them, with M-RoPE positions and DeepStack planes."""
-    return _assemble(config)(params["embed"], batch, visual)
+    return assemble(config, params["embed"], batch, visual)
 
 
 def decoder_output(
@@ -293,7 +296,7 @@ def decoder_output(
     **options: Any,
 ) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
     """As `nemotron_vl.decoder_output`, with M-RoPE positions and DeepStack planes."""
-    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble_fn=_assemble(config), **options)
+    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble_fn=assemble, **options)
 
 
 def prefill(
@@ -315,7 +318,7 @@ def prefill(
         visual,
         plan,
         decode_capacity,
-        _assemble(config),
+        assemble,
         scores=scores,
         hidden_states=hidden_states,
     )
@@ -333,7 +336,7 @@ def make_decode_step(
     layers, norm_f = unstack(params["decoder"], config), params["decoder"]["norm_f"]
 
     def one(token: jax.Array, caches: QwenCaches) -> tuple[jax.Array, QwenCaches]:
-        x = jnp.take(params["embed"], token, axis=0)[:, None]
+        x = embed_tokens(config, params["embed"], token)[:, None]
         x, longer = decoder.step(layers, norm_f, config, x, caches.layers, caches.position[:, None])
         return nemotron_vl.head(params, config, x[:, 0]), QwenCaches(longer, caches.position + 1)
 
@@ -347,7 +350,14 @@ def extend(
     real = segment > 0
     count = jnp.sum(real, axis=1, dtype=jnp.int32)
     position = caches.position[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
-    x = jnp.where(real[..., None], jnp.take(params["embed"], ids, axis=0), 0)
+    x = jnp.where(real[..., None], embed_tokens(config, params["embed"], ids), 0)
     x, longer = decoder.extend(params["decoder"], config, x, segment, caches.layers, position)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return nemotron_vl.head(params, config, last), QwenCaches(longer, caches.position + count)
+
+
+def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[DecoderOutput[Any]]:
+    """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs."""
+    specs = nemotron_vl.output_specs(config, plan)
+    caches = with_specs(QwenCaches, specs.decoder.caches, P(config.batch_axes))
+    return dataclasses.replace(specs, decoder=dataclasses.replace(specs.decoder, caches=caches))

@@ -6,6 +6,7 @@ The package is the family that `hybridvlm.models.family.Family` describes.
 from hybridvlm.models.qwen_vl import encode
 from hybridvlm.models.vamba.model import (
     CHAT,
+    MESH_AXES,
     METHODS,
     MODEL_TYPES,
     NAME,
@@ -18,6 +19,7 @@ from hybridvlm.models.vamba.model import (
     make_decode_step,
     make_plan,
     module,
+    output_specs,
     pixels,
     prefill,
     prompt,
@@ -32,6 +34,7 @@ embed_prompt = None
 
 __all__ = [
     "CHAT",
+    "MESH_AXES",
     "METHODS",
     "MODEL_TYPES",
     "NAME",
@@ -46,6 +49,7 @@ __all__ = [
     "make_decode_step",
     "make_plan",
     "module",
+    "output_specs",
     "pixels",
     "prefill",
     "prompt",

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
@@ -24,11 +25,16 @@ from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout
 from hybridvlm.nn import vamba
-from hybridvlm.nn.caches import AttentionCache
+from hybridvlm.nn.caches import AttentionCache, MambaCache
+from hybridvlm.nn.decoder import with_specs
 from hybridvlm.nn.vamba import VambaDecoder, VideoMemory
+from hybridvlm.nn.vamba_layers import CrossMemory
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.scores import reduce_scores
+from hybridvlm.parallel.tensor import LocalConfig
+from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
 from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
@@ -42,6 +48,7 @@ MODEL_TYPES: tuple[str, ...] = ()
 Config = VambaConfig
 # Its text enters no Mamba block.
 METHODS = methods.AttentionMethods()
+MESH_AXES = ("data", "tensor")
 CHAT = qwen_vl.CHAT
 
 
@@ -222,10 +229,10 @@ class Decoded:
     kept: jax.Array
 
 
-def text_stream(embed: jax.Array, batch: Batch) -> Tokens:
+def text_stream(config: VambaConfig, embed: jax.Array, batch: Batch) -> Tokens:
     """The text's Tokens: positions count the text alone, and the video takes none away."""
     real = batch.segment > 0
-    x = jnp.where(real[..., None], jnp.take(embed, batch.input_ids, axis=0), 0)
+    x = jnp.where(real[..., None], embed_tokens(config, embed, batch.input_ids), 0)
     index = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
     no = jnp.zeros(real.shape, bool)
     return Tokens(x, index, batch.segment, no, batch.query & real, index, jnp.full(real.shape, -1, jnp.int32))
@@ -263,7 +270,10 @@ def _walk(params: dict, config: VambaConfig, batch: Batch, visual, text: Tokens 
     video, given = _prepare(batch, visual, plan)
     options: dict[str, Any] = {}
     if plan is not None:
-        options = {"plan": _VideoRows(plan), "score_fn": methods.score_fn(plan), "counts": given}
+        score_fn: Callable[..., jax.Array] = methods.score_fn(plan)
+        if isinstance(config, LocalConfig):
+            score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
+        options = {"plan": _VideoRows(plan), "score_fn": score_fn, "counts": given}
     return *vamba.prefill(params["decoder"], config, video, text, decode_capacity=decode_capacity, **options), given
 
 
@@ -301,12 +311,16 @@ def prefill(
     """
     if scores or hidden_states:
         raise ValueError("prefill: VAMBA's two streams return no scores and no hidden states of one row")
-    text = text_stream(params["embed"], batch)
+    text = text_stream(config, params["embed"], batch)
     b = batch.input_ids.shape[0]
     if visual is None or isinstance(visual, VideoMemory):
         if visual is not None and plan is not None and plan.depends_on_query:
             raise ValueError(f"prefill: {plan.method!r} looks at the question; give it visual tokens, not a memory")
         memory = vamba.no_video(config, b, text.x.dtype) if visual is None else visual
+        if isinstance(config, LocalConfig) and memory.index.shape[0] != b:
+            raise ValueError(
+                f"prefill: on a mesh every prompt needs a memory of its own, got {memory.index.shape[0]} for {b} prompts a device"
+            )
         text, own = vamba.prefill_text(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
         given = memory.kept[0] if visual is None else jnp.sum(batch.video_segment > 0, axis=1, dtype=jnp.int32)[:, None]
     else:
@@ -318,8 +332,7 @@ def prefill(
 
 def logits(params: dict, config: VambaConfig, x: jax.Array) -> jax.Array:
     """Final hidden states [...,D] -> logits [...,V] fp32."""
-    head = params["embed"].T if config.tie_embeddings else params["lm_head"]
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    return project_to_vocab(config, params, x)
 
 
 def _last_logits(params: dict, config: VambaConfig, x: jax.Array, segment: jax.Array) -> jax.Array:
@@ -340,6 +353,25 @@ def extend(
     params: dict, config: VambaConfig, ids: jax.Array, segment: jax.Array, caches: Caches
 ) -> tuple[jax.Array, Caches]:
     """More text on what the caches hold: ids, segment [B,T] -> logits [B,V] after the last real id, and the longer caches."""
-    x = jnp.take(params["embed"], ids, axis=0)
+    x = embed_tokens(config, params["embed"], ids)
     x, own = vamba.extend(params["decoder"], config, x, segment, caches.own, caches.memory)
     return _last_logits(params, config, x, segment), Caches(own, caches.memory)
+
+
+def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[Decoded]:
+    """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs: by rows, behind the stack of layers,
+    and by heads, which lie side by side in the video's keys, or by a device's own channels."""
+    rows, stacked, tensor = P(config.batch_axes), P(None, config.batch_axes), config.axis
+    heads = P(None, config.batch_axes, None, tensor)
+    logits = P(config.batch_axes, tensor if config.vocab_devices > 1 else None)
+    stages = 1 if plan is None else 1 + len(plan.drops)
+    own = with_specs(AttentionCache, heads, heads, stacked, heads, heads, stacked, P())
+    stage = with_specs(CrossMemory, heads, heads, rows)
+    state = with_specs(MambaCache, heads, P(None, config.batch_axes, tensor), stacked)
+    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, rows, stacked, rows, rows)
+    return with_specs(
+        PrefillOutput,
+        logits,
+        with_specs(Decoded, rows, with_specs(Caches, (own,) * stages, memory), rows, stacked),
+        rows,
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
 from hybridvlm.ops.attention.reference import EMPTY_LSE
+from hybridvlm.ops.platforms import platform
 
 # name -> module. Its text_to_visual(q, k, *, lse, row_weight, q_segment, kv_segment, q_index, kv_index, heads, queries, causal,
 # scale) -> [B,L] fp32 gets everything (nothing is None): row_weight [B,R] fp32, 0 for a row that does not count; queries "sum"
@@ -73,10 +76,9 @@ def text_to_visual(
     if q_index is None:
         q_index = jnp.full((b, rows), jnp.iinfo(jnp.int32).max, jnp.int32)
     if lse is None:
-        _, lse = attention(
+        lse = log_sum_exp(
             q,
             k,
-            k[..., :1],
             q_segment=q_segment,
             kv_segment=kv_segment,
             q_index=q_index,
@@ -101,6 +103,15 @@ def text_to_visual(
         scale=scale,
     )
     return jnp.where(visual, score, 0.0)
+
+
+def log_sum_exp(q: jax.Array, k: jax.Array, **options: Any) -> jax.Array:
+    """The log-sum-exp [B,H,R] float32 that `attention` returns for rows q [B,R,H,P] over keys k [B,L,K,P], without a result.
+
+    options: of `attention`.
+    """
+    # On a TPU the kernel of a value of one lane takes two minutes to compile, that of whole ones five seconds.
+    return attention(q, k, k if platform() == "tpu" else k[..., :1], **options)[1]
 
 
 def _check(

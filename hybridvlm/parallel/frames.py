@@ -1,0 +1,34 @@
+"""The frames of videos, dealt over all devices of a mesh: each encodes its own, and what it makes goes where the prompt needs it.
+
+Frames do not see each other, so whatever the mesh is cut for later can help to encode. Those of one row are dealt over the sequence
+axis first, so that a shard of the row gets a stretch of the video, and then over the tensor axis. Where a batch has fewer rows
+than there are devices for them, its frames are dealt over those devices too.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hybridvlm.config import ModelConfig
+from hybridvlm.parallel.tensor import LocalConfig
+
+
+def frame_numbers(c: ModelConfig, frames: int) -> jax.Array:
+    """The positions in their video of the `frames` frames of each row that a device encodes."""
+    first = jax.lax.axis_index(c.frame_axes) * frames if isinstance(c, LocalConfig) and c.frame_axes else 0
+    return first + jnp.arange(frames, dtype=jnp.int32)
+
+
+def gather_frames(c: ModelConfig, visual: jax.Array) -> jax.Array:
+    """Visual tokens [B,f,m,D] of a device's frames -> [B,F,m,D] of its rows, of its stretch of the video where rows are cut."""
+    if not isinstance(c, LocalConfig):
+        return visual
+    together = tuple(axis for axis in c.frame_axes if axis != c.row_axis)
+    visual = jax.lax.all_gather(visual, together, axis=1, tiled=True) if together else visual
+    if not set(c.batch_axes) & set(c.frame_axes):
+        return visual
+    # every device had frames of all rows, and keeps the row that is its own
+    row = jax.lax.axis_index(c.batch_axes)
+    own = jax.lax.dynamic_slice_in_dim(visual, jnp.minimum(row, visual.shape[0] - 1), 1, axis=0)
+    return jnp.where(row < visual.shape[0], own, 0)

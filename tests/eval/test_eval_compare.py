@@ -1,0 +1,253 @@
+"""Two runs side by side, replies scored again, and lmms-eval's files, checked against independent computations."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from helpers.benchmark_tasks import answered, task
+from scipy import stats
+
+from hybridvlm.eval import __main__ as command
+from hybridvlm.eval import compare, lmms_eval, rescore
+from hybridvlm.eval.logs import read
+from hybridvlm.options import InputError
+
+
+def record(task_name, name, correct, *, video, method="none", budget=1.0, gold="A", reply=None, **more):
+    reply = (gold if correct else "D") if reply is None else reply
+    row = {
+        "key": f"{task_name}{name}{method}",
+        "task": task_name,
+        "method": method,
+        "budget": budget,
+        "id": name,
+        "video": video,
+    }
+    row |= {"type": "", "answer": gold, "prediction": reply, "parsed": reply, "correct": correct}
+    return row | {"options": ["red", "green", "blue", "white"], "cluster": video, "groups": {"part": name[0]}} | more
+
+
+def folder(path, rows):
+    path.mkdir()
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two runs on 60 questions of 20 videos, three a video, the second one somewhat better."""
+    rng = np.random.default_rng(3)
+    easy = rng.random(20)
+    first = rng.random(60) < np.repeat(easy, 3)
+    second = np.where(rng.random(60) < 0.7, first, rng.random(60) < 0.8)
+    names = [f"{'xy'[i % 2]}{i:02d}" for i in range(60)]
+    videos = [f"video{i // 3}" for i in range(60)]
+    paths = []
+    for label, rights in (("a", first), ("b", second)):
+        rows = [record("t", n, bool(r), video=v) for n, r, v in zip(names, rights, videos, strict=True)]
+        paths.append(folder(tmp_path / label, rows))
+    return paths, first.astype(int), second.astype(int), np.repeat(np.arange(20), 3), names
+
+
+def test_paired_numbers_are_those_of_an_independent_computation(pair):
+    (a, b), first, second, video, names = pair
+    found = compare.compare(read(a), read(b), paired=True)
+    d = second - first
+    sums = np.array([(d - d.mean())[video == v].sum() for v in range(20)])
+    se = math.sqrt(20 / 19 * (sums**2).sum()) / 60
+    half = stats.t.ppf(0.975, 19) * se
+    assert found.delta == pytest.approx(d.mean()) and found.interval == pytest.approx(
+        [d.mean() - half, d.mean() + half]
+    )
+    gained, lost = int((d == 1).sum()), int((d == -1).sum())
+    assert found.mcnemar == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+    assert found.gained == sorted(n for n, x in zip(names, d, strict=True) if x == 1) and len(found.lost) == lost
+    z = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    assert found.needed == math.ceil(z**2 * 60 * se**2 / 0.01**2)
+    odd = [i for i, n in enumerate(names) if n[0] == "y"]
+    assert found.groups["part"]["y"] == (30, pytest.approx(first[odd].mean()), pytest.approx(second[odd].mean()))
+
+
+def test_paired_interval_is_that_of_statsmodels(pair):
+    api = pytest.importorskip("statsmodels.api")
+    (a, b), first, second, video, _ = pair
+    fit = api.OLS(second - first, np.ones(60)).fit(
+        cov_type="cluster", cov_kwds={"groups": video, "use_correction": True}
+    )
+    found = compare.compare(read(a), read(b), paired=True)
+    # statsmodels' correction has (n - 1) / (n - k) too, which is 1 for a mean
+    assert (found.interval[1] - found.delta) / stats.t.ppf(0.975, 19) == pytest.approx(fit.bse[0])
+
+
+def test_unpaired_numbers_are_those_of_an_independent_computation(pair):
+    (a, b), first, second, video, _ = pair
+    found = compare.compare(read(a), read(b), paired=False)
+
+    def se(x):
+        sums = np.array([(x - x.mean())[video == v].sum() for v in range(20)])
+        return math.sqrt(20 / 19 * (sums**2).sum()) / 60
+
+    half = stats.t.ppf(0.975, 19) * math.hypot(se(first), se(second))
+    assert found.interval == pytest.approx([found.delta - half, found.delta + half]) and found.mcnemar is None
+    assert any("--paired" in note for note in found.notes)
+
+
+def test_a_hand_worked_case(tmp_path):
+    """Four videos of one question: B has two more right. Difference .5; variance (1 + 0 + 1 + 0 - 4/4) / 3 = 1/3, over 4."""
+    a = folder(
+        tmp_path / "a", [record("t", f"q{i}", r, video=f"v{i}") for i, r in enumerate([False, True, False, False])]
+    )
+    b = folder(
+        tmp_path / "b", [record("t", f"q{i}", r, video=f"v{i}") for i, r in enumerate([True, True, True, False])]
+    )
+    found = compare.compare(read(a), read(b), paired=True)
+    half = 3.182446305 * math.sqrt(1 / 12)
+    assert found.interval == pytest.approx([0.5 - half, 0.5 + half], rel=1e-6)
+    assert found.mcnemar == pytest.approx(0.5)  # two of two
+    assert found.needed == math.ceil(2.801585219**2 * (1 / 3) / 1e-4)
+
+
+def test_the_command_prints_it(pair, capsys):
+    (a, b), *_ = pair
+    assert command.main(["compare", str(a), str(b), "--paired"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "t: 60 questions",
+        "McNemar p",
+        "only B is right on",
+        "power: a difference of 1 point",
+        "part x (n=30)",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["a", "none"], "no samples in it"),
+        (["a", "other"], "no task is common: A has t; B has u"),
+        (["a:str@0.25", "a"], "no answers of 'str@0.25'; there are none"),
+        (["a", "gold"], "one log has answer A, the other B"),
+        (["a", "broken"], "line 1: no sample of this library"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, argv, words):
+    folder(tmp_path / "a", [record("t", "q", True, video="v"), record("t", "r", True, video="w")])
+    folder(tmp_path / "other", [record("u", "q", True, video="v")])
+    folder(tmp_path / "gold", [record("t", "q", True, video="v", gold="B")])
+    folder(tmp_path / "broken", [{"x": 1}])
+    (tmp_path / "none").mkdir()
+    assert command.main(["compare", *(str(tmp_path / name) for name in argv)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith("error: ") and words in line
+
+
+# -- logs of lmms-eval
+
+NAMES = ["short", "short", "long", "long"]
+
+
+def lmms_log(path, replies, golds):
+    """A samples file of Video-MME as lmms-eval writes one, ranks mixed up."""
+    path.mkdir()
+    lines = []
+    for i, (reply, gold) in enumerate(zip(replies, golds, strict=True)):
+        pred = next((x for x in "ABCD" if x in reply), "")
+        payload = {
+            "question_id": f"{i // 2:03d}-{i % 2 + 1}", "duration": NAMES[i], "category": "Knowledge", "sub_category": "Astronomy",
+            "task_category": "OCR Problems", "pred_answer": pred, "answer": gold, "score": int(pred == gold), "videoID": f"v{i // 2}",
+        }  # fmt: skip
+        prompt = "Which?\nA. red\nB. green\nC. blue\nD. white\nThe best answer is:"
+        lines.append({
+            "doc_id": i, "target": gold, "filtered_resps": [reply], "doc_hash": "0", "input": prompt,
+            "videomme_perception_score": payload,
+        })  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in reversed(lines))
+    (path / "20260101_000000_samples_videomme.jsonl").write_text(text)
+    return path
+
+
+def test_logs_of_lmms_eval_are_read(tmp_path, capsys):
+    golds = ["A", "B", "C", "D"]
+    a = lmms_log(tmp_path / "a", ["A", "B.", "A", "Based on it, none"], golds)
+    b = lmms_log(tmp_path / "b", ["A", "D", "C", "D"], golds)
+    answers = {x.key: x for x in read(a)}
+    assert [answers[str(i)].correct for i in range(4)] == [True, True, False, False]
+    assert (
+        answers["2"].groups["duration"] == ("long",)
+        and answers["2"].cluster == "v1"
+        and answers["0"].task == "videomme"
+    )
+    assert answers["0"].options == ("red", "green", "blue", "white")
+    found = compare.compare(read(a), read(b), paired=True)
+    assert found.delta == 0.25 and (found.gained, found.lost) == (["2", "3"], ["1"])
+    d = np.array([0, -1, 1, 1])
+    sums = np.array([(d - 0.25)[:2].sum(), (d - 0.25)[2:].sum()])
+    half = stats.t.ppf(0.975, 1) * math.sqrt(2 * (sums**2).sum()) / 4
+    assert found.interval == pytest.approx([0.25 - half, 0.25 + half])
+    assert command.main(["--rescore", str(a)]) == 0
+    assert "videomme dense: 50.00 -> 50.00 over 4 questions, 0 changed" in capsys.readouterr().out
+
+
+def test_parsing_alone_can_move_a_score(tmp_path):
+    """Their first capital takes "Based" for B; ours takes it for nothing, and reads what theirs misses."""
+    log = lmms_log(tmp_path / "a", ["Based on it, none", "b", "(C) blue", "green"], ["B", "B", "C", "B"])
+    found = rescore.rescored(read(log))
+    assert (found["recorded"], found["letter"]) == (0.5, 0.75)
+    assert sorted(found["changed"]) == ["0", "1", "3"] and found["replies"]["unparsed"] == 0.25
+
+
+def test_ours_written_as_theirs_and_read_again(tmp_path):
+    """The same accuracy; their names and scales."""
+    for name, metric, scale, replies in (
+        ("videomme", "videomme_perception_score", 100, "A"),
+        ("mlvu", "mlvu_percetion_score", 100, "A"),
+        ("lvbench", "lvbench_score", 1, "A"),
+        ("nextqa", "exact_match", 1, "A"),
+        ("mvbench", "mvbench_accuracy", 100, "A"),
+        ("longvideobench", "lvb_acc", 1, "A"),
+    ):
+        built = task(name)
+        records = answered(built, replies)
+        path, *_ = lmms_eval.write(tmp_path / name, "my/model", [built], lambda _, own=records: own, "command")
+        assert path.parent.name == "my__model"
+        results = json.loads(path.read_text())["results"]
+        asked = [r for r in records.values() if r["correct"] is not None]
+        if name == "mvbench":
+            assert len(results) == 19 and all(f"{metric},none" in r for r in results.values())
+            mean = np.mean([r[f"{metric},none"] for r in results.values()])
+            assert mean == pytest.approx(scale * np.mean([r["correct"] for r in asked]))
+        else:
+            ((_, found),) = results.items()
+            pairs = [(s, records[s.id]) for s in built.samples if records[s.id]["correct"] is not None]
+            value = built.summary(pairs)["scores"]["value"]
+            assert found["hybridvlm"][metric] == pytest.approx(scale * value)
+            if name != "nextqa":
+                assert found[f"{metric},none"] == pytest.approx(scale * value)
+        again = [x for x in read(path.parent) if x.correct is not None]
+        assert {x.task for x in again} == {name} and len(again) == len(asked)
+        assert np.mean([x.correct for x in again]) == pytest.approx(np.mean([r["parity"]["correct"] for r in asked]))
+
+
+def test_a_log_of_theirs_beside_a_run_of_ours(tmp_path):
+    built = task("videomme")
+    rows = []
+    for sample in built.samples:
+        row = {
+            "key": sample.id,
+            "task": "videomme",
+            "method": "none",
+            "budget": 1.0,
+            "id": sample.id,
+            "video": sample.video,
+        }
+        row |= {"type": sample.type, "answer": sample.answer, "groups": dict(sample.groups), "cluster": sample.cluster}
+        rows.append(row | answered(built, "A")[sample.id])
+    ours = folder(tmp_path / "ours", rows)
+    path, *_ = lmms_eval.write(tmp_path / "theirs", "m", [built], lambda _: answered(built, "B"), "command")
+    found = compare.compare(read(ours), read(path.parent), paired=True)
+    assert found.n == (12, 12) and found.accuracy[0] == pytest.approx(0.25)
+    assert found.delta == pytest.approx(sum(s.answer == "B" for s in built.samples) / 12 - 0.25)
+    with pytest.raises(InputError, match="no scored question is common"):
+        compare.compare(read(ours), [], paired=True)
