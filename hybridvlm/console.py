@@ -40,13 +40,16 @@ class LogProgress:
 
     def __init__(self, total: int, unit: str, what: str = "", done: int = 0, every: float = LOG_EVERY):
         self.total, self.unit, self.every = total, unit, every
-        self._what, self._postfix, self._done, self._start_count = what, "", done, done
+        self._what, self._postfix, self._done = what, "", done
         self._start = self._last = time.monotonic()
+        # Of the first update, from which the time left is told: what came before it was compilation.
+        self._first: tuple[float, int] | None = None
 
     def update(self, count: int = 1) -> None:
         """Count on, and write a line if the last one is `every` seconds old or all is done."""
         self._done += count
         now = time.monotonic()
+        self._first = self._first or (now - self._start, self._done)
         if now - self._last < self.every and (self._done < self.total or self._last == self._start):
             return
         self._last = now
@@ -58,8 +61,9 @@ class LogProgress:
 
     def line(self, seconds: float) -> str:
         """The line after `seconds` of work."""
-        here = self._done - self._start_count
-        left = f", about {duration(seconds / here * (self.total - self._done))} left" if here else ""
+        since, count = self._first or (seconds, self._done)
+        rate = (seconds - since) / max(1, self._done - count)
+        left = f", about {duration(rate * (self.total - self._done))} left" if self._done > count else ""
         after = f" ({self._postfix})" if self._postfix else ""
         before = f"{self._what}: " if self._what else ""
         return f"{before}{self._done}/{self.total} {self.unit}s{after}, {duration(seconds)} so far{left}"

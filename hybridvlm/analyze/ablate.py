@@ -39,7 +39,8 @@ from hybridvlm.analyze.common import (
 from hybridvlm.config import to_dict
 from hybridvlm.console import print_markdown, progress
 from hybridvlm.eval.results import write_atomic
-from hybridvlm.eval.runner import DENSE, Variant, versions
+from hybridvlm.eval.runner import versions
+from hybridvlm.eval.variants import DENSE, Variant
 from hybridvlm.files import folder_lock
 from hybridvlm.options import InputError
 from hybridvlm.reduction import BudgetError

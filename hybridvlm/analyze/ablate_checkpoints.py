@@ -18,8 +18,9 @@ from hybridvlm.analyze.common import (
 )
 from hybridvlm.config import Reduction
 from hybridvlm.eval.results import SampleStore
-from hybridvlm.eval.runner import Runner, Variant, fingerprint
+from hybridvlm.eval.runner import Runner, fingerprint
 from hybridvlm.eval.tasks import TaskOptions, build_task
+from hybridvlm.eval.variants import Variant
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, override
 from hybridvlm.reduction import ReductionPlan

@@ -16,7 +16,7 @@ from hybridvlm.analyze.common import (
     figure,
     markdown,
 )
-from hybridvlm.eval.runner import DENSE
+from hybridvlm.eval.variants import DENSE
 from hybridvlm.reduction import ReductionPlan
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import Reduction
-from hybridvlm.eval.runner import Bucket, Planner, Variant
+from hybridvlm.eval.variants import Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan, get_method, parse_method

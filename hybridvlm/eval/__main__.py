@@ -18,7 +18,7 @@ METHODS = "none,str,random-input,uniform-input,saliency,fastv"
 EXAMPLES = """\
 examples:
   python -m hybridvlm.eval
-      the embedded model on 300 questions of the embedded benchmark, dense and five methods at 25%
+      the embedded model on 100 questions of the embedded benchmark, dense and five methods at 25%
   python -m hybridvlm.eval --limit 20 --methods str
       a quick look
   python -m hybridvlm.eval --model tiny-reduced --limit 0 --methods str,random,oneshot-mamba,fastv --match-flops str
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tasks", default="needle", help=tasks)
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
-    limit = "N questions of each task, 0 for all (default: 300, of published benchmarks all; there whole videos, spread evenly)"
+    limit = "N questions of each task, 0 for all (default: 100, of published benchmarks all; there whole videos, spread evenly)"
     add("--limit", type=int, help=limit)
     add("--frames", type=int, help="frames per video (default: 64 for needle, as many as ask looks at for files)")
     sampling = "frames of video files: uniform (first to last), middle (of equal spans), fps:R (default: uniform, or the protocol's)"

@@ -15,9 +15,11 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
 from hybridvlm.eval import lmms_eval, published, report, statistics
+from hybridvlm.eval.layouts import Asking
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
-from hybridvlm.eval.runner import DENSE, Asking, Planner, Runner, Variant, expand, fingerprint, versions
+from hybridvlm.eval.runner import Runner, fingerprint, versions
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, load_tasks
+from hybridvlm.eval.variants import DENSE, Planner, Variant, expand
 from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens

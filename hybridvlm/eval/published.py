@@ -9,7 +9,7 @@ import pathlib
 from hybridvlm.eval.tasks import MODULES, TASKS, Published, Task, TaskOptions, build_task
 from hybridvlm.options import InputError
 
-LIMIT = 300  # questions of the embedded benchmark and of JSONL files where nobody says; of published benchmarks all
+LIMIT = 100  # questions of the embedded benchmark and of JSONL files where nobody says; of published benchmarks all
 SANITY = {"no_video": "no-video", "shuffle_frames": "shuffle-frames"}
 
 

@@ -7,135 +7,37 @@ first call of each program is repeated and only the repetition is timed: compila
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from hybridvlm.checkpoints.folder import flatten
-from hybridvlm.config import Reduction, to_dict
+from hybridvlm.config import to_dict
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.layouts import Asking, lay_out
 from hybridvlm.eval.results import SampleStore, achieved
 from hybridvlm.eval.tasks import Sample, Task
+from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
-from hybridvlm.models.prompt import Layout
-from hybridvlm.reduction import ReductionPlan, parse_method
+from hybridvlm.models.prompt import Batch, Layout
+from hybridvlm.reduction import ReductionPlan
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
-MATCHED = 0.02  # relative error of predicted FLOPs up to which --match-flops counts as met
-
-
-class Bucket(NamedTuple):
-    """The static shape of a batch: frames and text tokens, (height, width) of the frames, and whether of videos or images."""
-
-    frames: int
-    text: int
-    size: tuple[int, int] = (0, 0)
-    kind: str = "video"
-
-    def config(self, model: Model) -> Any:
-        """The model's config for clips of this size."""
-        vision = model.config.vision
-        if vision is None or self.size in ((0, 0), tuple(vision.image_size)):
-            return model.config
-        return dataclasses.replace(model.config, vision=dataclasses.replace(vision, image_size=self.size))
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One row of the table: a method and its nominal budget; `fixed` where the method itself says every rate."""
-
-    method: str
-    budget: float
-    fixed: bool = False
-
-    @property
-    def product(self) -> float:
-        """The budget of all parts together: what `evs+str` at 0.5 leaves is 0.25."""
-        if self.method == "none" or self.fixed:
-            return self.budget
-        return float(np.prod([self.budget if rate is None else rate for _, rate in parse_method(self.method)]))
-
-    @property
-    def label(self) -> str:
-        return self.method if self.fixed or self.method == "none" else f"{self.method} at {self.budget:g}"
-
-
-DENSE = Variant("none", 1.0)
-
-
-def expand(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
-    """Methods x budgets, dense first and always; a method with rates of its own (`evs:0.5+str:0.5`) makes one row.
-
-    ValueError for an unknown method (with near names) or a budget outside (0, 1].
-    """
-    for budget in budgets:
-        Reduction(budget=budget)
-    variants = [DENSE]
-    for method in methods:
-        parts = parse_method(method)
-        if method == "none":
-            continue
-        rates = [rate for _, rate in parts if rate is not None]
-        if len(rates) == len(parts):
-            variants.append(Variant(method, float(np.prod(rates)), fixed=True))
-        else:
-            variants += [Variant(method, float(budget)) for budget in budgets]
-    return list(dict.fromkeys(variants))
-
-
-class Planner:
-    """Reductions and plans of variants, per bucket, settled once.
-
-    base: kind, schedule, score options and seed that all variants share. match: a method whose predicted FLOPs, at the
-    same nominal budget, every other one is solved to.
-    """
-
-    def __init__(self, model: Model, base: Reduction, match: str | None = None):
-        self.model, self.base, self.match = model, base, match
-        self._plans: dict[tuple[Variant, Bucket], tuple[Reduction, ReductionPlan | None]] = {}
-
-    def __call__(self, variant: Variant, bucket: Bucket) -> tuple[Reduction, ReductionPlan | None]:
-        """(reduction, plan); ValueError where the method cannot meet the budget."""
-        if (variant, bucket) not in self._plans:
-            reduction = dataclasses.replace(
-                self.base, method=variant.method, budget=1.0 if variant.fixed else variant.budget
-            )
-            if self.match not in (None, variant.method) and variant != DENSE and not variant.fixed:
-                _, goal = self(Variant(self.match, variant.budget), bucket)
-                if goal is not None:
-                    reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
-            config = bucket.config(self.model)
-            self._plans[variant, bucket] = (
-                reduction,
-                self.model.plan(reduction, bucket.frames, bucket.text, config=config),
-            )
-        return self._plans[variant, bucket]
-
-    def unmatched(self, variant: Variant, bucket: Bucket) -> str | None:
-        """What a reader must know where a plan misses the FLOPs that it was to match."""
-        if self.match in (None, variant.method) or variant == DENSE:
-            return None
-        if variant.fixed:
-            return f"{variant.label} was not matched: its rates are written out"
-        _, plan = self(variant, bucket)
-        _, goal = self(Variant(self.match, variant.budget), bucket)
-        if plan is None or goal is None or abs(plan.flop_ratio / goal.flop_ratio - 1) <= MATCHED:
-            return None
-        found = f"predicted FLOPs are {plan.flop_ratio:.3f} of dense where {self.match} has {goal.flop_ratio:.3f}"
-        return f"{variant.label} could not be matched: its {found}"
 
 
 def fingerprint(params: dict[str, Any]) -> str:
@@ -210,6 +112,7 @@ class Runner:
         self._keys: dict[tuple[Variant, str], str] = {}
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket]] = set()
+        self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
         self._warm_encode: set[Bucket] = set()
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
@@ -306,6 +209,7 @@ class Runner:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
             if read and not self.task.blind:
                 visual = jax.block_until_ready(jax.device_put(np.stack([seen[sample.id] for sample in rows])))
+                self._compile([v for v in variants if missing[v] or v == DENSE], bucket, rows, visual)
             for variant in variants:
                 # dense goes along, so that every clock has its counterpart
                 if missing[variant] or variant == DENSE:
@@ -343,6 +247,30 @@ class Runner:
                 todo.append((number, (bucket, samples), missing))
         return todo[self.store.process.index :: self.store.process.count]
 
+    def _compile(self, variants: Sequence[Variant], bucket: Bucket, rows: Sequence[Sample], visual: jax.Array) -> None:
+        """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""
+        cold = [variant for variant in variants if (variant, bucket) not in self._warm]
+        if len(cold) < 2:
+            return
+        batches = [self._batch(variant, bucket, rows) for variant in cold]
+
+        def compile_one(batch: Batch, plan: ReductionPlan | None) -> int:
+            before = compile_count(thread=True)
+            self.model.compile_prefill(batch, visual, plan, self.asking.think_tokens)
+            return compile_count(thread=True) - before
+
+        with concurrent.futures.ThreadPoolExecutor(min(len(cold), os.cpu_count() or 1, 4)) as pool:
+            counts = pool.map(compile_one, *zip(*batches, strict=True))
+            self._compiled.update({(variant, bucket): n for variant, n in zip(cold, counts, strict=True)})
+
+    def _batch(self, variant: Variant, bucket: Bucket, rows: Sequence[Sample]) -> tuple[Batch, ReductionPlan | None]:
+        reduction, _ = self.planner(variant, bucket)
+        layouts = functools.partial(self._layouts_of, rows)
+        return self.model.batch_of(layouts, reduction, config=bucket.config(self.model))
+
+    def _layouts_of(self, rows: Sequence[Sample], factors: tuple[int, int, int]) -> list[Layout]:
+        return [self.layout(sample, factors) for sample in rows]
+
     def _answer(
         self,
         variant: Variant,
@@ -353,12 +281,9 @@ class Runner:
         visual: jax.Array | None,
     ) -> list[dict[str, Any]]:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
-        reduction, plan = self.planner(variant, bucket)
-        compiled = compile_count()
+        compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
         config, think_tokens = bucket.config(self.model), self.asking.think_tokens
-        batch, plan = self.model.batch_of(
-            lambda factors: [self.layout(sample, factors) for sample in rows], reduction, config=config
-        )
+        batch, plan = self._batch(variant, bucket, rows)
         batch = jax.block_until_ready(jax.device_put(batch))
         if (variant, bucket) not in self._warm:
             self.model.generate(batch, visual, plan, think_tokens=think_tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +14,27 @@ import jax.numpy as jnp
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
-_compiled: list[int] = []
+# By thread, once somebody has asked.
+_compiled: collections.Counter[int] | None = None
 
 
-def compile_count() -> int:
-    """How many programs XLA has compiled in this process since the first call of this function, which returns 0."""
-    if not _compiled:
-        _compiled.append(0)
+def compile_count(*, thread: bool = False) -> int:
+    """How many programs XLA has compiled in this process since the first call of this function, which returns 0.
+
+    Args:
+        thread: count those of the calling thread alone.
+    """
+    global _compiled
+    if _compiled is None:
+        _compiled = collections.Counter()
 
         def count(event: str, duration_secs: float, **_: Any) -> None:
-            _compiled[0] += event == _BACKEND_COMPILE
+            if event == _BACKEND_COMPILE:
+                counts[threading.get_ident()] += 1
 
+        counts = _compiled
         jax.monitoring.register_event_duration_secs_listener(count)
-    return _compiled[0]
+    return _compiled[threading.get_ident()] if thread else sum(_compiled.values())
 
 
 def peak_bytes(program: Any) -> int:

@@ -269,7 +269,7 @@ class ModelPrograms:
         drawn = np.zeros(len(batch.input_ids), np.int32) if seeds is None else np.asarray(seeds, np.int32)
         timing = Timing()
         start = time.perf_counter()
-        most = self.buckets.max_new + (0 if budget is None else budget.decode_capacity)
+        most = self._decode_capacity(budget)
         prefill = self._prefill_program(batch, visual, plan, most)
         timing.compile = time.perf_counter() - start
         start = time.perf_counter()
@@ -289,6 +289,18 @@ class ModelPrograms:
         text, thinking, unfinished = (list(part) for part in zip(*replies, strict=True))
         peak = max(peak_bytes(prefill), peak_bytes(decode))
         return Generation(ids, text, prefilled, plan, timing, thinking, unfinished, peak)
+
+    def compile_prefill(
+        self, batch: Batch, visual: Any, plan: ReductionPlan | None = None, think_tokens: int | None = None
+    ) -> None:
+        """Compile what `generate` runs first for arrays of these shapes, if that was not done before.
+
+        Several threads may call this at once, for batches that differ in shape or plan.
+        """
+        self._prefill_program(batch, visual, plan, self._decode_capacity(think_budget(self, think_tokens)))
+
+    def _decode_capacity(self, budget: ThinkBudget | None) -> int:
+        return self.buckets.max_new + (0 if budget is None else budget.decode_capacity)
 
     def check_max_new(self, max_new: int | None) -> int:
         """The most tokens of an answer (default: the buckets' own); ValueError where they have fewer."""

@@ -43,14 +43,14 @@ def causal_conv1d(
         seen = None
         final = extended[:, length:]
     else:
-        run = segment_runs(segment, initial_segment)
-        extended_run = jnp.concatenate([jnp.zeros((b, width - 1), run.dtype), run], axis=1)
-        seen = jnp.stack([extended_run[:, j : j + length] == run for j in range(width)])
-        # The last real token stands at real + W - 2 of `extended`, so the W-1 inputs that end there start at `real`.
-        real = jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
-        tail = real[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
-        last_run = run[:, -1:]  # padding keeps the run of the last real token
-        alive = jnp.take_along_axis(extended_run, tail, axis=1) == last_run
+        reset_index = segment_runs(segment, initial_segment)
+        extended_index = jnp.concatenate([jnp.zeros((b, width - 1), reset_index.dtype), reset_index], axis=1)
+        seen = jnp.stack([extended_index[:, j : j + length] == reset_index for j in range(width)])
+        # The last real token stands at count + W - 2 of `extended`, so the W-1 inputs that end there start at `count`.
+        count = jnp.sum(segment > 0, axis=1, dtype=jnp.int32)
+        tail = count[:, None] + jnp.arange(width - 1, dtype=jnp.int32)
+        last_reset = reset_index[:, -1:]  # padding keeps the run of the last real token
+        alive = jnp.take_along_axis(extended_index, tail, axis=1) == last_reset
         final = jnp.where(alive[..., None], jnp.take_along_axis(extended, tail[..., None], axis=1), 0)
 
     y = _taps(extended, weight.astype(jnp.float32), seen)

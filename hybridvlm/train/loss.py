@@ -31,8 +31,8 @@ def cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.
     """(sum of the cross-entropies, how many tokens the model says right) of logits [...,V] fp32 and target [...], -1 = none."""
     real = target >= 0
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target, 0))
-    right = jnp.sum(real & (jnp.argmax(logits, -1) == target))
-    return jnp.sum(jnp.where(real, each, 0)), right
+    correct = jnp.sum(real & (jnp.argmax(logits, -1) == target))
+    return jnp.sum(jnp.where(real, each, 0)), correct
 
 
 def divergence(logits: jax.Array, teacher: jax.Array, target: jax.Array, temperature: float) -> jax.Array:

@@ -50,7 +50,7 @@ class Meter:
             "kind": step_kind(plan),
             "loss": float(m["loss"]),
             "answer_loss": float(m["entropy"]) / answers,
-            "right": float(m["right"]) / answers,
+            "accuracy": float(m["correct"]) / answers,
             "grad_norm": float(m["grad_norm"]),
             "rate": float(run.trainer.rate(step)),
             "answers": int(answers),
@@ -93,7 +93,9 @@ class Meter:
             extra = "".join(f", {name} {mean(name, own):.3f}" for name in ("kl", "scores") if name in own[0])
             kept = own[-1]["retention"]
             keeps = f", keeps {np.mean(kept):.1%} (last layer {kept[-1]:.1%})" if kept[-1] < 1 else ""
-            parts.append(f"{kind}: loss {mean('answer_loss', own):.4f}, right {mean('right', own):.1%}{extra}{keeps}")
+            parts.append(
+                f"{kind}: loss {mean('answer_loss', own):.4f}, accuracy {mean('accuracy', own):.1%}{extra}{keeps}"
+            )
         return (
             f"{last['step']}/{self.run.config.steps} {' | '.join(parts)} | grad {last['grad_norm']:.2f}, rate {last['rate']:.2e}, "
             f"{seconds / len(steady):.2f} s/step, about {duration(seconds / len(steady) * left)} left, "

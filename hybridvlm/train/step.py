@@ -105,16 +105,16 @@ class Trainer:
     def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, FrozenParams]:
         """State and constants before the first step, of the model's parameters (on a mesh, if there is one, wherever they lie)."""
         c, flat = self.config, dict(flatten(params))
-        held = optimizers.cast(flat, self.dtype)
+        cast = optimizers.cast(flat, self.dtype)
         if c.lora.rank:
-            train, frozen = adapters.init(c.lora, flat, jax.random.key(c.seed)), held
+            train, frozen = adapters.init(c.lora, flat, jax.random.key(c.seed)), cast
         else:
             train, still = optimizers.split(flat, c.optimizer.frozen)
-            frozen = {path: held[path] for path in still}
+            frozen = {path: cast[path] for path in still}
             # copies: a step gives the memory of its arguments to its results, and these are the model's own
             train = {path: jnp.array(a, jnp.float32, copy=True) for path, a in train.items()}
-        own = c.distill.kl and c.distill.teacher == "start" and not c.lora.rank
-        teacher = {path: jnp.array(held[path], copy=True) for path in train} if own else {}
+        separate = c.distill.kl and c.distill.teacher == "start" and not c.lora.rank
+        teacher = {path: jnp.array(cast[path], copy=True) for path in train} if separate else {}
         ema = jax.tree.map(lambda a: jnp.array(a, copy=True), train) if c.optimizer.ema else {}
         state = State(train, jax.jit(self.optimizer.init)(train), ema)
         if self.mesh is not None and table is not None:
@@ -144,7 +144,14 @@ class Trainer:
 
     # -- losses -----------------------------------------------------------------------------------------------------
 
-    def _run(self, params: Any, batch: TrainBatch, seen: jax.Array | None, plan: ReductionPlan | None, **options: Any):
+    def _run(
+        self,
+        params: Any,
+        batch: TrainBatch,
+        visual_tokens: jax.Array | None,
+        plan: ReductionPlan | None,
+        **options: Any,
+    ):
         if self.mesh is not None:
             # columns that several devices need are written down for each here, so that their gradients come together in one weight
             params = sharding.permute_for_tp(params, self.model.config, sharding.tensor_size(self.mesh))
@@ -155,7 +162,7 @@ class Trainer:
         question, segments = batch.question, self.config.data.segments
         assert self.family.decoder_output is not None  # `check_family`
         return self.family.decoder_output(
-            params, self.model.config, batch.batch, seen, plan, question=question, segments=segments, **options
+            params, self.model.config, batch.batch, visual_tokens, plan, question=question, segments=segments, **options
         )
 
     def answer_logits(self, params: Any, out: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
@@ -170,23 +177,22 @@ class Trainer:
         """Cross-entropy under a plan and the divergence from the dense teacher: (loss, sums); total: answer tokens of the step."""
         c, d = self.config, self.config.distill
         params = self.whole(train, fixed.frozen)
-        seen = visual(params, self.model, batch.visual, fixed.table)
+        visual_tokens = visual(params, self.model, batch.visual, fixed.table)
         options = (
             {"straight_through": straight_through(c.reduction.straight_through)}
             if plan and c.reduction.straight_through
             else {}
         )
-        out, given = self._run(params, batch, seen, plan, **options)
+        out, given = self._run(params, batch, visual_tokens, plan, **options)
         logits, target = self.answer_logits(params, out, batch)
-        entropy, right = cross_entropy(logits, target)
-        loss, sums = entropy / total, {"entropy": entropy, "right": right}
+        entropy, correct = cross_entropy(logits, target)
+        loss, sums = entropy / total, {"entropy": entropy, "correct": correct}
         if d.kl:
             if d.teacher == "self":
                 teacher = jax.lax.stop_gradient(params)
             else:
-                held = fixed.frozen | fixed.teacher
-                teacher = unflatten(held)
-            dense, _ = self._run(teacher, batch, jax.lax.stop_gradient(seen), None)
+                teacher = unflatten(fixed.frozen | fixed.teacher)
+            dense, _ = self._run(teacher, batch, jax.lax.stop_gradient(visual_tokens), None)
             sums["kl"] = divergence(logits, self.answer_logits(teacher, dense, batch)[0], target, d.temperature)
             loss += d.kl * sums["kl"] / total
         if plan is not None:
@@ -199,24 +205,26 @@ class Trainer:
         c, config = self.config, self.model.config
         params = self.whole(train, fixed.frozen)
         if isinstance(batch, TrainBatch):
-            seen = visual(params, self.model, batch.visual, fixed.table)
+            visual_tokens = visual(params, self.model, batch.visual, fixed.table)
             options: dict[str, Any] = {}
             if c.distill.scores:
                 score = layer_score(c.reduction.reduction.score, c.data.segments, c.data.text)
                 options = {"collect": mixers(config), "score_fn": score, "query_capacity": c.data.text}
-            out, _ = self._run(params, batch, seen, None, **options)
+            out, _ = self._run(params, batch, visual_tokens, None, **options)
             logits, target = self.answer_logits(params, out, batch)
             mask = row_mask(batch.batch, c.data.segments)
             scores = {layer: score[:, None] for layer, score in out.scores.items()}
         else:
-            seen = visual(params, self.model, {k.removeprefix("visual_"): a for k, a in batch.items()}, fixed.table)
+            visual_tokens = visual(
+                params, self.model, {k.removeprefix("visual_"): a for k, a in batch.items()}, fixed.table
+            )
             options = {} if c.remat == "none" else {"remat": c.remat}
-            assert seen is not None  # shared batches are of videos
-            hidden, scores, mask = shared_pass(self.family, params, config, batch, seen, **options)
+            assert visual_tokens is not None  # shared batches are of videos
+            hidden, scores, mask = shared_pass(self.family, params, config, batch, visual_tokens, **options)
             x, target = first_answers(hidden, batch["label"].reshape(hidden.shape[:2]), self.answer)
             logits = head(params, config, x)
-        entropy, right = cross_entropy(logits, target)
-        loss, sums = entropy / total, {"entropy": entropy, "right": right}
+        entropy, correct = cross_entropy(logits, target)
+        loss, sums = entropy / total, {"entropy": entropy, "correct": correct}
         if c.distill.scores:
             ranked, weight = rank_loss(config.pattern, scores, mask)
             # its weights depend on the teacher: microbatches average, by their answer tokens

@@ -25,9 +25,9 @@ from hybridvlm.config import Reduction, Schedule, ScoreOptions
 from hybridvlm.eval import __main__ as command
 from hybridvlm.eval import statistics
 from hybridvlm.eval.results import ROW_KEYS, SampleStore, timing_run, write_atomic
-from hybridvlm.eval.runner import DENSE, Variant, expand
 from hybridvlm.eval.tasks import parse_choice
 from hybridvlm.eval.tasks.jsonl import read_samples
+from hybridvlm.eval.variants import DENSE, Variant, expand
 from hybridvlm.options import InputError, override, parse_pairs
 from hybridvlm.tiny.export import write_video
 

@@ -145,8 +145,9 @@ def test_other_numbers_of_processes_go_on(world, mouth, tmp_path, processes):
     from hybridvlm.config import Reduction
     from hybridvlm.distributed import Process
     from hybridvlm.eval.results import SampleStore
-    from hybridvlm.eval.runner import Planner, Runner
+    from hybridvlm.eval.runner import Runner
     from hybridvlm.eval.tasks import Published, TaskOptions, build_task
+    from hybridvlm.eval.variants import Planner
     from hybridvlm.inference.model import load
     from hybridvlm.options import override
 

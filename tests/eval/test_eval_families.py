@@ -10,8 +10,9 @@ from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.config import Reduction
 from hybridvlm.eval import __main__ as command
 from hybridvlm.eval.results import SampleStore
-from hybridvlm.eval.runner import Planner, Runner
+from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
+from hybridvlm.eval.variants import Planner
 from hybridvlm.inference.conversation import Conversation
 from hybridvlm.inference.model import load
 from hybridvlm.models.prompt import user_message

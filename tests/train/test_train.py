@@ -204,7 +204,7 @@ def test_microbatches_add_up_to_the_big_batch(model, source, kl):
     )
     other, joint = whole.program(plan)(fresh, fixed, batch)
     assert split["answers"] == joint["answers"] == 5
-    for name in ("loss", "grad_norm", "entropy", "right", "given"):
+    for name in ("loss", "grad_norm", "entropy", "correct", "given"):
         np.testing.assert_allclose(split[name], joint[name], rtol=2e-5, atol=1e-6, err_msg=name)
     if kl:  # what is left of log probabilities of about -7
         np.testing.assert_allclose(split["kl"], joint["kl"], atol=2e-5)

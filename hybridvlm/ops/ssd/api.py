@@ -32,11 +32,11 @@ class Choice(NamedTuple):
         return self.chunk_size if implementation == self.implementation else self.other_chunk_size
 
 
-# Kernels, imported when they are asked for: name -> module. Its ssd(x, dt, A, B, C, *, D, run, real, state, chunk_size)
-# takes what `ssd` below has checked: x [B,L,H*P] flat, dt [B,L,H] float32 and 0 at padding, A [H] and D [H] (or None)
-# float32, B and C [B,L,G,N], run and real [B,L] (see `segment_runs`; both None without segments), state [B,H,P,N] float32,
-# chunk_size None for its own; it returns y like x and the final state. It raises NotImplementedError, with the reason,
-# for what it cannot do.
+# Kernels, imported when they are asked for: name -> module. Its
+# ssd(x, dt, A, B, C, *, D, reset_index, token_mask, state, chunk_size) takes what `ssd` below has checked: x [B,L,H*P] flat,
+# dt [B,L,H] float32 and 0 at padding, A [H] and D [H] (or None) float32, B and C [B,L,G,N], reset_index and token_mask [B,L]
+# (see `segment_runs`; both None without segments), state [B,H,P,N] float32, chunk_size None for its own; it returns y like x
+# and the final state. It raises NotImplementedError, with the reason, for what it cannot do.
 KERNELS = {"pallas_tpu": "hybridvlm.ops.ssd.pallas_tpu", "pallas_gpu": "hybridvlm.ops.ssd.pallas_gpu"}
 IMPLEMENTATIONS = ("reference", "associative", "sequential", *KERNELS)
 
@@ -118,21 +118,32 @@ def ssd(
     dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
     state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
     D = None if D is None else D.astype(jnp.float32)
-    run = real = None
+    reset_index = token_mask = None
     if segment is not None:
-        real = segment > 0
-        run = segment_runs(segment, initial_segment)
+        token_mask = segment > 0
+        reset_index = segment_runs(segment, initial_segment)
         # Padding is zeroed by selecting, not by multiplying: 0 * NaN is NaN, also in the backward pass.
-        x, dt, B, C = (_where_real(real, v) for v in (x, dt, B, C))
+        x, dt, B, C = (_where_token(token_mask, v) for v in (x, dt, B, C))
         # A reset before the first token: the incoming state is of another segment.
-        state = jnp.where((run[:, 0] > 0)[:, None, None, None], 0.0, state)
+        state = jnp.where((reset_index[:, 0] > 0)[:, None, None, None], 0.0, state)
 
     def compute(implementation: str) -> tuple[jax.Array, jax.Array]:
         if implementation in KERNELS:
             kernel = load_kernel("ssd", implementation, KERNELS[implementation], "'associative' or 'sequential'").ssd
             flat = x.reshape(b, length, h * p)
-            return kernel(flat, dt, A, B, C, D=D, run=run, real=real, state=state, chunk_size=chunk_size)
-        arrays = (x.reshape(b, length, h, p), dt, A, B, C, D, run, real, state)
+            return kernel(
+                flat,
+                dt,
+                A,
+                B,
+                C,
+                D=D,
+                reset_index=reset_index,
+                token_mask=token_mask,
+                state=state,
+                chunk_size=chunk_size,
+            )
+        arrays = (x.reshape(b, length, h, p), dt, A, B, C, D, reset_index, token_mask, state)
         if implementation == "reference":
             return ssd_reference(*arrays)
         return ssd_chunked(
@@ -153,14 +164,14 @@ def ssd(
         warnings.warn(f"ssd: 'sequential' instead of the platform's {chosen!r}: {reason}", stacklevel=2)
         y, final = compute("sequential")
     y = y.reshape(x.shape)
-    if real is not None:
-        y = _where_real(real, y)
+    if token_mask is not None:
+        y = _where_token(token_mask, y)
     return y, final
 
 
-def _where_real(real: jax.Array, v: jax.Array) -> jax.Array:
-    """v [B,L,...] where `real` [B,L], and 0 at padding."""
-    return jnp.where(real.reshape(*real.shape, *(1,) * (v.ndim - 2)), v, 0)
+def _where_token(token_mask: jax.Array, v: jax.Array) -> jax.Array:
+    """v [B,L,...] where `token_mask` [B,L], and 0 at padding."""
+    return jnp.where(token_mask.reshape(*token_mask.shape, *(1,) * (v.ndim - 2)), v, 0)
 
 
 def ssd_step(

@@ -33,9 +33,9 @@ _ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a matrix
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def ssd(x, dt, A, B, C, *, D, run, real, state, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+def ssd(x, dt, A, B, C, *, D, reset_index, token_mask, state, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
     """`hybridvlm.ops.ssd.ssd` after its checks: x [B,L,H*P], dt [B,L,H] fp32 (0 at padding), A [H] fp32, B and C [B,L,G,N],
-    D [H] fp32 or None, run and real [B,L] or None, state [B,H,P,N] fp32 -> y like x, final state.
+    D [H] fp32 or None, reset_index and token_mask [B,L] or None, state [B,H,P,N] fp32 -> y like x, final state.
 
     The kernel's chunk is 64 tokens for N up to 64 and 128 for N up to 128; a multiple of that may be asked for, and is
     computed in pieces. Fewer states than 64 or 128 are filled up with zeros.
@@ -50,11 +50,11 @@ def ssd(x, dt, A, B, C, *, D, run, real, state, chunk_size: int | None) -> tuple
     full = steps * states
     x, dt = (_pad(v, full) for v in (x, dt))
     b, c = (jnp.pad(_pad(v.astype(x.dtype), full), ((0, 0),) * 3 + ((0, states - n),)) for v in (B, C))
-    if run is not None:
-        run = jnp.pad(run, ((0, 0), (0, full - length)), mode="edge")
-        real = _pad(real, full)
+    if reset_index is not None:
+        reset_index = jnp.pad(reset_index, ((0, 0), (0, full - length)), mode="edge")
+        token_mask = _pad(token_mask, full)
     sizes = xla.Sizes(length=full, chunk=states, block=1, steps=steps, groups=groups)
-    coefficients, runs = xla._coefficients(sizes, dt, A, run, real)
+    coefficients, runs = xla._coefficients(sizes, dt, A, reset_index, token_mask)
     d = None if D is None else D.reshape(groups, per_group)
     state = jnp.pad(state, ((0, 0),) * 3 + ((0, states - n),)).reshape(batch, groups, per_group, p, states)
     x = x.reshape(batch, full, heads, p)

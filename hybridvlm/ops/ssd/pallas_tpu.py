@@ -23,9 +23,9 @@ NAME = "pallas_tpu"
 CHUNK = 128  # tokens: a whole tile of lanes, and the least work within a chunk
 
 
-def ssd(x, dt, A, B, C, *, D, run, real, state, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+def ssd(x, dt, A, B, C, *, D, reset_index, token_mask, state, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
     """`hybridvlm.ops.ssd.ssd` after its checks: x [B,L,H*P], dt [B,L,H] fp32 (0 at padding), A [H] fp32, B and C [B,L,G,N],
-    D [H] fp32 or None, run and real [B,L] or None, state [B,H,P,N] fp32 -> y like x, final state.
+    D [H] fp32 or None, reset_index and token_mask [B,L] or None, state [B,H,P,N] fp32 -> y like x, final state.
 
     Raises NotImplementedError off TPU, for a chunk size that is no multiple of 128 and a dtype other than bf16 and fp32.
     """
@@ -37,12 +37,14 @@ def ssd(x, dt, A, B, C, *, D, run, real, state, chunk_size: int | None) -> tuple
         )
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"ssd: {NAME!r} takes x in bfloat16 or float32, got {x.dtype}")
-    sizes = plan(x.shape, dt.shape[2], *B.shape[2:], chunk_size=chunk_size, packed=run is not None, skip=D is not None)
+    sizes = plan(
+        x.shape, dt.shape[2], *B.shape[2:], chunk_size=chunk_size, packed=reset_index is not None, skip=D is not None
+    )
     b, c = (v.reshape(*v.shape[:2], -1).astype(x.dtype) for v in (B, C))
-    who = None if run is None else common.who_rows(sizes, run, real)
+    segment_ids = None if reset_index is None else common.segment_rows(sizes, reset_index, token_mask)
     d = None if D is None else jnp.repeat(D, sizes.p)[None]
     operands = (x, b, c, common.dt_rows(sizes, dt), common.a_rows(sizes, A), d, common.block_state(sizes, state))
-    y, state = _ssd(sizes, who, *operands)
+    y, state = _ssd(sizes, segment_ids, *operands)
     return y, common.head_state(sizes, state)
 
 
@@ -57,13 +59,13 @@ def plan(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(sizes: Sizes, who, x, b, c, dt, a, d, state):
-    return forward(sizes, who, x, b, c, dt, a, d, state, keep_states=False)[:2]
+def _ssd(sizes: Sizes, segment_ids, x, b, c, dt, a, d, state):
+    return forward(sizes, segment_ids, x, b, c, dt, a, d, state, keep_states=False)[:2]
 
 
-def _fwd(sizes: Sizes, who, x, b, c, dt, a, d, state):
-    y, state, starts = forward(sizes, who, x, b, c, dt, a, d, state, keep_states=True)
-    return (y, state), (who, x, b, c, dt, a, d, starts)
+def _fwd(sizes: Sizes, segment_ids, x, b, c, dt, a, d, state):
+    y, state, starts = forward(sizes, segment_ids, x, b, c, dt, a, d, state, keep_states=True)
+    return (y, state), (segment_ids, x, b, c, dt, a, d, starts)
 
 
 def _bwd(sizes: Sizes, saved, gradients):
@@ -72,7 +74,7 @@ def _bwd(sizes: Sizes, saved, gradients):
 
 _ssd.defvjp(_fwd, _bwd)
 
-_READ = ("x", "b", "c", "dt", "who", "a", "d", "spread", "state")
+_READ = ("x", "b", "c", "dt", "segment_ids", "a", "d", "spread", "state")
 
 
 def forward_specs(sizes: Sizes, dtype, keep_states: bool):
@@ -98,7 +100,7 @@ def forward_cost(sizes: Sizes, dtype, keep_states: bool) -> pl.CostEstimate:
     between = 2 * tokens * s.heads * s.p * s.n
     spread = 2 * tokens * 3 * s.rows * s.heads * s.p
     per_token = 2 * item * s.blocks * s.tiled_lanes + 2 * item * s.blocks * s.tiled_group_lanes + 4 * s.blocks * s.rows
-    per_token += 4 * common.WHO * s.blocks * s.packed
+    per_token += 4 * common.SEGMENT_ROWS * s.blocks * s.packed
     states = 4 * s.batch * s.blocks * s.tiled_lanes * s.n * (2 + s.chunks * keep_states)
     return pl.CostEstimate(
         flops=2 * (within + between + spread),
@@ -107,11 +109,13 @@ def forward_cost(sizes: Sizes, dtype, keep_states: bool) -> pl.CostEstimate:
     )
 
 
-def forward(sizes: Sizes, who, x, b, c, dt, a, d, state, *, keep_states: bool):
+def forward(sizes: Sizes, segment_ids, x, b, c, dt, a, d, state, *, keep_states: bool):
     """The forward kernel: y [B,L,H*P], final state [B,H/R,N,R*P], states at the chunks' starts [B,L/C,H/R,N,R*P] or None."""
     read, call = forward_specs(sizes, x.dtype, keep_states)
     call.pop("in_shape")
-    operands = dict(x=x, b=b, c=c, dt=dt, who=who, a=a, d=d, spread=common.spread_matrix(sizes), state=state)
+    operands = dict(
+        x=x, b=b, c=c, dt=dt, segment_ids=segment_ids, a=a, d=d, spread=common.spread_matrix(sizes), state=state
+    )
     width = (sizes.chunk, sizes.lanes)
     out = pl.pallas_call(
         functools.partial(_kernel, sizes, keep_states, read),
@@ -139,7 +143,7 @@ def _kernel(sizes: Sizes, keep_states: bool, read: list[str], *refs) -> None:
 
     if keep_states:
         start_ref[0][0, 0, 0] = state_ref[...]
-    k = common.decays(sizes, chunk, ref["dt"][0, 0], ref["a"][0], ref["who"][0] if sizes.packed else None)
+    k = common.decays(sizes, chunk, ref["dt"][0, 0], ref["a"][0], ref["segment_ids"][0] if sizes.packed else None)
     spread = ref["spread"][...]
     read_weight = common.spread_heads(k.read, spread)
     write_weight = common.spread_heads(k.dt * k.to_end, spread)
@@ -162,7 +166,7 @@ def _kernel(sizes: Sizes, keep_states: bool, read: list[str], *refs) -> None:
         y = mixed_ref[:, lanes] + common.dot(c, state.astype(dtype)) * read_weight[:, lanes]
         if sizes.skip:
             skip = x * ref["d"][:, lanes]
-            y = y + (skip if k.real is None else jnp.where(k.real, skip, 0.0))
+            y = y + (skip if k.token_mask is None else jnp.where(k.token_mask, skip, 0.0))
         y_ref[0, :, lanes] = y.astype(dtype)
         inflow = common.dot(b, (x * write_weight[:, lanes]).astype(dtype), (0, 0))
         state_ref[:, lanes] = state * keep[:, lanes] + inflow

@@ -14,7 +14,7 @@ from hybridvlm.ops.ssd import pallas_tpu_common as common
 from hybridvlm.ops.ssd.decays import LEAST
 from hybridvlm.ops.ssd.pallas_tpu_common import Sizes
 
-_READ = ("x", "b", "c", "dt", "who", "a", "d", "spread", "start", "gy", "gstate")
+_READ = ("x", "b", "c", "dt", "segment_ids", "a", "d", "spread", "start", "gy", "gstate")
 
 
 def backward_specs(sizes: Sizes, dtype):
@@ -63,7 +63,7 @@ def backward_cost(sizes: Sizes, dtype) -> pl.CostEstimate:
     per_token = (
         3 * item * s.blocks * s.tiled_lanes + 2 * (item + part) * s.blocks * s.tiled_group_lanes + 8 * s.blocks * s.rows
     )
-    per_token += 4 * common.WHO * s.blocks * s.packed
+    per_token += 4 * common.SEGMENT_ROWS * s.blocks * s.packed
     states = 4 * s.batch * s.blocks * s.tiled_lanes * s.n * (2 + s.chunks)
     return pl.CostEstimate(
         flops=2 * (within + between + spread),
@@ -72,11 +72,13 @@ def backward_cost(sizes: Sizes, dtype) -> pl.CostEstimate:
     )
 
 
-def backward(sizes: Sizes, who, x, b, c, dt, a, d, starts, gy, gstate):
+def backward(sizes: Sizes, segment_ids, x, b, c, dt, a, d, starts, gy, gstate):
     """Gradients of x, b, c, dt rows, a rows, d and the initial state, as `pallas_tpu.forward` takes them."""
     read, call = backward_specs(sizes, x.dtype)
     call.pop("in_shape")
-    operands = dict(x=x, b=b, c=c, dt=dt, who=who, a=a, d=d, spread=common.spread_matrix(sizes), start=starts, gy=gy)
+    operands = dict(
+        x=x, b=b, c=c, dt=dt, segment_ids=segment_ids, a=a, d=d, spread=common.spread_matrix(sizes), start=starts, gy=gy
+    )
     operands["gstate"] = gstate
     width = (sizes.chunk, sizes.lanes)
     gx, gb, gc, gdt, ga, ginitial, *gd = pl.pallas_call(
@@ -111,7 +113,7 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
         for gd in gd_ref:
             gd[...] = jnp.zeros_like(gd)
 
-    k = common.decays(sizes, chunk, ref["dt"][0, 0], ref["a"][0], ref["who"][0] if sizes.packed else None)
+    k = common.decays(sizes, chunk, ref["dt"][0, 0], ref["a"][0], ref["segment_ids"][0] if sizes.packed else None)
     spread = ref["spread"][...]
     read_weight = common.spread_heads(k.read, spread)
     write_weight = common.spread_heads(k.dt * k.to_end, spread)
@@ -150,7 +152,7 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
         gkeep += common.sum_heads(jnp.broadcast_to(kept, (common.SUBLANES, kept.shape[1])), mine)
         gstate_ref[:, lanes] = gstate * keep[:, lanes] + common.dot(c, weighted, (0, 0))
         if sizes.skip:
-            skipped = gy if k.real is None else jnp.where(k.real, gy, 0.0)
+            skipped = gy if k.token_mask is None else jnp.where(k.token_mask, gy, 0.0)
             gx = gx + skipped * ref["d"][:, lanes]
             product = (skipped * x).reshape(-1, common.SUBLANES, x.shape[1])
             gd_ref[0][0, :, lanes] += jnp.sum(product, axis=0)

@@ -25,7 +25,7 @@ from hybridvlm.ops.ssd.decays import log_decays
 
 LANES, SUBLANES = 128, 8
 WIDEST = 2048  # lanes of a head block, unless no narrower block is made of whole tiles
-WHO = 8  # rows of `who`
+SEGMENT_ROWS = 8  # rows of `segment_ids`
 
 
 class Sizes(NamedTuple):
@@ -123,17 +123,17 @@ def head_state(sizes: Sizes, state: jax.Array) -> jax.Array:
     return jnp.swapaxes(state, 2, 3).reshape(sizes.batch, sizes.heads, sizes.p, sizes.n)
 
 
-def who_rows(sizes: Sizes, run: jax.Array, real: jax.Array) -> jax.Array:
+def segment_rows(sizes: Sizes, reset_index: jax.Array, token_mask: jax.Array) -> jax.Array:
     """Who sees whom, float32 [B,8,L]: the run that a token reads (-1 at padding); the run that it writes; whether it reads the
     chunk's incoming state; whether it writes the outgoing one; whether the one is what is left of the other."""
-    padded = jnp.pad(run, ((0, 0), (0, sizes.chunks * sizes.chunk - sizes.length)), mode="edge")
+    padded = jnp.pad(reset_index, ((0, 0), (0, sizes.chunks * sizes.chunk - sizes.length)), mode="edge")
     ends = padded[:, sizes.chunk - 1 :: sizes.chunk]
     before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
     ends, before = (jnp.repeat(v, sizes.chunk, axis=1)[:, : sizes.length] for v in (ends, before))
-    reader = jnp.where(real, run, -1)
-    who = (reader, run, reader == before, run == ends, before == ends)
-    rows = jnp.stack([row.astype(jnp.float32) for row in who], axis=1)
-    return jnp.pad(rows, ((0, 0), (0, WHO - rows.shape[1]), (0, 0)))
+    reader = jnp.where(token_mask, reset_index, -1)
+    segment_ids = (reader, reset_index, reader == before, reset_index == ends, before == ends)
+    rows = jnp.stack([row.astype(jnp.float32) for row in segment_ids], axis=1)
+    return jnp.pad(rows, ((0, 0), (0, SEGMENT_ROWS - rows.shape[1]), (0, 0)))
 
 
 def spread_matrix(sizes: Sizes) -> jax.Array:
@@ -154,7 +154,7 @@ def common_specs(sizes: Sizes, at) -> dict[str, pl.BlockSpec]:
         "b": by_group,
         "c": by_group,
         "dt": pl.BlockSpec((1, 1, rows, c), lambda b, i, k: (b, i, 0, at(k))),
-        "who": pl.BlockSpec((1, WHO, c), lambda b, i, k: (b, 0, at(k))),
+        "segment_ids": pl.BlockSpec((1, SEGMENT_ROWS, c), lambda b, i, k: (b, 0, at(k))),
         "a": pl.BlockSpec((1, rows, 1), lambda b, i, k: (i, 0, 0)),
         "d": pl.BlockSpec((1, lanes), lambda b, i, k: (0, i)),
         "spread": pl.BlockSpec((3 * rows, lanes), lambda b, i, k: (0, 0)),
@@ -171,7 +171,7 @@ def common_shapes(sizes: Sizes, dtype) -> dict[str, jax.ShapeDtypeStruct]:
         "b": ((s.batch, s.length, s.groups * s.n), dtype),
         "c": ((s.batch, s.length, s.groups * s.n), dtype),
         "dt": ((s.batch, s.blocks, s.rows, s.length), jnp.float32),
-        "who": ((s.batch, WHO, s.length), jnp.float32),
+        "segment_ids": ((s.batch, SEGMENT_ROWS, s.length), jnp.float32),
         "a": ((s.blocks, s.rows, 1), jnp.float32),
         "d": ((1, s.heads * s.p), jnp.float32),
         "spread": ((3 * s.rows, s.lanes), jnp.bfloat16),
@@ -183,7 +183,7 @@ def common_shapes(sizes: Sizes, dtype) -> dict[str, jax.ShapeDtypeStruct]:
 
 def given(sizes: Sizes, names: tuple[str, ...]) -> list[str]:
     """Of the operands' names those that this call has."""
-    absent = {"who": not sizes.packed, "d": not sizes.skip}
+    absent = {"segment_ids": not sizes.packed, "d": not sizes.skip}
     return [name for name in names if not absent.get(name, False)]
 
 
@@ -243,7 +243,7 @@ class Decays(NamedTuple):
     read: jax.Array  # [rows,C] exp(whole + total)
     to_end: jax.Array  # [rows,C] what is left of a token's inflow at the end, 0 where it does not get there
     reads: jax.Array | None  # [C,1] 1 where a token reads the incoming state
-    real: jax.Array | None  # [C,1] whether it is no padding
+    token_mask: jax.Array | None  # [C,1] whether it is no padding
     kept: jax.Array | None  # [1,1] 1 where the outgoing state continues the incoming one
     seen: jax.Array  # [C,C] bool, whether token i sees token j
 
@@ -266,8 +266,8 @@ def load_tokens(sizes: Sizes, chunk, ref, lanes: slice = slice(None)):
     return jnp.where(valid_tokens(sizes, chunk, 0, (sizes.chunk, 1)), v, 0).astype(v.dtype) if sizes.ragged else v
 
 
-def decays(sizes: Sizes, chunk, dt, a, who) -> Decays:
-    """dt [rows,C], a [rows,1], who [8,C] or None."""
+def decays(sizes: Sizes, chunk, dt, a, segment_ids) -> Decays:
+    """dt [rows,C], a [rows,1], segment_ids [8,C] or None."""
     size = sizes.chunk
     if sizes.ragged:
         dt = jnp.where(valid_tokens(sizes, chunk, 1, dt.shape), dt, 0.0)
@@ -278,12 +278,12 @@ def decays(sizes: Sizes, chunk, dt, a, who) -> Decays:
     to_end = jnp.exp(jnp.where(last, 0.0, to_end))
     read = jnp.exp(whole + total)
     seen = lax.broadcasted_iota(jnp.int32, (size, size), 0) >= lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    if who is None:
+    if segment_ids is None:
         column = jnp.transpose(jnp.concatenate([total, whole], axis=0))
         return Decays(dt, whole, total, column, read, to_end, None, None, None, seen)
     if sizes.ragged:
-        who = jnp.where(valid_tokens(sizes, chunk, 1, who.shape), who, 0.0)
-    columns = jnp.transpose(jnp.concatenate([total, whole, who], axis=0))
+        segment_ids = jnp.where(valid_tokens(sizes, chunk, 1, segment_ids.shape), segment_ids, 0.0)
+    columns = jnp.transpose(jnp.concatenate([total, whole, segment_ids], axis=0))
     reader, reads = (columns[:, 2 * sizes.rows + i : 2 * sizes.rows + i + 1] for i in (0, 2))
     return Decays(
         dt=dt,
@@ -291,11 +291,11 @@ def decays(sizes: Sizes, chunk, dt, a, who) -> Decays:
         total=total,
         column=columns,
         read=read,
-        to_end=jnp.where(who[3:4] > 0, to_end, 0.0),
+        to_end=jnp.where(segment_ids[3:4] > 0, to_end, 0.0),
         reads=reads,
-        real=reader >= 0,
-        kept=who[4:5, :1],
-        seen=seen & (reader == who[1:2]),
+        token_mask=reader >= 0,
+        kept=segment_ids[4:5, :1],
+        seen=seen & (reader == segment_ids[1:2]),
     )
 
 

@@ -15,21 +15,21 @@ def ssd_reference(
     b: jax.Array,
     c: jax.Array,
     d: jax.Array | None,
-    run: jax.Array | None,
-    real: jax.Array | None,
+    reset_index: jax.Array | None,
+    token_mask: jax.Array | None,
     state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Token by token: state <- exp(dt a) state + dt x b^T, y = state c + d x.
 
-    x [B,L,H,P], dt [B,L,H] fp32, a [H] fp32, b and c [B,L,G,N], d [H] fp32 or None, run and real [B,L] (see
-    `segment_runs`; real is False at padding) or None, state [B,H,P,N] fp32.
+    x [B,L,H,P], dt [B,L,H] fp32, a [H] fp32, b and c [B,L,G,N], d [H] fp32 or None, reset_index and token_mask [B,L] (see
+    `segment_runs`; token_mask is False at padding) or None, state [B,H,P,N] fp32.
     Returns y [B,L,H,P] in x.dtype and the final state [B,H,P,N] fp32.
     """
     batch, length, heads, p = x.shape
     groups, n = b.shape[2:]
-    if run is None:
-        run = jnp.zeros((batch, length), jnp.int32)
-    reset = jnp.diff(run, axis=1, prepend=0) > 0
+    if reset_index is None:
+        reset_index = jnp.zeros((batch, length), jnp.int32)
+    reset = jnp.diff(reset_index, axis=1, prepend=0) > 0
 
     # Without it, autodiff would store two copies of every token's state: the one before and the one after.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -46,6 +46,6 @@ def ssd_reference(
     y = jnp.moveaxis(y, 0, 1).reshape(x.shape)
     if d is not None:
         y = y + d[:, None] * x.astype(jnp.float32)
-    if real is not None:
-        y = jnp.where(real[..., None, None], y, 0.0)
+    if token_mask is not None:
+        y = jnp.where(token_mask[..., None, None], y, 0.0)
     return y.astype(x.dtype), state.reshape(batch, heads, p, n)

@@ -76,12 +76,12 @@ class Runs(NamedTuple):
     writer: jax.Array
 
 
-def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: int, associative: bool):
+def ssd_chunked(x, dt, a, b, c, d, reset_index, token_mask, state, *, chunk_size: int, block: int, associative: bool):
     """Chunked SSD; arguments and results as `ssd_reference`, at padding dt must be 0.
 
     associative: chunk states are combined by `jax.lax.associative_scan`, and all other work is done for `block` chunks
     at once; otherwise one chunk comes after the other.
-    Returns y [B,L,H,P] in x.dtype, 0 where not real, and the final state [B,H,P,N] fp32.
+    Returns y [B,L,H,P] in x.dtype, 0 at padding, and the final state [B,H,P,N] fp32.
     """
     batch, length, heads, p = x.shape
     groups, n = b.shape[2:]
@@ -89,7 +89,7 @@ def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: 
     chunk = min(chunk_size, length)
     block = min(block, length // chunk) if associative else 1
     sizes = Sizes(length, chunk, block, -(-length // (block * chunk)), groups)
-    coefficients, runs = _coefficients(sizes, dt, a, run, real)
+    coefficients, runs = _coefficients(sizes, dt, a, reset_index, token_mask)
     d = None if d is None else d.reshape(groups, per_group)
     state = state.reshape(batch, groups, per_group, p, n)
     state = jnp.transpose(state, (0, 1, 4, 2, 3))
@@ -101,7 +101,7 @@ def ssd_chunked(x, dt, a, b, c, d, run, real, state, *, chunk_size: int, block: 
 # -- decays --
 
 
-def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | None]:
+def _coefficients(sizes: Sizes, dt, a, reset_index, token_mask) -> tuple[Coefficients, Runs | None]:
     batch, _, heads = dt.shape
     groups = sizes.groups
 
@@ -126,14 +126,14 @@ def _coefficients(sizes: Sizes, dt, a, run, real) -> tuple[Coefficients, Runs | 
     sums = (whole, -whole, total, -total, dt)
     total = whole + total
     kept = total[..., -1]
-    if run is None:
+    if reset_index is None:
         return Coefficients(*sums, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
 
-    run = windows(run, run[:, sizes.done - 1 : sizes.done])
-    ends = run[:, sizes.chunk - 1 :: sizes.chunk]
+    reset_index = windows(reset_index, reset_index[:, sizes.done - 1 : sizes.done])
+    ends = reset_index[:, sizes.chunk - 1 :: sizes.chunk]
     before = jnp.pad(ends[:, :-1], [(0, 0), (1, 0)])  # the run to which a chunk's incoming state belongs
-    reader = by_step(jnp.where(windows(real, False), run, -1))  # padding reads nothing
-    writer = by_step(run)
+    reader = by_step(jnp.where(windows(token_mask, False), reset_index, -1))  # padding reads nothing
+    writer = by_step(reset_index)
     before, ends = (
         jnp.moveaxis(v.reshape(batch, sizes.steps, sizes.block), 1, 0).reshape(sizes.steps, -1, 1)
         for v in (before, ends)
@@ -333,10 +333,10 @@ def _sequential_forward(sizes, x, b, c, d, coefficients, runs, state, keep_state
     def body(step, carry):
         state, y, starts = carry
         xs, bs, cs = _head_window(sizes, x, step), _window(sizes, b, step), _window(sizes, c, step)
-        k, who = _at((coefficients, runs), step)
+        k, segment_ids = _at((coefficients, runs), step)
         if keep_states:
             starts = lax.dynamic_update_index_in_dim(starts, state, step, 0)
-        y = _put(sizes, y, _outputs(xs, bs, cs, d, k, who, state), step)
+        y = _put(sizes, y, _outputs(xs, bs, cs, d, k, segment_ids, state), step)
         return _kept(k, state) + _inflow(xs, bs, k), y, starts
 
     starts = jnp.zeros((sizes.steps, *state.shape)) if keep_states else None
@@ -373,8 +373,8 @@ def _gradient_buffers(saved):
 def _one_step_back(sizes, saved, step, start, gy, gstate, out):
     x, b, c, d, coefficients, runs = saved[:6]
     xs, bs, cs = _head_window(sizes, x, step), _window(sizes, b, step), _window(sizes, c, step)
-    k, who = _at((coefficients, runs), step)
-    gx, gb, gc, gd, gk = _gradients(xs, bs, cs, d, k, who, start, gy, gstate)
+    k, segment_ids = _at((coefficients, runs), step)
+    gx, gb, gc, gd, gk = _gradients(xs, bs, cs, d, k, segment_ids, start, gy, gstate)
     gx, gb, gc = (_put(sizes, buffer, v, step) for buffer, v in zip(out[:3], (gx, gb, gc), strict=True))
     gk = jax.tree.map(lambda buffer, v: lax.dynamic_update_index_in_dim(buffer, v, step, 0), out[4], gk)
     return gx, gb, gc, None if d is None else out[3] + gd, gk
@@ -402,8 +402,8 @@ def _associative_fwd(sizes, x, b, c, d, coefficients, runs, state):
 
     def emit(step, y):
         xs, bs, cs = _head_window(sizes, x, step), _window(sizes, b, step), _window(sizes, c, step)
-        k, who = _at((coefficients, runs), step)
-        return _put(sizes, y, _outputs(xs, bs, cs, d, k, who, _get_states(sizes, states, step, 0)), step)
+        k, segment_ids = _at((coefficients, runs), step)
+        return _put(sizes, y, _outputs(xs, bs, cs, d, k, segment_ids, _get_states(sizes, states, step, 0)), step)
 
     y = lax.fori_loop(0, sizes.steps, emit, jnp.zeros(x.shape, x.dtype))
     return (y, states[-1]), (x, b, c, d, coefficients, runs, states)
