@@ -145,6 +145,11 @@ def test_too_few_devices_are_refused_with_what_would_do():
     with pytest.raises(DoesNotFit, match="--mesh tensor=4 would do"):
         check_fits(work, None, 4, CHIPS["v5e"].hbm_bytes, "TPU v5 lite")
     check_fits(work, {"tensor": 4}, 4, CHIPS["v5e"].hbm_bytes)
+    # an hour takes several hosts, and so no slice is named that a command could not use
+    hour = Workload(BIG, 3600)
+    assert first_that_fits(hour, "v5e").slice.hosts > 1 and first_that_fits(hour, "v5e", one_host=True) is None
+    with pytest.raises(DoesNotFit, match="more devices"):
+        choose_mesh(hour, 1, CHIPS["v5e"].hbm_bytes, "TPU v5 lite")
     # on CPU there is no known limit, and nothing is refused
     assert memory_limit(jax.devices("cpu")[0]) is None
     check_fits(work, None, 1, None)
