@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ATTENTION
 from hybridvlm.ops.compact import gather_rows
-from hybridvlm.ops.layer_aux import LookaheadAux
+from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import attention_score, lookahead_score, mamba_score
 from hybridvlm.reduction.methods import METHODS, NEXT_ATTENTION, Aux, PlanView, register_method
@@ -94,7 +94,7 @@ def _mixed(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) 
     """mean rank of str-lookahead's score and the Mamba layer's own"""
     if not isinstance(aux, LookaheadAux):
         return _own(layer, aux, tokens, plan, segments)
-    own: Any = mamba_score if hasattr(aux.own, "b") else attention_score
+    own: Any = attention_score if isinstance(aux.own, AttentionAux) else mamba_score
     found = (lookahead_score(aux, tokens, plan.score), own(aux.own, tokens, plan.score))
     ranks = [jnp.argsort(jnp.argsort(jnp.where(tokens.visual, score, jnp.inf), axis=1), axis=1) for score in found]
     return jnp.asarray(sum(ranks), jnp.float32)

@@ -200,7 +200,7 @@ class Runner:
             if read:
                 rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
             if read and not self.task.blind:
-                visual = jax.block_until_ready(jax.device_put(np.stack([seen[sample.id] for sample in rows])))
+                visual = self._put(np.stack([seen[sample.id] for sample in rows]))
             if read:
                 self._compile([v for v in variants if missing[v] or v == DENSE], bucket, rows, visual)
             for variant in variants:
@@ -272,6 +272,10 @@ class Runner:
             counts = pool.map(compile_one, *zip(*batches, strict=True))
             self._compiled.update({(variant, bucket): n for variant, n in zip(cold, counts, strict=True)})
 
+    def _put(self, arrays: Any) -> Any:
+        """Arrays on the device; a mesh is sent its parts by the model, of the host's arrays."""
+        return arrays if self.model.mesh is not None else jax.block_until_ready(jax.device_put(arrays))
+
     def _batch(self, variant: Variant, bucket: Bucket, rows: Sequence[Sample]) -> tuple[Batch, ReductionPlan | None]:
         reduction, _ = self.planner(variant, bucket)
         layouts = functools.partial(self._layouts_of, rows)
@@ -293,7 +297,7 @@ class Runner:
         compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
         config, think_tokens = bucket.config(self.model), self.asking.think_tokens
         batch, plan = self._batch(variant, bucket, rows)
-        batch = jax.block_until_ready(jax.device_put(batch))
+        batch = self._put(batch)
         if (variant, bucket) not in self._warm:
             self.model.generate(batch, visual, plan, think_tokens=think_tokens)
             self._warm.add((variant, bucket))

@@ -329,6 +329,7 @@ class ModelPrograms:
 
         Several threads may call this at once, for batches that differ in shape or plan.
         """
+        batch, visual = self._placed(batch, visual)
         self._prefill_program(batch, visual, plan, self._decode_capacity(think_budget(self, think_tokens)))
 
     def _decode_capacity(self, budget: ThinkBudget | None) -> int:

@@ -283,7 +283,7 @@ def test_steps_after_drops_before_and_inside_the_decoder():
         close_absolutely(logits[0], wanted)
 
 
-@pytest.mark.parametrize(("name", "method"), [("qwen2_vl", "none"), ("qwen3_vl", "str")])
+@pytest.mark.parametrize(("name", "method"), [("qwen2_vl", "none"), ("qwen3_vl", "str"), ("qwen3_vl", "str-lookahead")])
 @pytest.mark.slow
 def test_alone_in_a_batch_and_in_a_longer_bucket(name, method):
     """The same logits, next position and survivors; padding is inert. Three examples, one of them without a video."""
