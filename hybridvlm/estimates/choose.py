@@ -80,9 +80,17 @@ def _smallest(work: Workload, devices: int, limit: int) -> tuple[MeshSizes, Memo
     return None
 
 
-def first_that_fits(work: Workload, generation: str) -> Estimate | None:
-    """The smallest usual slice of a generation on which a workload fits, on the mesh that is chosen there; None: none does."""
+def first_that_fits(work: Workload, generation: str, *, one_host: bool = False) -> Estimate | None:
+    """The smallest usual slice of a generation on which a workload fits, on the mesh that is chosen there; None: none does.
+
+    Args:
+        work: what is to be run.
+        generation: of `hybridvlm.hardware.SLICES`.
+        one_host: leave out slices of several hosts.
+    """
     for where in usual_slices(generation):
+        if one_host and where.hosts > 1:
+            break
         found = _smallest(work, where.chips, where.chip.hbm_bytes)
         if found is not None:
             return estimate_on(work, where, found[0])
@@ -139,7 +147,8 @@ def _way_out(work: Workload, devices: int, limit: int, name: str) -> str:
     found = _smallest(work, devices, limit) if devices > 1 else None
     if found is not None:
         return f"--mesh {found[0]} would do"
-    enough = first_that_fits(work, generation) if generation in SLICES else None
+    # the commands cut a model over the devices of one host
+    enough = first_that_fits(work, generation, one_host=True) if generation in SLICES else None
     fewer = "fewer frames, a smaller --batch-size or a reduction"
     if enough is None:
         return f"take {fewer}, or more devices (python -m hybridvlm.plan lists those that would do)"

@@ -45,11 +45,11 @@ def refuse_too_large(
     Raises:
         DoesNotFit: with what it needs and what would do. Where the device's memory is not known, as on CPU, nothing is refused.
     """
-    device = jax.local_devices()[0]
-    limit = memory_limit(device)
+    devices = jax.local_devices()
+    limit = memory_limit(devices[0])
     if limit is not None:
         work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
-        check_fits(work, mesh, jax.device_count(), limit, device.device_kind)
+        check_fits(work, mesh, len(devices), limit, devices[0].device_kind)
 
 
 def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: Any) -> Mesh | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, VambaConfig, VisionConfig
-from hybridvlm.estimates.workload import TRAINING, MeshSizes, Workload, local_batch, local_part, weight_bytes
+from hybridvlm.estimates.workload import MeshSizes, Workload, local_batch, local_part, weight_bytes
 from hybridvlm.reduction import cost as flops
+from hybridvlm.sharding import DEFAULT_RULES
 from hybridvlm.vision.model import CHUNK
 
 RESIDUALS, LEAST_RESIDUALS = 5, 3  # copies of the residual stream, with memory to spare and without
@@ -166,8 +167,8 @@ def training_memory(work: Workload, mesh: MeshSizes, trained: int, *, least: boo
     """
     config, item, rows = work.config, work.itemsize, local_batch(work, mesh)
     part = config.mixer if isinstance(config, VambaConfig) else local_part(config, mesh)
-    everything, text = weight_bytes(config, mesh, 1, "", TRAINING), ("decoder/", "embed", "lm_head")
-    whole, held = (sum(weight_bytes(config, m, 1, name, TRAINING) for name in text) for m in (MeshSizes(), mesh))
+    everything, text = weight_bytes(config, mesh, 1, "", DEFAULT_RULES), ("decoder/", "embed", "lm_head")
+    whole, held = (sum(weight_bytes(config, m, 1, name, DEFAULT_RULES) for name in text) for m in (MeshSizes(), mesh))
     lengths = [-(-work.plan.row_length(layer) // mesh.sequence) for layer in range(work.plan.layers)]
     saved = rows * sum(lengths) * config.width * item * (1 if least else 2)
     inside = rows * max(lengths) * (RESIDUALS * config.width * item + _layer(part, item))

@@ -17,11 +17,7 @@ from hybridvlm.models.family import family_for
 from hybridvlm.models.weights import FLOAT32, flatten
 from hybridvlm.parallel.layout import local_config, permute_for_tp
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.sharding import AXES, DEFAULT_RULES, ShardingRules
-
-# Decoding reads every weight for every token: shards of a row hold all of them, and fsdp alone, which is asked for, gathers.
-INFERENCE = ShardingRules(share=("fsdp",))
-TRAINING = DEFAULT_RULES
+from hybridvlm.sharding import AXES, INFERENCE_RULES, ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,14 +152,14 @@ def _params(config: Any) -> Any:
 def _shapes(config: Any, tensor: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by path, laid out for a tensor axis."""
     params = _params(config)
-    if tensor > 1 and not isinstance(config, VambaConfig):
+    if tensor > 1:
         params = jax.eval_shape(lambda params: permute_for_tp(params, config, tensor), params)
     return {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
 
 
 @functools.lru_cache(maxsize=1024)
 def weight_bytes(
-    config: Any, mesh: MeshSizes, itemsize: int, prefix: str = "", rules: ShardingRules = INFERENCE
+    config: Any, mesh: MeshSizes, itemsize: int, prefix: str = "", rules: ShardingRules = INFERENCE_RULES
 ) -> int:
     """Bytes of the parameters whose path begins with `prefix` on one device, by the rules of hybridvlm/sharding.py."""
     sizes = tuple(getattr(mesh, axis) for axis in AXES)

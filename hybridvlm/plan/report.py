@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from hybridvlm.estimates.memory import PROGRAMS
 from hybridvlm.estimates.result import estimate_on
 from hybridvlm.hardware import SLICES, Slice, of_chip, parse_slice, usual_slices
 from hybridvlm.options import InputError
-from hybridvlm.sharding import AXES
+from hybridvlm.parallel.mesh import mesh_sizes
 
 PARTS = {
     "weights": "weights",
@@ -33,25 +34,16 @@ def on_slice(works: Mapping[str, Workload], topology: str, mesh: str | None) -> 
 
 def _mesh(work: Workload, where: Slice, asked: str | None) -> MeshSizes:
     if asked is not None:
-        sizes = parse_mesh(asked)
-        if sizes.devices > where.chips:
-            raise InputError(f"--mesh {asked} takes {sizes.devices} devices, {where.name} has {where.chips}")
-        return sizes
+        sizes = mesh_sizes(asked)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        mesh = MeshSizes(**{axis: max(1, where.chips // fixed) if n == -1 else n for axis, n in sizes.items()})
+        if mesh.devices > where.chips:
+            raise InputError(f"--mesh {asked} takes {mesh.devices} devices, {where.name} has {where.chips}")
+        return mesh
     try:
         return choose_mesh(work, where.chips, where.chip.hbm_bytes).mesh
     except DoesNotFit as error:
         return error.nearest
-
-
-def parse_mesh(text: str) -> MeshSizes:
-    """The mesh of "data=2,tensor=4"; InputError for anything else."""
-    sizes: dict[str, int] = {}
-    for pair in text.split(","):
-        axis, _, size = (part.strip() for part in pair.partition("="))
-        if axis not in AXES or not size.isdigit() or int(size) < 1 or axis in sizes:
-            raise InputError(f"--mesh takes a comma list of {', '.join(f'{a}=N' for a in AXES)}, got {text!r}")
-        sizes[axis] = int(size)
-    return MeshSizes(**sizes)
 
 
 def survey(works: Mapping[str, Workload]) -> dict[str, list[dict[str, Any]]]:

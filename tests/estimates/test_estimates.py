@@ -17,13 +17,14 @@ from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, check_fits, choose_mesh, first_that_fits
 from hybridvlm.estimates.choose import HEADROOM, candidates
 from hybridvlm.estimates.memory import memory
-from hybridvlm.estimates.workload import TRAINING, weight_bytes
+from hybridvlm.estimates.workload import weight_bytes
 from hybridvlm.hardware import CHIPS, memory_limit, parse_slice, usual_slices
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.parallel.layout import local_config
 from hybridvlm.plan.__main__ import main
+from hybridvlm.sharding import DEFAULT_RULES
 
 TINY, BIG, QWEN = (load_model_config(name) for name in ("tiny", "nemotron_nano_12b_v2_vl", "qwen3_vl_8b"))
 STR = Reduction("str", 0.25)
@@ -62,7 +63,7 @@ def test_weights_of_one_device_are_those_of_its_part():
     assert weight_bytes(TINY, MeshSizes(fsdp=2, tensor=2), 2, up) == whole // 4
     # shards of a row hold all weights for decoding, and shares of them in training
     assert weight_bytes(TINY, MeshSizes(sequence=4), 2, up) == whole
-    assert weight_bytes(TINY, MeshSizes(sequence=4), 2, up, TRAINING) == whole // 4
+    assert weight_bytes(TINY, MeshSizes(sequence=4), 2, up, DEFAULT_RULES) == whole // 4
     assert weight_bytes(TINY, MeshSizes(), 2, "decoder/mamba/A_log") == 4 * TINY.count("M") * TINY.mamba_heads
 
 
@@ -144,6 +145,11 @@ def test_too_few_devices_are_refused_with_what_would_do():
     with pytest.raises(DoesNotFit, match="--mesh tensor=4 would do"):
         check_fits(work, None, 4, CHIPS["v5e"].hbm_bytes, "TPU v5 lite")
     check_fits(work, {"tensor": 4}, 4, CHIPS["v5e"].hbm_bytes)
+    # an hour takes several hosts, and so no slice is named that a command could not use
+    hour = Workload(BIG, 3600)
+    assert first_that_fits(hour, "v5e").slice.hosts > 1 and first_that_fits(hour, "v5e", one_host=True) is None
+    with pytest.raises(DoesNotFit, match="more devices"):
+        choose_mesh(hour, 1, CHIPS["v5e"].hbm_bytes, "TPU v5 lite")
     # on CPU there is no known limit, and nothing is refused
     assert memory_limit(jax.devices("cpu")[0]) is None
     check_fits(work, None, 1, None)
