@@ -8,9 +8,10 @@ from hybridvlm.checkpoints import describe as described
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import Reduction
 from hybridvlm.config_files import load_model_config
-from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, guard, refuse_training, training_memory
+from hybridvlm.estimates import DoesNotFit, MeshChoice, MeshSizes, Workload, guard, refuse_training, training_memory
 from hybridvlm.estimates.workload import weight_bytes
 from hybridvlm.eval.__main__ import main as evaluate
+from hybridvlm.inference.model import load
 from hybridvlm.train.config import Data, Logging, TrainConfig
 from hybridvlm.train.loop import Run
 
@@ -73,6 +74,22 @@ def test_the_mesh_of_the_devices_at_hand(monkeypatch):
     assert guard.choose_here("tiny", frames=8) is None  # one device is no choice
     with pytest.raises(DoesNotFit, match="smallest slice that would do is v6e:2x2 with --mesh data=2,tensor=2"):
         guard.choose_here("nemotron_nano_12b_v2_vl", frames=64)
+
+
+def test_the_option_takes_a_mesh_or_what_fits(small_device, monkeypatch, capsys):
+    """--mesh of commands, and mesh="auto" of `load`."""
+    chosen = MeshChoice(MeshSizes(), None, "one device holds it")
+    monkeypatch.setattr(guard, "choose_here", lambda name, **work: chosen if work.get("frames") else None)
+    assert guard.mesh_option("auto", "tiny") is None and capsys.readouterr().err == ""
+    assert guard.mesh_option(None, "tiny", frames=8).size == 1
+    assert capsys.readouterr().err == "mesh: one device holds it\n"
+    assert load("tiny", mesh="auto").mesh is None
+    with pytest.raises(DoesNotFit, match="GB on each device"):
+        guard.mesh_option("tensor=1", "tiny", frames=8)
+    with pytest.raises(ValueError, match="comma list"):
+        load("tiny", mesh="tensor")
+    with pytest.raises(ValueError, match="is not the number of devices"):
+        guard.mesh_option("data=3", "tiny")
 
 
 def test_nothing_is_refused_on_cpu():
