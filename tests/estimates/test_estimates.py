@@ -75,6 +75,7 @@ COMPILED = [
     (BIG, "prefill", "v5p:2x2x1", {}, 128, 0.25, 37.27),
     (BIG, "prefill", "v6e:2x2", {"tensor": 4}, 128, None, 12.86),
     (BIG, "prefill", "v6e:2x2", {"tensor": 4}, 128, 0.25, 12.16),
+    (BIG, "prefill", "v6e:2x2", {"data": 2, "tensor": 2}, 128, None, 22.26),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 128, None, 5.88),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 1024, None, 17.12),
     (BIG, "prefill", "v5p:2x2x4", {"tensor": 16}, 1024, None, 21.58),
@@ -93,7 +94,9 @@ COMPILED = [
 )
 def test_memory_is_near_the_compilers(config, program, topology, sizes, frames, budget, compiled):
     reduction = None if budget is None else Reduction("str", budget, schedule=Schedule(stages=7))
-    work, limit = Workload(config, frames, max_new=64, reduction=reduction), parse_slice(topology).chip.hbm_bytes
+    batch = sizes.get("data", 1)
+    work = Workload(config, frames, batch=batch, max_new=64, reduction=reduction)
+    limit = parse_slice(topology).chip.hbm_bytes
     found = memory(work, MeshSizes(**sizes))
     needed = found.program(program, least=found.program(program) > limit)
     assert needed / 1e9 == pytest.approx(compiled, rel=0.15)
