@@ -93,6 +93,12 @@ def write_atomic(path: Any, content: str | bytes) -> None:
         raise
 
 
+def make_folder(path: Any) -> None:
+    """Make a folder and those above it, where there is none; a store has no folders."""
+    if not is_url(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 class GrowingFile:
     """A file that lines are added to: every call is on disk, or in the store, before it returns.
 

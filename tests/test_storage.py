@@ -18,7 +18,7 @@ from hybridvlm.eval.__main__ import main
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.inference.model import load
-from hybridvlm.storage import GrowingFile, as_path, is_shared, is_url, write_atomic
+from hybridvlm.storage import GrowingFile, as_path, is_shared, is_url, make_folder, write_atomic
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.loop import Run
 
@@ -168,3 +168,11 @@ def test_write_atomic_leaves_the_old_file_where_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_folders_are_made_on_a_disk_alone(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    make_folder(as_path("fake://b/run/submissions"))
+    assert not OBJECTS

@@ -29,7 +29,7 @@ from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.reduction import BudgetError
-from hybridvlm.storage import as_path
+from hybridvlm.storage import as_path, make_folder
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
 
@@ -247,7 +247,7 @@ class Evaluation:
             for variant in runner.variants:
                 folder = self.folder / "submissions" / runner.task.name / variant.label.replace(" at ", "-")
                 for name, content in runner.task.files(self._records(runner.task, variant)).items():
-                    folder.mkdir(parents=True, exist_ok=True)
+                    make_folder(folder)
                     write_atomic(folder / name, content)
 
     def _remarks(self) -> list[str]:

@@ -18,6 +18,7 @@ from hybridvlm.eval.benchmarks.definition import Benchmark, Question
 from hybridvlm.eval.results import Record, write_atomic
 from hybridvlm.eval.tasks import Task
 from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+from hybridvlm.storage import make_folder
 
 FORM = "%Y%m%d_%H%M%S"
 
@@ -42,7 +43,7 @@ def write(
         The files.
     """
     home = folder / re.sub(r"[^\w.-]", "__", model)
-    home.mkdir(parents=True, exist_ok=True)
+    make_folder(home)
     stamp = time.strftime(FORM)
     results: dict[str, Any] = {}
     counts: dict[str, dict[str, int]] = {}
