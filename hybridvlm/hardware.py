@@ -78,6 +78,11 @@ class Slice(NamedTuple):
         return CHIPS[self.generation]
 
     @property
+    def platform(self) -> str:
+        """ "tpu" or "gpu", as JAX has it."""
+        return "tpu" if self.generation.startswith("v") else "gpu"
+
+    @property
     def hosts(self) -> int:
         if self.chips <= _ONE_HOST.get(self.generation, self.chip.per_host):
             return 1

@@ -89,6 +89,7 @@ def first_that_fits(work: Workload, generation: str, *, one_host: bool = False) 
         one_host: leave out slices of several hosts.
     """
     for where in usual_slices(generation):
+        work = dataclasses.replace(work, platform=where.platform)
         if one_host and where.hosts > 1:
             break
         found = _smallest(work, where.chips, where.chip.hbm_bytes)

@@ -118,7 +118,8 @@ def _smallest_work(
     found = describe(name_or_path, revision)
     text, max_new = max(1, found.buckets.text[0]), found.buckets.max_new
     shown = 0 if found.config.vision is None else frames or min(FRAMES, found.buckets.frames[-1])
-    return Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction)
+    where = "tpu" if jax.local_devices()[0].platform == "tpu" else "gpu"
+    return Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction, where)
 
 
 def refuse_training(work: Workload, mesh: Any, trained: int) -> None:

@@ -32,7 +32,7 @@ class Memory:
         tower: pixels and activations of the tower.
         activations: of the prefill.
         least_activations: of the prefill where memory is short.
-        decode: temporaries of decoding: the decoder's weights once more, a layer each, as its loop reads them.
+        decode: temporaries of decoding: the decoder's weights once more where they are copied before its loop.
     """
 
     weights: int
@@ -97,8 +97,15 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
         tower=_tower(work, mesh) if work.frames else 0,
         activations=activations,
         least_activations=least,
-        decode=weight_bytes(config, dataclasses.replace(mesh, fsdp=1), item, "decoder/"),
+        decode=_decode_copies(work, mesh),
     )
+
+
+def _decode_copies(work: Workload, mesh: MeshSizes) -> int:
+    """The decoder's weights once more, where they are brought together before a decode loop: see `nn.decoder.decode_layers`."""
+    if mesh.fsdp == 1 and work.platform == "tpu" and not isinstance(work.config, VambaConfig):
+        return 0
+    return weight_bytes(work.config, dataclasses.replace(mesh, fsdp=1), work.itemsize, "decoder/")
 
 
 def _caches(work: Workload, part: ModelConfig, lengths: list[int], mesh: MeshSizes) -> tuple[int, int]:

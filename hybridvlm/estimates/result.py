@@ -93,5 +93,6 @@ def estimate_on(work: Workload, where: Slice, sizes: MeshSizes) -> Estimate:
     """`estimate` of a workload that is put together already."""
     if sizes.devices > where.chips:
         raise ValueError(f"mesh: {sizes} takes {sizes.devices} devices, {where.name} has {where.chips}")
+    work = dataclasses.replace(work, platform=where.platform)
     found = phases(work, sizes, where.chip, of_chip(where.generation))
     return Estimate(work, where, sizes, memory(work, sizes), found)

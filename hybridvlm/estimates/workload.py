@@ -70,6 +70,7 @@ class Workload:
         max_new: tokens of an answer.
         dtype: of weights and activations.
         reduction: what is dropped (None: nothing).
+        platform: "tpu" or "gpu", where decoding copies the decoder's weights before it starts.
     """
 
     config: Any
@@ -79,6 +80,7 @@ class Workload:
     max_new: int = 256
     dtype: str = "bfloat16"
     reduction: Reduction | None = None
+    platform: str = "tpu"
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 0), ("text", 1), ("batch", 1), ("max_new", 1)):

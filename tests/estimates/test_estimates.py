@@ -80,10 +80,10 @@ COMPILED = [
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 1024, None, 17.12),
     (BIG, "prefill", "v5p:2x2x4", {"tensor": 16}, 1024, None, 21.58),
     (BIG, "tower", "v5p:2x2x1", {}, 128, None, 30.83),
-    (BIG, "decode", "v5p:2x2x1", {}, 128, None, 49.88),
+    (BIG, "decode", "v5p:2x2x1", {}, 128, None, 27.93),
     (QWEN, "prefill", "v5p:2x2x1", {}, 128, None, 23.48),
     (QWEN, "tower", "v5p:2x2x1", {}, 128, None, 19.80),
-    (QWEN, "decode", "v5p:2x2x1", {}, 128, None, 34.72),
+    (QWEN, "decode", "v5p:2x2x1", {}, 128, None, 20.83),
 ]
 
 

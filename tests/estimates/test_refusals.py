@@ -68,12 +68,12 @@ def test_the_mesh_of_the_devices_at_hand(monkeypatch):
 
     assert guard.choose_here("nemotron_nano_12b_v2_vl") is None  # on CPU nothing is known
     monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()] * 8)
-    choice = guard.choose_here("nemotron_nano_12b_v2_vl", frames=64, batch=4)
+    choice = guard.choose_here("nemotron_nano_12b_v2_vl", frames=256, batch=4)
     assert choice.mesh == MeshSizes(data=4, tensor=2) and "fewer than 2 devices" in choice.why
     monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()])
     assert guard.choose_here("tiny", frames=8) is None  # one device is no choice
     with pytest.raises(DoesNotFit, match="smallest slice that would do is v6e:2x2 with --mesh data=2,tensor=2"):
-        guard.choose_here("nemotron_nano_12b_v2_vl", frames=64)
+        guard.choose_here("nemotron_nano_12b_v2_vl", frames=256)
 
 
 def test_the_option_takes_a_mesh_or_what_fits(small_device, monkeypatch, capsys):

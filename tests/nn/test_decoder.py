@@ -14,6 +14,7 @@ from hybridvlm.nn.attention import attention_layer
 from hybridvlm.nn.caches import empty_caches
 from hybridvlm.nn.decoder import (
     Decoder,
+    decode_layers,
     layer_params,
     unstack,
 )
@@ -21,6 +22,7 @@ from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.mlp import mlp_layer
 from hybridvlm.nn.scan import repeats
 from hybridvlm.ops.norms import rms_norm
+from hybridvlm.ops.platforms import compiling_for
 from hybridvlm.ops.tokens import Tokens, text_tokens
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
@@ -289,3 +291,17 @@ def test_rematerialisation_changes_memory_and_nothing_else(params):
 def test_what_training_asks_wrongly_is_refused(params):
     with pytest.raises(ValueError, match=r"remat: expected one of \['dots', 'layer', 'none'\], got 'all'"):
         prefill(params, CONFIG, prompt(5, 4, 2), remat="all")
+
+
+@pytest.mark.parametrize("name, inside", [("tpu", True), ("gpu", False), ("cpu", False)])
+def test_a_decode_loop_on_tpu_reads_weights_where_they_lie(params, name, inside):
+    """Elsewhere a slice of a stack is a copy, and is made once, before the loop."""
+
+    def loop(params):
+        layers = decode_layers(params, CONFIG)
+        return jax.lax.fori_loop(0, 2, lambda _, x: x + sum(jnp.sum(p["norm"]) for p in layers()), jnp.zeros(()))
+
+    with compiling_for(name):
+        before = [eqn for eqn in jax.make_jaxpr(loop)(params).eqns if "slice" in eqn.primitive.name]
+        jax.tree.map(np.testing.assert_array_equal, decode_layers(params, CONFIG)(), unstack(params, CONFIG))
+    assert bool(before) != inside

@@ -26,7 +26,7 @@ from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, 
 from hybridvlm.models.prompt import make_batch as pad_layouts
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, unstack, visual_counts, with_specs
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, decode_layers, visual_counts, with_specs
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.frames import frame_numbers, gather_frames
@@ -398,11 +398,11 @@ def make_decode_step(
     params: Mapping[str, Any], config: ModelConfig
 ) -> Callable[[jax.Array, tuple[Cache, ...]], tuple[jax.Array, tuple[Cache, ...]]]:
     """A function from the next token [B] and the caches to logits [B,V] and the caches, one token longer."""
-    layers = unstack(params["decoder"], config)  # once, and not again for every token
+    layers = decode_layers(params["decoder"], config)
 
     def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
         x = embed_tokens(config, params["embed"], token)[:, None]
-        x, caches = decoder.step(layers, params["decoder"]["norm_f"], config, x, caches)
+        x, caches = decoder.step(layers(), params["decoder"]["norm_f"], config, x, caches)
         return head(params, config, x[:, 0]), caches
 
     return one

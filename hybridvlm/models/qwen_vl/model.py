@@ -30,7 +30,7 @@ from hybridvlm.models.prompt import ArrayT, Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.geometry import _grid, frame_size, rope_positions
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, unstack, with_specs
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, decode_layers, deepstack_key, with_specs
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.sequence import own_stretch
 from hybridvlm.parallel.tensor import LocalConfig
@@ -333,11 +333,11 @@ def make_decode_step(
     params: Mapping[str, Any], config: QwenConfig
 ) -> Callable[[jax.Array, QwenCaches], tuple[jax.Array, QwenCaches]]:
     """The decode step: (token [B] int32, caches) -> (logits [B,V] fp32, caches one token longer)."""
-    layers, norm_f = unstack(params["decoder"], config), params["decoder"]["norm_f"]
+    layers, norm_f = decode_layers(params["decoder"], config), params["decoder"]["norm_f"]
 
     def one(token: jax.Array, caches: QwenCaches) -> tuple[jax.Array, QwenCaches]:
         x = embed_tokens(config, params["embed"], token)[:, None]
-        x, longer = decoder.step(layers, norm_f, config, x, caches.layers, caches.position[:, None])
+        x, longer = decoder.step(layers(), norm_f, config, x, caches.layers, caches.position[:, None])
         return nemotron_vl.head(params, config, x[:, 0]), QwenCaches(longer, caches.position + 1)
 
     return one
