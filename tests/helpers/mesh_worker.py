@@ -123,6 +123,7 @@ CONFIGS = {
 BUCKETS = Buckets(frames=(4, 8), text=(16, 64), max_new=12)
 REDUCED_TEXT = Reduction("str-attention", 0.6)
 REDUCED = Reduction("str", 0.25, schedule=Schedule(floor=0.05))
+LOOKAHEAD = Reduction("str-lookahead", 0.25, schedule=Schedule(floor=0.05))
 # name -> (config, sizes of the mesh, reduction, questions in a batch, whether conversations are held)
 CASES = {
     "small data=2 sequence=2 tensor=2": (
@@ -143,6 +144,8 @@ CASES = {
     "hybrid dense fsdp=2 tensor=4": ("hybrid", {"fsdp": 2, "tensor": 4}, None, 3, False),
     "hybrid fsdp=4 sequence=2": ("hybrid", {"fsdp": 4, "sequence": 2}, REDUCED, 3, False),
     "hybrid evs": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("evs", 0.5), 3, False),
+    "hybrid lookahead": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, LOOKAHEAD, 3, False),
+    "qwen lookahead": ("qwen", {"sequence": 4, "tensor": 2}, LOOKAHEAD, 2, False),
     "hybrid avgpool": ("hybrid", {"data": 2, "sequence": 4}, Reduction("avgpool", 0.25), 3, False),
     "odd vocabulary": ("odd vocabulary", {"sequence": 2, "tensor": 4}, None, 1, False),
     "qwen data=8": ("qwen", {"data": 8}, REDUCED, 3, False),
