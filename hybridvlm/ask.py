@@ -166,6 +166,7 @@ def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
+    from hybridvlm.reduction.methods import named_reduction
     from hybridvlm.tokenizers.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet
 
@@ -175,7 +176,10 @@ def _answer(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
-    mesh = mesh_option(args.mesh, args.model, frames=args.frames, dtype=args.dtype, revision=args.revision)
+    sizes = {"frames": args.frames, "dtype": args.dtype, "revision": args.revision}
+    if args.reduction is not None:
+        sizes["reduction"] = lambda found: named_reduction(found.reduction, args.reduction, args.budget, args.kind)
+    mesh = mesh_option(args.mesh, args.model, **sizes)
     model = load(args.model, mesh=mesh, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:

@@ -12,7 +12,7 @@ from hybridvlm.checkpoints.hf import CONFIG, read_json
 from hybridvlm.checkpoints.names import DOWNLOADED, PACKAGED, resolve
 from hybridvlm.checkpoints.orbax import ABOUT, is_orbax, read_about
 from hybridvlm.checkpoints.tensors import TensorFolder
-from hybridvlm.config import Buckets
+from hybridvlm.config import Buckets, Reduction
 from hybridvlm.config_files import config_names, load_model_config
 from hybridvlm.errors import CheckpointError
 from hybridvlm.models.family import family_of
@@ -20,10 +20,11 @@ from hybridvlm.models.family import family_of
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model's config, and the buckets that it is loaded with."""
+    """A model's config, and the buckets and the reduction of its own that it is loaded with."""
 
     config: Any
     buckets: Buckets
+    reduction: Reduction | None = None
 
 
 def describe(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Description:
@@ -43,11 +44,11 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None) 
     path = resolve(name_or_path, revision, patterns=settings)
     if is_orbax(path):
         _, config, sections = built_config(path / ABOUT, read_about(path).get("model") or {})
-        return Description(config, sections.get("buckets", Buckets()))
+        return _own(config, sections)
     data = read_json(path / CONFIG)
     if data.get("format") is not None:
         _, config, sections = read_config(path, data)
-        return Description(config, sections.get("buckets", Buckets()))
+        return _own(config, sections)
     raw = data | published_settings(path)
     try:
         shapes = TensorFolder(path).shapes() if any(path.glob("*.safetensors")) else None
@@ -57,3 +58,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None) 
     except (ValueError, MemoryError) as error:
         raise CheckpointError(f"{path}: {str(error) or type(error).__name__}") from error
     return Description(dataclasses.replace(config, name=config.name or path.name), PUBLISHED_BUCKETS)
+
+
+def _own(config: Any, sections: dict[str, Any]) -> Description:
+    return Description(config, sections.get("buckets", Buckets()), sections.get("reduction"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from hybridvlm.checkpoints.describe import describe
+from hybridvlm.checkpoints.describe import Description, describe
 from hybridvlm.config import Reduction
 from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh
 from hybridvlm.estimates.memory import training_memory
@@ -20,6 +21,9 @@ from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
 
 FRAMES = 32  # that are looked at where nobody says how many
 
+# of a checkpoint, once it is clear what it is
+FromModel = Callable[[Description], Any]
+
 
 def refuse_too_large(
     name_or_path: str | os.PathLike[str],
@@ -28,7 +32,8 @@ def refuse_too_large(
     batch: int = 1,
     dtype: str | None = None,
     revision: str | None = None,
-    reduction: Reduction | None = None,
+    reduction: Reduction | FromModel | None = None,
+    reducible: bool = True,
     mesh: Any = None,
 ) -> None:
     """Refuse a model that this machine's devices cannot hold with the smallest prompt of so many frames, before it is loaded.
@@ -39,7 +44,8 @@ def refuse_too_large(
         batch: prompts at once.
         dtype: of weights and activations (default: as most are stored, bfloat16).
         revision: on the hub.
-        reduction: what is dropped (default: nothing).
+        reduction: what is dropped (default: nothing), or a function that says so of the model's `Description`.
+        reducible: whether a reduction is a way out; it is none of who asks without one in any case.
         mesh: that the model is loaded onto, None for one device.
 
     Raises:
@@ -49,7 +55,7 @@ def refuse_too_large(
     limit = memory_limit(devices[0])
     if limit is not None:
         work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
-        check_fits(work, mesh, len(devices), limit, devices[0].device_kind)
+        check_fits(work, mesh, len(devices), limit, devices[0].device_kind, reducible=reducible)
 
 
 def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: Any) -> Mesh | None:
@@ -85,7 +91,8 @@ def choose_here(
     batch: int = 1,
     dtype: str | None = None,
     revision: str | None = None,
-    reduction: Reduction | None = None,
+    reduction: Reduction | FromModel | None = None,
+    reducible: bool = True,
 ) -> MeshChoice | None:
     """The mesh of this machine's devices for a model, before it is loaded: the smallest tensor x sequence that fits, the rest data.
 
@@ -102,7 +109,7 @@ def choose_here(
     if limit is None:
         return None
     work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
-    choice = choose_mesh(work, len(devices), limit, devices[0].device_kind)
+    choice = choose_mesh(work, len(devices), limit, devices[0].device_kind, reducible=reducible)
     return None if len(devices) == 1 else choice
 
 
@@ -112,12 +119,13 @@ def _smallest_work(
     batch: int,
     dtype: str | None,
     revision: str | None,
-    reduction: Reduction | None,
+    reduction: Reduction | FromModel | None,
 ) -> Workload:
     """The least that is asked of a model: prompts of so many frames with the shortest text."""
     found = describe(name_or_path, revision)
     text, max_new = max(1, found.buckets.text[0]), found.buckets.max_new
     shown = 0 if found.config.vision is None else frames or min(FRAMES, found.buckets.frames[-1])
+    reduction = reduction(found) if callable(reduction) else reduction
     where = "tpu" if jax.local_devices()[0].platform == "tpu" else "gpu"
     return Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction, where)
 

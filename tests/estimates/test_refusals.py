@@ -35,6 +35,28 @@ def test_eval_and_ask_refuse_before_they_load(small_device, monkeypatch, tmp_pat
     assert "16 frames" in error and "weights" in error and "GB on each device" in error
 
 
+def test_ask_counts_the_reduction_that_it_is_given(monkeypatch, capsys):
+    """A way out that is named is one that helps, and that was not taken already."""
+    monkeypatch.setattr(guard, "memory_limit", lambda device: 40 * 10**9)
+
+    def loaded(*args, **kwargs):
+        raise ValueError("loaded")
+
+    monkeypatch.setattr("hybridvlm.inference.model.load", loaded)
+    words = ["clip.mp4", "what?", "--model", "qwen3_vl_8b", "--frames", "768"]
+    assert ask.main(words) == 2
+    error = capsys.readouterr().err
+    assert "a reduction" in error and "--batch-size" not in error
+    assert ask.main([*words, "--reduction", "str", "--budget", "0.25"]) == 2
+    assert capsys.readouterr().err == "hybridvlm.ask: loaded\n"
+    monkeypatch.setattr(guard, "memory_limit", lambda device: 10 * 10**9)
+    assert ask.main([*words, "--reduction", "str", "--dtype", "float32"]) == 2
+    error = capsys.readouterr().err
+    assert "at 25%" in error and "fewer frames, bfloat16, a smaller budget or more devices" in error
+    assert ask.main([*words, "--reduction", "strr"]) == 2
+    assert "strr" in capsys.readouterr().err
+
+
 def test_training_refuses_before_it_compiles(small_device, tmp_path):
     settings = TrainConfig(
         model="tiny", steps=1, output=str(tmp_path / "run"), data=Data(batch=2, frames=64), logging=Logging()
