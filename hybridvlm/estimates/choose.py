@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,11 +74,18 @@ def choose_mesh(work: Workload, devices: int, limit: int, name: str = "", *, red
 
 
 def _smallest(work: Workload, devices: int, limit: int) -> tuple[MeshSizes, Memory] | None:
-    """The first of `candidates` that has memory enough and leaves some free; None: there is none."""
-    for mesh in candidates(work, devices):
-        found = memory(work, mesh)
-        if found.fits(int(limit * (1 - HEADROOM))):
-            return mesh, found
+    """A mesh of the smallest tensor x sequence that has memory enough and leaves some free, else of one that has just enough.
+
+    Of several of one size, the first that takes no recomputing of activations. None: none has memory enough.
+    """
+    by_size = itertools.groupby(candidates(work, devices), key=lambda mesh: mesh.tensor * mesh.sequence)
+    found = [[(mesh, memory(work, mesh)) for mesh in meshes] for _, meshes in by_size]
+    for room in (int(limit * (1 - HEADROOM)), limit):
+        for pairs in found:
+            comfortable = (pair for pair in pairs if pair[1].peak() <= room)
+            tight = (pair for pair in pairs if pair[1].fits(room))
+            if (first := next(itertools.chain(comfortable, tight), None)) is not None:
+                return first
     return None
 
 

@@ -139,6 +139,23 @@ def test_the_chosen_mesh_is_the_smallest_that_fits():
     assert choose_mesh(Workload(TINY, 64), 8, limit).mesh == MeshSizes(data=8)
 
 
+def test_a_comfortable_mesh_goes_before_a_tight_one_of_its_size():
+    work, limit = Workload(BIG, 1024, reduction=STR), CHIPS["v5e"].hbm_bytes
+    first, *_ = (mesh for mesh in candidates(work, 16) if memory(work, mesh).fits(int(limit * (1 - HEADROOM))))
+    choice = choose_mesh(work, 16, limit)
+    assert (first, choice.mesh) == (MeshSizes(tensor=16), MeshSizes(sequence=2, tensor=8))
+    assert choice.memory.peak() <= limit * (1 - HEADROOM) < memory(work, first).peak()
+
+
+def test_what_fits_just_so_is_chosen_and_not_refused():
+    work = Workload(BIG, 128)
+    for devices in (1, 2):
+        least = min(memory(work, mesh).peak(0) for mesh in candidates(work, devices))
+        assert choose_mesh(work, devices, least).memory.peak(least) == least
+        with pytest.raises(DoesNotFit, match="needs"):
+            choose_mesh(work, devices, least - 1)
+
+
 def test_too_few_devices_are_refused_with_what_would_do():
     work = Workload(BIG, 128)
     with pytest.raises(
