@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.micro_checkpoint import micro_model
+from jax.sharding import AbstractMesh, NamedSharding
 
 import hybridvlm as hv
 from hybridvlm.config import ModelConfig, Reduction, Schedule
@@ -17,14 +18,15 @@ from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, check_fits, choose_mesh, first_that_fits
 from hybridvlm.estimates.choose import HEADROOM, candidates
 from hybridvlm.estimates.memory import memory
-from hybridvlm.estimates.workload import weight_bytes
+from hybridvlm.estimates.workload import dealt_frames, weight_bytes
 from hybridvlm.hardware import CHIPS, memory_limit, parse_slice, usual_slices
+from hybridvlm.inference import placement
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.parallel.layout import local_config
 from hybridvlm.plan.__main__ import main
-from hybridvlm.sharding import DEFAULT_RULES
+from hybridvlm.sharding import AXES, DEFAULT_RULES
 
 TINY, BIG, QWEN = (load_model_config(name) for name in ("tiny", "nemotron_nano_12b_v2_vl", "qwen3_vl_8b"))
 STR = Reduction("str", 0.25)
@@ -115,6 +117,32 @@ def test_seconds_by_hand():
     assert decode.moved > read and decode.seconds == pytest.approx(decode.moved / 1640e9)
     one = hv.estimate(BIG, frames=128, topology="v5p:2x2x1")
     assert one.phases["prefill"].sent == one.phases["decode"].sent == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 6])
+@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "sequence": 2}, {"tensor": 4}, {}])
+def test_frames_are_dealt_as_programs_deal_them(batch, sizes, monkeypatch):
+    @dataclasses.dataclass
+    class Part:
+        frame_axes: tuple[str, ...]
+
+    mesh, abstract = MeshSizes(**sizes), AbstractMesh(tuple(getattr(MeshSizes(**sizes), axis) for axis in AXES), AXES)
+    shard = lambda array, mesh, spec: NamedSharding(mesh, spec).shard_shape(array.shape)  # noqa: E731
+    monkeypatch.setattr(placement, "put", shard)
+    work = Workload(QWEN, 30, batch=batch)  # 15 pairs of frames
+    pixels = np.broadcast_to(np.zeros((), np.uint8), (batch, work.groups, 2, 4, 4, 3))
+    (rows, frames, *_), _ = placement.put_frames(pixels, abstract, Part(()))
+    assert dealt_frames(work, mesh) == (rows, frames)
+    tower = hv.estimate(QWEN, frames=30, batch=batch, topology="H200:8", mesh=mesh).phases["tower"]
+    assert tower.flops == pytest.approx(rows * frames / work.groups * work.plan.cost.vision)
+
+
+def test_one_video_goes_through_the_towers_of_all_devices():
+    one, dealt = (hv.estimate(BIG, frames=128, topology="v6e:2x4", mesh=sizes) for sizes in (None, {"data": 8}))
+    first, last = one.phases["tower"], dealt.phases["tower"]
+    assert last.flops == first.flops / 8 and dealt.memory.tower == pytest.approx(one.memory.tower / 8)
+    # the ring that gathers the row passes on seven of its eight parts
+    assert first.sent == 0 and last.sent == 7 / 8 * one.memory.visual
 
 
 def test_experts_that_are_not_chosen_are_held_and_not_read():
