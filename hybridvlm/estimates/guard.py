@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: 
         ValueError: the text is no mesh, or not one of so many devices.
     """
     if text not in (None, "auto"):
-        mesh = make_mesh(**mesh_sizes(text), devices=jax.local_devices())
+        mesh = _mesh_here(text)
         refuse_too_large(name_or_path, mesh=mesh, **work)
         return mesh
     choice = choose_here(name_or_path, **work)
@@ -86,6 +87,21 @@ def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: 
         return None
     print(f"mesh: {choice.why}", file=sys.stderr)
     return make_mesh(**dataclasses.asdict(choice.mesh), devices=jax.local_devices())
+
+
+def _mesh_here(text: str) -> Mesh:
+    """The mesh of a text over this process's devices; ValueError, for who writes options, where it is not one of so many."""
+    sizes, devices = mesh_sizes(text), jax.local_devices()
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % taken if -1 in sizes.values() else taken != len(devices):
+        several = "a multiple of " if -1 in sizes.values() else ""
+        visible = {"gpu": "CUDA_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}.get(devices[0].platform)
+        fewer = f", or set {visible or 'CUDA_VISIBLE_DEVICES or TPU_VISIBLE_CHIPS'}" if taken < len(devices) else ""
+        raise ValueError(
+            f"--mesh {text} takes {several}{taken} devices, and this process has {len(devices)}; "
+            f"one axis may be -1: the rest{fewer}"
+        )
+    return make_mesh(**sizes, devices=devices)
 
 
 def choose_here(

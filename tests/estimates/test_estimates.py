@@ -282,12 +282,26 @@ def test_the_command_surveys_slices_and_says_what_is_too_small(capsys):
     assert "too much" in capsys.readouterr().out
 
 
-def test_the_command_refuses_in_one_line(capsys):
+def test_the_command_takes_auto_as_others_do(capsys):
+    for words in (["--topology", "v5e:2x4"], []):
+        said = []
+        for mesh in ([], ["--mesh", "auto"]):
+            assert main(["--model", "tiny", "--frames", "8", *words, *mesh]) == 0
+            said.append(capsys.readouterr().out)
+        assert said[0] == said[1]
+
+
+def test_the_command_refuses_in_one_line(capsys, tmp_path):
     for words, reason in (
         (["--model", "nothing-like-this"], "nothing-like-this"),
         (["--model", "tiny", "--topology", "v9:2x2"], "expected one of"),
         (["--model", "tiny", "--mesh", "tensor=2"], "--mesh goes with --topology"),
         (["--model", "tiny", "--topology", "v5e:2x2", "--mesh", "rows=2"], "--mesh takes"),
+        (["--model", "tiny", "--topology", "v5e:2x4", "--mesh", "data=-1,tensor=-1"], "--mesh takes one -1"),
+        (["--model", "qwen3_vl_8"], "did you mean 'qwen3_vl_8b'?"),
+        (["--model", "qwen2_vl_7b", "--json", str(tmp_path / "missing" / "x.json")], "its folder does not exist"),
+        (["--model", "qwen2_vl_7b", "--json", str(tmp_path)], "is a folder"),
+        (["--model", "qwen3_vl_8b", "--size", "720x1280", "--frames", "0"], "--frames 0 asks for none"),
         (["--model", "tiny", "--compile"], "--compile needs --topology"),
         (["--model", "qwen3_vl_8b", "--size", "big"], "--size takes"),
         (["--model", "tiny", "--topology", "H200", "--compile"], "--compile takes a TPU slice"),

@@ -116,8 +116,21 @@ def test_the_option_takes_a_mesh_or_what_fits(small_device, monkeypatch, capsys)
         guard.mesh_option("tensor=1", "tiny", frames=8)
     with pytest.raises(ValueError, match="comma list"):
         load("tiny", mesh="tensor")
-    with pytest.raises(ValueError, match="is not the number of devices"):
-        guard.mesh_option("data=3", "tiny")
+    devices = len(guard.jax.local_devices())
+    with pytest.raises(
+        ValueError, match=rf"--mesh data=9 takes 9 devices, and this process has {devices}; .* the rest$"
+    ):
+        guard.mesh_option("data=9", "tiny")
+
+
+def test_the_option_says_how_to_take_some_of_the_devices(monkeypatch):
+    monkeypatch.setattr(guard.jax, "local_devices", lambda: [Chip()] * 8)
+    with pytest.raises(ValueError, match=r"takes 4 devices, and this process has 8; .*or set TPU_VISIBLE_CHIPS"):
+        guard.mesh_option("data=4", "tiny")
+    with pytest.raises(ValueError, match="takes a multiple of 3 devices, and this process has 8"):
+        guard.mesh_option("data=-1,tensor=3", "tiny")
+    with pytest.raises(ValueError, match="takes one -1"):
+        guard.mesh_option("data=-1,tensor=-1", "tiny")
 
 
 def test_nothing_is_refused_on_cpu():
