@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers.micro_checkpoint import micro_model
+from PIL import Image
 
 from hybridvlm import ask
 from hybridvlm.checkpoints import describe as described
@@ -67,6 +68,24 @@ def test_ask_counts_the_reduction_that_it_is_given(monkeypatch, capsys):
     assert "at 25%" in error and "fewer frames, bfloat16, a smaller budget or more devices" in error
     assert ask.main([*words, "--reduction", "strr"]) == 2
     assert "strr" in capsys.readouterr().err
+
+
+def test_ask_counts_the_frames_that_there_are(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("av")
+    from helpers.films import film
+
+    monkeypatch.setattr(guard, "memory_limit", lambda device: 10**6)
+    film(tmp_path / "short.mp4", 12)
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.png")
+    words = ["what?", "--model", "nemotron_nano_12b_v2_vl"]
+    for name, more, frames in (
+        ("short.mp4", [], 16),
+        ("short.mp4", ["--frames", "3"], 4),
+        ("still.png", [], 16),
+        ("missing.mp4", [], 32),
+    ):
+        assert ask.main([str(tmp_path / name), *words, *more]) == 2
+        assert f"with {frames} frames" in capsys.readouterr().err, (name, more)
 
 
 def test_training_refuses_before_it_compiles(small_device, tmp_path):
