@@ -6,6 +6,7 @@ import argparse
 import itertools
 import pathlib
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from hybridvlm.errors import said
 from hybridvlm.options import THINKING, add_compilation_cache, add_mesh, add_thinking
 
 if TYPE_CHECKING:
+    from hybridvlm.checkpoints.describe import Description
     from hybridvlm.inference.conversation import Answer
     from hybridvlm.inference.model import Model
     from hybridvlm.models.media import Clip
@@ -105,6 +107,23 @@ def report(answer: Answer, model: Model) -> str:
     return "\n".join(lines)
 
 
+def looked_at(args: argparse.Namespace, found: Description) -> int:
+    """How many frames of the video, or tiles of the image, a model will be shown; nothing is decoded for it."""
+    from hybridvlm.models.family import family_for
+    from hybridvlm.video import default_frames, shown_clip
+
+    config, vision = found.config, found.config.vision
+    frames = args.frames or default_frames(config, found.buckets)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said once it is read
+            rules = {"frames": frames, "rule": args.rule, "clock": args.clock}
+            clip, _ = shown_clip(family_for(config), config, args.video, **rules, pixels=False)
+    except (ValueError, OSError):
+        return frames
+    return len(clip.seconds) if clip.kind == "video" else max(vision.temporal_patch, vision.max_tiles + 1)
+
+
 def merged(stages: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """Stages (first layer, last layer, tokens) with neighbours of the same number of tokens as one."""
     runs = [list(group) for _, group in itertools.groupby(stages, key=lambda stage: stage[2])]
@@ -166,6 +185,7 @@ def _answer(args: argparse.Namespace) -> int:
     from hybridvlm.inference.conversation import Conversation, check_question
     from hybridvlm.inference.model import load
     from hybridvlm.models.prompt import allow_special_tokens
+    from hybridvlm.reduction.methods import named_reduction
     from hybridvlm.tokenizers.text import check_tokenizer
     from hybridvlm.video.sheet import contact_sheet
 
@@ -175,7 +195,10 @@ def _answer(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
     if args.reduction is None and (args.budget is not None or args.kind is not None):
         raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
-    mesh = mesh_option(args.mesh, args.model, frames=args.frames, dtype=args.dtype, revision=args.revision)
+    sizes = {"frames": lambda found: looked_at(args, found), "dtype": args.dtype, "revision": args.revision}
+    if args.reduction is not None:
+        sizes["reduction"] = lambda found: named_reduction(found.reduction, args.reduction, args.budget, args.kind)
+    mesh = mesh_option(args.mesh, args.model, **sizes)
     model = load(args.model, mesh=mesh, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:

@@ -55,6 +55,17 @@ def read_about(path: pathlib.Path) -> dict[str, Any]:
     return about
 
 
+def held_arrays(path: pathlib.Path) -> dict[str, Any]:
+    """Shape and dtype of every array of a folder, by flat name, without reading them; {} where its arrays are not there."""
+    import orbax.checkpoint as ocp
+
+    path = path.absolute()
+    if not (path / PARAMS).is_dir():
+        return {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        return flatten(dict(checkpointer.metadata(path / PARAMS).item_metadata))
+
+
 def restore_orbax(
     path: pathlib.Path,
     shapes: dict[str, tuple[int, ...]],
@@ -71,8 +82,8 @@ def restore_orbax(
 
     path = path.absolute()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    held = held_arrays(path)
     with ocp.StandardCheckpointer() as checkpointer:
-        held = flatten(dict(checkpointer.metadata(path / PARAMS).item_metadata))
         wrong = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in held]
         wrong += [f"no parameter for: {name}" for name in held if name not in shapes]
         wrong += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ def candidates(work: Workload, devices: int) -> Iterator[MeshSizes]:
             yield mesh
 
 
-def choose_mesh(work: Workload, devices: int, limit: int, name: str = "") -> MeshChoice:
+def choose_mesh(work: Workload, devices: int, limit: int, name: str = "", *, reducible: bool = True) -> MeshChoice:
     """The mesh to run a workload on.
 
     Args:
@@ -59,6 +60,7 @@ def choose_mesh(work: Workload, devices: int, limit: int, name: str = "") -> Mes
         limit: bytes of memory of each.
         name: of the devices for messages, such as "v5e:4x4" or "TPU v5 lite"; of a known generation, the smallest slice that
             would do is named where these are too few.
+        reducible: whether a reduction is a way out that may be named.
 
     Raises:
         DoesNotFit: no mesh of so many devices has memory enough.
@@ -68,15 +70,22 @@ def choose_mesh(work: Workload, devices: int, limit: int, name: str = "") -> Mes
         return MeshChoice(*found, _why(work, *found, limit, devices))
     tried = [(memory(work, mesh), mesh) for mesh in candidates(work, devices)]
     nearest, mesh = min(tried, key=lambda pair: pair[0].peak(limit))
-    raise DoesNotFit(_too_large(work, mesh, nearest, limit, devices, name), mesh)
+    raise DoesNotFit(_too_large(work, mesh, nearest, limit, devices, name, reducible), mesh)
 
 
 def _smallest(work: Workload, devices: int, limit: int) -> tuple[MeshSizes, Memory] | None:
-    """The first of `candidates` that has memory enough and leaves some free; None: there is none."""
-    for mesh in candidates(work, devices):
-        found = memory(work, mesh)
-        if found.fits(int(limit * (1 - HEADROOM))):
-            return mesh, found
+    """A mesh of the smallest tensor x sequence that has memory enough and leaves some free, else of one that has just enough.
+
+    Of several of one size, the first that takes no recomputing of activations. None: none has memory enough.
+    """
+    by_size = itertools.groupby(candidates(work, devices), key=lambda mesh: mesh.tensor * mesh.sequence)
+    found = [[(mesh, memory(work, mesh)) for mesh in meshes] for _, meshes in by_size]
+    for room in (int(limit * (1 - HEADROOM)), limit):
+        for pairs in found:
+            comfortable = (pair for pair in pairs if pair[1].peak() <= room)
+            tight = (pair for pair in pairs if pair[1].fits(room))
+            if (first := next(itertools.chain(comfortable, tight), None)) is not None:
+                return first
     return None
 
 
@@ -98,7 +107,9 @@ def first_that_fits(work: Workload, generation: str, *, one_host: bool = False) 
     return None
 
 
-def check_fits(work: Workload, mesh: Any, devices: int, limit: int | None, name: str = "") -> None:
+def check_fits(
+    work: Workload, mesh: Any, devices: int, limit: int | None, name: str = "", *, reducible: bool = True
+) -> None:
     """Refuse a workload that the devices at hand have no memory for.
 
     Args:
@@ -107,6 +118,7 @@ def check_fits(work: Workload, mesh: Any, devices: int, limit: int | None, name:
         devices: how many devices there are, for the way out.
         limit: bytes of memory of each; None is not known, and refuses nothing.
         name: of the devices, as JAX has it.
+        reducible: whether a reduction is a way out that may be named.
 
     Raises:
         DoesNotFit: with what it needs, part by part, and what would do.
@@ -116,7 +128,7 @@ def check_fits(work: Workload, mesh: Any, devices: int, limit: int | None, name:
     sizes = MeshSizes.of(mesh)
     found = memory(work, sizes)
     if not found.fits(limit):
-        raise DoesNotFit(_too_large(work, sizes, found, limit, devices, name), sizes)
+        raise DoesNotFit(_too_large(work, sizes, found, limit, devices, name, reducible), sizes)
 
 
 def _why(work: Workload, mesh: MeshSizes, found: Memory, limit: int, devices: int) -> str:
@@ -129,7 +141,9 @@ def _why(work: Workload, mesh: MeshSizes, found: Memory, limit: int, devices: in
     return f"mesh {mesh}: fewer than {cut} devices do not hold a prompt ({needs})"
 
 
-def _too_large(work: Workload, mesh: MeshSizes, found: Memory, limit: int, devices: int, name: str) -> str:
+def _too_large(
+    work: Workload, mesh: MeshSizes, found: Memory, limit: int, devices: int, name: str, reducible: bool
+) -> str:
     program = max(("tower", "prefill", "decode"), key=lambda p: found.program(p, least=True))
     parts = {"weights": found.weights, "caches": found.caches + found.states, "visual tokens": found.visual}
     parts |= {"tower": {"tower": found.tower}, "prefill": {"activations": found.least_activations}}.get(
@@ -140,20 +154,38 @@ def _too_large(work: Workload, mesh: MeshSizes, found: Memory, limit: int, devic
         f"{work.config.name or 'the model'} with {_asked(work)} needs {_gb(found.peak(limit))} on each device ({listed}), "
         f"and {'each has' if devices > 1 else 'it has'} {_gb(limit)} ({mesh})"
     )
-    return f"{text}; {_way_out(work, devices, limit, name)}"
+    return f"{text}; {_way_out(work, devices, limit, name, reducible)}"
 
 
-def _way_out(work: Workload, devices: int, limit: int, name: str) -> str:
+def _way_out(work: Workload, devices: int, limit: int, name: str, reducible: bool) -> str:
     generation = KINDS.get(name, name.partition(":")[0])
     found = _smallest(work, devices, limit) if devices > 1 else None
     if found is not None:
         return f"--mesh {found[0]} would do"
     # the commands cut a model over the devices of one host
     enough = first_that_fits(work, generation, one_host=True) if generation in SLICES else None
-    fewer = "fewer frames, a smaller --batch-size or a reduction"
+    less = _less(work, reducible)
     if enough is None:
-        return f"take {fewer}, or more devices (python -m hybridvlm.plan lists those that would do)"
-    return f"the smallest slice that would do is {enough.slice.name} with --mesh {enough.mesh}; or take {fewer}"
+        return f"take {_one_of([*less, 'more devices (python -m hybridvlm.plan lists those that would do)'])}"
+    out = f"the smallest slice that would do is {enough.slice.name} with --mesh {enough.mesh}"
+    return f"{out}; or take {_one_of(less)}" if less else out
+
+
+def _one_of(ways: list[str]) -> str:
+    *others, last = ways
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _less(work: Workload, reducible: bool) -> list[str]:
+    """What of a workload may be made less: that of it which is not as little as can be already."""
+    ways = {
+        "fewer frames": work.frames > 1,
+        "a smaller --batch-size": work.batch > 1,
+        "bfloat16": work.dtype == "float32",
+        "a reduction": reducible and work.frames > 0 and work.reduction is None,
+        "a smaller budget": work.reduction is not None,
+    }
+    return [way for way, open_ in ways.items() if open_]
 
 
 def _asked(work: Workload) -> str:

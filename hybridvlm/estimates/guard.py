@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hybridvlm.checkpoints.describe import describe
-from hybridvlm.config import Reduction
+from hybridvlm.checkpoints.describe import Description, describe
+from hybridvlm.config import Buckets, Reduction
 from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh
 from hybridvlm.estimates.memory import training_memory
 from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import memory_limit
 from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
+from hybridvlm.video import default_frames
 
-FRAMES = 32  # that are looked at where nobody says how many
+# of a checkpoint, once it is clear what it is
+FromModel = Callable[[Description], Any]
 
 
 def refuse_too_large(
     name_or_path: str | os.PathLike[str],
     *,
-    frames: int | None = None,
+    frames: int | FromModel | None = None,
     batch: int = 1,
-    dtype: str | None = None,
+    dtype: Any = None,
     revision: str | None = None,
-    reduction: Reduction | None = None,
+    reduction: Reduction | FromModel | None = None,
+    buckets: Buckets | FromModel | None = None,
+    reducible: bool = True,
     mesh: Any = None,
 ) -> None:
     """Refuse a model that this machine's devices cannot hold with the smallest prompt of so many frames, before it is loaded.
 
+    Frames, reduction and buckets may be functions of what the model is, its `Description`.
+
     Args:
         name_or_path: as `hybridvlm.load` takes it.
-        frames: of a video.
+        frames: of a video (default: as many as a question looks at).
         batch: prompts at once.
-        dtype: of weights and activations (default: as most are stored, bfloat16).
+        dtype: of weights and activations (default: as the model is loaded).
         revision: on the hub.
         reduction: what is dropped (default: nothing).
+        buckets: instead of the model's own.
+        reducible: whether a reduction is a way out; it is none of who asks without one in any case.
         mesh: that the model is loaded onto, None for one device.
 
     Raises:
@@ -48,8 +59,8 @@ def refuse_too_large(
     devices = jax.local_devices()
     limit = memory_limit(devices[0])
     if limit is not None:
-        work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
-        check_fits(work, mesh, len(devices), limit, devices[0].device_kind)
+        _, work = _works(name_or_path, frames, batch, dtype, revision, reduction, buckets)
+        check_fits(work, mesh, len(devices), limit, devices[0].device_kind, reducible=reducible)
 
 
 def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: Any) -> Mesh | None:
@@ -68,7 +79,7 @@ def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: 
         ValueError: the text is no mesh, or not one of so many devices.
     """
     if text not in (None, "auto"):
-        mesh = make_mesh(**mesh_sizes(text), devices=jax.local_devices())
+        mesh = _mesh_here(text)
         refuse_too_large(name_or_path, mesh=mesh, **work)
         return mesh
     choice = choose_here(name_or_path, **work)
@@ -78,18 +89,35 @@ def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: 
     return make_mesh(**dataclasses.asdict(choice.mesh), devices=jax.local_devices())
 
 
+def _mesh_here(text: str) -> Mesh:
+    """The mesh of a text over this process's devices; ValueError, for who writes options, where it is not one of so many."""
+    sizes, devices = mesh_sizes(text), jax.local_devices()
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % taken if -1 in sizes.values() else taken != len(devices):
+        several = "a multiple of " if -1 in sizes.values() else ""
+        visible = {"gpu": "CUDA_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}.get(devices[0].platform)
+        fewer = f", or set {visible or 'CUDA_VISIBLE_DEVICES or TPU_VISIBLE_CHIPS'}" if taken < len(devices) else ""
+        raise ValueError(
+            f"--mesh {text} takes {several}{taken} devices, and this process has {len(devices)}; "
+            f"one axis may be -1: the rest{fewer}"
+        )
+    return make_mesh(**sizes, devices=devices)
+
+
 def choose_here(
     name_or_path: str | os.PathLike[str],
     *,
-    frames: int | None = None,
+    frames: int | FromModel | None = None,
     batch: int = 1,
-    dtype: str | None = None,
+    dtype: Any = None,
     revision: str | None = None,
-    reduction: Reduction | None = None,
+    reduction: Reduction | FromModel | None = None,
+    buckets: Buckets | FromModel | None = None,
+    reducible: bool = True,
 ) -> MeshChoice | None:
     """The mesh of this machine's devices for a model, before it is loaded: the smallest tensor x sequence that fits, the rest data.
 
-    Arguments as of `refuse_too_large`; of the largest bucket that will be asked for.
+    Arguments as of `refuse_too_large`. The longest text is counted where it fits, else the shortest.
 
     Returns:
         The mesh, and why; None where one device is all there is, or where their memory is not known, as on CPU.
@@ -101,25 +129,43 @@ def choose_here(
     limit = memory_limit(devices[0])
     if limit is None:
         return None
-    work = _smallest_work(name_or_path, frames, batch, dtype, revision, reduction)
-    choice = choose_mesh(work, len(devices), limit, devices[0].device_kind)
+    longest, shortest = _works(name_or_path, frames, batch, dtype, revision, reduction, buckets)
+    try:
+        choice = choose_mesh(longest, len(devices), limit)
+    except DoesNotFit:
+        # a short question may fit where the longest one does not
+        choice = choose_mesh(shortest, len(devices), limit, devices[0].device_kind, reducible=reducible)
     return None if len(devices) == 1 else choice
 
 
-def _smallest_work(
+def _works(
     name_or_path: str | os.PathLike[str],
-    frames: int | None,
+    frames: int | FromModel | None,
     batch: int,
-    dtype: str | None,
+    dtype: Any,
     revision: str | None,
-    reduction: Reduction | None,
-) -> Workload:
-    """The least that is asked of a model: prompts of so many frames with the shortest text."""
+    reduction: Reduction | FromModel | None,
+    buckets: Buckets | FromModel | None,
+) -> tuple[Workload, Workload]:
+    """Prompts of the bucket of so many frames, with the longest text and with the shortest."""
     found = describe(name_or_path, revision)
-    text, max_new = max(1, found.buckets.text[0]), found.buckets.max_new
-    shown = 0 if found.config.vision is None else frames or min(FRAMES, found.buckets.frames[-1])
+    own = _of(buckets, found)
+    found = found if own is None else dataclasses.replace(found, buckets=own)
+    sizes, shown = found.buckets, 0
+    if found.config.vision is not None:
+        patch = found.config.vision.temporal_patch
+        shown = _of(frames, found) or default_frames(found.config, sizes)
+        # what is over the largest bucket is refused by name once the model is loaded
+        shown = next((n * patch for n in sizes.frames if n * patch >= shown), shown)
+    kind = found.dtype if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     where = "tpu" if jax.local_devices()[0].platform == "tpu" else "gpu"
-    return Workload(found.config, shown, text, batch, max_new, dtype or "bfloat16", reduction, where)
+    text = [max(1, sizes.text[end]) for end in (-1, 0)]
+    work = Workload(found.config, shown, text[0], batch, sizes.max_new, kind, _of(reduction, found), where)
+    return work, dataclasses.replace(work, text=text[1])
+
+
+def _of(value: Any, found: Description) -> Any:
+    return value(found) if callable(value) else value
 
 
 def refuse_training(work: Workload, mesh: Any, trained: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, VambaConfig, VisionConfig
-from hybridvlm.estimates.workload import MeshSizes, Workload, local_batch, local_part, weight_bytes
+from hybridvlm.estimates.workload import MeshSizes, Workload, dealt_frames, local_batch, local_part, weight_bytes
 from hybridvlm.reduction import cost as flops
 from hybridvlm.sharding import DEFAULT_RULES
 from hybridvlm.vision.model import CHUNK
@@ -149,9 +149,12 @@ def _drops(work: Workload, lengths: list[int], rows: int) -> int:
 
 
 def _tower(work: Workload, mesh: MeshSizes) -> int:
-    """Frames are dealt over all devices, and go through the tower a chunk at a time."""
+    """Pixels and activations of a device's frames, a chunk at a time, and what is gathered of rows that are not its own."""
     v: VisionConfig = work.config.vision
-    frames = -(-local_batch(work, mesh) * work.groups // (mesh.sequence * mesh.tensor))
+    rows, each = dealt_frames(work, mesh)
+    frames = rows * each
+    others = rows - local_batch(work, mesh)
+    gathered = others * -(-work.visual_tokens // mesh.sequence) * work.config.width * work.planes * work.itemsize
     height, width = v.image_size
     pixels = frames * v.temporal_patch * height * width * 3 * 5  # as bytes and as float32
     patches = (height // v.patch_size) * (width // v.patch_size) + v.prefix_tokens
@@ -160,7 +163,7 @@ def _tower(work: Workload, mesh: MeshSizes) -> int:
     inside = max(patches * (2 * v.width + block), merged) * work.itemsize
     if v.kind == "stem":
         inside = patches * (v.patch_size**2 * max(v.stem_channels, default=1) // 4 + 2 * v.width) * work.itemsize
-    return pixels + min(frames, CHUNK) * inside
+    return pixels + min(frames, CHUNK) * inside + gathered
 
 
 def training_memory(work: Workload, mesh: MeshSizes, trained: int, *, least: bool = False) -> int:

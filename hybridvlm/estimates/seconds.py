@@ -11,7 +11,7 @@ import math
 
 from hybridvlm.config import ATTENTION, MAMBA, MOE, ModelConfig, VambaConfig
 from hybridvlm.estimates.memory import memory
-from hybridvlm.estimates.workload import MeshSizes, Workload, local_batch, local_part, weight_bytes
+from hybridvlm.estimates.workload import MeshSizes, Workload, dealt_frames, local_batch, local_part, weight_bytes
 from hybridvlm.hardware import Chip, Peaks
 
 
@@ -56,8 +56,11 @@ def phases(work: Workload, mesh: MeshSizes, chip: Chip, peaks: Peaks) -> dict[st
         ),
     }
     if work.frames:
-        visual = rows * work.visual_tokens * work.config.width * work.planes * item
-        made["tower"] = (rows * cost.vision / spread, vision + visual / spread, visual / spread * _part(spread))
+        dealt, frames = dealt_frames(work, mesh)
+        visual = dealt * frames * work.config.vision.tokens_per_frame * work.config.width * work.planes * item
+        # rows are gathered by the devices that took frames of one stretch of them
+        others = (mesh.tensor if work.batch >= mesh.batch else mesh.tensor * mesh.batch) - 1
+        made["tower"] = (dealt * frames * cost.vision / work.groups, vision + visual, visual * others)
     return {name: Phase.of(*figures, chip, peaks, work.dtype) for name, figures in made.items()}
 
 

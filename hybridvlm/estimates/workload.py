@@ -144,6 +144,14 @@ def local_batch(work: Workload, mesh: MeshSizes) -> int:
     return -(-work.batch // mesh.batch)
 
 
+def dealt_frames(work: Workload, mesh: MeshSizes) -> tuple[int, int]:
+    """(rows, frames of each of them as patches have them) that one device takes through the tower: `placement.put_frames`."""
+    if work.batch >= mesh.batch:
+        return local_batch(work, mesh), -(-work.groups // (mesh.sequence * mesh.tensor))
+    # fewer rows than there are devices for them: of each row, all devices take frames
+    return work.batch, -(-work.groups // mesh.devices)
+
+
 @functools.lru_cache(maxsize=8)
 def _params(config: Any) -> Any:
     """The parameters of a model, as shapes."""

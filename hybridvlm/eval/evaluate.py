@@ -22,6 +22,7 @@ from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.layouts import Asking
 from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
 from hybridvlm.eval.runner import Runner, versions
+from hybridvlm.eval.sizes import asked_sizes
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, load_tasks
 from hybridvlm.eval.variants import DENSE, Planner, Variant, expand
 from hybridvlm.inference.model import Model, load
@@ -80,8 +81,8 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
-    sizes = {"frames": options.frames, "batch": options.batch_size, "dtype": options.dtype}
-    model = load(options.model, mesh=mesh_option(options.mesh, options.model, **sizes), dtype=options.dtype)
+    mesh = mesh_option(options.mesh, options.model, **asked_sizes(options))
+    model = load(options.model, mesh=mesh, dtype=options.dtype)
     model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)
     check_tokenizer(model)

@@ -221,7 +221,7 @@ def load(
         CheckpointError: (a ValueError) where one does not fit.
     """
     if isinstance(mesh, str):
-        mesh = mesh_option(mesh, name_or_path, dtype=dtype, revision=revision, reduction=reduction)
+        mesh = mesh_option(mesh, name_or_path, dtype=dtype, revision=revision, reduction=reduction, buckets=buckets)
     mesh = None if mesh is None else full_mesh(mesh)
     checkpoint = read_checkpoint(
         name_or_path, mesh=mesh, dtype=dtype, reduction=reduction, buckets=buckets, revision=revision, cache=cache

@@ -23,7 +23,7 @@ from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
 from hybridvlm.nn.caches import check_capacity
 from hybridvlm.parallel.tensor import LocalConfig
-from hybridvlm.reduction.methods import parse_method
+from hybridvlm.reduction.methods import named_reduction
 from hybridvlm.reduction.plan import ReductionPlan
 
 
@@ -165,12 +165,7 @@ class ModelPrograms:
         Raises:
             ValueError: for an unknown method (with near names) or a budget outside (0, 1].
         """
-        parse_method(method)
-        if method == "none":
-            return None
-        own = self.reduction or Reduction()
-        budget = 0.25 if budget is None else budget
-        return dataclasses.replace(own, method=method, budget=budget, kind=kind or own.kind)
+        return named_reduction(self.reduction, method, budget, kind)
 
     def opened(self, batch: Batch) -> list[bool]:
         """Of each prompt, whether it ends inside reasoning that the reply has to end."""

@@ -25,6 +25,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
                 f"--mesh takes a comma list of {', '.join(f'{a}=N' for a in AXES)}, one N may be -1 (the rest); got {pair!r}"
             )
         sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"--mesh takes one -1, the rest of the devices, got {text!r}")
     return sizes
 
 

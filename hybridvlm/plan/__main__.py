@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import pathlib
 import sys
@@ -52,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--topology", help="a slice such as v5e:4x4, v5p:2x2x1, H200:8 (default: a table of the usual ones)")
     add(
         "--mesh",
-        help="data=, fsdp=, sequence=, tensor=, comma list (default: the smallest tensor x sequence that fits)",
+        help="data=, fsdp=, sequence=, tensor=, comma list, one may be -1: the rest (default: auto, the smallest "
+        "tensor x sequence that fits)",
     )
     add("--compile", action="store_true", help="the compiler's own memory and cost model of the prefill, too")
     add("--json", type=pathlib.Path, metavar="FILE", help="write the figures to FILE")
@@ -76,11 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from hybridvlm.plan import report
 
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        what = "is a folder; give a file" if options.json.is_dir() else "cannot be written, its folder does not exist"
+        raise InputError(f"--json {options.json} {what}")
     works = workloads(options)
     if options.compile and options.topology is None:
         raise InputError("--compile needs --topology: one slice to compile for")
     if options.topology is None:
-        if options.mesh is not None:
+        if options.mesh not in (None, "auto"):
             raise InputError(
                 "--mesh goes with --topology; without one the smallest mesh that fits is taken on each slice"
             )
@@ -102,13 +107,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def workloads(options: argparse.Namespace) -> dict[str, Any]:
     """What is compared, by name: dense, and the reduction that the options name."""
-    from hybridvlm.checkpoints.describe import describe
     from hybridvlm.estimates import Workload
     from hybridvlm.models.family import family_for
 
-    config = describe(options.model).config
+    config = _config(options.model)
     if config.vision is None and options.frames:
         raise InputError(f"the model {options.model!r} has no vision tower; pass --frames 0")
+    if options.size is not None and not options.frames:
+        raise InputError("--size is of the frames of a video, and --frames 0 asks for none")
     if options.size is not None:
         size = family_for(config).frame_size(config, *_sides(options.size), options.frames, "video")
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=size))
@@ -121,6 +127,22 @@ def workloads(options: argparse.Namespace) -> dict[str, Any]:
     for work in works.values():
         _ = work.plan  # a budget that cannot be met is refused here
     return works
+
+
+def _config(name: str) -> Any:
+    from hybridvlm.checkpoints.describe import describe
+    from hybridvlm.config_files import config_names
+
+    try:
+        return describe(name).config
+    except FileNotFoundError as error:
+        if "/" in name:  # a path, or an id of the hub
+            raise
+        near = difflib.get_close_matches(name, config_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"--model {name!r} is no folder or JSON file here, and no model config; {hint}there are {', '.join(config_names())}"
+        ) from error
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def on_slice(works: Mapping[str, Workload], topology: str, mesh: str | None) -> 
 
 
 def _mesh(work: Workload, where: Slice, asked: str | None) -> MeshSizes:
-    if asked is not None:
+    if asked not in (None, "auto"):
         sizes = mesh_sizes(asked)
         fixed = math.prod(size for size in sizes.values() if size != -1)
         mesh = MeshSizes(**{axis: max(1, where.chips // fixed) if n == -1 else n for axis, n in sizes.items()})

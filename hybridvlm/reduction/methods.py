@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import jax
 
-from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
+from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Reduction, Schedule, ScoreOptions
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import calibrated, schedules, scores
@@ -209,6 +209,17 @@ def describe_methods() -> str:
     load_entry_points()
     wide = max(map(len, METHODS))
     return "\n".join(f"  {m.name:<{wide}}  {m.summary}" for m in METHODS.values())
+
+
+def named_reduction(
+    own: Reduction | None, method: str, budget: float | None = None, kind: str | None = None
+) -> Reduction | None:
+    """The Reduction of a method's name, with all else as a checkpoint's own has it; see `Model.reduction_for`."""
+    parse_method(method)
+    if method == "none":
+        return None
+    own = own or Reduction()
+    return dataclasses.replace(own, method=method, budget=0.25 if budget is None else budget, kind=kind or own.kind)
 
 
 def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.micro_checkpoint import micro_model
+from jax.sharding import AbstractMesh, NamedSharding
 
 import hybridvlm as hv
 from hybridvlm.config import ModelConfig, Reduction, Schedule
@@ -17,14 +18,15 @@ from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates import DoesNotFit, MeshSizes, Workload, check_fits, choose_mesh, first_that_fits
 from hybridvlm.estimates.choose import HEADROOM, candidates
 from hybridvlm.estimates.memory import memory
-from hybridvlm.estimates.workload import weight_bytes
+from hybridvlm.estimates.workload import dealt_frames, weight_bytes
 from hybridvlm.hardware import CHIPS, memory_limit, parse_slice, usual_slices
+from hybridvlm.inference import placement
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.parallel.layout import local_config
 from hybridvlm.plan.__main__ import main
-from hybridvlm.sharding import DEFAULT_RULES
+from hybridvlm.sharding import AXES, DEFAULT_RULES
 
 TINY, BIG, QWEN = (load_model_config(name) for name in ("tiny", "nemotron_nano_12b_v2_vl", "qwen3_vl_8b"))
 STR = Reduction("str", 0.25)
@@ -117,6 +119,32 @@ def test_seconds_by_hand():
     assert one.phases["prefill"].sent == one.phases["decode"].sent == 0
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4, 6])
+@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "sequence": 2}, {"tensor": 4}, {}])
+def test_frames_are_dealt_as_programs_deal_them(batch, sizes, monkeypatch):
+    @dataclasses.dataclass
+    class Part:
+        frame_axes: tuple[str, ...]
+
+    mesh, abstract = MeshSizes(**sizes), AbstractMesh(tuple(getattr(MeshSizes(**sizes), axis) for axis in AXES), AXES)
+    shard = lambda array, mesh, spec: NamedSharding(mesh, spec).shard_shape(array.shape)  # noqa: E731
+    monkeypatch.setattr(placement, "put", shard)
+    work = Workload(QWEN, 30, batch=batch)  # 15 pairs of frames
+    pixels = np.broadcast_to(np.zeros((), np.uint8), (batch, work.groups, 2, 4, 4, 3))
+    (rows, frames, *_), _ = placement.put_frames(pixels, abstract, Part(()))
+    assert dealt_frames(work, mesh) == (rows, frames)
+    tower = hv.estimate(QWEN, frames=30, batch=batch, topology="H200:8", mesh=mesh).phases["tower"]
+    assert tower.flops == pytest.approx(rows * frames / work.groups * work.plan.cost.vision)
+
+
+def test_one_video_goes_through_the_towers_of_all_devices():
+    one, dealt = (hv.estimate(BIG, frames=128, topology="v6e:2x4", mesh=sizes) for sizes in (None, {"data": 8}))
+    first, last = one.phases["tower"], dealt.phases["tower"]
+    assert last.flops == first.flops / 8 and dealt.memory.tower == pytest.approx(one.memory.tower / 8)
+    # the ring that gathers the row passes on seven of its eight parts
+    assert first.sent == 0 and last.sent == 7 / 8 * one.memory.visual
+
+
 def test_experts_that_are_not_chosen_are_held_and_not_read():
     omni = load_model_config("nemotron_3_nano_omni_30b_a3b")
     one = hv.estimate(omni, frames=64, topology="H200")
@@ -137,6 +165,23 @@ def test_the_chosen_mesh_is_the_smallest_that_fits():
     assert f"fewer than {size} devices" in choice.why and "1024 frames" in choice.why
     # a model that fits one device leaves all of them for other prompts
     assert choose_mesh(Workload(TINY, 64), 8, limit).mesh == MeshSizes(data=8)
+
+
+def test_a_comfortable_mesh_goes_before_a_tight_one_of_its_size():
+    work, limit = Workload(BIG, 1024, reduction=STR), CHIPS["v5e"].hbm_bytes
+    first, *_ = (mesh for mesh in candidates(work, 16) if memory(work, mesh).fits(int(limit * (1 - HEADROOM))))
+    choice = choose_mesh(work, 16, limit)
+    assert (first, choice.mesh) == (MeshSizes(tensor=16), MeshSizes(sequence=2, tensor=8))
+    assert choice.memory.peak() <= limit * (1 - HEADROOM) < memory(work, first).peak()
+
+
+def test_what_fits_just_so_is_chosen_and_not_refused():
+    work = Workload(BIG, 128)
+    for devices in (1, 2):
+        least = min(memory(work, mesh).peak(0) for mesh in candidates(work, devices))
+        assert choose_mesh(work, devices, least).memory.peak(least) == least
+        with pytest.raises(DoesNotFit, match="needs"):
+            choose_mesh(work, devices, least - 1)
 
 
 def test_too_few_devices_are_refused_with_what_would_do():
@@ -237,12 +282,26 @@ def test_the_command_surveys_slices_and_says_what_is_too_small(capsys):
     assert "too much" in capsys.readouterr().out
 
 
-def test_the_command_refuses_in_one_line(capsys):
+def test_the_command_takes_auto_as_others_do(capsys):
+    for words in (["--topology", "v5e:2x4"], []):
+        said = []
+        for mesh in ([], ["--mesh", "auto"]):
+            assert main(["--model", "tiny", "--frames", "8", *words, *mesh]) == 0
+            said.append(capsys.readouterr().out)
+        assert said[0] == said[1]
+
+
+def test_the_command_refuses_in_one_line(capsys, tmp_path):
     for words, reason in (
         (["--model", "nothing-like-this"], "nothing-like-this"),
         (["--model", "tiny", "--topology", "v9:2x2"], "expected one of"),
         (["--model", "tiny", "--mesh", "tensor=2"], "--mesh goes with --topology"),
         (["--model", "tiny", "--topology", "v5e:2x2", "--mesh", "rows=2"], "--mesh takes"),
+        (["--model", "tiny", "--topology", "v5e:2x4", "--mesh", "data=-1,tensor=-1"], "--mesh takes one -1"),
+        (["--model", "qwen3_vl_8"], "did you mean 'qwen3_vl_8b'?"),
+        (["--model", "qwen2_vl_7b", "--json", str(tmp_path / "missing" / "x.json")], "its folder does not exist"),
+        (["--model", "qwen2_vl_7b", "--json", str(tmp_path)], "is a folder"),
+        (["--model", "qwen3_vl_8b", "--size", "720x1280", "--frames", "0"], "--frames 0 asks for none"),
         (["--model", "tiny", "--compile"], "--compile needs --topology"),
         (["--model", "qwen3_vl_8b", "--size", "big"], "--size takes"),
         (["--model", "tiny", "--topology", "H200", "--compile"], "--compile takes a TPU slice"),
