@@ -121,6 +121,52 @@ def test_every_benchmark_through_the_command(world, mouth, tmp_path, capsys):
     assert run(world, tmp_path / "out") == 0 and mouth.asked == before  # nothing is asked again
 
 
+def test_a_folder_answers_for_the_rule_and_the_protocol_of_today(world, mouth, tmp_path):
+    """Nothing is asked again under another --missing or another protocol's parser, and every number is that of a fresh run."""
+    from hybridvlm.eval.logs import read
+
+    mouth.reply = "a"  # a letter to ours and to vamba's parser, nothing to lmms-eval's
+    told = ["--prompt", "{question} {options}", "--sampling", "linspace"]
+    ways = [("wrong", "lmms-eval"), ("skip", "lmms-eval"), ("skip", "vamba")]
+    parities, asked = [], []
+    for missing, protocol in ways:
+        more = [*told, "--missing", missing, "--protocol", protocol]
+        assert run(world, tmp_path / "one", *more, tasks="lvbench") == 0
+        asked.append(mouth.asked)
+        assert run(world, tmp_path / f"{missing}-{protocol}", *more, tasks="lvbench") == 0
+        mouth.asked = asked[0]
+        (row, extra), (fresh, theirs) = (rows_of(tmp_path / x)[0]["lvbench"] for x in ("one", f"{missing}-{protocol}"))
+        for key in ("n", "accuracy", "unanswered"):
+            assert row[key] == fresh[key], key
+        assert row["n"] == (9 if missing == "wrong" else 6) and extra["scores"] == theirs["scores"]
+        parities.append(extra["scores"]["parity"])
+        counted = [x.correct for x in read(tmp_path / "one") if x.correct is not None]
+        assert (len(counted), sum(counted) / len(counted)) == (row["n"], row["accuracy"])
+    assert len(set(asked)) == 1 and parities == [0, 0, pytest.approx(1 / 6)]
+    gone = [r for r in map(json.loads, (tmp_path / "one/samples.jsonl").read_text().splitlines()) if "failure" in r]
+    assert len(gone) == 3 and all(len(r["options"]) == 4 and isinstance(r["row"], int) for r in gone)
+
+
+def test_a_video_found_damaged_while_decoding_counts_by_the_rule(world, mouth, tmp_path, monkeypatch):
+    from hybridvlm.video import VideoError, clip
+
+    whole = clip.decode_frames
+
+    def failing(path, *args, **kwargs):
+        if pathlib.Path(path).name == "1034419625.mp4":
+            raise VideoError(f"{path}: none of the frames could be decoded")
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(clip, "decode_frames", failing)
+    found = {}
+    for missing in ("wrong", "skip", "wrong"):
+        assert run(world, tmp_path / "out", "--missing", missing, tasks="tempcompass") == 0
+        row, _ = rows_of(tmp_path / "out")[0]["tempcompass"]
+        assert found.setdefault(missing, (row["n"], row["accuracy"])) == (row["n"], row["accuracy"])
+    (every, low), (some, high) = found["wrong"], found["skip"]
+    assert every == 10 and 0 < some < every and low * every == pytest.approx(high * some)
+
+
 def test_a_killed_run_over_several_tasks_goes_on(world, mouth, tmp_path):
     """Killed in the middle of the second task: together both runs ask what one asks, and the results are the same."""
     tasks = "tempcompass,nextqa"
@@ -167,7 +213,7 @@ def test_other_numbers_of_processes_go_on(world, mouth, tmp_path, processes):
     last.run()
     records = SampleStore(tmp_path / "samples.jsonl", Process(0, 1)).records
     assert len(records) == len({r["key"] for r in records}) == 9 and last.pending() == 0
-    assert sorted(r["id"] for r in records if r["correct"]) == ["0"]
+    assert sorted(r["id"] for r in records if r.get("correct")) == ["0"]
 
 
 def test_a_limit_is_of_each_task(world, mouth, tmp_path):
@@ -189,8 +235,12 @@ def test_sanity_rows_and_the_collapse_warning(world, mouth, tmp_path, monkeypatc
     assert "all 12 replies are the same" in capsys.readouterr().out
     (log,) = (tmp_path / "out/lmms-eval/qwen3_vl").glob("*_samples_videomme_w_subtitle.jsonl")
     assert len(log.read_text().splitlines()) == 12
-    assert command.main(["--rescore", str(tmp_path / "out/samples.jsonl")]) == 0
-    assert "videomme-subs dense: 25.00 -> 25.00 over 12 questions" in capsys.readouterr().out
+    for path in ("out/samples.jsonl", "out"):  # of the folder, not its copy for lmms-eval as well
+        assert command.main(["--rescore", str(tmp_path / path)]) == 0
+        told = capsys.readouterr().out
+        assert told.count("dense:") == 3 and "videomme-subs dense: 25.00 -> 25.00 over 12 questions" in told
+    assert command.main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 0
+    assert "videomme-subs: 12 questions" in (told := capsys.readouterr().out) and "videomme_w_subtitle" not in told
 
 
 @pytest.mark.parametrize(

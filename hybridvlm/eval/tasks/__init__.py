@@ -196,6 +196,19 @@ class Task(abc.ABC):
         parsed = None if text is None else self.parse(text, sample)
         return {"parsed": parsed, "correct": self.correct(parsed, sample)}
 
+    def details(self, sample: Sample) -> dict[str, Any]:
+        """What a record holds of the question itself, answered or not, beside what it holds for every task."""
+        return {}
+
+    def judged(self, record: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+        """A stored record, scored as this task scores now: how it was scored when it was written does not count.
+
+        A question that could not be asked is wrong or left out (`correct` is None), as `counts_unavailable` says.
+        """
+        if "failure" in record:
+            return {**record, "parsed": None, "correct": False if self.counts_unavailable else None}
+        return {**record, **self.score(None if "no_answer" in record else record["prediction"], sample)}
+
     def about(self) -> dict[str, Any]:
         """What results.json holds of the task itself."""
         return {}

@@ -268,8 +268,10 @@ class BenchmarkTask(FileTask):
         return parsed is not None and right(parsed, self.questions[sample.id])
 
     def score(self, text: str | None, sample: Sample) -> dict[str, Any]:
-        question = self.questions[sample.id]
-        return scored(text, question, self.protocol.parser) | {"options": list(question.options), "row": question.row}
+        return scored(text, self.questions[sample.id], self.protocol.parser)
+
+    def details(self, sample: Sample) -> dict[str, Any]:
+        return {"options": list(sample.options), "row": self.questions[sample.id].row}
 
     def summary(self, answers: Sequence[tuple[Sample, Mapping[str, Any]]]) -> dict[str, Any]:
         def answered(sample: Sample, record: Mapping[str, Any]) -> metrics.Answered:
