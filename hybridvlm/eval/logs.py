@@ -54,6 +54,7 @@ def lmms_names() -> dict[str, str]:
         benchmark = published(name)
         if benchmark.lmms is not None:
             names.setdefault(benchmark.lmms[0], name)
+            names.setdefault(benchmark.lmms_interleaved or benchmark.lmms[0], name)
     return names
 
 

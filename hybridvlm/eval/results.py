@@ -176,7 +176,9 @@ def build_row(
 
     variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced.
     """
-    pairs = [(s, *(task.judged(store.get(key(of, s)), s) for of in ("row", "dense"))) for s in task.samples]
+    pairs = [
+        (s, task.judged(store.get(key("row", s)), s), task.judged(store.get(key("dense", s)), s)) for s in task.samples
+    ]
     # questions on videos that could not be read are neither right nor wrong: they are counted apart
     # (their `correct` is None, like that of questions whose answer is not published)
     asked = [pair for pair in pairs if not any(_left_out(record) for record in pair[1:])]
