@@ -117,6 +117,7 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     load_tasks(options.task_module)
     published.check(options, names)
     tasks = [task for name in names for task in published.build(name, settings, options)]
+    published.refuse_idle(options, tasks)
     twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
     if twice:
         raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")

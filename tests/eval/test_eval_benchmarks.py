@@ -254,7 +254,8 @@ def test_sanity_rows_and_the_collapse_warning(world, mouth, tmp_path, monkeypatc
         (["--data", "gs://b/x"], "lvbench", "mount the bucket"),
         (["--sampling", "odd"], "lvbench", "--sampling 'odd' is no rule"),
         (["--limit-videos", "-1"], "lvbench", "--limit-videos must be at least 0"),
-        ([], "needle", "is for published benchmarks"),
+        (["--sampling", "vk.fps:0"], "lvbench", "--sampling 'vk.fps:0' is no rule"),
+        (["--format", "lmms-eval"], "hourvideo", "--format lmms-eval is for benchmarks that lmms-eval has"),
         ([], "lvbenhc", "did you mean 'lvbench'"),
         (["--task-module", "no/such.py"], "lvbench", "there is no file"),
     ],
@@ -263,6 +264,64 @@ def test_what_cannot_run_is_said_before_it_starts(world, mouth, tmp_path, capsys
     assert run(world, tmp_path / "out", *more, tasks=tasks) == 2
     assert words in capsys.readouterr().err and not mouth.asked
     assert not (tmp_path / "out/samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "flag"),
+    [
+        (["--data", "."], "data"),
+        (["--protocol", "official"], "protocol"),
+        (["--limit-videos", "2"], "limit-videos"),
+        (["--missing", "skip"], "missing"),
+        (["--incomplete", "ok"], "incomplete"),
+        (["--verify", "full"], "verify"),
+        (["--no-video"], "no-video"),
+        (["--format", "lmms-eval"], "format lmms-eval"),
+    ],
+)
+def test_options_that_nothing_takes_are_refused(tmp_path, capsys, more, flag):
+    assert command.main(["--tasks", "needle", "--output", str(tmp_path / "out"), *more]) == 2
+    assert f"error: --{flag} is for " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+OWN_BENCHMARK = """
+import dataclasses
+
+from hybridvlm.eval.benchmarks import published
+from hybridvlm.eval.tasks import register
+from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+
+MINE = dataclasses.replace(published("tempcompass"), name="mine", title="Mine")
+register("mine", lambda name, options: BenchmarkTask(MINE, options), "a benchmark of one's own")
+"""
+
+
+def test_a_benchmark_from_outside_the_package_is_one(world, mouth, tmp_path, capsys, monkeypatch):
+    """Whether it comes by --task-module or is registered already, as by an entry point: --data, all questions, sanity rows."""
+    from hybridvlm.eval import published, tasks
+
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    monkeypatch.setattr(published, "LIMIT", 4)
+    (tmp_path / "own_benchmark.py").write_text(OWN_BENCHMARK)
+    module = ["--task-module", str(tmp_path / "own_benchmark.py")]
+    assert run(world, tmp_path / "one", "--no-video", *module, tasks="mine") == 0, capsys.readouterr().err
+    assert {name: row["n"] for name, (row, _) in rows_of(tmp_path / "one")[0].items()} == {
+        "mine": 10,
+        "mine-no-video": 10,
+    }
+    assert run(world, tmp_path / "two", "--limit", "4", tasks="mine") == 0, capsys.readouterr().err
+    assert rows_of(tmp_path / "two")[0]["mine"][0]["n"] == 4
+
+
+@pytest.mark.parametrize("text", ["import no_such_module_x", "x = 1\n1 / 0", "def (", "raise SystemError('odd')"])
+def test_a_task_module_that_fails_is_named(tmp_path, capsys, text):
+    (tmp_path / "broken_task.py").write_text(text)
+    for _ in range(2):  # half of a module is not taken for one that was read
+        assert command.main(["--list", "--task-module", str(tmp_path / "broken_task.py")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --task-module {tmp_path / 'broken_task.py'}: ") and "Error: " in line
+    if "1 / 0" in text:
+        assert "broken_task.py, line 2)" in line
 
 
 OWN = '''
