@@ -55,7 +55,9 @@ class Checkpoint:
 
     def correct(self, cell: Variant) -> np.ndarray:
         """Which questions are answered rightly, bool [n]."""
-        return np.array([self.runner.store.get(self.runner.key(cell, s))["correct"] for s in self.runner.task.samples])
+        runner = self.runner
+        stored = ((runner.store.get(runner.key(cell, sample)), sample) for sample in runner.task.samples)
+        return np.array([runner.task.judged(record, sample)["correct"] for record, sample in stored])
 
 
 def parse_models(texts: Sequence[str]) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -106,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compilation_cache(parser)
     add_arguments(parser)
     rescored = "samples file of this library or of lmms-eval, or a folder with some: parse its replies again, and stop"
-    add("--rescore", type=pathlib.Path, metavar="FILE", help=rescored)
+    add("--rescore", metavar="FILE", help=rescored)
     add("--list", action="store_true", help="list methods and tasks, and stop")
     return parser
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from hybridvlm.eval import statistics
 from hybridvlm.eval.logs import Answer, only, read
 from hybridvlm.options import InputError
+from hybridvlm.storage import as_path
 
 POWER, DIFFERENCE = 0.8, 0.01
 SHOWN = 10
@@ -63,7 +64,9 @@ def compare(a: Sequence[Answer], b: Sequence[Answer], paired: bool) -> Compariso
         InputError: where no question is common, or two logs disagree on an answer that both know.
     """
     notes = []
-    key = "key" if {x.key for x in a} & {x.key for x in b} else "row"
+    # ids of one kind of log may be row numbers of the other: between kinds rows alone tell which question it is
+    one_kind = len({x.kind for x in (*a, *b)}) == 1
+    key = "key" if one_kind and {x.key for x in a} & {x.key for x in b} else "row"
     first = {getattr(x, key): x for x in a if x.correct is not None}
     second = {getattr(x, key): x for x in b if x.correct is not None}
     common = sorted((name for name in first if name in second), key=lambda name: (len(name), name))
@@ -188,10 +191,14 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _load(text: str) -> list[Answer]:
-    path, colon, method = text.rpartition(":")
-    if not colon or pathlib.Path(text).exists():
-        path, method = text, "none"
-    return only(read(pathlib.Path(path)), method or "none")
+    path, method = text, "none"
+    if not as_path(text).exists():
+        # methods hold colons too, and so does the URL of a store
+        for colon in re.finditer(r":(?!//)", text):
+            if as_path(text[: colon.start()]).exists():
+                path, method = text[: colon.start()], text[colon.end() :]
+                break
+    return only(read(as_path(path)), method or "none")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -216,7 +223,7 @@ def main(argv: Sequence[str]) -> int:
         for task in tasks:
             mine: Any = [x for x in a if x.task == task]
             print("\n".join(lines_of(task, compare(mine, [x for x in b if x.task == task], options.paired))))
-    except (InputError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

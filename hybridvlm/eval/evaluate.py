@@ -118,6 +118,7 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     load_tasks(options.task_module)
     published.check(options, names)
     tasks = [task for name in names for task in published.build(name, settings, options)]
+    published.refuse_idle(options, tasks)
     twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
     if twice:
         raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")
@@ -239,9 +240,9 @@ class Evaluation:
         print(f"results:  {self.folder / 'report.md'}, results.json, samples.jsonl")
 
     def _records(self, task: Task, variant: Variant = DENSE) -> dict[str, dict[str, Any]]:
-        """The records of a task under a variant, by sample id."""
+        """The records of a task under a variant, by sample id, as the task scores them now."""
         (runner,) = (r for r in self.runners if r.task is task)
-        return {sample.id: self.store.get(runner.key(variant, sample)) for sample in task.samples}
+        return {s.id: task.judged(self.store.get(runner.key(variant, s)), s) for s in task.samples}
 
     def _write_submissions(self) -> None:
         for runner in self.runners:
@@ -293,9 +294,7 @@ class Evaluation:
                 for other, other_row, _ in own:
                     if other in (variant, DENSE) or not (other.fixed or other.budget == variant.budget):
                         continue
-                    answers = [
-                        [self.store.get(runner.key(v, s)) for s in runner.task.samples] for v in (variant, other)
-                    ]
+                    answers = [list(self._records(runner.task, v).values()) for v in (variant, other)]
                     comparisons += compare(runner.task, row, other_row, *answers)
         found = {"rows": rows, "details": details, "comparisons": comparisons, "metadata": self._metadata()}
         tasks = {task.name: about for task in self.tasks if (about := task.about())}

@@ -76,7 +76,7 @@ def write(
 def _tasks(task: BenchmarkTask) -> dict[str, list[Question]]:
     """Questions by lmms-eval's name of their task; MVBench is one task per kind there."""
     assert task.benchmark.lmms is not None
-    name = task.benchmark.lmms[0]
+    name = (task.protocol.interleaved and task.benchmark.lmms_interleaved) or task.benchmark.lmms[0]
     out: dict[str, list[Question]] = {}
     for sample in task.samples:
         question = task.questions[sample.id]

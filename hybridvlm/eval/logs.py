@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from hybridvlm.eval.benchmarks import MODULES, published
@@ -32,6 +31,7 @@ class Answer:
         correct: as the log has it; None where it is left out of the score.
         groups: field -> values.
         cluster: the video, "" where the log does not tell it.
+        kind: "ours" or "lmms-eval": whose log it is; keys of one say nothing of the other.
     """
 
     task: str
@@ -44,6 +44,7 @@ class Answer:
     correct: bool | None
     groups: Mapping[str, tuple[str, ...]]
     cluster: str = ""
+    kind: str = "ours"
 
 
 def lmms_names() -> dict[str, str]:
@@ -53,46 +54,77 @@ def lmms_names() -> dict[str, str]:
         benchmark = published(name)
         if benchmark.lmms is not None:
             names.setdefault(benchmark.lmms[0], name)
+            names.setdefault(benchmark.lmms_interleaved or benchmark.lmms[0], name)
     return names
 
 
-def sample_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The samples files of a folder, or the one file that a path is; InputError where there is none."""
+def sample_files(path: Any) -> list[Any]:
+    """The samples files of a folder, or the one file that a path is; InputError where there is none.
+
+    Of a folder of our results only our own, as the logs of lmms-eval that --format writes below hold the same answers.
+    """
     if path.is_file():
         return [path]
-    found = sorted(
-        {p for pattern in ("samples.jsonl", "samples-*.jsonl", "*samples_*.jsonl") for p in path.rglob(pattern)}
-    )
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder")
+    for where in ("", "**/"):
+        if own := sorted({p for name in ("samples.jsonl", "samples-*.jsonl") for p in path.glob(where + name)}):
+            return own
+    found = sorted(path.glob("**/*samples_*.jsonl"))
     if not found:
         raise InputError(f"{path}: no samples in it; give a folder of results, or a samples file (of lmms-eval too)")
-    latest: dict[str, pathlib.Path] = {}
+    latest: dict[str, Any] = {}
     for file in found:  # of several stamps of one task in one folder the last one
         match = _LMMS.search(file.name)
         latest[f"{file.parent}/{match.group(1) if match else file.name}"] = file
     return list(latest.values())
 
 
-def read(path: pathlib.Path) -> list[Answer]:
+def read(path: Any) -> list[Answer]:
     """All answers of a run's folder, of a samples file, or of logs of lmms-eval; the latest of each question.
 
-    InputError with file and line for what is none of these.
+    Args:
+        path: `pathlib.Path`, or of a store as `storage.as_path` gives it. A last line that a kill cut off is passed over.
+
+    Raises:
+        InputError: with file and line for what is none of these, and where there is no answer in it.
     """
     found: dict[tuple[str, str, str], Answer] = {}
     for file in sample_files(path):
-        lmms = _LMMS.search(file.name)
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        lmms, wrong = _LMMS.search(file.name), _counted_wrong(file.parent)
+        # lines end at line feeds alone: texts may hold U+2028 and other separators as they are
+        lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-                answer = _from_lmms(lmms.group(1), row) if lmms and "doc_id" in row else _from_ours(row)
+            except (ValueError, RecursionError) as error:
+                if number == len(lines) > 1:
+                    continue
+                raise InputError(f"{file}, line {number}: not JSON: {error}") from None
+            try:
+                answer = _from_lmms(lmms.group(1), row) if lmms and "doc_id" in row else _from_ours(row, wrong)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise InputError(
                     f"{file}, line {number}: no sample of this library or of lmms-eval: {error!r}"
                 ) from None
             found[answer.task, answer.method, answer.key] = answer
+    if not found:
+        raise InputError(f"{path}: no answer in it yet")
     return list(found.values())
 
 
-def _from_ours(row: Mapping[str, Any]) -> Answer:
+def _counted_wrong(folder: Any) -> set[str]:
+    """Tasks of a run whose questions count as wrong where they could not be asked, as its results.json says."""
+    try:
+        tasks = json.loads((folder / "results.json").read_bytes())["tasks"]
+        return {name for name, about in tasks.items() if about.get("missing", {}).get("rule") == "wrong"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def _from_ours(row: Mapping[str, Any], wrong: Container[str]) -> Answer:
     dense = row["method"] == "none"
     groups = {name: _values(value) for name, value in row.get("groups", {}).items()}
     if row.get("type") and not groups:
@@ -105,7 +137,7 @@ def _from_ours(row: Mapping[str, Any]) -> Answer:
         row["prediction"],
         row["answer"] or None,
         tuple(row.get("options", ())),
-        row["correct"],
+        row["correct"] if "failure" not in row else False if row["task"] in wrong else None,
         groups,
         row.get("cluster") or row["video"],
     )
@@ -150,7 +182,7 @@ def _from_lmms(name: str, row: Mapping[str, Any]) -> Answer:
     gold = ALPHABET[gold] if isinstance(gold, int) and not isinstance(gold, bool) else gold
     return Answer(
         task, "none", key, key, str(reply), None if gold is None else str(gold).strip(), _options(row.get("input")),
-        correct, groups, cluster,
+        correct, groups, cluster, "lmms-eval",
     )  # fmt: skip
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
-from hybridvlm.eval.tasks import MODULES, TASKS, Published, Task, TaskOptions, build_task
+from hybridvlm.eval.tasks import MODULES, Published, Task, TaskOptions, build_task
 from hybridvlm.options import InputError
 
 LIMIT = 100  # questions of the embedded benchmark and of JSONL files where nobody says; of published benchmarks all
 SANITY = {"no_video": "no-video", "shuffle_frames": "shuffle-frames"}
+# options that `Published` is made of, as they are where nobody gives them
+IDLE = {
+    "data": None, "protocol": None, "missing": "fail", "incomplete": "fail", "limit_videos": 0, "verify": "quick",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +65,8 @@ def build(name: str, settings: TaskOptions, options: argparse.Namespace) -> list
         settings: what all tasks share; the limit and what published benchmarks need are filled in.
         options: of the command line.
     """
+    from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+
     own = Published(
         options.data,
         options.protocol,
@@ -71,7 +78,10 @@ def build(name: str, settings: TaskOptions, options: argparse.Namespace) -> list
     default = 0 if name in MODULES else LIMIT
     settings = dataclasses.replace(settings, limit=default if options.limit is None else options.limit, published=own)
     tasks = [build_task(name, settings)]
-    if name in MODULES:
+    if isinstance(tasks[0], BenchmarkTask):
+        if settings.limit == LIMIT and options.limit is None:  # one from outside the package: what it is was not known
+            settings = dataclasses.replace(settings, limit=0)
+            tasks = [build_task(name, settings)]
         for flag, sanity in SANITY.items():
             if getattr(options, flag):
                 changed = dataclasses.replace(settings, published=dataclasses.replace(own, sanity=sanity))
@@ -79,18 +89,38 @@ def build(name: str, settings: TaskOptions, options: argparse.Namespace) -> list
     return tasks
 
 
-def check(options: argparse.Namespace, names: list[str]) -> None:
-    """InputError for options that have nothing to act on, or name one task twice."""
+def check(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """InputError for options that are wrong whatever the tasks are, or name one task twice."""
     if options.limit_videos < 0:
         raise InputError(f"--limit-videos must be at least 0, got {options.limit_videos}")
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"--tasks names {twice[0]!r} twice")
-    if all(name in TASKS or name.endswith((".jsonl", ".json")) for name in names):
-        given = [flag for flag in ("data", "protocol", "no_video", "shuffle_frames") if getattr(options, flag)]
-        if given and not options.task_module:
-            flag = given[0].replace("_", "-")
-            raise InputError(f"--{flag} is for published benchmarks ({', '.join(MODULES)}); --tasks names none")
+
+
+def refuse_idle(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
+    """InputError for options that none of the tasks takes.
+
+    Args:
+        options: of the command line.
+        tasks: that were built. One from outside the package may read what `TaskOptions.published` holds, whatever it is.
+    """
+    from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+    from hybridvlm.eval.tasks.jsonl import JsonlTask
+    from hybridvlm.eval.tasks.needle import Needle
+
+    benchmarks = [task for task in tasks if isinstance(task, BenchmarkTask)]
+    if options.format and not any(task.benchmark.lmms for task in benchmarks):
+        raise InputError(f"--format {options.format} is for benchmarks that lmms-eval has; --tasks names none")
+    if benchmarks:
+        return
+    flags = list(SANITY)
+    if all(type(task) in (Needle, JsonlTask) for task in tasks):
+        flags = [*IDLE, *flags]
+    given = [flag for flag in flags if getattr(options, flag) != IDLE.get(flag, False)]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise InputError(f"--{flag} is for published benchmarks ({', '.join(MODULES)}); --tasks names none")
 
 
 def listing() -> str:

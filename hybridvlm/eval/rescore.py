@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from hybridvlm.eval.benchmarks import letters, metrics
 from hybridvlm.eval.logs import Answer, read
+from hybridvlm.storage import as_path
 
 
 def rescored(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -49,21 +50,22 @@ def _right(letter: str, answer: Answer, options: Sequence[str]) -> bool:
     return text == letters.same_text(gold)
 
 
-def report(path: pathlib.Path) -> str:
-    """A line per task and method of a samples file or folder; InputError where it holds none."""
-    answers = read(path)
+def report(path: str | os.PathLike[str]) -> str:
+    """A line per task and method of a samples file or folder, of a store too; InputError where it holds none."""
+    answers = read(as_path(path))
     lines = [f"parser {letters.VERSION}; accuracy in percent, as the log has it and by this parser"]
     for task, method in dict.fromkeys((a.task, a.method) for a in answers):
         found = rescored([a for a in answers if (a.task, a.method) == (task, method)])
         name = f"{task} {'dense' if method == 'none' else method}"
         if not found["n"]:
-            lines.append(f"{name}: no question with options and a published answer")
+            lines.append(f"{name}: none of {found['left_out']:,} questions has options and a published answer")
             continue
         spread = found["replies"]
         unparsed = "" if spread["unparsed"] is None else f", {spread['unparsed']:.1%} of replies without a letter"
+        left_out = f", {found['left_out']:,} more left out (not scored, or no options)" if found["left_out"] else ""
         lines.append(
             f"{name}: {100 * found['recorded']:.2f} -> {100 * found['letter']:.2f} over {found['n']:,} questions, "
-            f"{len(found['changed'])} changed{unparsed}"
+            f"{len(found['changed'])} changed{unparsed}{left_out}"
         )
         lines += [f"  warning: {line}" for line in metrics.warnings(spread)]
         if found["changed"]:

@@ -176,7 +176,9 @@ def build_row(
 
     variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced.
     """
-    pairs = [(s, store.get(key("row", s)), store.get(key("dense", s))) for s in task.samples]
+    pairs = [
+        (s, task.judged(store.get(key("row", s)), s), task.judged(store.get(key("dense", s)), s)) for s in task.samples
+    ]
     # questions on videos that could not be read are neither right nor wrong: they are counted apart
     # (their `correct` is None, like that of questions whose answer is not published)
     asked = [pair for pair in pairs if not any(_left_out(record) for record in pair[1:])]
@@ -281,7 +283,10 @@ def _empty_row(task: Task, method: str, budget: float, unanswered: int) -> tuple
 def compare(
     task: Task, name: dict[str, Any], other: dict[str, Any], records: Sequence[Record], others: Sequence[Record]
 ) -> list[Record]:
-    """Paired differences name - other on the same questions: over all of them, and over the two-hop ones."""
+    """Paired differences name - other on the same questions: over all of them, and over the two-hop ones.
+
+    records, others: in the order of the task's samples, as `Task.judged` gives them.
+    """
     out = []
     for subset in ("all", "two_hop"):
         pairs = [

@@ -349,6 +349,7 @@ class Runner:
             "video": sample.video,
             "type": sample.type,
             "answer": sample.answer,
+            **self.task.details(sample),
         }
         if sample.groups:
             record |= {"groups": dict(sample.groups), "cluster": sample.whole}
@@ -356,9 +357,8 @@ class Runner:
         return record | {"remarks": remarks} if remarks else record
 
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
-        """The record of a question whose video cannot be read: it is neither right nor wrong, unless the task says so."""
-        wrong = False if self.task.counts_unavailable else None
-        nothing = {"prediction": None, "parsed": None, "correct": wrong, "retention": None, "run": self.run_id}
+        """The record of a question whose video cannot be read; whether that is wrong is settled by `Task.judged`."""
+        nothing = {"prediction": None, "retention": None, "run": self.run_id}
         failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
         return self._record(variant, sample) | nothing | {"failure": failure}
 

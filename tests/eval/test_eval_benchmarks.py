@@ -121,6 +121,52 @@ def test_every_benchmark_through_the_command(world, mouth, tmp_path, capsys):
     assert run(world, tmp_path / "out") == 0 and mouth.asked == before  # nothing is asked again
 
 
+def test_a_folder_answers_for_the_rule_and_the_protocol_of_today(world, mouth, tmp_path):
+    """Nothing is asked again under another --missing or another protocol's parser, and every number is that of a fresh run."""
+    from hybridvlm.eval.logs import read
+
+    mouth.reply = "a"  # a letter to ours and to vamba's parser, nothing to lmms-eval's
+    told = ["--prompt", "{question} {options}", "--sampling", "linspace"]
+    ways = [("wrong", "lmms-eval"), ("skip", "lmms-eval"), ("skip", "vamba")]
+    parities, asked = [], []
+    for missing, protocol in ways:
+        more = [*told, "--missing", missing, "--protocol", protocol]
+        assert run(world, tmp_path / "one", *more, tasks="lvbench") == 0
+        asked.append(mouth.asked)
+        assert run(world, tmp_path / f"{missing}-{protocol}", *more, tasks="lvbench") == 0
+        mouth.asked = asked[0]
+        (row, extra), (fresh, theirs) = (rows_of(tmp_path / x)[0]["lvbench"] for x in ("one", f"{missing}-{protocol}"))
+        for key in ("n", "accuracy", "unanswered"):
+            assert row[key] == fresh[key], key
+        assert row["n"] == (9 if missing == "wrong" else 6) and extra["scores"] == theirs["scores"]
+        parities.append(extra["scores"]["parity"])
+        counted = [x.correct for x in read(tmp_path / "one") if x.correct is not None]
+        assert (len(counted), sum(counted) / len(counted)) == (row["n"], row["accuracy"])
+    assert len(set(asked)) == 1 and parities == [0, 0, pytest.approx(1 / 6)]
+    gone = [r for r in map(json.loads, (tmp_path / "one/samples.jsonl").read_text().splitlines()) if "failure" in r]
+    assert len(gone) == 3 and all(len(r["options"]) == 4 and isinstance(r["row"], int) for r in gone)
+
+
+def test_a_video_found_damaged_while_decoding_counts_by_the_rule(world, mouth, tmp_path, monkeypatch):
+    from hybridvlm.video import VideoError, clip
+
+    whole = clip.decode_frames
+
+    def failing(path, *args, **kwargs):
+        if pathlib.Path(path).name == "1034419625.mp4":
+            raise VideoError(f"{path}: none of the frames could be decoded")
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(clip, "decode_frames", failing)
+    found = {}
+    for missing in ("wrong", "skip", "wrong"):
+        assert run(world, tmp_path / "out", "--missing", missing, tasks="tempcompass") == 0
+        row, _ = rows_of(tmp_path / "out")[0]["tempcompass"]
+        assert found.setdefault(missing, (row["n"], row["accuracy"])) == (row["n"], row["accuracy"])
+    (every, low), (some, high) = found["wrong"], found["skip"]
+    assert every == 10 and 0 < some < every and low * every == pytest.approx(high * some)
+
+
 def test_a_killed_run_over_several_tasks_goes_on(world, mouth, tmp_path):
     """Killed in the middle of the second task: together both runs ask what one asks, and the results are the same."""
     tasks = "tempcompass,nextqa"
@@ -167,7 +213,7 @@ def test_other_numbers_of_processes_go_on(world, mouth, tmp_path, processes):
     last.run()
     records = SampleStore(tmp_path / "samples.jsonl", Process(0, 1)).records
     assert len(records) == len({r["key"] for r in records}) == 9 and last.pending() == 0
-    assert sorted(r["id"] for r in records if r["correct"]) == ["0"]
+    assert sorted(r["id"] for r in records if r.get("correct")) == ["0"]
 
 
 def test_a_limit_is_of_each_task(world, mouth, tmp_path):
@@ -189,8 +235,12 @@ def test_sanity_rows_and_the_collapse_warning(world, mouth, tmp_path, monkeypatc
     assert "all 12 replies are the same" in capsys.readouterr().out
     (log,) = (tmp_path / "out/lmms-eval/qwen3_vl").glob("*_samples_videomme_w_subtitle.jsonl")
     assert len(log.read_text().splitlines()) == 12
-    assert command.main(["--rescore", str(tmp_path / "out/samples.jsonl")]) == 0
-    assert "videomme-subs dense: 25.00 -> 25.00 over 12 questions" in capsys.readouterr().out
+    for path in ("out/samples.jsonl", "out"):  # of the folder, not its copy for lmms-eval as well
+        assert command.main(["--rescore", str(tmp_path / path)]) == 0
+        told = capsys.readouterr().out
+        assert told.count("dense:") == 3 and "videomme-subs dense: 25.00 -> 25.00 over 12 questions" in told
+    assert command.main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 0
+    assert "videomme-subs: 12 questions" in (told := capsys.readouterr().out) and "videomme_w_subtitle" not in told
 
 
 @pytest.mark.parametrize(
@@ -204,7 +254,8 @@ def test_sanity_rows_and_the_collapse_warning(world, mouth, tmp_path, monkeypatc
         (["--data", "gs://b/x"], "lvbench", "mount the bucket"),
         (["--sampling", "odd"], "lvbench", "--sampling 'odd' is no rule"),
         (["--limit-videos", "-1"], "lvbench", "--limit-videos must be at least 0"),
-        ([], "needle", "is for published benchmarks"),
+        (["--sampling", "vk.fps:0"], "lvbench", "--sampling 'vk.fps:0' is no rule"),
+        (["--format", "lmms-eval"], "hourvideo", "--format lmms-eval is for benchmarks that lmms-eval has"),
         ([], "lvbenhc", "did you mean 'lvbench'"),
         (["--task-module", "no/such.py"], "lvbench", "there is no file"),
     ],
@@ -213,6 +264,64 @@ def test_what_cannot_run_is_said_before_it_starts(world, mouth, tmp_path, capsys
     assert run(world, tmp_path / "out", *more, tasks=tasks) == 2
     assert words in capsys.readouterr().err and not mouth.asked
     assert not (tmp_path / "out/samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "flag"),
+    [
+        (["--data", "."], "data"),
+        (["--protocol", "official"], "protocol"),
+        (["--limit-videos", "2"], "limit-videos"),
+        (["--missing", "skip"], "missing"),
+        (["--incomplete", "ok"], "incomplete"),
+        (["--verify", "full"], "verify"),
+        (["--no-video"], "no-video"),
+        (["--format", "lmms-eval"], "format lmms-eval"),
+    ],
+)
+def test_options_that_nothing_takes_are_refused(tmp_path, capsys, more, flag):
+    assert command.main(["--tasks", "needle", "--output", str(tmp_path / "out"), *more]) == 2
+    assert f"error: --{flag} is for " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+OWN_BENCHMARK = """
+import dataclasses
+
+from hybridvlm.eval.benchmarks import published
+from hybridvlm.eval.tasks import register
+from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+
+MINE = dataclasses.replace(published("tempcompass"), name="mine", title="Mine")
+register("mine", lambda name, options: BenchmarkTask(MINE, options), "a benchmark of one's own")
+"""
+
+
+def test_a_benchmark_from_outside_the_package_is_one(world, mouth, tmp_path, capsys, monkeypatch):
+    """Whether it comes by --task-module or is registered already, as by an entry point: --data, all questions, sanity rows."""
+    from hybridvlm.eval import published, tasks
+
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    monkeypatch.setattr(published, "LIMIT", 4)
+    (tmp_path / "own_benchmark.py").write_text(OWN_BENCHMARK)
+    module = ["--task-module", str(tmp_path / "own_benchmark.py")]
+    assert run(world, tmp_path / "one", "--no-video", *module, tasks="mine") == 0, capsys.readouterr().err
+    assert {name: row["n"] for name, (row, _) in rows_of(tmp_path / "one")[0].items()} == {
+        "mine": 10,
+        "mine-no-video": 10,
+    }
+    assert run(world, tmp_path / "two", "--limit", "4", tasks="mine") == 0, capsys.readouterr().err
+    assert rows_of(tmp_path / "two")[0]["mine"][0]["n"] == 4
+
+
+@pytest.mark.parametrize("text", ["import no_such_module_x", "x = 1\n1 / 0", "def (", "raise SystemError('odd')"])
+def test_a_task_module_that_fails_is_named(tmp_path, capsys, text):
+    (tmp_path / "broken_task.py").write_text(text)
+    for _ in range(2):  # half of a module is not taken for one that was read
+        assert command.main(["--list", "--task-module", str(tmp_path / "broken_task.py")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --task-module {tmp_path / 'broken_task.py'}: ") and "Error: " in line
+    if "1 / 0" in text:
+        assert "broken_task.py, line 2)" in line
 
 
 OWN = '''

@@ -208,6 +208,7 @@ def test_ours_written_as_theirs_and_read_again(tmp_path):
         ("mvbench", "mvbench_accuracy", 100, "A"),
         ("longvideobench", "lvb_acc", 1, "A"),
     ):
+        lmms_name = {"mlvu": "mlvu_dev", "longvideobench": "longvideobench_val_i"}.get(name, "")
         built = task(name)
         records = answered(built, replies)
         path, *_ = lmms_eval.write(tmp_path / name, "my/model", [built], lambda _, own=records: own, "command")
@@ -219,7 +220,8 @@ def test_ours_written_as_theirs_and_read_again(tmp_path):
             mean = np.mean([r[f"{metric},none"] for r in results.values()])
             assert mean == pytest.approx(scale * np.mean([r["correct"] for r in asked]))
         else:
-            ((_, found),) = results.items()
+            ((theirs, found),) = results.items()
+            assert lmms_name in (theirs, "")
             pairs = [(s, records[s.id]) for s in built.samples if records[s.id]["correct"] is not None]
             value = built.summary(pairs)["scores"]["value"]
             assert found["hybridvlm"][metric] == pytest.approx(scale * value)
@@ -251,3 +253,64 @@ def test_a_log_of_theirs_beside_a_run_of_ours(tmp_path):
     assert found.delta == pytest.approx(sum(s.answer == "B" for s in built.samples) / 12 - 0.25)
     with pytest.raises(InputError, match="no scored question is common"):
         compare.compare(read(ours), [], paired=True)
+
+
+# -- files as kills, editors and other tools leave them
+
+
+def test_a_line_ends_at_a_line_feed_alone_and_a_cut_one_is_passed_over(tmp_path):
+    """Replies hold other separators as they are; a kill leaves half a line."""
+    log = lmms_log(tmp_path / "theirs", ["A\u2028B", "B\u0085", "C", "D"], ["A", "B", "C", "D"])
+    (file,) = log.iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text().split("\n")[3]), ensure_ascii=False) + "\n")
+    (only,) = read(log)
+    assert only.reply == "A\u2028B"
+    ours = folder(tmp_path / "ours", [record("t", "q", True, video="v"), record("t", "r", True, video="w")])
+    with open(ours / "samples.jsonl", "a") as file:
+        file.write('{"key": "tcut", "task": "t", "me')
+    assert [x.key for x in read(ours)] == ["q", "r"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "no answer in it yet"), (b"\x89PNG\xff\n\xfe", "line 1: not JSON"), (b"\n\n", "no answer in it yet")],
+)
+def test_a_file_without_answers_is_one_line(tmp_path, capsys, content, words):
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    for argv in (["compare", str(tmp_path), str(tmp_path)], ["--rescore", str(tmp_path / "samples.jsonl")]):
+        assert command.main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path}") and words in line
+
+
+def test_a_run_in_a_store_and_methods_with_colons(tmp_path, capsys, monkeypatch):
+    from helpers.object_store import OBJECTS
+
+    rows = [record("t", f"q{i}", i > 0, video=f"v{i}") for i in range(3)]
+    rows += [record("t", f"q{i}", True, video=f"v{i}", method="evs:0.5+str:0.5", budget=0.25) for i in range(3)]
+    home = folder(tmp_path / "ours", rows)
+    monkeypatch.setitem(OBJECTS, "fake://b/run/samples.jsonl", (home / "samples.jsonl").read_bytes())
+    for place in (str(home), "fake://b/run"):
+        assert command.main(["compare", str(home), f"{place}:evs:0.5+str:0.5@0.25"]) == 0
+        assert "A 66.67   B 100.00" in capsys.readouterr().out
+    assert command.main(["--rescore", "fake://b/run"]) == 0
+    assert command.main(["compare", "fake://b/none", str(home)]) == 2
+    assert "fake://b/none: there is no such file or folder" in capsys.readouterr().err
+
+
+def test_keys_of_two_kinds_of_logs_are_not_joined(tmp_path):
+    """LVBench's uids are numbers, and so are lmms-eval's rows; a question that was not asked is joined by its row too."""
+    rows = [record("lvbench", str(i), True, video="v", gold="ABCD"[i - 1], row=i - 1) for i in range(1, 5)]
+    ours = folder(tmp_path / "ours", rows)
+    (tmp_path / "theirs").mkdir()
+    lines = [{"doc_id": i, "target": "ABCD"[i], "filtered_resps": ["A"], "lvbench_score": i == 0} for i in range(4)]
+    log = tmp_path / "theirs/20260101_000000_samples_lvbench.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compare.compare(read(ours), read(log), paired=True)
+    assert (found.n, found.lost) == ((4, 4), ["1", "2", "3"])
+
+
+def test_what_rescoring_leaves_out_is_said(tmp_path):
+    rows = [record("t", f"q{i}", True, video="v") for i in range(3)] + [record("t", "open", None, video="v", gold="")]
+    assert "over 3 questions, 0 changed, " in (told := rescore.report(folder(tmp_path / "ours", rows)))
+    assert "1 more left out" in told

@@ -40,11 +40,10 @@ def answered(built: BenchmarkTask, reply) -> dict[str, dict]:
     records = {}
     for sample in built.samples:
         if sample.id in built.unavailable:
-            wrong = False if built.counts_unavailable else None
-            records[sample.id] = {"prediction": None, "parsed": None, "correct": wrong, "failure": "gone"}
+            records[sample.id] = built.judged({"prediction": None, "failure": "gone", **built.details(sample)}, sample)
             continue
         text = reply(sample) if callable(reply) else reply
-        records[sample.id] = {"prediction": text, **built.score(text, sample)}
+        records[sample.id] = built.judged({"prediction": text, **built.details(sample)}, sample)
     return records
 
 

@@ -116,6 +116,8 @@ class Benchmark:
         order: values of fields in the benchmark's order.
         submission: files for the benchmark's server.
         lmms: (task name, metric name, scale) of lmms-eval's result files.
+        lmms_interleaved: its task's name there where subtitles stand between the frames, "" for the same.
+        folders: below the benchmark's own, in which its videos are looked for, the usual one first.
     """
 
     name: str
@@ -131,6 +133,8 @@ class Benchmark:
     order: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     submission: SubmissionFn | None = None
     lmms: tuple[str, str, float] | None = None
+    lmms_interleaved: str = ""
+    folders: Sequence[str] = ("videos", "")
 
     def protocol(self, name: str | None) -> Protocol:
         """The protocol of a name, the default one for None; ValueError with the names there are."""

@@ -32,16 +32,16 @@ def load(found: Found) -> list[Question]:
         fields = Fields(row, found.marker, number)
         uid = fields.text("q_uid" if found.kind == "official" else "video_idx")
         if found.kind == "official":
-            options = [fields.text(f"option {i}") for i in range(5)]
+            options = tuple(fields.text(f"option {i}") for i in range(5))
         else:
-            options = without_letters(fields.texts("option"))
+            options = fields.choices("option", without_letters(fields.texts("option")))
         questions.append(
             Question(
                 id=uid,
                 video=uid,
                 file=found.file(uid, FOLDERS),
                 question=fields.text("question"),
-                options=tuple(options),
+                options=options,
                 answer=known.get(uid),
                 row=number,
             )
@@ -83,10 +83,10 @@ PROTOCOLS = (
 BENCHMARKS = {
     "egoschema": Benchmark(
         "egoschema", "EgoSchema, all questions", FULL, load, PROTOCOLS, questions=5031, videos=5031, submission=submit,
-        lmms=("egoschema", "submission", 1.0),
+        folders=FOLDERS, lmms=("egoschema", "submission", 1.0),
     ),
     "egoschema-subset": Benchmark(
         "egoschema-subset", "EgoSchema, the subset with answers", SUBSET, load_subset, PROTOCOLS, questions=500, videos=500,
-        lmms=("egoschema_subset", "score", 1.0),
+        folders=FOLDERS, lmms=("egoschema_subset", "score", 1.0),
     ),
 }  # fmt: skip

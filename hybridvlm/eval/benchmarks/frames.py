@@ -83,9 +83,14 @@ def _middles(total: int, n: int) -> list[int]:
 
 
 def known(rule: str) -> bool:
-    """Whether there is a rule of this name."""
-    kind, colon, _ = rule.partition(":")
-    return rule in RULES or kind == "vk.fps" or rule in VIDEO_RULES or (bool(colon) and f"{kind}:R" in VIDEO_RULES)
+    """Whether there is a rule of this name, with a rate above 0 where it takes one."""
+    kind, colon, rate = rule.partition(":")
+    if not colon:
+        return rule in RULES or rule in VIDEO_RULES
+    try:
+        return (kind == "vk.fps" or f"{kind}:R" in VIDEO_RULES) and 0 < float(rate) < math.inf
+    except ValueError:
+        return False
 
 
 def numbers(rule: str, video: Source, n: int) -> list[int]:

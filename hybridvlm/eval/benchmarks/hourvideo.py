@@ -34,6 +34,8 @@ def load(found: Found) -> list[Question]:
             fields = Fields(item, found.marker, len(questions))
             task = fields.text("task")
             options = [fields.text(f"answer_{i}") for i in range(1, 6)]
+            published = "correct_answer_label" in fields
+            answer, remark = fields.lettered("correct_answer_label", 5) if published else (None, "")
             pictures = task.endswith("image") or all(re.search(r"\.(jpe?g|png)$", option) for option in options)
             questions.append(
                 Question(
@@ -42,13 +44,13 @@ def load(found: Found) -> list[Question]:
                     file=file,
                     question=fields.text("question"),
                     options=tuple(options),
-                    answer=fields.letter("correct_answer_label", 5) if "correct_answer_label" in fields else None,
+                    answer=answer,
                     groups={"suite": task.partition("/")[0], "task": task},
                     row=len(questions),
                     end=_start(fields.text("relevant_timestamps")) if task == "reasoning/predictive" else None,
                     published=fields.text("mcq_test"),
                     scored=not pictures,
-                    remark=PICTURES if pictures else "",
+                    remark=PICTURES if pictures else remark,
                 )
             )
     return questions
@@ -71,6 +73,6 @@ SUITES = ("summarization", "perception", "reasoning", "navigation")
 BENCHMARKS = {
     "hourvideo": Benchmark(
         "hourvideo", "HourVideo, dev split", MARKERS, load, PROTOCOLS, questions=1182, videos=50, groups=("suite", "task"),
-        order={"suite": SUITES},
+        folders=FOLDERS, order={"suite": SUITES},
     ),
 }  # fmt: skip

@@ -13,6 +13,7 @@ import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
 
+from hybridvlm.eval.benchmarks import tables
 from hybridvlm.options import InputError
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -41,11 +42,36 @@ class Marker:
         """The marker file in a folder."""
         if self.beside and not (folder / self.beside).exists():
             return None
-        paths = sorted(folder.glob(self.pattern)) if "*" in self.pattern else [folder / self.pattern]
-        for path in paths:
+        for path in self._paths(folder):
             if path.is_file() and set(self.columns) <= _columns(path, bool(self.columns)):
                 return path
         return None
+
+    def unread(self, folder: pathlib.Path) -> str:
+        """What is wrong with a file of this name in a folder that cannot be read as what it is, "" where there is none."""
+        for path in self._paths(folder):
+            if path.is_symlink() and not path.exists():
+                return f"{path} is a link that leads nowhere"
+            if path.is_file() and (damage := _damage(path)):
+                return f"{path} is there but {damage}"
+        return ""
+
+    def _paths(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        return sorted(folder.glob(self.pattern)) if "*" in self.pattern else [folder / self.pattern]
+
+
+def _damage(path: pathlib.Path) -> str:
+    """Why a table cannot be read, "" where it can."""
+    if told := tables.stub(path):
+        return told
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            pyarrow.parquet.read_schema(path)
+        except (OSError, ValueError):
+            return "is no parquet file; is the download complete?"
+    return ""
 
 
 def _columns(path: pathlib.Path, needed: bool) -> set[str]:
@@ -138,9 +164,11 @@ class Found:
                     listed = self.listing(place / within if within else place)
                     for wanted in names:
                         path = listed.get(wanted)
-                        if path is not None and (path.is_dir() or path.stat().st_size):
+                        size = -1 if path is None else _size(path)
+                        if size > 0:
                             return path
-                        empty = empty or path
+                        if size == 0:
+                            empty = empty or path
         return empty
 
     def _matching(self, base: pathlib.Path, folder: str) -> list[pathlib.Path]:
@@ -155,6 +183,14 @@ class Found:
         folders = [self.root, *(self.root / name for name in ("video", "videos", "subtitle"))]
         found = [p for folder in folders for p in self.listing(folder).values() if p.is_file() and _archive(p.name)]
         return list(dict.fromkeys(found))
+
+
+def _size(path: pathlib.Path) -> int:
+    """Bytes of a file, 1 for a folder; -1 for a link that leads nowhere, or what else cannot be looked at."""
+    try:
+        return 1 if path.is_dir() else path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _archive(name: str) -> bool:
@@ -188,6 +224,10 @@ def find(data: pathlib.Path, markers: Sequence[Marker], title: str) -> Found:
             if others:
                 found.notes.append(f"took {path.relative_to(data)}; also there: {', '.join(others)}")
             return found
+    places = ((marker, folder) for level in _levels(data) for folder in level for marker in markers)
+    unread = [told for marker, folder in places if (told := marker.unread(folder))]
+    if unread:
+        raise InputError(f"{title}: {'; '.join(dict.fromkeys(unread))}")
     names = ", ".join(dict.fromkeys(marker.pattern for marker in markers))
     raise InputError(
         f"{title}: nothing of it below {data}; looked for {names} down to {DEPTH} folders. Give --data the folder that holds "
@@ -195,8 +235,15 @@ def find(data: pathlib.Path, markers: Sequence[Marker], title: str) -> Found:
     )
 
 
-def unpack_commands(archives: Sequence[pathlib.Path]) -> list[str]:
-    """Shell lines that unpack archives where they lie."""
+def unpack_commands(archives: Sequence[pathlib.Path], root: pathlib.Path, folders: Sequence[str]) -> list[str]:
+    """Shell lines that unpack archives where they lie.
+
+    Args:
+        archives: below `root`.
+        root: the benchmark's folder.
+        folders: below it, in which videos are looked for, the usual one first: a zip of files without a folder beside them
+            goes there.
+    """
     lines: dict[str, None] = {}
     for path in archives:
         folder = shlex.quote(str(path.parent))
@@ -204,8 +251,8 @@ def unpack_commands(archives: Sequence[pathlib.Path]) -> list[str]:
             stem = path.name.partition(".part.")[0]
             lines[f"cd {folder} && cat {shlex.quote(stem)}.part.* | tar x"] = None
         elif path.suffix == ".zip":
-            bare = " -d data" if _bare(path) else ""
-            lines[f"cd {folder} && unzip -n {shlex.quote('./' + path.name)}{bare}"] = None
+            into = f" -d {shlex.quote(folders[0])}" if path.parent == root and _bare(path) else ""
+            lines[f"cd {folder} && unzip -n {shlex.quote('./' + path.name)}{into}"] = None
         else:
             lines[f"cd {folder} && tar xf {shlex.quote('./' + path.name)}"] = None
     return list(lines)

@@ -31,7 +31,9 @@ def load(found: Found) -> list[Question]:
     questions = []
     for number, row in enumerate(rows(found.marker)):
         fields = Fields(row, found.marker, number)
-        options = fields.texts("candidates") if "candidates" in fields else _columns(fields)
+        listed = "candidates" in fields
+        found_options = fields.texts("candidates") if listed else _columns(fields)
+        options = fields.choices("candidates" if listed else "option0", found_options)
         video = fields.text("video_path").rpartition("/")[2]
         questions.append(
             Question(
@@ -39,7 +41,7 @@ def load(found: Found) -> list[Question]:
                 video=fields.text("video_id"),
                 file=found.file(video, FOLDERS),
                 question=fields.text("question"),
-                options=tuple(options),
+                options=options,
                 answer=fields.place("correct_choice", len(options)),
                 groups={name: fields.text(name) for name in GROUPS if name in fields},
                 row=number,
@@ -95,10 +97,12 @@ _ORDER = {"duration_group": ("15", "60", "600", "3600"), "question_category": CA
 BENCHMARKS = {
     "longvideobench": Benchmark(
         "longvideobench", "LongVideoBench, validation split", VAL, load, PROTOCOLS, questions=1337, videos=752,
-        groups=GROUPS, order=_ORDER, lmms=("longvideobench_val_v", "lvb_acc", 1.0),
+        folders=FOLDERS, groups=GROUPS, order=_ORDER, lmms=("longvideobench_val_v", "lvb_acc", 1.0),
+        lmms_interleaved="longvideobench_val_i",
     ),
     "longvideobench-test": Benchmark(
         "longvideobench-test", "LongVideoBench, test split", TEST, load, PROTOCOLS, questions=5341, videos=None,
-        groups=GROUPS, order=_ORDER, submission=submit, lmms=("longvideobench_test_v", "submission", 1.0),
+        folders=FOLDERS, groups=GROUPS, order=_ORDER, submission=submit, lmms=("longvideobench_test_v", "submission", 1.0),
+        lmms_interleaved="longvideobench_test_i",
     ),
 }  # fmt: skip

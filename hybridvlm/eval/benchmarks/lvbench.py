@@ -45,6 +45,7 @@ def load(found: Found) -> list[Question]:
         for item in asked:
             published = item.text("question")
             question, options = split_options(published, "(A)")
+            answer, remark = item.lettered("answer", len(options))
             labels = tuple(item.texts("question_type"))
             questions.append(
                 Question(
@@ -52,8 +53,9 @@ def load(found: Found) -> list[Question]:
                     video=video,
                     file=shards.get(video) or found.file(video, FOLDERS),
                     question=question,
-                    options=tuple(options),
-                    answer=item.letter("answer", len(options)),
+                    options=item.choices("question", options),
+                    answer=answer,
+                    remark=remark,
                     groups={"question_type": labels} | ({"type": kind} if kind else {}),
                     row=len(questions),
                     published=published,
@@ -116,6 +118,6 @@ def board(
 BENCHMARKS = {
     "lvbench": Benchmark(
         "lvbench", "LVBench", MARKERS, load, PROTOCOLS, questions=1549, videos=103, groups=("question_type", "type"),
-        order={"question_type": tuple(TYPES)}, submission=board, lmms=("lvbench", "lvbench_score", 1.0),
+        folders=FOLDERS, order={"question_type": tuple(TYPES)}, submission=board, lmms=("lvbench", "lvbench_score", 1.0),
     ),
 }  # fmt: skip

@@ -40,6 +40,7 @@ TEST = (
     Marker("*/test-00000-of-00001.parquet", "parquet", (*_COLUMNS, "question_id")),
 )
 FOLDERS = ("video", "MLVU/video", "videos", "../video", "mlvu", "mlvu/video", "")
+TEST_FOLDERS = ("video", "videos", "MLVU_Test/video", "mlvu_test", "mlvu_test/video", "")
 
 
 def load(found: Found) -> list[Question]:
@@ -80,7 +81,7 @@ def _written_out(found: Found, fields: Fields, task: str, folder: str, number: i
         video=f"{folder}/{name}",
         file=found.file(f"{folder}/{name}", FOLDERS),
         question=question,
-        options=tuple(options),
+        options=tuple(options) if blank else fields.choices("candidates", options),
         answer=None if blank else answer,
         groups={"task": task},
         row=row,
@@ -93,23 +94,18 @@ def _written_out(found: Found, fields: Fields, task: str, folder: str, number: i
 def _lettered(found: Found, fields: Fields, task: str, folder: str, number: int, row: int) -> Question:
     """A question of the hub's copy: options in its text, a letter for the answer, all videos in one folder."""
     name, published, options = fields.text("video_name"), fields.text("question"), fields.texts("candidates")
-    answer = fields.letter("answer", len(options)) if "answer" in fields else None
-    given = (
-        ""
-        if fields.row.get("answer") is None
-        else f"its answer {fields.row['answer']!r} is no option; it counts as wrong"
-    )
+    answer, remark = fields.lettered("answer", len(options)) if "answer" in fields else (None, "")
     return Question(
         id=f"{task}-{number}",
         video=f"{folder}/{name.removeprefix(folder + '_')}",
         file=found.file(name, FOLDERS) or found.file(f"{folder}/{name}", FOLDERS),
         question=split_options(published, "(A)")[0],
-        options=tuple(options),
+        options=fields.choices("candidates", options),
         answer=answer,
         groups={"task": task},
         row=row,
         published=published,
-        remark="" if answer else given,
+        remark=remark,
     )
 
 
@@ -121,14 +117,16 @@ def load_test(found: Found) -> list[Question]:
         official = found.kind == "official"
         name, options = fields.text("video" if official else "video_name"), fields.texts("candidates")
         text = fields.text("question")
+        answer, remark = fields.lettered("answer", len(options)) if "answer" in fields else (None, "")
         questions.append(
             Question(
                 id=fields.text("question_id"),
                 video=name,
-                file=found.file(name, ("video", "videos", "MLVU_Test/video", "mlvu_test", "mlvu_test/video", "")),
+                file=found.file(name, TEST_FOLDERS),
                 question=text if official else split_options(text, "(A)")[0],
-                options=tuple(options),
-                answer=fields.letter("answer", len(options)) if "answer" in fields else None,
+                options=fields.choices("candidates", options),
+                answer=answer,
+                remark=remark,
                 groups={"task": fields.text("question_type" if official else "task_type")},
                 row=number,
                 published=f"{text}\n{prompts.bracketed(options)}\n" if official else text,
@@ -185,11 +183,11 @@ def submit(
 BENCHMARKS = {
     "mlvu": Benchmark(
         "mlvu", "MLVU, dev split", DEV, load, PROTOCOLS, questions=2175, videos=None, groups=("task",), macro="task",
-        metric="M-Avg", order={"task": tuple(TASKS)}, lmms=("mlvu_dev", "mlvu_percetion_score", 100.0),
+        metric="M-Avg", order={"task": tuple(TASKS)}, lmms=("mlvu_dev", "mlvu_percetion_score", 100.0), folders=FOLDERS,
     ),
     "mlvu-test": Benchmark(
         "mlvu-test", "MLVU, test split", TEST, load_test, TEST_PROTOCOLS, questions=502, videos=None, groups=("task",),
         macro="task", metric="M-Avg", order={"task": TEST_TASKS}, submission=submit,
-        lmms=("mlvu_test", "mlvu_percetion_score", 100.0),
+        lmms=("mlvu_test", "mlvu_percetion_score", 100.0), folders=TEST_FOLDERS,
     ),
 }  # fmt: skip

@@ -84,7 +84,7 @@ def _question(found: Found, fields: Fields, task: str, folder: str, number: int)
         video=f"{folder}/{_CUT.sub('', name) if 'segment' in folder else name}",
         file=file,
         question=fields.text("question"),
-        options=tuple(options),
+        options=fields.choices("candidates", options),
         answer=answer,
         groups={"task": task},
         row=number,
@@ -118,6 +118,6 @@ PROTOCOLS = (
 BENCHMARKS = {
     "mvbench": Benchmark(
         "mvbench", "MVBench", MARKERS, load, PROTOCOLS, questions=4000, videos=None, groups=("task",), macro="task",
-        metric="mean over tasks", order={"task": tuple(TASKS)}, lmms=("mvbench", "mvbench_accuracy", 100.0),
+        folders=ROOTS, metric="mean over tasks", order={"task": tuple(TASKS)}, lmms=("mvbench", "mvbench_accuracy", 100.0),
     ),
 }  # fmt: skip

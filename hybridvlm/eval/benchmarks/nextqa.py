@@ -58,10 +58,10 @@ _ORDER = {"group": ("C", "T", "D"), "type": TYPES}
 BENCHMARKS = {
     "nextqa": Benchmark(
         "nextqa", "NExT-QA, multiple choice, test split", TEST, load, PROTOCOLS, questions=8564, videos=1000,
-        groups=("group", "type"), order=_ORDER, lmms=("nextqa_mc_test", "exact_match", 1.0),
+        folders=FOLDERS, groups=("group", "type"), order=_ORDER, lmms=("nextqa_mc_test", "exact_match", 1.0),
     ),
     "nextqa-val": Benchmark(
         "nextqa-val", "NExT-QA, multiple choice, validation split", VAL, load, PROTOCOLS, questions=4996, videos=570,
-        groups=("group", "type"), order=_ORDER,
+        folders=FOLDERS, groups=("group", "type"), order=_ORDER,
     ),
 }  # fmt: skip

@@ -40,7 +40,7 @@ def load(found: Found) -> list[Question]:
                 video=video,
                 file=found.file(video, FOLDERS),
                 question=fields.text("question"),
-                options=tuple(options),
+                options=fields.choices("options", options),
                 answer=fields.place("answer_id", len(options)),
                 groups=groups,
                 row=number,
@@ -89,7 +89,7 @@ PROTOCOLS = (
 BENCHMARKS = {
     "perceptiontest": Benchmark(
         "perceptiontest", "Perception Test, multiple choice, validation split", MARKERS, load, PROTOCOLS, questions=19140,
-        videos=None, groups=("area", "reasoning", "tag"), submission=submit,
+        folders=FOLDERS, videos=None, groups=("area", "reasoning", "tag"), submission=submit,
         lmms=("perceptiontest_val_mc", "accuracy", 1.0),
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import hashlib
 import json
@@ -16,6 +17,19 @@ from hybridvlm.options import InputError
 
 Row = Mapping[str, Any]
 _CELL = 1 << 24  # characters of one cell
+_LFS = b"version https://git-lfs"  # how a Git LFS pointer begins
+
+
+def stub(path: pathlib.Path) -> str:
+    """What a file is that only stands for another one, or holds nothing yet; "" for any other."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(_LFS))
+    except OSError as error:
+        return f"cannot be opened: {error}"
+    if not head:
+        return "is empty; is the download complete?"
+    return "is a Git LFS pointer; run `git lfs pull` in its folder" if head == _LFS else ""
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -23,7 +37,7 @@ def read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
+        raise InputError(f"{path}: {stub(path) or f'not JSON: {error}'}") from None
 
 
 def rows(path: pathlib.Path) -> list[Row]:
@@ -38,13 +52,15 @@ def rows(path: pathlib.Path) -> list[Row]:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 found = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         elif path.suffix == ".jsonl":
-            found = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            # lines end at line feeds alone: texts may hold U+2028 and other separators as they are
+            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+            found = [json.loads(line) for line in lines if line.strip()]
         else:
             found = read_json(path)
     except InputError:
         raise
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
+        raise InputError(f"{path}: {stub(path) or f'cannot be read as {path.suffix[1:]}: {error}'}") from None
     if not isinstance(found, list) or not all(isinstance(row, Mapping) for row in found):
         raise InputError(f"{path}: must hold a list of objects, one a question")
     return found
@@ -127,6 +143,28 @@ class Fields:
         """A letter among the first `count`; None for any other text."""
         value = self.text(name).strip().upper()
         return value if len(value) == 1 and value in ALPHABET[:count] else None
+
+    def lettered(self, name: str, count: int) -> tuple[str | None, str]:
+        """(letter, remark) of an answer that has to be there and is given by its letter.
+
+        Args:
+            name: of the field.
+            count: of options.
+
+        Returns:
+            The letter, None for a text that is none of an option, which is then remarked.
+        """
+        letter = self.letter(name, count)
+        return letter, "" if letter else f"its answer {self.text(name)!r} is no option; it counts as wrong"
+
+    def choices(self, name: str, options: Sequence[str]) -> tuple[str, ...]:
+        """The options that were found in a field; InputError where there is nothing to choose between, or no letter for each."""
+        if not 2 <= len(options) <= len(ALPHABET):
+            raise InputError(
+                f"{self.where}: field {name!r} must hold 2 to {len(ALPHABET)} options, {len(options)} found in "
+                f"{self.row.get(name)!r:.60}"
+            )
+        return tuple(options)
 
 
 def without_letters(options: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ def load(found: Found) -> list[Question]:
                 video=video,
                 file=found.file(video, FOLDERS),
                 question=question,
-                options=tuple(options),
+                options=fields.choices("question", options),
                 answer=answer,
                 groups={"dim": aspect},
                 row=number,
@@ -69,6 +69,6 @@ PROTOCOLS = (
 BENCHMARKS = {
     "tempcompass": Benchmark(
         "tempcompass", "TempCompass, multiple choice", MARKERS, load, PROTOCOLS, questions=1580, videos=410, groups=("dim",),
-        order={"dim": ASPECTS},
+        folders=FOLDERS, order={"dim": ASPECTS},
     ),
 }  # fmt: skip

@@ -29,15 +29,18 @@ def load(found: Found) -> list[Question]:
         fields = Fields(row, found.marker, number)
         video = fields.text("video" if table else "videoID")
         seen[video] += 1
-        options = without_letters(fields.texts("candidates" if table else "options"))
+        listed = "candidates" if table else "options"
+        options = fields.choices(listed, without_letters(fields.texts(listed)))
+        answer, remark = fields.lettered("answer", len(options))
         questions.append(
             Question(
                 id=f"{video}-{seen[video]}" if table else fields.text("question_id"),
                 video=video,
                 file=found.file(video, FOLDERS),
                 question=fields.text("question"),
-                options=tuple(options),
-                answer=fields.letter("answer", len(options)),
+                options=options,
+                answer=answer,
+                remark=remark,
                 groups={name: fields.text(name) for name in GROUPS},
                 row=number,
                 subtitle=found.file(video, SUBTITLES, (".srt",)),
@@ -114,7 +117,7 @@ def official(
 
 def _benchmark(name: str, title: str, subs: bool) -> Benchmark:
     return Benchmark(
-        name, title, MARKERS, load, _protocols(subs), questions=2700, videos=900, groups=GROUPS,
+        name, title, MARKERS, load, _protocols(subs), questions=2700, folders=FOLDERS, videos=900, groups=GROUPS,
         order={"duration": ("short", "medium", "long")}, submission=official,
         lmms=("videomme_w_subtitle" if subs else "videomme", "videomme_perception_score", 100.0),
     )  # fmt: skip

@@ -8,6 +8,7 @@ outside the package by `register`, an entry point of the group `hybridvlm.tasks`
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -16,7 +17,8 @@ import importlib.util
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,6 +198,19 @@ class Task(abc.ABC):
         parsed = None if text is None else self.parse(text, sample)
         return {"parsed": parsed, "correct": self.correct(parsed, sample)}
 
+    def details(self, sample: Sample) -> dict[str, Any]:
+        """What a record holds of the question itself, answered or not, beside what it holds for every task."""
+        return {}
+
+    def judged(self, record: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+        """A stored record, scored as this task scores now: how it was scored when it was written does not count.
+
+        A question that could not be asked is wrong or left out (`correct` is None), as `counts_unavailable` says.
+        """
+        if "failure" in record:
+            return {**record, "parsed": None, "correct": False if self.counts_unavailable else None}
+        return {**record, **self.score(None if "no_answer" in record else record["prediction"], sample)}
+
     def about(self) -> dict[str, Any]:
         """What results.json holds of the task itself."""
         return {}
@@ -296,26 +311,46 @@ def register(name: str, build: Callable[[str, TaskOptions], Task], what: str) ->
 def load_tasks(modules: Sequence[str] = ()) -> None:
     """Import what registers tasks: entry points of the group hybridvlm.tasks, and modules by name or path of a .py file.
 
-    ValueError names a module that cannot be imported.
+    ValueError names a module that cannot be imported, with the line that failed.
     """
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if point.name not in TASKS:
-            register(point.name, point.load(), f"from {point.value}")
+            with _told(f"entry point {point.name} of {ENTRY_POINTS}, {point.value}"):
+                register(point.name, point.load(), f"from {point.value}")
     for module in modules:
-        try:
+        with _told(f"--task-module {module}"):
             if module.endswith(".py"):
-                path = pathlib.Path(module).resolve()
-                spec = importlib.util.spec_from_file_location(f"hybridvlm_task_{path.stem}", path)
-                if spec is None or spec.loader is None or not path.is_file():
-                    raise ImportError(f"there is no file {path}")
-                if spec.name not in sys.modules:
-                    found = importlib.util.module_from_spec(spec)
-                    sys.modules[spec.name] = found
-                    spec.loader.exec_module(found)
+                _execute(pathlib.Path(module).resolve())
             else:
                 importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"--task-module {module}: {error}") from None
+
+
+def _execute(path: pathlib.Path) -> None:
+    """Import a file as a module of its own, once."""
+    spec = importlib.util.spec_from_file_location(f"hybridvlm_task_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"there is no file {path}")
+    if spec.name in sys.modules:
+        return
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    try:
+        spec.loader.exec_module(found)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """ValueError that names `what` for whatever goes wrong: other people's code may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<frozen")]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        raise ValueError(f"{what}: {type(error).__name__}: {error}{where}") from None
 
 
 def build_task(name: str, options: TaskOptions) -> Task:

@@ -24,6 +24,7 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.options import InputError
 from hybridvlm.tokenizers.messages import Message
+from hybridvlm.video import RULES as VIDEO_RULES
 from hybridvlm.video import VideoError, VideoInfo, most_frames, probe
 from hybridvlm.video.clip import FrameRule
 from hybridvlm.video.errors import heard
@@ -68,7 +69,7 @@ class BenchmarkTask(FileTask):
         self._digests: dict[str, str] = {}
         self._totals: dict[pathlib.Path, int] = {}
         if all(q.file is None for q in self.questions.values()) and (archives := self.found.archives()):
-            lines = "\n".join(unpack_commands(archives))
+            lines = "\n".join(unpack_commands(archives, self.found.root, benchmark.folders))
             raise InputError(
                 f"{benchmark.title}: no video is unpacked below {self.found.root}; unpack them first:\n{lines}"
             )
@@ -81,7 +82,8 @@ class BenchmarkTask(FileTask):
         if options.sampling and options.sampling != protocol.rule:
             if not frames.known(options.sampling):
                 raise InputError(
-                    f"--sampling {options.sampling!r} is no rule; there are {', '.join(frames.RULES)}, uniform, …"
+                    f"--sampling {options.sampling!r} is no rule; there are {', '.join(frames.RULES)}, vk.fps:R, "
+                    f"{', '.join(VIDEO_RULES)}, where R is a rate above 0"
                 )
             changes["rule"] = options.sampling
             changed.append(f"frames by {options.sampling} instead of {protocol.rule}")
@@ -238,8 +240,10 @@ class BenchmarkTask(FileTask):
         """What of a video's subtitles stands in the prompt."""
         question = self.questions[sample.id]
         rule = subtitles.RULES.get(self.protocol.subtitles)
-        if rule is None or question.subtitle is None or self.blind or sample.id in self.unavailable:
+        if rule is None or self.blind or sample.id in self.unavailable:
             return ""
+        if question.subtitle is None:
+            return rule((), (), 1.0, 1)  # the harness says something in their place, the others nothing
         if question.video not in self._lines:
             self._lines[question.video] = subtitles.read_srt(question.subtitle)
         clip, _ = super().clip(sample.video, pixels=False)
@@ -268,8 +272,10 @@ class BenchmarkTask(FileTask):
         return parsed is not None and right(parsed, self.questions[sample.id])
 
     def score(self, text: str | None, sample: Sample) -> dict[str, Any]:
-        question = self.questions[sample.id]
-        return scored(text, question, self.protocol.parser) | {"options": list(question.options), "row": question.row}
+        return scored(text, self.questions[sample.id], self.protocol.parser)
+
+    def details(self, sample: Sample) -> dict[str, Any]:
+        return {"options": list(sample.options), "row": self.questions[sample.id].row}
 
     def summary(self, answers: Sequence[tuple[Sample, Mapping[str, Any]]]) -> dict[str, Any]:
         def answered(sample: Sample, record: Mapping[str, Any]) -> metrics.Answered:

@@ -174,7 +174,7 @@ def test_the_commands_unpack(tmp_path):
     root, expected = fixture("longvideobench")
     shutil.copytree(root / expected["layouts"]["hf"], tmp_path / "LongVideoBench")
     found, _ = loaded("longvideobench", tmp_path)
-    for line in unpack_commands(found.archives()):
+    for line in unpack_commands(found.archives(), found.root, published("longvideobench").folders):
         subprocess.run(line, shell=True, check=True)
     _, questions = loaded("longvideobench", tmp_path)
     assert all(q.file is not None and q.subtitle is not None for q in questions)
@@ -314,3 +314,113 @@ def test_a_snapshot_alone_finds_the_videos_beside_the_hub(tmp_path):
     )
     found, questions = loaded("videomme", tmp_path / "home")
     assert len(questions) == 12 and any("also there" in note and "lmms-lab" in note for note in found.notes)
+
+
+# -- downloads that are not whole, and answers that are none
+
+
+def copied(name, layout, to):
+    root, expected = fixture(name)
+    shutil.copytree(root / expected["layouts"][layout], to, symlinks=True)
+    return to
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_video(tmp_path):
+    base = copied("lvbench", "official", tmp_path / "data")
+    _, before = loaded("lvbench", base)
+    gone = next(q for q in before if q.file is not None and q.file.stat().st_size)
+    gone.file.unlink()
+    gone.file.symlink_to(tmp_path / "blobs/none")
+    _, after = loaded("lvbench", base)
+    assert [q.file for q in after if q.video == gone.video] == [None] * sum(q.video == gone.video for q in before)
+    assert [q.file for q in after if q.video != gone.video] == [q.file for q in before if q.video != gone.video]
+
+
+def test_options_that_do_not_parse_are_named(tmp_path):
+    base = copied("lvbench", "official", tmp_path / "data")
+    file = base / "data/video_info.meta.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["qa"][0]["question"] = "Which?\n(A) the only one"
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"meta\.jsonl, row 2: field 'question' must hold 2 to 26 options, 0 found in"):
+        loaded("lvbench", base)
+    (tmp_path / "json").mkdir()
+    row = {"video": "a.mp4", "question": "q", "candidates": ["x"], "answer": "x"}
+    (tmp_path / "json/action_sequence.json").write_text(json.dumps([row]))
+    with pytest.raises(InputError, match=r"row 1: field 'candidates' must hold 2 to 26 options, 1 found in \['x'\]"):
+        loaded("mvbench", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "field"),
+    [
+        ("lvbench", "hf", "answer"),
+        ("videomme", "unzipped", "answer"),
+        ("mlvu", "hf", "answer"),
+        ("mlvu_test", "hf", "answer"),
+    ],
+)
+def test_a_published_answer_that_is_no_option_is_wrong_and_named(tmp_path, name, layout, field):
+    base = copied(name, layout, tmp_path / "data")
+    task_name = name.replace("_", "-")
+    found, questions = loaded(task_name, base)
+    table = pq.read_table(found.marker).to_pylist()
+    table[0][field] = "None of them"
+    pq.write_table(pa.Table.from_pylist(table), found.marker)
+    _, changed_questions = loaded(task_name, base)
+    assert questions[0].answer and not questions[0].remark
+    assert changed_questions[0].answer is None
+    assert changed_questions[0].remark == "its answer 'None of them' is no option; it counts as wrong"
+
+
+def test_separators_in_a_jsonl_file_are_no_line_ends(tmp_path):
+    base = copied("lvbench", "official", tmp_path / "data")
+    file = base / "data/video_info.meta.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["qa"][0]["question"] = "Which\u2028one?\n(A) red\n(B) green\u0085"
+    file.write_text("\ufeff" + "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines))
+    assert loaded("lvbench", base)[1][0].question == "Which\u2028one?"
+
+
+def test_a_bare_zip_goes_where_the_benchmark_looks_for_videos(tmp_path):
+    import subprocess
+    import zipfile
+
+    base = copied("nextqa", "hf", tmp_path / "data")
+    found, questions = loaded("nextqa", base)
+    file = next(q.file for q in questions if q.file is not None)
+    with zipfile.ZipFile(found.root / "videos.zip", "w") as archive:
+        archive.write(file, file.name)
+    for q in questions:
+        if q.file is not None:
+            q.file.unlink(missing_ok=True)
+    (line,) = unpack_commands([found.root / "videos.zip"], found.root, published("nextqa").folders)
+    subprocess.run(line, shell=True, check=True)
+    assert {q.file for q in loaded("nextqa", base)[1]} == {None, found.root / "NExTVideo" / file.name}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"is a Git LFS pointer; run `git lfs pull`"),
+        (b"", "is empty; is the download complete"),
+        (b"PAR1 half of it", "is no parquet file; is the download complete"),
+        (None, "is a link that leads nowhere"),
+    ],
+)
+def test_a_marker_that_cannot_be_read_is_not_called_absent(tmp_path, content, words):
+    base = copied("videomme", "unzipped", tmp_path / "data")
+    (marker,) = base.rglob("test-*.parquet")
+    marker.unlink()
+    if content is None:
+        marker.symlink_to(tmp_path / "none")
+    else:
+        marker.write_bytes(content)
+    with pytest.raises(InputError, match=rf"Video-MME .*test-00000-of-00001\.parquet (is there but )?{words}"):
+        loaded("videomme", base)
+    json_marker = copied("longvideobench", "unpacked", tmp_path / "lvb")
+    (marker,) = json_marker.rglob("lvb_val.json")
+    if content and content.startswith(b"version"):
+        marker.write_bytes(content)
+        with pytest.raises(InputError, match=r"lvb_val\.json: is a Git LFS pointer"):
+            loaded("longvideobench", json_marker)

@@ -102,6 +102,9 @@ def test_subtitles_in_the_prompt_and_between_frames():
     assert built.prompt(next(s for s in built.samples if s.id == "602-1")).startswith(SELECT)
     assert built.about()["subtitles"] == {"rule": "slicer", "videos_without": 1}
     assert any("1 videos have no subtitles" in line for line in built.notes())
+    harness = task("videomme-subs", protocol="lmms-eval")
+    told = harness.prompt(next(s for s in harness.samples if s.id == "602-1"))
+    assert told.startswith("This video's subtitles are listed below: \nNo subtitles available\nSelect the best")
 
     built = task("longvideobench", frames=4)
     sample = next(s for s in built.samples if s.id == "86Cxyz_FV9M_0")
@@ -123,5 +126,7 @@ def test_overrides_are_said():
     plain, changed = task("videomme").about()["prompt_hash"], built.about()["prompt_hash"]
     assert plain != changed and plain == task("videomme").about()["prompt_hash"]
     assert task("videomme", frames=None).about()["changed"] == ["8 frames, the most this model takes, instead of 64"]
-    with pytest.raises(ValueError, match="--sampling 'x' is no rule"):
-        task("videomme", sampling="x")
+    for rule in ("x", "vk.fps", "vk.fps:", "vk.fps:0", "vk.fps:x", "fps:nan", "linspace:2"):
+        with pytest.raises(ValueError, match=f"--sampling '{rule}' is no rule.*vk.fps:R.*a rate above 0"):
+            task("videomme", sampling=rule)
+    assert task("videomme", sampling="vk.fps:0.5").samples
