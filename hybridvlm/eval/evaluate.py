@@ -177,6 +177,15 @@ class Evaluation:
                 if self.process.first:
                     print(f"note: {line}", file=sys.stderr)
 
+    def check_weights(self) -> None:
+        """InputError where another process has other weights; all of them have to call it."""
+        found = [text.decode() for text in gather(self.weights.encode())]
+        if len(set(found)) > 1:
+            raise InputError(
+                f"--model {self.options.model}: the processes have different weights under this name "
+                f"({', '.join(f'process {n}: {text[:12]}' for n, text in enumerate(found))}); give all hosts the same checkpoint"
+            )
+
     def run(self) -> None:
         """Answer what is missing, write results.json and the report, print the table.
 
@@ -193,12 +202,9 @@ class Evaluation:
         missing = sum(runner.pending() for runner in self.runners)
         if missing < total and self.process.first:
             print(f"{total - missing} of {total} answers are already in {self.store.path}", file=sys.stderr)
-        failure = None
-        try:
-            self._answer(total, missing)
-        except Exception as error:  # the others wait below: they have to hear of it
-            failure = error
-        agree(failure)
+        # what it raises leaves `together`, whose watch tells the others in the midst of their share: no collective would
+        self._answer(total, missing)
+        agree(None)
         self.store.join()
         self._note(*self._remarks())
         self.unread = [line for runner in self.runners if (line := self._all_unread(runner))]
