@@ -307,7 +307,6 @@ class Evaluation:
         return found | ({"tasks": tasks} if tasks else {})
 
     def _metadata(self) -> dict[str, Any]:
-
         device = jax.devices()[0]
         memory = device.memory_stats() or {}
         return {
@@ -331,9 +330,13 @@ class Evaluation:
             "limit": self.options.limit,
             "versions": versions(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+            "mesh": None if self.model.mesh is None else dict(self.model.mesh.shape),
             "processes": self.process.count,
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "device_peak_bytes": memory.get("peak_bytes_in_use"),
+            # of this process, in seconds: how long it answered, and how much of that the devices waited for decoding
+            "answered_s": sum(runner.seconds for runner in self.runners),
+            "waited_s": sum(runner.waited for runner in self.runners),
             "encode_ms": statistics.median([ms for runner in self.runners for ms in runner.encode_ms]),
             "run": [runner.run_id for runner in self.runners],
             "notes": self.notes,
