@@ -15,11 +15,11 @@ from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
 from hybridvlm.options import add_compilation_cache, add_distributed, add_mesh, add_thinking
 
 STOPPED = "stopped; what was answered is kept, and the same command goes on from there"
-METHODS = "none,str-lookahead,str,uniform-input,saliency,fastv"
+METHODS = "none,str-lookahead,str,uniform-input"
 EXAMPLES = """\
 examples:
   python -m hybridvlm.eval
-      the embedded model on 100 questions of the embedded benchmark, dense and five methods at 25%
+      the embedded model on 100 questions of the embedded benchmark, dense and three methods at 25%
   python -m hybridvlm.eval --limit 20 --methods str
       a quick look
   python -m hybridvlm.eval --model tiny-reduced --limit 0 --methods str,random,oneshot-mamba,fastv --match-flops str

@@ -134,8 +134,11 @@ def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]
                 f"{label}: {row['unanswered']} questions are on files that could not be read; they are not among the {row['n']} "
                 "that the accuracy is of (to have them tried again, remove their lines from samples.jsonl)"
             )
-        if row["method"] != "none" and row["n"] and extra["predictions_changed"] == 0:
-            lines.append(f"{label} gave the same {row['n']} replies as dense; check that it did anything at all")
+        # that it dropped what its plan says is counted in every batch
+        if row["method"] != "none" and row["n"] and extra["predictions_changed"] == 0 and row["retention_mean"] > 0.95:
+            lines.append(
+                f"{label} gave the same {row['n']} replies as dense, and kept {row['retention_mean']:.1%} of the visual tokens"
+            )
         if row["parse_failures"]:
             lines.append(f"{label}: {row['parse_failures']} of {row['n']} replies were no answer; they count as wrong")
         if extra["thinking_unfinished"]:

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from hybridvlm.config import to_dict
+from hybridvlm.console import progress as bar_of
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.layouts import Asking, lay_out
@@ -279,9 +280,16 @@ class Runner:
             self.model.compile_prefill(batch, visual, plan, self.asking.think_tokens)
             return compile_count(thread=True) - before
 
-        with concurrent.futures.ThreadPoolExecutor(min(len(cold), os.cpu_count() or 1, 4)) as pool:
-            counts = pool.map(compile_one, *zip(*batches, strict=True))
-            self._compiled.update({(variant, bucket): n for variant, n in zip(cold, counts, strict=True)})
+        workers = min(len(cold), os.cpu_count() or 1, 4)
+        with (
+            bar_of(len(cold), "program", "compile", shown=self.store.process.first, leave=False) as bar,
+            concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        ):
+            started = {pool.submit(compile_one, *args): variant for variant, args in zip(cold, batches, strict=True)}
+            for done in concurrent.futures.as_completed(started):
+                self._compiled[started[done], bucket] = done.result()
+                bar.set_postfix_str(started[done].label)
+                bar.update()
 
     def _put(self, arrays: Any) -> Any:
         """Arrays on the device; a mesh is sent its parts by the model, of the host's arrays."""
