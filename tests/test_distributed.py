@@ -194,11 +194,12 @@ def test_a_run_that_was_told_to_end_goes_on_with_another_number_of_processes(eva
 
 
 STUCK = """
-import ctypes
+import ctypes, threading
 from hybridvlm import distributed
 distributed.LAST = 0.5
 with distributed.ends_on_sigterm():
-    print("in", flush=True)
+    # by then it is stuck
+    threading.Timer(1.0, print, ("in",), {"flush": True}).start()
     # locked by whoever waits for it: as in XLA, no signal brings the main thread back to Python
     mutex = (ctypes.c_char * 128)()
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
