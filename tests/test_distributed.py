@@ -266,6 +266,37 @@ def test_the_end_of_a_forked_child_is_not_that_of_its_parent():
     assert ended.returncode == 0, ended.stderr
 
 
+WAITS = """
+import time
+from hybridvlm import distributed
+me = distributed.initialize()
+with distributed.ends_on_sigterm(), distributed.together():
+    distributed.gather(b"both are there")
+    print("in", flush=True)
+    if me.index == 0:
+        time.sleep(100)
+    distributed.gather(b"waits for process 0")
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_in_a_collective_ends_both():
+    both = start_both([["-c", WAITS]] * 2)
+    try:
+        for process in both:
+            while process.stdout.readline() not in ("in\n", ""):
+                pass
+        time.sleep(1)
+        both[1].send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        out = [process.communicate(timeout=60)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [143, 143], out
+    assert time.monotonic() - began < 20 and "process 1: Terminated" in out[0]
+
+
 @pytest.mark.slow
 def test_one_process_told_to_end_leaves_nothing_held(evaluate, tmp_path):
     process = subprocess.Popen(
