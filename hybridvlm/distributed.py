@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import signal
@@ -11,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +28,7 @@ GRACE = 3.0  # seconds in which a process that hears of it may come to its own e
 TERMINATED = 143  # exit code of a process that SIGTERM ended: 128 + 15, as a shell has it
 LAST = 25.0  # seconds that a process has after SIGTERM; clouds kill after 30
 HEARD = 15.0  # seconds that a failing process waits for the others to hear of it
+TOLD = "told to end by SIGTERM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,28 +164,77 @@ class OtherProcessFailed(RuntimeError):
 def ends_on_sigterm() -> Iterator[None]:
     """While this is entered, SIGTERM raises Terminated in the main thread, so that locks are let go and what is buffered is written.
 
-    Where that does not come to an end, as during a long compilation, the process is ended hard after `LAST` seconds. In other threads
-    than the main one this does nothing.
+    Python runs no handler while the main thread is in XLA, as in a long compilation or in a collective that others never enter.
+    So a thread hears of the signal too: it tells the other processes, and ends this one after `LAST` seconds whatever it is at, or
+    as soon as the others go and the main thread has not come to it. In other threads than the main one this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def hard() -> None:
-        time.sleep(LAST)
-        sys.stderr.flush()
-        os._exit(TERMINATED)
+    raised = threading.Event()
 
     def stop(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=hard, name="last", daemon=True).start()
-        raise Terminated("told to end by SIGTERM")
+        raised.set()
+        raise Terminated(TOLD)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    with _signals_to(lambda: _end_after(raised)):
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _signals_to(terminated: Callable[[], None]) -> Iterator[None]:
+    """Call `terminated` in a thread at the first SIGTERM; whoever had Python's wakeup descriptor before is handed all signals on."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    _forks_hear_nothing()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def read() -> None:
+        told = False
+        with reader:
+            while numbers := reader.recv(64):
+                if before >= 0:
+                    with contextlib.suppress(OSError):  # closed, or full
+                        os.write(before, numbers)
+                if signal.SIGTERM in numbers and not told:
+                    told = True
+                    threading.Thread(target=terminated, name="terminated", daemon=True).start()
+
+    threading.Thread(target=read, name="signals", daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        mine, now = writer.fileno(), signal.set_wakeup_fd(-1)
+        try:
+            # an event loop that was begun in the block, and goes on, keeps its own
+            signal.set_wakeup_fd(before if now == mine else now)
+        except (OSError, ValueError):  # closed meanwhile
+            signal.set_wakeup_fd(-1)
+        writer.close()
+
+
+@functools.cache
+def _forks_hear_nothing() -> None:
+    """A forked child shares the descriptor: what ends the child would be read here as this process's signal."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
+def _end_after(raised: threading.Event) -> None:
+    """After SIGTERM: tell the others, leave the main thread its time, and end this process."""
+    until = time.monotonic() + LAST
+    watch = _watch  # which the main thread may put away meanwhile
+    heard = watch is not None and watch.tell(Terminated(TOLD))
+    # the others are at their end, and without them there is nothing that the main thread could come to
+    if raised.is_set() or not heard:
+        time.sleep(max(0.0, until - time.monotonic()))
+    print(f"error: {TOLD}, and ended while at work", file=sys.stderr)
+    _exit(TERMINATED)
 
 
 def agree(error: BaseException | None) -> None:
@@ -233,10 +284,16 @@ def together(but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code. Of several, one that failed does not wait for the others, as JAX would at the exit."""
     if code and jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _exit(code)
     sys.exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End this process at once, whatever its main thread is waiting in; locks are let go before."""
+    storage.release_all()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Watch:
@@ -271,18 +328,18 @@ class _Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"{self.prefix}/{kind}/{self.me}", text, allow_overwrite=True)
 
-    def tell(self, error: BaseException) -> None:
-        """Let the others know, and wait until they have ended or are about to."""
+    def tell(self, error: BaseException) -> bool:
+        """Let the others know, and wait until they have ended or are about to; False where some have not heard in time."""
         self._set("failed", f"{type(error).__name__}: {error}")
-        until = time.monotonic() + HEARD
-        while time.monotonic() < until:
+        until, heard = time.monotonic() + HEARD, False
+        while not heard and time.monotonic() < until:
             try:
-                if len(self._keys("failed") | self._keys("heard")) == jax.process_count():
-                    break
+                heard = len(self._keys("failed") | self._keys("heard")) == jax.process_count()
             except jax.errors.JaxRuntimeError:
-                return
+                return True  # the service has gone, with process 0
             time.sleep(0.1)
         self._last()
+        return heard
 
     def _last(self) -> None:
         """Process 0 holds the service, without which JAX aborts the others: it goes after them."""
@@ -304,9 +361,7 @@ class _Watch:
         print(f"error: {text}", file=sys.stderr)
         self._set("heard", "")
         self._last()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(TERMINATED if others and OtherProcessFailed(text).terminated else 1)
+        _exit(TERMINATED if others and OtherProcessFailed(text).terminated else 1)
 
 
 _watch: _Watch | None = None

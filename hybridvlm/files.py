@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hybridvlm.plain import shown
-from hybridvlm.storage import BEAT, SILENCE, as_path, is_url, object_lock
+from hybridvlm.storage import BEAT, SILENCE, as_path, is_url, object_lock, released
 
 LOCK = ".lock"
 
@@ -58,9 +58,8 @@ def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     done = threading.Event()
     beat = threading.Thread(target=_live, args=(lock, token, done), name="folder-lock", daemon=True)
     beat.start()
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         done.set()
         beat.join()
         if _read(lock).get("token") == token:
@@ -68,6 +67,9 @@ def folder_lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
         if made:  # a run that came to nothing leaves no empty folder
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+    with released(release):
+        yield
 
 
 def _holder(what: str, token: str) -> dict[str, Any]:

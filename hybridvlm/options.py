@@ -49,9 +49,7 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     """The option of commands that compile: where compiled programs are kept."""
-    cache = (
-        "folder where compiled programs are kept for the next start, or off (default: one in the user's cache folder)"
-    )
+    cache = "folder or gs://bucket/folder of compiled programs for the next start, or off (default: one in the user's cache folder)"
     parser.add_argument("--compilation-cache", default="", metavar="DIR", help=cache)
 
 

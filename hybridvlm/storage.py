@@ -208,13 +208,15 @@ def object_lock(
 
     beat = threading.Thread(target=live, name="object-lock", daemon=True)
     beat.start()
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         done.set()
         beat.join()
         if _holder(lock).get("token") == holder["token"]:
             lock.unlink(missing_ok=True)
+
+    with released(release):
+        yield
 
 
 def _holder(lock: Any) -> dict[str, Any]:
@@ -226,8 +228,39 @@ def _holder(lock: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+_releases: dict[object, Callable[[], None]] = {}
+
+
+@contextlib.contextmanager
+def released(release: Callable[[], None]) -> Iterator[None]:
+    """Call `release` once: at the end of the block, or in `release_all` where the process ends without coming to it."""
+    mark = object()
+    _releases[mark] = release
+    try:
+        yield
+    finally:
+        if _releases.pop(mark, None) is not None:
+            release()
+
+
+def release_all(seconds: float = 5.0) -> None:
+    """Let go of whatever this process holds, before `os._exit`, which runs no `finally`; a store that hangs is not waited for."""
+
+    def each() -> None:
+        while _releases:
+            with contextlib.suppress(Exception):  # the others are to be let go too
+                _releases.popitem()[1]()
+
+    thread = threading.Thread(target=each, name="release", daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
 def copy_folder(source: Any, target: pathlib.Path, patterns: tuple[str, ...] = ("*",)) -> pathlib.Path:
-    """Copy a folder of a store to this machine; files that are there already, at their size, stay.
+    """Make a copy of a folder of a store on this machine that is like the store's now.
+
+    What lies here already stays where the store still has that version of it; `<target>.json` next to the folder says which versions
+    those are. What the store no longer lists goes.
 
     Args:
         source: the folder in the store.
@@ -238,22 +271,60 @@ def copy_folder(source: Any, target: pathlib.Path, patterns: tuple[str, ...] = (
         `target`.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for item in sorted(source.iterdir(), key=lambda item: item.name):
-        if item.is_dir():
-            copy_folder(item, target / item.name, patterns)
-            continue
+    noted = target.with_name(f"{target.name}.json")
+    try:
+        versions = json.loads(noted.read_bytes())
+    except (OSError, ValueError):
+        versions = {}
+    versions = versions if isinstance(versions, dict) else {}
+    stored = dict(_walk(source))
+    for name, item in stored.items():
         if not any(fnmatch.fnmatch(item.name, pattern) for pattern in patterns):
             continue
-        here = target / item.name
-        if here.is_file() and here.stat().st_size == item.stat().length:
+        here, version = target / name, _version(item)
+        if here.is_file() and versions.get(name) == [*version, here.stat().st_mtime_ns]:
             continue
-        handle, part = tempfile.mkstemp(prefix=f".{item.name}.", dir=target)
-        try:
-            with os.fdopen(handle, "wb") as file, item.open("rb") as stored:
-                while block := stored.read(1 << 24):
-                    file.write(block)
-            os.replace(part, here)
-        except BaseException:
-            pathlib.Path(part).unlink(missing_ok=True)
-            raise
+        here.parent.mkdir(parents=True, exist_ok=True)
+        _copy_file(item, here)
+        # with the copy's own time: another process may have put an older version over it meanwhile
+        versions[name] = [*version, here.stat().st_mtime_ns]
+        write_atomic(noted, json.dumps(versions))
+    for path in target.rglob("*"):
+        name = path.relative_to(target).as_posix()
+        # what begins with a dot and is not ours may be another process's copy on its way
+        if name not in stored and path.is_file() and (name in versions or not path.name.startswith(".")):
+            path.unlink(missing_ok=True)
     return target
+
+
+def _walk(folder: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """(name below the folder, path) of every file in it, in the order of their names."""
+    for item in sorted(folder.iterdir(), key=lambda item: item.name):
+        if item.is_dir():
+            yield from _walk(item, f"{above}{item.name}/")
+        else:
+            yield f"{above}{item.name}", item
+
+
+def _version(item: Any) -> list[Any]:
+    """What differs between two contents of an object: its size and when it was written, or what else its store says of it."""
+    stat = item.stat()
+    if stat.mtime:
+        return [stat.length, stat.mtime]
+    from fsspec.core import url_to_fs
+
+    # epath knows no times of this store (s3 and az): all that there is to know, with tag and date
+    system, path = url_to_fs(os.fspath(item))
+    return [stat.length, system.ukey(path)]
+
+
+def _copy_file(item: Any, target: pathlib.Path) -> None:
+    handle, part = tempfile.mkstemp(prefix=f".{item.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file, item.open("rb") as stored:
+            while block := stored.read(1 << 24):
+                file.write(block)
+        os.replace(part, target)
+    except BaseException:
+        pathlib.Path(part).unlink(missing_ok=True)
+        raise

@@ -7,8 +7,10 @@ import sys
 
 import jax
 import pytest
+from helpers.object_store import OBJECTS
 
 from hybridvlm import compilation
+from hybridvlm.checkpoints.names import resolve
 from hybridvlm.compilation import keep_compiled
 
 SETTINGS = (
@@ -57,6 +59,28 @@ def test_what_jax_was_told_stays(tmp_path, monkeypatch):
     assert keep_compiled(str(tmp_path / "asked")) == tmp_path / "asked"
     assert keep_compiled("off") is None and jax.config.values["jax_enable_compilation_cache"] is False
     assert keep_compiled(str(tmp_path / "never")) is None and not (tmp_path / "never").exists()
+
+
+def test_a_user_without_a_home_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    # what it gives with neither HOME nor an entry among the system's users
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert compilation.cache_home() is None and keep_compiled() is None
+    with pytest.raises(ValueError, match=r"--compilation-cache ~/cc: .*home.*give a folder without ~"):
+        keep_compiled("~/cc")
+    OBJECTS["fake://b/ckpt/a.safetensors"] = b"a"
+    assert (resolve("fake://b/ckpt") / "a.safetensors").read_bytes() == b"a"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_a_store_is_passed_on_to_jax(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert keep_compiled("fake://b/cc") == "fake://b/cc" == jax.config.values["jax_compilation_cache_dir"]
+    assert jax.config.values["jax_compilation_cache_max_size"] == -1
+    assert keep_compiled() == "fake://b/cc" and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="takes the package gcsfs"):
+        keep_compiled("gs://bucket/cc")
 
 
 @pytest.mark.slow

@@ -5,16 +5,18 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from helpers.eval_world import build_world
-from helpers.object_store import OBJECTS, WRITES
+from helpers.object_store import OBJECTS, TIMES, WRITES
 
 from hybridvlm import files, storage
 from hybridvlm.checkpoints.describe import describe
 from hybridvlm.checkpoints.names import resolve
 from hybridvlm.distributed import Process
 from hybridvlm.eval.__main__ import main
+from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.files import FolderBusy, folder_lock
 from hybridvlm.inference.model import load
@@ -27,6 +29,7 @@ from hybridvlm.train.loop import Run
 def empty_store(monkeypatch):
     OBJECTS.clear()
     WRITES.clear()
+    TIMES.clear()
     monkeypatch.setattr(storage, "SETTLE", 0.0)
 
 
@@ -105,6 +108,19 @@ def test_a_store_is_held_by_one(monkeypatch):
         pytest.fail("both hold it")
 
 
+@pytest.mark.parametrize("url", [False, True])
+def test_a_process_that_ends_hard_holds_nothing(tmp_path, url):
+    """What `os._exit` would leave is let go of before it, once, and nothing of who comes after."""
+    folder = "fake://b/run" if url else tmp_path / "run"
+    lock = as_path(folder) / ".lock"
+    with folder_lock(folder, "an evaluation"):
+        storage.release_all()
+        assert not lock.exists()
+        make_folder(as_path(folder))
+        lock.write_bytes(b"{}")
+    assert lock.exists()
+
+
 def test_shared_folders(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text(
@@ -140,6 +156,43 @@ def test_a_checkpoint_in_a_store(tmp_path, monkeypatch):
     )
     with pytest.raises(FileNotFoundError, match="no folder of that store"):
         load("fake://b/ckpt/other")
+
+
+def test_a_checkpoint_that_was_replaced_is_copied_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, two, extra = (f"fake://b/ckpt/{name}" for name in ("a.safetensors", "sub/b.safetensors", "c.safetensors"))
+    OBJECTS.update({one: b"aaaa", two: b"bbbb", extra: b"cccc"})
+    first, folder = weights_fingerprint("fake://b/ckpt", {}), resolve("fake://b/ckpt")
+    read = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert [path.name for path in sorted(read)] == ["a.safetensors", "c.safetensors", "b.safetensors"]
+    assert resolve("fake://b/ckpt") == folder and all(path.stat().st_mtime_ns == time for path, time in read.items())
+    # as large as before, and another one
+    OBJECTS[one], TIMES[one] = b"AAAA", 2
+    assert weights_fingerprint("fake://b/ckpt", {}) != first and (folder / "a.safetensors").read_bytes() == b"AAAA"
+    # what somebody else has put there is not what was copied
+    (folder / "a.safetensors").write_bytes(b"####")
+    del OBJECTS[extra], OBJECTS[two]
+    resolve("fake://b/ckpt")
+    assert [path.read_bytes() for path in folder.rglob("*") if path.is_file()] == [b"AAAA"]
+
+
+def test_versions_of_a_store_without_times():
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+
+    class Item:
+        def __fspath__(self):
+            return "memory://versions/x"
+
+        def stat(self):
+            return types.SimpleNamespace(length=system.info("/versions/x")["size"], mtime=0)
+
+    found = []
+    for content in (b"a", b"b"):
+        system.pipe("/versions/x", content)
+        found += [storage._version(Item()), storage._version(Item())]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 @pytest.mark.slow

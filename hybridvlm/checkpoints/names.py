@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 
 from hybridvlm.checkpoints.hf import CONFIG
 from hybridvlm.compilation import cache_home
@@ -95,9 +99,17 @@ def _copy(url: str, patterns: tuple[str, ...]) -> pathlib.Path:
     if not stored.is_dir():
         raise FileNotFoundError(f"{url} is no folder of that store, or may not be read")
     name = f"{stored.name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
-    return copy_folder(
-        stored, cache_home() / "hybridvlm" / "checkpoints" / name, ("*",) if patterns == DOWNLOADED else patterns
-    )
+    home = cache_home()
+    kept = _while_running() if home is None else home / "hybridvlm" / "checkpoints"
+    return copy_folder(stored, kept / name, ("*",) if patterns == DOWNLOADED else patterns)
+
+
+@functools.cache
+def _while_running() -> pathlib.Path:
+    """A folder for the copies of a user who has no home, removed at the end of this process."""
+    folder = tempfile.mkdtemp(prefix="hybridvlm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pathlib.Path(folder)
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:

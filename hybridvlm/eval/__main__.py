@@ -202,7 +202,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
                 everywhere(lambda: refuse_alone(checked.folder))
                 lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
                 everywhere(lambda: held.enter_context(lock))
-                evaluation = everywhere(lambda: Evaluation(checked, command))
+                made = everywhere(lambda: Evaluation(checked, command))
+                everywhere(made.check_weights)
+                evaluation = made
                 evaluation.run()
         except Terminated as error:
             return _fail(f"{error}: {STOPPED}", TERMINATED)

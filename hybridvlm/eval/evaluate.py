@@ -179,6 +179,15 @@ class Evaluation:
                 if self.process.first:
                     print(f"note: {line}", file=sys.stderr)
 
+    def check_weights(self) -> None:
+        """InputError where another process has other weights; all of them have to call it."""
+        found = [text.decode() for text in gather(self.weights.encode())]
+        if len(set(found)) > 1:
+            raise InputError(
+                f"--model {self.options.model}: the processes have different weights under this name "
+                f"({', '.join(f'process {n}: {text[:12]}' for n, text in enumerate(found))}); give all hosts the same checkpoint"
+            )
+
     def run(self) -> None:
         """Answer what is missing, write results.json and the report, print the table.
 
@@ -195,12 +204,9 @@ class Evaluation:
         missing = sum(runner.pending() for runner in self.runners)
         if missing < total and self.process.first:
             print(f"{total - missing} of {total} answers are already in {self.store.path}", file=sys.stderr)
-        failure = None
-        try:
-            self._answer(total, missing)
-        except Exception as error:  # the others wait below: they have to hear of it
-            failure = error
-        agree(failure)
+        # what it raises leaves `together`, whose watch tells the others in the midst of their share: no collective would
+        self._answer(total, missing)
+        agree(None)
         self.store.join()
         self._note(*self._remarks())
         self.unread = [line for runner in self.runners if (line := self._all_unread(runner))]
@@ -301,7 +307,6 @@ class Evaluation:
         return found | ({"tasks": tasks} if tasks else {})
 
     def _metadata(self) -> dict[str, Any]:
-
         device = jax.devices()[0]
         memory = device.memory_stats() or {}
         return {
@@ -325,9 +330,13 @@ class Evaluation:
             "limit": self.options.limit,
             "versions": versions(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+            "mesh": None if self.model.mesh is None else dict(self.model.mesh.shape),
             "processes": self.process.count,
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "device_peak_bytes": memory.get("peak_bytes_in_use"),
+            # of this process, in seconds: how long it answered, and how much of that the devices waited for decoding
+            "answered_s": sum(runner.seconds for runner in self.runners),
+            "waited_s": sum(runner.waited for runner in self.runners),
             "encode_ms": statistics.median([ms for runner in self.runners for ms in runner.encode_ms]),
             "run": [runner.run_id for runner in self.runners],
             "notes": self.notes,

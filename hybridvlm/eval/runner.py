@@ -110,7 +110,9 @@ class Runner:
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
-        self._ahead = Ahead(task)
+        self.seconds = 0.0  # of `run`
+        self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
+        self._ahead = Ahead(task, lambda video: self._frame_bytes.get(video, 0))
         self.available = [sample for sample in task.samples if sample.id not in task.unavailable]
         self.buckets = {sample.id: self._bucket(sample) for sample in self.available}
 
@@ -121,6 +123,8 @@ class Runner:
             if self.task.blind:
                 return Bucket(0, pick("text", layout.text), kind="text")
             clip, config = self.task.clip(sample.video, pixels=False)
+            size = clip.size if clip.kind == "image" else config.tower.image_size
+            self._frame_bytes[sample.video] = 3 * len(clip.seconds) * size[0] * size[1]
             return Bucket(pick("frames", layout.frames), pick("text", layout.text), config.tower.image_size, clip.kind)
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
@@ -191,6 +195,7 @@ class Runner:
         """
         variants = self.variants if variants is None else variants
         self._note_unavailable(variants, progress)
+        began = time.perf_counter()
         for number, (bucket, samples), missing in self._ahead.over(self._missing(variants), self._unseen):
             read, unread, visual = samples, list[Sample](), None
             if not self.task.blind:
@@ -213,6 +218,12 @@ class Runner:
                     # what is known already is not answered twice, but for dense and its clock
                     self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
+        self.seconds += time.perf_counter() - began
+
+    @property
+    def waited(self) -> float:
+        """Seconds of `run` in which the devices waited for videos to be decoded."""
+        return self._ahead.waited
 
     def _unseen(self, item: tuple[int, tuple[Bucket, list[Sample]], Any]) -> list[str]:
         """The videos of a batch that have to be decoded."""

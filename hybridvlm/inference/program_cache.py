@@ -14,8 +14,8 @@ import jax.numpy as jnp
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
-# By thread, once somebody has asked.
-_compiled: collections.Counter[int] | None = None
+_compiled: collections.Counter[int] = collections.Counter()  # by thread, once somebody has asked
+_listening, _asking = False, threading.Lock()
 
 
 def compile_count(*, thread: bool = False) -> int:
@@ -24,17 +24,17 @@ def compile_count(*, thread: bool = False) -> int:
     Args:
         thread: count those of the calling thread alone.
     """
-    global _compiled
-    if _compiled is None:
-        _compiled = collections.Counter()
+    global _listening
+    with _asking:  # threads may ask first at once, and two listeners would count twice
+        if not _listening:
+            jax.monitoring.register_event_duration_secs_listener(_count)
+            _listening = True
+    return _compiled[threading.get_ident()] if thread else sum(list(_compiled.values()))
 
-        def count(event: str, duration_secs: float, **_: Any) -> None:
-            if event == _BACKEND_COMPILE:
-                counts[threading.get_ident()] += 1
 
-        counts = _compiled
-        jax.monitoring.register_event_duration_secs_listener(count)
-    return _compiled[threading.get_ident()] if thread else sum(_compiled.values())
+def _count(event: str, duration_secs: float, **_: Any) -> None:
+    if event == _BACKEND_COMPILE:
+        _compiled[threading.get_ident()] += 1
 
 
 def peak_bytes(program: Any) -> int:

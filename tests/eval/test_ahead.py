@@ -8,6 +8,8 @@ from hybridvlm.eval.ahead import Ahead
 from hybridvlm.video import VideoError
 from hybridvlm.video.errors import heard, warn
 
+SIZE = {"a": 2, "b": 2, "c": 3, "d": 9, "e": 1, "x": 0}.__getitem__
+
 
 class Films:
     """A task that notes what is decoded, and on which thread."""
@@ -27,7 +29,7 @@ class Films:
 def test_the_next_batch_is_decoded_meanwhile_and_no_further():
     task = Films()
     task.clip = quiet(task.clip)
-    ahead = Ahead(task)
+    ahead = Ahead(task, SIZE)
     batches = [["a", "b"], ["b", "c"], ["d"], ["e"]]
     for place, batch in enumerate(ahead.over(batches, lambda batch: batch)):
         assert batch is batches[place]
@@ -40,6 +42,34 @@ def test_the_next_batch_is_decoded_meanwhile_and_no_further():
     assert all(thread.startswith("decode") for _, thread in task.seen)
 
 
+def test_no_more_is_decoded_than_there_is_memory_for():
+    task = Films()
+    task.clip = quiet(task.clip)
+    ahead = Ahead(task, SIZE, most=4)
+    batches = ahead.over([["a", "b", "c"], ["d", "e"]], lambda batch: batch)
+    next(batches)
+    assert set(ahead._waiting) == {"a", "b"}
+    assert ahead.clip("a") == ("a", None) and set(ahead._waiting) == {"b"}  # c and it are 5
+    assert ahead.clip("b") == ("b", None) and set(ahead._waiting) == {"c"}
+    # one of the next batch that is larger than all there is goes alone
+    assert ahead.clip("c") == ("c", None) and set(ahead._waiting) == {"d"}
+    assert task.begun["d"].wait(10) and not task.begun["e"].is_set()
+    next(batches)
+    # out of turn, it is decoded on the spot, and once
+    assert ahead.clip("e") == ("e", None) and ahead.clip("d") == ("d", None) and not ahead._waiting
+    assert list(batches) == [] and sorted(video for video, _ in task.seen) == list("abcde")
+
+
+def test_seconds_that_the_caller_waits_are_counted():
+    task, go = Films(), threading.Event()
+    task.clip = lambda video: (go.wait(10), None)
+    ahead = Ahead(task, SIZE)
+    for batch in ahead.over([["a"]], lambda batch: batch):
+        threading.Timer(0.2, go.set).start()
+        ahead.clip(batch[0])
+    assert 0.1 < ahead.waited < 10
+
+
 def quiet(clip):
     def inner(video):
         with heard():
@@ -49,7 +79,7 @@ def quiet(clip):
 
 
 def test_an_error_is_raised_where_the_clip_is_asked_for():
-    ahead = Ahead(Films())
+    ahead = Ahead(Films(), SIZE)
     for batch in ahead.over([["x"]], lambda batch: batch):
         with pytest.raises(VideoError, match="x: damaged"):
             ahead.clip(batch[0])
@@ -58,7 +88,7 @@ def test_an_error_is_raised_where_the_clip_is_asked_for():
 def test_what_nobody_asks_for_is_let_go():
     task = Films()
     task.clip = quiet(task.clip)
-    ahead = Ahead(task)
+    ahead = Ahead(task, SIZE)
     batches = ahead.over([["a"], ["b"], ["c"]], lambda batch: batch)
     next(batches)
     batches.close()

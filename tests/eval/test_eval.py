@@ -353,6 +353,10 @@ def test_a_run_leaves_everything(done, capsys):
         assert row["flop_speedup"] > 1
     assert results["comparisons"][0]["method"] == "str"
     assert results["metadata"]["versions"]["jax"] and results["metadata"]["device"]["kind"]
+    assert (
+        0 <= results["metadata"]["waited_s"] <= results["metadata"]["answered_s"]
+        and results["metadata"]["mesh"] is None
+    )
     assert results["details"][1]["plans"][0]["method"] == "str"
     assert "drop after" in (done / "report.md").read_text()
 

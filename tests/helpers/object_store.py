@@ -8,6 +8,7 @@ from etils import epath
 
 OBJECTS: dict[str, bytes] = {}
 WRITES: list[str] = []
+TIMES: dict[str, int] = {}  # when an object was written, of those of which that matters
 
 
 class Refused(AssertionError):
@@ -50,7 +51,7 @@ class FakePath(pathlib.PurePosixPath):
         return (path for path in self.iterdir() if path.match(pattern))
 
     def stat(self):
-        return types.SimpleNamespace(length=len(self.read_bytes()))
+        return types.SimpleNamespace(length=len(self.read_bytes()), mtime=TIMES.get(str(self), 1))
 
     def read_bytes(self):
         if not self.is_file():
