@@ -68,11 +68,15 @@ def test_ssd(implementation):
     check(function, [x, jax.nn.softplus(dt), b, c, state], implementation)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", KERNEL])
-@pytest.mark.parametrize("rows", [L, 5])
+@pytest.mark.parametrize(
+    "implementation, rows",
+    [
+        *((name, rows) for name in ("reference", "xla") for rows in (L, 5)),
+        pytest.param("pallas_tpu", L, marks=KERNEL.marks),
+        pytest.param("pallas_tpu", 5, marks=[*KERNEL.marks, pytest.mark.slow]),
+    ],
+)
 def test_attention(implementation, rows):
-    if implementation == "pallas_tpu" and rows < L:
-        pytest.skip("an interpreted kernel takes long")
     q, k, v = arrays((B, L, H, P), (B, L, G, P), (B, L, G, P))
     place = jnp.broadcast_to(jnp.arange(L), (B, L))
 
