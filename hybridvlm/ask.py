@@ -103,7 +103,10 @@ def report(answer: Answer, model: Model) -> str:
         lines.append(f"{plan.method}: predicted decoder FLOPs {plan.flop_ratio:.3f} of dense ({before} enter layer 0)")
         for begin, end, count in merged(answer.stages):
             lines.append(f"  layers {begin:>3} to {end:>3}: {count:>7} visual tokens ({count / max(1, first):.1%})")
-    lines.append(", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in answer.seconds.items()))
+    seconds = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in answer.seconds.items())
+    if answer.saved and plan is not None:
+        seconds += f"; {answer.saved:.2f} s saved: layers 0 to {plan.drops[0]} had seen the video"
+    lines.append(seconds)
     return "\n".join(lines)
 
 

@@ -95,7 +95,13 @@ class ReductionPlan:
     @property
     def depends_on_query(self) -> bool:
         """Whether what the plan keeps depends on the question, so that no two questions can share it."""
-        return any(methods.get_method(name).depends_on_query for name in (self.input_method, self.decoder_method))
+        return bool(self.drops) and methods.get_method(self.decoder_method).depends_on_query
+
+    @property
+    def prefix_key(self) -> tuple[Any, ...]:
+        """What the layers before the first drop depend on, besides the prompt: plans that agree in it can share them."""
+        before = (self.input_method, self.input_rule, self.input_share, self.input_rate, self.pool_factors, self.grid)
+        return (self.pattern, self.visual_tokens, self.frames, *before, self.seed, self.drops[:1])
 
     @property
     def drops_input(self) -> bool:
