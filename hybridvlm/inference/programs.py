@@ -155,18 +155,21 @@ class ModelPrograms:
             batch, _, _ = self.family.make_batch(config, layouts(plan.pool_factors), buckets, plan.pool_factors)
         return batch, plan
 
-    def reduction_for(self, method: str, budget: float | None = None, kind: str | None = None) -> Reduction | None:
+    def reduction_for(
+        self, method: str, budget: float | None = None, kind: str | None = None, first_drop: int | None = None
+    ) -> Reduction | None:
         """The Reduction of a method's name, under the checkpoint's own schedule, score options and seed; None for "none".
 
         Args:
             method: a name such as "str", or a composition such as "evs:0.5+str:0.5".
             budget: share of the visual tokens (default: 0.25).
             kind: how it is counted, of `BUDGET_KINDS` (default: the checkpoint's own).
+            first_drop: the schedule's `start`: no drop before that layer has run (default: the checkpoint's own).
 
         Raises:
             ValueError: for an unknown method (with near names) or a budget outside (0, 1].
         """
-        return named_reduction(self.reduction, method, budget, kind)
+        return named_reduction(self.reduction, method, budget, kind, first_drop)
 
     def opened(self, batch: Batch) -> list[bool]:
         """Of each prompt, whether it ends inside reasoning that the reply has to end."""

@@ -135,7 +135,8 @@ def _repeated(prefix: Prefix, times: int) -> Prefix:
         return prefix
 
     def repeat(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(a[:, None], (a.shape[0], times, *a.shape[1:])).reshape(-1, *a.shape[1:])
+        b, *rest = a.shape
+        return jnp.broadcast_to(a[:, None], (b, times, *rest)).reshape(b * times, *rest)
 
     # the slot that an attention cache writes next is one number for all rows
     return jax.tree.map(lambda a: repeat(a) if a.ndim else a, prefix)
