@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="tiny", help="packaged name (tiny, tiny-reduced) or checkpoint folder (default: tiny)")
-    tasks = "comma list of tasks: needle, paths of .jsonl files, published benchmarks, see --list (default: needle)"
+    tasks = "comma list of tasks: needle, needle-scenes, paths of .jsonl files, published benchmarks, see --list (default: needle)"
     add("--tasks", default="needle", help=tasks)
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
