@@ -12,15 +12,11 @@ from hybridvlm.config import ModelConfig, Reduction, Schedule
 from hybridvlm.nn import decoder, incremental
 from hybridvlm.nn.attention import attention_layer
 from hybridvlm.nn.caches import empty_caches
-from hybridvlm.nn.decoder import (
-    Decoder,
-    decode_layers,
-    layer_params,
-    unstack,
-)
+from hybridvlm.nn.decoder import Decoder
+from hybridvlm.nn.incremental import decode_layers, unstack
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.mlp import mlp_layer
-from hybridvlm.nn.scan import repeats
+from hybridvlm.nn.scan import layer_params, repeats
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.platforms import compiling_for
 from hybridvlm.ops.tokens import Tokens, text_tokens
