@@ -141,6 +141,7 @@ def prefill(
     remat: str = "none",
     caches: bool = True,
     straight_through: StraightThrough | None = None,
+    one_segment: bool = False,
 ) -> DecoderOutput[tuple[Cache, ...]]:
     """Run whole prompts through the decoder.
 
@@ -164,6 +165,8 @@ def prefill(
         caches: whether they are returned; set False for training.
         straight_through: (tokens, score [B,L], keep [B,S]) -> tokens, right before each drop: a way for gradients to
             reach the scores. Without it, scores that only choose carry no gradient; those of `collect` do.
+        one_segment: a promise that each row is one example from its first token on, padded at its end: what attention may
+            then leave to a library.
 
     Raises:
         ValueError: for a site that is no mixer layer, a missing score_fn, an unknown remat, or what a row that is cut over
@@ -186,7 +189,7 @@ def prefill(
     kept, scores, hidden = [initial_counts], {}, {}
     for start, layer in _ranges(num_layers, scored | deepstack | set(hidden_states)):
         # layers start..layer-1, of which nothing but the residual stream and the caches is needed
-        layer_range = LayerRange(config, start, layer, decode_capacity, remat, caches)
+        layer_range = LayerRange(config, start, layer, decode_capacity, remat, caches, one_segment=one_segment)
         if start < layer:
             x, new = run_layers(layer_range, params, tokens.x, tokens.segment, tokens.position)
             tokens = tokens.replace(x=x)

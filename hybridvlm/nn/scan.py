@@ -43,6 +43,7 @@ class LayerRange:
         caches: whether caches are returned.
         slice_params: repeated units scan over slices of their parameters instead of reading the stack by index.
         in_scan: these layers are the body of a scan.
+        one_segment: a promise that each row is one segment, padded at its end.
     """
 
     config: ModelConfig
@@ -53,6 +54,7 @@ class LayerRange:
     caches: bool = True
     slice_params: bool = False
     in_scan: bool = False
+    one_segment: bool = False
 
 
 def repeats(pattern: str, start: int, stop: int) -> list[tuple[int, int, int]]:
@@ -86,9 +88,8 @@ def run_layer(layers: LayerRange, layer: int, stack: Params, index, x, segment, 
 
     def run(stack, index, x, segment, position, query):
         p = all_gather_params(config, KINDS[kind], index_params(stack, index), x.dtype)
-        x, cache, aux = LAYER_KINDS[kind].forward(
-            p, config, x, segment, position, query=query, decode_capacity=layers.decode_capacity, **options
-        )
+        static = {"decode_capacity": layers.decode_capacity, "one_segment": layers.one_segment} | options
+        x, cache, aux = LAYER_KINDS[kind].forward(p, config, x, segment, position, query=query, **static)
         return x, cache if layers.caches else None, aux
 
     if REMAT[layers.remat] is None:

@@ -371,12 +371,12 @@ def prefill(
     scores: bool = False,
     hidden_states: bool = False,
 ) -> PrefillOutput[DecoderOutput[tuple[Cache, ...]]]:
-    """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`.
+    """Embeddings to last-token logits under a plan (None: dense), of one prompt a row; arguments as of `decoder_output`.
 
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
     in `decoder.hidden_states`.
     """
-    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble_fn": assemble_fn}
+    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble_fn": assemble_fn, "one_segment": True}
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:
