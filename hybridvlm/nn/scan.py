@@ -21,6 +21,7 @@ from hybridvlm.nn.attention import LOOK_PARAMS, attention_look
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.parallel.tensor import all_gather_params
+from hybridvlm.pattern import repeats
 
 Params = dict[str, Any]
 
@@ -55,24 +56,6 @@ class LayerRange:
     slice_params: bool = False
     in_scan: bool = False
     one_segment: bool = False
-
-
-def repeats(pattern: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Cut layers start..stop-1 into (first layer, unit length, times): the longest repetitions found from left to right."""
-    runs, at = [], start
-    while at < stop:
-        best = (1, 1)
-        for unit in range(1, (stop - at) // 2 + 1):
-            times = 1
-            while pattern[at : at + unit] == pattern[at + times * unit : at + (times + 1) * unit] and (
-                at + (times + 1) * unit <= stop
-            ):
-                times += 1
-            if times > 1 and (times - 1) * unit > (best[1] - 1) * best[0]:
-                best = (unit, times)
-        runs.append((at, *best))
-        at += best[0] * best[1]
-    return runs
 
 
 def index_params(stack: dict[str, jax.Array], index: int | jax.Array) -> dict[str, jax.Array]:

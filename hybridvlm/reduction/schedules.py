@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from hybridvlm.config import Schedule
+from hybridvlm.pattern import compile_weight
 
 SHARE_ONE = 4096  # the integer share that means "all"
 _LEAST = 1.0 / SHARE_ONE  # floor of the methods that have no schedule of their own
@@ -129,17 +130,46 @@ def solve(
     return tuple(_settle(shares, floor, budget, measure))
 
 
-def merge_stages(shares: Sequence[int], stages: int) -> tuple[int, ...]:
-    """The drops of `shares` that stay where only `stages` lengths may be: each stands for an equal part of them."""
+def merge_stages(shares: Sequence[int], stages: int, pattern: str = "") -> tuple[int, ...]:
+    """The drops of `shares` that stay where only `stages` lengths may be: each stands for an equal part of them.
+
+    Each may be a quarter of a part off: of those the ones are taken between which the layers of `pattern` take least to compile
+    (the first ones, without a pattern).
+    """
     drops = drop_sites(shares)
     wanted = max(0, stages - 1)
     if len(drops) <= wanted:
         return drops
-    total, chosen = SHARE_ONE - shares[-1], []
+    if not wanted:
+        return ()
+    total = SHARE_ONE - shares[-1]
+    # (what all before takes to compile, the drops) that end with each site: of the drops so far
+    best: dict[int, tuple[int, tuple[int, ...]]] = {-1: (0, ())}
     for i in range(wanted):
-        goal = total * (i + 0.5) / wanted
-        chosen.append(next(site for site in drops if SHARE_ONE - shares[site + 1] >= goal))
-    return tuple(sorted(set(chosen)))
+        goal, reach = total * (i + 0.5) / wanted, total * 0.25 / wanted
+        near = [s for s in drops if abs(SHARE_ONE - shares[s + 1] - goal) <= reach]
+        near = near or [next(site for site in drops if SHARE_ONE - shares[site + 1] >= goal)]
+        found: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for site in near:
+            before = [
+                (weight + _stage_weight(pattern, last + 1, site), at)
+                for last, (weight, at) in best.items()
+                if last < site
+            ]
+            if before:
+                weight, at = min(before)
+                found[site] = (weight, (*at, site))
+        # a goal whose drops are all taken by the one before asks for none of its own
+        best = found or best
+    layers = len(pattern)
+    return min((weight + _stage_weight(pattern, site + 1, layers - 1), at) for site, (weight, at) in best.items())[1]
+
+
+def _stage_weight(pattern: str, first: int, last: int) -> int:
+    """What layers first..last take to compile, the last one, which is scored, by itself."""
+    if not pattern:
+        return 0
+    return compile_weight(pattern, first, last) + compile_weight(pattern, last, last + 1)
 
 
 def drop_sites(shares: Sequence[int]) -> tuple[int, ...]:

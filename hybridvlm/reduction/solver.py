@@ -157,7 +157,7 @@ class BudgetSolver:
         try:
             shares = schedules.solve(curve, sites, self.layers, budget, measure)
             if schedule.stages and method.scheduled:
-                thinned = schedules.merge_stages(shares, schedule.stages)
+                thinned = schedules.merge_stages(shares, schedule.stages, self.config.pattern)
                 if len(thinned) < len(schedules.drop_sites(shares)):
                     shares, sites = schedules.solve(curve, thinned, self.layers, budget, measure), thinned
         except schedules.BudgetError as error:
