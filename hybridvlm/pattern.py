@@ -10,7 +10,7 @@ _WEIGHTS = {"M": 4, "*": 2, "-": 1, "E": 2}
 
 
 def repeats(pattern: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Cut layers start..stop-1 into (first layer, unit length, times), so that least has to be compiled, in the fewest runs that allow it."""
+    """Layers start..stop-1 as runs (first layer, unit length, times): those that take least to compile, and of those the fewest."""
     runs, at = [], start
     for unit, times in _cut(pattern[start:stop])[1]:
         runs.append((at, unit, times))
