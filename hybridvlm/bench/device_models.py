@@ -17,7 +17,7 @@ import numpy as np
 from hybridvlm.bench import timing
 from hybridvlm.bench.prefill import prompt
 from hybridvlm.bench.roofline import peaks
-from hybridvlm.config import ModelConfig, Reduction, Schedule, VambaConfig, VisionConfig
+from hybridvlm.config import ModelConfig, Reduction, VambaConfig, VisionConfig
 from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates.memory import memory
 from hybridvlm.estimates.workload import MeshSizes, Workload
@@ -31,7 +31,7 @@ from hybridvlm.models.weights import FLOAT32
 from hybridvlm.ops.platforms import platform
 
 Step = tuple[dict[str, Any], Callable[[], Any]]
-REDUCTION = Reduction("str", 0.25, schedule=Schedule(stages=3))
+REDUCTION = Reduction("str", 0.25)
 ROOM = 0.9  # of the device's memory, for a model and what it computes
 SMALL = ModelConfig(
     pattern="M-*M-", width=16, vocab_size=32, mamba_heads=2, mamba_head_dim=8, ssm_groups=1, ssm_state=8,

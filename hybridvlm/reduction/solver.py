@@ -156,7 +156,7 @@ class BudgetSolver:
             budget *= rate
         try:
             shares = schedules.solve(curve, sites, self.layers, budget, measure)
-            if schedule.stages and method.scheduled:
+            if schedule.stages and method.scheduled and schedule.shape != "list":
                 return self._in_stages(shares, sites, curve, budget, measure)
         except schedules.BudgetError as error:
             raise BudgetError(self._unmet(method, budget, sites, error), error.low, error.high) from None
