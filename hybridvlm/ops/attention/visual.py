@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
+from hybridvlm.ops.attention.api import attention, check_shapes, default_implementations, first_that_runs, load
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.platforms import platform
 
@@ -88,19 +88,21 @@ def text_to_visual(
         )
 
     row_weight = _row_weights(q_mask, q_segment, queries)
-    score = load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k)).text_to_visual(
-        q,
-        k,
-        lse=jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), EMPTY_LSE),
-        row_weight=row_weight,
-        q_segment=q_segment,
-        kv_segment=kv_segment,
-        q_index=q_index,
-        kv_index=kv_index,
-        heads=heads,
-        queries="max" if queries == "max" else "sum",
-        causal=causal,
-        scale=scale,
+    options = {
+        "lse": jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), EMPTY_LSE),
+        "row_weight": row_weight,
+        "q_segment": q_segment,
+        "kv_segment": kv_segment,
+        "q_index": q_index,
+        "kv_index": kv_index,
+        "heads": heads,
+        "queries": "max" if queries == "max" else "sum",
+        "causal": causal,
+        "scale": scale,
+    }
+    names = (implementation,) if implementation is not None else default_implementations(DEFAULTS, q, k)
+    score = first_that_runs(
+        "text_to_visual", names, lambda name: load(IMPLEMENTATIONS, name).text_to_visual(q, k, **options)
     )
     return jnp.where(visual, score, 0.0)
 
