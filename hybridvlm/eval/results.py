@@ -123,6 +123,15 @@ class SampleStore:
         for record in records:
             self._add(record, record["key"])
 
+    def forget_timeouts(self, seconds: float | None) -> None:
+        """Leave out records of videos that ran out of a time limit below `seconds` (None: below any), to be asked again."""
+        for record in list(self.records):
+            limit = record.get("time_limit")
+            if limit is not None and (seconds is None or limit < seconds):
+                self.records.remove(record)
+                if self._by_key.get(record["key"]) == record:
+                    del self._by_key[record["key"]]
+
     def join(self) -> None:
         """Bring together what all processes hold; every one of them has to call it."""
         if self.process.count > 1:

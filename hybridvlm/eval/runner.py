@@ -37,7 +37,7 @@ from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Batch, Layout
 from hybridvlm.reduction import ReductionPlan
-from hybridvlm.video import VideoError
+from hybridvlm.video import VideoError, VideoTimeout
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 
@@ -108,7 +108,7 @@ class Runner:
         self._warm_encode: set[Bucket] = set()
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
-        self._unread: dict[str, str] = {}  # video -> why it cannot be read
+        self._unread: dict[str, dict[str, Any]] = {}  # video -> why it cannot be read, as a record has it
         self._held = 0
         self.seconds = 0.0  # of `run`
         self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
@@ -370,8 +370,9 @@ class Runner:
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
         """The record of a question whose video cannot be read; whether that is wrong is settled by `Task.judged`."""
         nothing = {"prediction": None, "retention": None, "run": self.run_id}
-        failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
-        return self._record(variant, sample) | nothing | {"failure": failure}
+        reason = self.task.unavailable.get(sample.id)
+        failure = {"failure": reason} if reason else self._unread[sample.video]
+        return self._record(variant, sample) | nothing | failure
 
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
@@ -389,7 +390,9 @@ class Runner:
         except VideoError as error:
             if self.task.gone(video):
                 raise
-            self._unread[video] = str(error)
+            self._unread[video] = {"failure": str(error)}
+            if isinstance(error, VideoTimeout):  # asked again where there is more time, see `SampleStore`
+                self._unread[video]["time_limit"] = error.seconds
             return None
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()

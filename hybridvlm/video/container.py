@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridvlm.video.errors import VideoError
+from hybridvlm.video.errors import VideoError, VideoTimeout, check_time
 from hybridvlm.video.images import motion_jpeg
 
 if TYPE_CHECKING:
@@ -254,8 +254,11 @@ def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> It
 
     try:
         for packet in container.demux(streams):
+            check_time(container.name)
             if packet.size or packet.dts is None:  # an empty one on the way would end the decoding
                 yield packet
+    except VideoTimeout:
+        raise
     except av.FFmpegError as error:
         if ended is not None:
             ended.append(error.strerror or type(error).__name__)

@@ -3,21 +3,19 @@
 import dataclasses
 import json
 import pathlib
-import types
 
 import numpy as np
 import pytest
 from helpers.benchmark_fixtures import TASKS, fixture
 from helpers.benchmark_tasks import UNPACKED
+from helpers.silent_model import silent_model
 
 from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.eval import __main__ as command
-from hybridvlm.eval import report
 from hybridvlm.eval.benchmarks import MODULES
-from hybridvlm.inference.model import Model
 
 FAMILIES = ("nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")
-NAMES = [name for name in MODULES if name != "nextqa-val"]
+NAMES = list(MODULES)
 ALL = ",".join(NAMES)
 BUCKETS = ["--buckets", "frames=4", "text=1024", "max_new=2"]
 
@@ -55,28 +53,8 @@ def run(world, output, *more, name="qwen3_vl", tasks=ALL, methods="none"):
 
 @pytest.fixture
 def mouth(monkeypatch):
-    """A model that computes nothing and says what it is told; `asked` holds how many questions it has heard."""
-    told = types.SimpleNamespace(reply="A", asked=0, most=None)
-
-    def generate(self, batch, visual, plan=None, **options):
-        rows = len(batch.input_ids)
-        if told.most is not None and told.asked >= told.most:
-            raise KeyboardInterrupt
-        told.asked += rows
-        return types.SimpleNamespace(
-            text=[told.reply] * rows,
-            unfinished=[False] * rows,
-            thinking=[""] * rows,
-            timing=types.SimpleNamespace(prefill=0.01, decode=0.01),
-            plan=None,
-            peak_bytes=1,
-        )
-
-    monkeypatch.setattr(report, "picture", lambda rows, axis, label: b"")  # tested with the embedded benchmark
-    monkeypatch.setattr(Model, "generate", generate)
-    monkeypatch.setattr(Model, "verify", lambda self, generation: None)
-    monkeypatch.setattr(Model, "encode", lambda self, pixels: np.zeros((1, pixels.shape[1], 1, 1), np.float32))
-    return told
+    """A model that computes nothing and says what it is told."""
+    return silent_model(monkeypatch)
 
 
 def rows_of(output):
