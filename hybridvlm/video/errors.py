@@ -74,6 +74,11 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         _DEADLINE.reset(token)
 
 
+def time_is_limited() -> bool:
+    """Whether this thread is inside a `time_limit`."""
+    return _DEADLINE.get() is not None
+
+
 def check_time(path: object) -> None:
     """VideoTimeout, naming the file, where the time of `time_limit` is over."""
     limit = _DEADLINE.get()

@@ -297,14 +297,16 @@ def _restarts(facts: _Facts, track: Track, pts: np.ndarray, key: np.ndarray, sho
     else:
         # a key frame that is to be shown long before what stands ahead of it in the file
         window = _REORDER * _gap(np.unique(pts[shown]))
+        ahead = np.maximum.accumulate(np.where(shown, pts, NONE))
+        if not (key & shown & (ahead > pts + window)).any():
+            return []
         positions, high = [], None
         for position in np.flatnonzero(shown).tolist():
             if high is not None and key[position] and high - pts[position] > window:
                 positions.append(position)
                 high = pts[position]
             high = pts[position] if high is None else max(high, pts[position])
-    # a part of which nothing is shown has no clock to speak of
-    out: list[int] = []
+    out: list[int] = []  # a part of which nothing is shown has no clock to speak of
     for position in (int(p) for p in positions):
         if shown[(out[-1] if out else 0) : position].any() and shown[position:].any():
             out.append(position)

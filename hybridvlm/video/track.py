@@ -60,24 +60,24 @@ def demuxed(container: Any, streams: Sequence[Any], ended: list[str]) -> tuple[l
     ended: gets the reason, where the file cannot be read to its end.
     """
     indexed = {s.index: len(s.index_entries) for s in streams}
-    rows: dict[int, list[tuple[int, int, int, bool, bool, bool]]] = {s.index: [] for s in streams}
-    end = 0
+    rows: dict[int, list[tuple[Any, ...]]] = {s.index: [] for s in streams}
+    add = {number: own.append for number, own in rows.items()}
+    last: Any = None
     for p in films.packets(container, *container.streams, ended=ended):
-        if p.size <= 0:
+        if not p.size:
             continue
-        end = max(end, p.size + (p.pos or 0))
-        own = rows.get(p.stream_index)
+        last = p
+        own = add.get(p.stream_index)
         if own is not None:
-            pts, dts = p.pts, p.dts
-            times = NONE if pts is None else pts, NONE if dts is None else dts, p.duration or 0
-            own.append((*times, p.is_keyframe, p.is_discard, p.is_corrupt))
+            own((p.pts, p.dts, p.duration, p.is_keyframe, p.is_discard, p.is_corrupt))
     tracks = []
     for s in streams:
         columns = list(zip(*rows[s.index], strict=True)) or [()] * 6
-        whole = [np.array(column, np.int64) for column in columns[:3]]
+        pts, dts = (np.array([NONE if x is None else x for x in column], np.int64) for column in columns[:2])
+        length = np.array([x or 0 for x in columns[2]], np.int64)
         flags = [np.array(column, bool) for column in columns[3:]]
-        tracks.append(Track(s.index, float(s.time_base or 0), indexed[s.index], *whole, *flags))
-    return tracks, end
+        tracks.append(Track(s.index, float(s.time_base or 0), indexed[s.index], pts, dts, length, *flags))
+    return tracks, 0 if last is None else last.size + (last.pos or 0)
 
 
 def tabled(path: str, container: Any, streams: Sequence[Any]) -> Track | None:
