@@ -3,7 +3,7 @@
 Files are made on the spot, one per codec, every frame with its own number in black and white blocks, so that each frame that comes
 out is told: `exact` is the share that are the ones asked for. A reader starts cold each time: opening the file and finding its
 frames is part of the time. Frames are asked for evenly over the file, at the file's own size. Readers take turns; seconds are
-the median over --rounds.
+the median over --rounds, those of the CPU of all threads together: on a busy machine they say more.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """A row per reader, for `asked` of the `count` frames."""
     numbers = np.linspace(0, count - 1, asked).astype(int).tolist()
-    seconds: dict[str, list[float]] = {reader: [] for reader in readers}
+    seconds: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
     exact, problems = dict[str, float](), dict[str, str]()
     for turn in range(rounds):
         for reader in readers:
@@ -188,7 +188,7 @@ def _measure(
                 if turn == 0:
                     READERS[reader](str(path), [0])  # its imports and libraries are loaded
                 os.utime(path)  # what is remembered of a file is remembered by its date
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 found = READERS[reader](str(path), numbers)
             except ImportError as error:
                 problems[reader] = f"not installed: {str(error).splitlines()[0]}"
@@ -196,25 +196,32 @@ def _measure(
             except Exception as error:  # each library has exceptions of its own
                 problems[reader] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
-            seconds[reader].append(time.perf_counter() - start)
+            seconds[reader].append((time.perf_counter() - start[0], time.process_time() - start[1]))
             right = [read_number(frame) == number for frame, number in zip(found, numbers, strict=True)]
             exact[reader] = min(exact.get(reader, 1.0), float(np.mean(right)))
     return [
         _row(codec, reader, asked, problems[reader])
         if reader in problems
-        else _row(codec, reader, asked, "", statistics.median(seconds[reader]), exact[reader])
+        else _row(codec, reader, asked, "", *map(statistics.median, zip(*seconds[reader], strict=True)), exact[reader])
         for reader in readers
     ]
 
 
 def _row(
-    codec: str, reader: str, asked: int, problem: str, seconds: float | None = None, exact: float | None = None
+    codec: str,
+    reader: str,
+    asked: int,
+    problem: str,
+    seconds: float | None = None,
+    cpu: float | None = None,
+    exact: float | None = None,
 ) -> dict[str, Any]:
     return {
         "codec": codec,
         "reader": reader,
         "frames": asked,
         "seconds": None if seconds is None else round(seconds, 3),
+        "cpu_s": None if cpu is None else round(cpu, 3),
         "frames/s": None if seconds is None else round(asked / seconds, 1),
         "exact": exact,
         "problem": problem[:80],
