@@ -6,7 +6,9 @@ from it anew and written whole or not at all.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan
 from hybridvlm.storage import GrowingFile, is_url
 from hybridvlm.storage import write_atomic as write_atomic
+from hybridvlm.video import VideoError, VideoTimeout
 
 # the keys of a row of results.json, in this order; scripts may rely on them
 ROW_KEYS = (
@@ -50,15 +53,29 @@ ROW_KEYS = (
 Record = dict[str, Any]
 
 
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import hybridvlm
+
+    found = {"hybridvlm": hybridvlm.__version__, "python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "numpy", "scipy", "av", "tokenizers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 class SampleStore:
     """samples.jsonl: what has been answered, by key. A last line that a kill cut off is dropped; it is asked again.
 
     process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) next to it, and reads all there are.
     In a store (gs://…) every process adds to objects of its own (samples-1-0.jsonl, …), until all is written as one.
+    writes: False where another process writes what this one finds too.
     """
 
-    def __init__(self, path: Any, process: Process = Process(0, 1)):  # noqa: B008, frozen
-        self.path, self.process = path, process
+    def __init__(self, path: Any, process: Process = Process(0, 1), *, writes: bool = True):  # noqa: B008, frozen
+        self.path, self.process, self.writes = path, process, writes
         self.own = (
             path if process.first and not is_url(path) else path.parent / f"{path.stem}-{process.index}{path.suffix}"
         )
@@ -118,8 +135,8 @@ class SampleStore:
     def append(self, records: Iterable[Record]) -> None:
         """Add records and hand them to the operating system before returning."""
         records = list(records)
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        self._file.add(data)
+        if self.writes:
+            self._file.add("".join(json.dumps(record) + "\n" for record in records).encode())
         for record in records:
             self._add(record, record["key"])
 
@@ -146,6 +163,12 @@ class SampleStore:
                 part.unlink(missing_ok=True)
         elif not self.process.first:
             self._file.remove()
+
+
+def failure_of(error: VideoError) -> Record:
+    """What a record holds of a video that cannot be read; with the time limit, for `forget_timeouts`, where it took too long."""
+    late = {"time_limit": error.seconds} if isinstance(error, VideoTimeout) else {}
+    return {"failure": str(error)} | late
 
 
 def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
