@@ -199,12 +199,14 @@ def _measure(
             seconds[reader].append((time.perf_counter() - start[0], time.process_time() - start[1]))
             right = [read_number(frame) == number for frame, number in zip(found, numbers, strict=True)]
             exact[reader] = min(exact.get(reader, 1.0), float(np.mean(right)))
-    return [
-        _row(codec, reader, asked, problems[reader])
-        if reader in problems
-        else _row(codec, reader, asked, "", *map(statistics.median, zip(*seconds[reader], strict=True)), exact[reader])
-        for reader in readers
-    ]
+    rows = []
+    for reader in readers:
+        if reader in problems:
+            rows.append(_row(codec, reader, asked, problems[reader]))
+        else:
+            wall, cpu = (statistics.median(found) for found in zip(*seconds[reader], strict=True))
+            rows.append(_row(codec, reader, asked, "", wall, cpu, exact[reader]))
+    return rows
 
 
 def _row(

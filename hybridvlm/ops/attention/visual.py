@@ -79,8 +79,13 @@ def text_to_visual(
         q_index = jnp.full((b, rows), jnp.iinfo(jnp.int32).max, jnp.int32)
     row_weight = _row_weights(q_mask, q_segment, queries)
     name = implementation or default_implementation(DEFAULTS, q, k)
-    where = {"q_segment": q_segment, "kv_segment": kv_segment, "q_index": q_index, "kv_index": kv_index}
-    how = {"heads": heads, "queries": "max" if queries == "max" else "sum", "causal": causal, "scale": scale}
+    where: dict[str, Any] = {"q_segment": q_segment, "kv_segment": kv_segment, "q_index": q_index, "kv_index": kv_index}
+    how: dict[str, Any] = {
+        "heads": heads,
+        "queries": "max" if queries == "max" else "sum",
+        "causal": causal,
+        "scale": scale,
+    }
     if lse is None and name == "xla":
         return jnp.where(visual, xla.text_to_visual_once(q, k, row_weight=row_weight, **where, **how), 0.0)
     if lse is None:
