@@ -75,7 +75,14 @@ def test_single_questions_and_those_that_share_nothing_are_asked_whole():
 def test_an_evaluation_answers_the_same_with_and_without_shared_layers(tmp_path, monkeypatch):
     """Replies and shares that were kept, of questions on shared videos; a batch that cuts a video's questions in two."""
     world = build_world(tmp_path)
-    options = ["--model", str(world / "micro"), "--tasks", str(world / "q.jsonl"), "--methods", "str,fastv,uniform"]
+    options = [
+        "--model",
+        str(world / "micro"),
+        "--tasks",
+        str(world / "q.jsonl"),
+        "--methods",
+        "str,oneshot-attention,uniform",
+    ]
     options += ["--budgets", "0.6", "--limit", "0", "--batch-size", "4"]
     found = {}
     for name in ("shared", "whole"):
@@ -84,5 +91,7 @@ def test_an_evaluation_answers_the_same_with_and_without_shared_layers(tmp_path,
         assert command.main([*options, "--output", str(tmp_path / name)]) == 0
         lines = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
         found[name] = {(r["method"], r["id"]): (r["prediction"], r["retention"]) for r in lines}
-        assert {r["method"] for r in lines if "further_ms" in r} == ({"str", "fastv"} if name == "shared" else set())
+        assert {r["method"] for r in lines if "further_ms" in r} == (
+            {"str", "oneshot-attention"} if name == "shared" else set()
+        )
     assert found["shared"] == found["whole"] and len(found["whole"]) == 4 * 18

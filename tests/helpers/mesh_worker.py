@@ -154,6 +154,13 @@ CASES = {
     "qwen tensor=8": ("qwen", {"tensor": 8}, REDUCED, 1, False),
     "qwen sequence=8": ("qwen", {"sequence": 8}, REDUCED, 1, False),
     "qwen data=2 sequence=2 tensor=2": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, None, 3, True),
+    "memory small data=2 sequence=2 tensor=2": (
+        "small",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        Reduction("str", 0.6),
+        1,
+        False,
+    ),
     "memory hybrid data=2 sequence=2 tensor=2": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED, 3, True),
     "memory hybrid tensor=8": ("hybrid", {"tensor": 8}, AFTER_ATTENTION, 2, False),
     "memory hybrid sequence=8": ("hybrid", {"sequence": 8}, AFTER_ATTENTION, 1, False),
