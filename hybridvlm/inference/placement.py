@@ -104,6 +104,28 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: put(on_mesh(a), mesh, spec), tree)
 
 
+def check_visual(batch: Any, visual: Any, mesh: Mesh | None) -> None:
+    """ValueError for visual tokens that a batch has no use for, or that it lacks."""
+    frames = int(np.max(to_host(batch.frame_count), initial=0))
+    if visual is None and frames:
+        raise ValueError(f"visual is None, but the batch has visual tokens of {frames} frames; pass encode(frames)")
+    if visual is None or not hasattr(visual, "shape"):
+        return
+    rows = len(batch.input_ids)
+    most = rows if mesh is None else rows + -rows % row_parts(mesh)
+    if not rows <= visual.shape[0] <= most or visual.shape[1] < frames:
+        raise ValueError(
+            f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has, "
+            f"got {visual.shape}"
+        )
+    needed = int(np.max(np.sum(to_host(getattr(batch, "frame", -1)) >= 0, axis=-1), initial=0))
+    if needed > visual.shape[1] * visual.shape[2]:
+        raise ValueError(
+            f"the batch has indices for {needed} visual tokens, and visual holds {visual.shape[1]} frames of "
+            f"{visual.shape[2]} tokens; encode frames of the size that the prompt was laid out for"
+        )
+
+
 def put_visual(visual: Any, mesh: Mesh) -> jax.Array:
     """Visual tokens [B,F,m,D], filled up likewise, and in frames to be cut over the sequence axis."""
     visual = fill(fill(visual, 0, row_parts(mesh)), 1, mesh.shape["sequence"])

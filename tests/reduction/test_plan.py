@@ -9,10 +9,11 @@ from helpers.plans import model, plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridvlm.config import ModelConfig, VisionConfig
+from hybridvlm.config import ModelConfig, Reduction, Schedule, VisionConfig
 from hybridvlm.pattern import compile_weight
 from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan, schedules
 from hybridvlm.reduction import cost as flops
+from hybridvlm.reduction.methods import named_reduction
 
 NEMOTRON = ModelConfig(
     pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
@@ -322,3 +323,29 @@ def test_a_composition_is_solved_to_the_product_of_operations(method):
 def test_the_budget_of_a_plan_is_the_one_asked_for():
     p = plan("evs", 0.3, "flops")
     assert p.budget == 0.3 and p.flop_ratio == pytest.approx(0.3, abs=2e-3)
+
+
+def test_a_further_question_is_what_the_layers_before_the_first_drop_do_not_see_again():
+    """Its operations and those of the prompt without it through the shared layers are those of a prefill."""
+    config, text = model(), 16
+    for start in (0, 3):
+        p = plan("str", text=text, start=start)
+        shared = p.shared_layers
+        assert shared == p.drops[0] + 1 > start
+        before = sum(flops.layer_flops(config, i, p.visual_tokens, 16) for i in range(shared))
+        whole = sum(flops.layer_flops(config, i, p.visual_tokens + text, 16) for i in range(shared))
+        late = sum(p.cost.layers[shared:]) + p.cost.head
+        assert p.further_flops(config, text, 16) == whole - before + late
+    dense = plan("str", budget=1.0, text=text)
+    assert not dense.depends_on_query and dense.shared_layers == dense.layers == plan("uniform").shared_layers
+    assert dense.further_flops(config, text, 16) < 0.03 * dense.cost.decoder
+
+
+def test_plans_that_agree_before_their_first_drop_can_share_what_is_there():
+    key = plan("str", start=3).prefix_key
+    assert key == plan("str", 0.3, start=3).prefix_key == plan("str-lookahead", text=64, start=3).prefix_key
+    others = [plan("str"), plan("str", start=3, frames=32), plan("evs:0.5+str:0.6", start=3)]
+    assert all(other.prefix_key != key for other in others)
+    assert named_reduction(Reduction(schedule=Schedule(floor=0.1)), "str", first_drop=5).schedule == Schedule(
+        floor=0.1, start=5
+    )
