@@ -67,7 +67,7 @@ def _small_vamba() -> ModelConfig:
     }
     sizes |= {"attention_heads": 2, "kv_heads": 1, "head_dim": 16}
     sizes |= {"eos_ids": (1,), "pad_id": 0}
-    return dataclasses.replace(c, pattern="*-*-*-", vision=tower, name="small VAMBA", **sizes)
+    return dataclasses.replace(c, pattern="*-" * 6, vision=tower, name="small VAMBA", **sizes)
 
 
 def _fitting(work: Workload) -> Workload:
