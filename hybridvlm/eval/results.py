@@ -6,6 +6,7 @@ from it anew and written whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -64,6 +65,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def digest(value: Any) -> str:
+    """A short text that differs where plain values do."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class SampleStore:
@@ -279,6 +285,8 @@ def build_row(
         "most_common_reply": max(replies.values()) / len(answers),
         "timing_run": run,
         "timed_batches": len(both),
+        # of the prefill of a question whose video was there already; None where every prompt is run whole
+        "further_ms": statistics.median([batches[b]["further_ms"] for b in both if "further_ms" in batches[b]]),
         "plans": [p.to_dict() for p in different],
         "explained": [p.explain() for p in different],
         "unscored": unscored,

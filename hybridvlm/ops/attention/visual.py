@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.attention import xla
-from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
+from hybridvlm.ops.attention.api import attention, check_shapes, default_implementations, first_that_runs, load
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.platforms import platform
 
@@ -78,7 +78,6 @@ def text_to_visual(
     if q_index is None:
         q_index = jnp.full((b, rows), jnp.iinfo(jnp.int32).max, jnp.int32)
     row_weight = _row_weights(q_mask, q_segment, queries)
-    name = implementation or default_implementation(DEFAULTS, q, k)
     where: dict[str, Any] = {"q_segment": q_segment, "kv_segment": kv_segment, "q_index": q_index, "kv_index": kv_index}
     how: dict[str, Any] = {
         "heads": heads,
@@ -86,13 +85,16 @@ def text_to_visual(
         "causal": causal,
         "scale": scale,
     }
-    if lse is None and name == "xla":
-        return jnp.where(visual, xla.text_to_visual_once(q, k, row_weight=row_weight, **where, **how), 0.0)
-    if lse is None:
-        lse = log_sum_exp(q, k, **where, causal=causal, scale=scale)
-    lse = jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), EMPTY_LSE)
-    module = load(IMPLEMENTATIONS, name)
-    return jnp.where(visual, module.text_to_visual(q, k, lse=lse, row_weight=row_weight, **where, **how), 0.0)
+
+    def run(name: str) -> jax.Array:
+        if lse is None and name == "xla":
+            return xla.text_to_visual_once(q, k, row_weight=row_weight, **where, **how)
+        known = log_sum_exp(q, k, **where, causal=causal, scale=scale) if lse is None else lse
+        known = jnp.where((q_segment > 0)[:, None], known.astype(jnp.float32), EMPTY_LSE)
+        return load(IMPLEMENTATIONS, name).text_to_visual(q, k, lse=known, row_weight=row_weight, **where, **how)
+
+    names = (implementation,) if implementation is not None else default_implementations(DEFAULTS, q, k)
+    return jnp.where(visual, first_that_runs("text_to_visual", names, run), 0.0)
 
 
 def log_sum_exp(q: jax.Array, k: jax.Array, **options: Any) -> jax.Array:
