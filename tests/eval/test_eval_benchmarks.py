@@ -422,6 +422,6 @@ def test_every_family_killed_and_on_two_processes_answers_the_same(world, tmp_pa
     assert run(world, tmp_path / "killed", name=name, tasks=tasks, methods="str") == 0
     assert answers(tmp_path / "killed") == whole
     given = arguments(world, tmp_path / "two", name=name, tasks=tasks, methods="str")
-    ended = run_both([["-m", "hybridvlm.eval", *given]] * 2, devices=1)
+    ended = run_both([["-m", "hybridvlm.eval", *given]] * 2, timeout=900, devices=1)
     assert [code for code, _ in ended] == [0, 0], ended
     assert answers(tmp_path / "two") == whole
