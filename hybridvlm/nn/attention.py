@@ -203,7 +203,7 @@ def extend_cache(
         index_q = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
         own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=index_q, kv_index=index)
         out, lse = _merge(own, *_past(q, segment, cache, recent=False))
-    return join_keys(c, out, lse), cache
+    return join_keys(c, out, lse)[0], cache
 
 
 def attention_extend(

@@ -31,8 +31,12 @@ from hybridvlm.models.nemotron_vl.weights import weight_map
 
 # Its prompt is one stream: a question is prefilled together with its video.
 build_video_memory = None
+# Its training rows are as they are packed: one stream.
+split_rows = None
 # It looks at every frame that it is shown.
 trim_frames = None
+# Nothing holds a parameter within an interval.
+BOUNDS: dict[str, tuple[float, float]] = {}
 
 __all__ = [
     "CHAT",
@@ -59,5 +63,7 @@ __all__ = [
     "style_for",
     "weight_map",
     "build_video_memory",
+    "split_rows",
+    "BOUNDS",
     "trim_frames",
 ]
