@@ -1,6 +1,7 @@
 """The evaluation loop: every batch of questions goes through dense and every reduced variant before the next one.
 
-So the variants' clocks tick side by side, a video is decoded and encoded once, and a kill costs at most one batch. The
+So the variants' clocks tick side by side, a video is decoded and encoded once, and a kill costs at most one batch. Where a model
+has a memory of a video that all questions share (VAMBA), a batch is of one video's questions, and its memory is made once. The
 first call of each program is repeated and only the repetition is timed: compilation and warm-up are never on the clock.
 """
 
@@ -32,7 +33,7 @@ from hybridvlm.eval.results import SampleStore, achieved
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import to_host
+from hybridvlm.inference.placement import row_parts, to_host
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Batch, Layout
@@ -108,6 +109,9 @@ class Runner:
         self._warm_encode: set[Bucket] = set()
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
+        whole_rows = model.mesh is None or row_parts(model.mesh) == 1
+        self._by_video = model.family.build_video_memory is not None and whole_rows and not task.blind
+        self._memories: dict[tuple[str, Bucket, ReductionPlan | None], Any] = {}  # of the video at hand
         self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
         self.seconds = 0.0  # of `run`
@@ -168,12 +172,16 @@ class Runner:
         return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.available}
 
     def batches(self, samples: Sequence[Sample] | None = None) -> Iterator[tuple[Bucket, list[Sample]]]:
-        """Samples (default: all that can be asked) of one bucket, `batch_size` at a time, the longest videos first."""
+        """Samples (default: all that can be asked) of one bucket, `batch_size` at a time, the longest videos first; of one video,
+        where its questions share a memory."""
         asked = self.available if samples is None else samples
         for bucket in sorted({self.buckets[sample.id] for sample in asked}, reverse=True):
             own = [sample for sample in asked if self.buckets[sample.id] == bucket]
-            for start in range(0, len(own), self.batch_size):
-                yield bucket, own[start : start + self.batch_size]
+            videos = list(dict.fromkeys(sample.video for sample in own)) if self._by_video else []
+            groups = [[sample for sample in own if sample.video == video] for video in videos] or [own]
+            for group in groups:
+                for start in range(0, len(group), self.batch_size):
+                    yield bucket, group[start : start + self.batch_size]
 
     def pending(self) -> int:
         """Answers that are still to be found: samples times variants, less what the store holds."""
@@ -274,18 +282,22 @@ class Runner:
         if len(cold) < 2:
             return
         batches = [self._batch(variant, bucket, rows) for variant in cold]
+        # what is given a memory instead of visual tokens has another program
+        asked = [pair for pair in zip(cold, batches, strict=True) if not self._shares(pair[1][1])]
+        if len(asked) < 2:
+            return
 
         def compile_one(batch: Batch, plan: ReductionPlan | None) -> int:
             before = compile_count(thread=True)
             self.model.compile_prefill(batch, visual, plan, self.asking.think_tokens)
             return compile_count(thread=True) - before
 
-        workers = min(len(cold), os.cpu_count() or 1, 4)
+        workers = min(len(asked), os.cpu_count() or 1, 4)
         with (
-            bar_of(len(cold), "program", "compile", shown=self.store.process.first, leave=False) as bar,
+            bar_of(len(asked), "program", "compile", shown=self.store.process.first, leave=False) as bar,
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
         ):
-            started = {pool.submit(compile_one, *args): variant for variant, args in zip(cold, batches, strict=True)}
+            started = {pool.submit(compile_one, *args): variant for variant, args in asked}
             for done in concurrent.futures.as_completed(started):
                 self._compiled[started[done], bucket] = done.result()
                 bar.set_postfix_str(started[done].label)
@@ -303,6 +315,25 @@ class Runner:
     def _layouts_of(self, rows: Sequence[Sample], factors: tuple[int, int, int]) -> list[Layout]:
         return [self.layout(sample, factors) for sample in rows]
 
+    def _shares(self, plan: ReductionPlan | None) -> bool:
+        """Whether the questions on a video share what is kept of it under a plan."""
+        return self._by_video and not (plan is not None and plan.depends_on_query)
+
+    def _memory(
+        self, video: str, bucket: Bucket, plan: ReductionPlan | None, batch: Batch, visual: Any
+    ) -> tuple[Any, float]:
+        """What the prompts of a batch are given instead of visual tokens, and the seconds that making it took, 0 if it was there."""
+        key = (video, bucket, plan)
+        if key in self._memories:
+            return self._memories[key], 0.0
+        # only the video at hand: a memory is as large as a cache
+        self._memories = {held: memory for held, memory in self._memories.items() if held[:2] == key[:2]}
+        one = jax.tree.map(lambda a: a[:1], batch)
+        compiled, start = self.model.programs.compile_seconds, time.perf_counter()
+        self._memories[key] = jax.block_until_ready(self.model.build_video_memory(one, visual[:1], plan))
+        seconds = time.perf_counter() - start - (self.model.programs.compile_seconds - compiled)
+        return self._memories[key], seconds
+
     def _answer(
         self,
         variant: Variant,
@@ -310,13 +341,15 @@ class Runner:
         number: int,
         samples: Sequence[Sample],
         rows: Sequence[Sample],
-        visual: jax.Array | None,
+        visual: Any,
     ) -> list[dict[str, Any]]:
         """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
         compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
         config, think_tokens = bucket.config(self.model), self.asking.think_tokens
         batch, plan = self._batch(variant, bucket, rows)
-        batch = self._put(batch)
+        batch, built = self._put(batch), 0.0
+        if visual is not None and self._shares(plan):
+            visual, built = self._memory(rows[0].video, bucket, plan, batch, visual)
         if (variant, bucket) not in self._warm:
             self.model.generate(batch, visual, plan, think_tokens=think_tokens)
             self._warm.add((variant, bucket))
@@ -326,7 +359,7 @@ class Runner:
         shares = achieved(generation, [self.layout(sample).frames * m for sample in rows])
         per = 1e3 / len(rows)
         clock = {
-            "prefill_ms": generation.timing.prefill * per,
+            "prefill_ms": (built + generation.timing.prefill) * per,
             "decode_ms": generation.timing.decode * per,
             "compiles": compile_count() - compiled,
             "peak_bytes": generation.peak_bytes,

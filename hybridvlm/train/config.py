@@ -354,13 +354,33 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """What the model is made into before it is trained; new parameters are drawn by `seed`.
+
+    Attributes:
+        to: vamba: a VAMBA, of a Transformer (`hybridvlm.init_vamba_from`); "": it stays what it is.
+        ssm_state: N of the new Mamba-2 blocks.
+        mamba_head_dim: width of their heads.
+        expand: their inner width, in widths of the model.
+    """
+
+    to: str = ""
+    ssm_state: int = 128
+    mamba_head_dim: int = 64
+    expand: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, ssm_state=1, mamba_head_dim=1, expand=1)
+        _one_of(self, "to", ("", "vamba"))
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run.
 
     Attributes:
         model: what `hybridvlm.load` takes.
-        convert: "vamba": the model, a Transformer, is made into a VAMBA first (`hybridvlm.init_vamba_from`, new parameters by
-            `seed`); "": it is trained as it is.
+        convert: what it is made into first.
         output: the run's folder.
         steps: optimizer steps.
         seed: of the data's order, LoRA's start and random budgets.
@@ -378,7 +398,7 @@ class TrainConfig:
     """
 
     model: str = "tiny"
-    convert: str = ""
+    convert: Convert = Convert()
     output: str = "runs/train"
     steps: int = 100
     seed: int = 0
@@ -396,7 +416,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self, steps=1, seed=0)
-        _one_of(self, "convert", ("", "vamba"))
         _one_of(self, "dtype", ("float32", "bfloat16"))
         _one_of(self, "remat", ("none", "layer", "dots"))
         if not self.output:

@@ -95,8 +95,9 @@ class Run:
         check_installed(config.logging)
         self.mesh = self._mesh()
         model = from_checkpoint(read_checkpoint(config.model, mesh=self.mesh)) if model is None else model
-        if config.convert:
-            model = init_vamba_from(model, config.seed)
+        if config.convert.to:
+            sizes = {name: value for name, value in dataclasses.asdict(config.convert).items() if name != "to"}
+            model = init_vamba_from(model, config.seed, **sizes)
         self.model, self.teacher = model, self._teacher(model)
         check_tokenizer(model)
         if config.data.allow_special_tokens:

@@ -121,6 +121,21 @@ class Trainer:
 
     def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, FrozenParams]:
         """State and constants before the first step, of the model's parameters (on a mesh, if there is one, wherever they lie)."""
+        state, fixed = self._begin(params)
+        if self.mesh is not None and table is not None:
+            table = jax.device_put(np.asarray(table), sharding.sharding_of(self.mesh, "", table.shape))
+        return self._placed(state), dataclasses.replace(self._placed(fixed), table=table)
+
+    def start_shapes(self, params: Mapping[str, Any]) -> tuple[State, FrozenParams]:
+        """`start` of parameters that are shapes (`jax.ShapeDtypeStruct`): shapes with their shardings, for compiling ahead of time."""
+
+        def put(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return self._placed(jax.eval_shape(self._begin, params), put)
+
+    def _begin(self, params: Mapping[str, Any]) -> tuple[State, FrozenParams]:
+        """`start`, wherever the parameters lie."""
         c, flat = self.config, dict(flatten(params))
         cast = optimizers.cast(flat, self.dtype)
         if c.lora.rank:
@@ -136,20 +151,17 @@ class Trainer:
         elif c.distill.kl and c.distill.teacher == "start" and not c.lora.rank:
             teacher = {path: jnp.array(cast[path], copy=True) for path in train}
         ema = jax.tree.map(lambda a: jnp.array(a, copy=True), train) if c.optimizer.ema else {}
-        state = State(train, jax.jit(self.optimizer.init)(train), ema)
-        if self.mesh is not None and table is not None:
-            table = jax.device_put(np.asarray(table), sharding.sharding_of(self.mesh, "", table.shape))
-        return self._placed(state), FrozenParams(self._placed(frozen), self._placed(teacher), table)
+        return State(train, jax.jit(self.optimizer.init)(train), ema), FrozenParams(frozen, teacher, None)
 
-    def _placed(self, tree: Any) -> Any:
-        """A tree over parameters by path (the optimizer's state too), each array where the rules put the parameter."""
+    def _placed(self, tree: Any, put: Callable[..., Any] = jax.device_put) -> Any:
+        """A tree over parameters by path (the optimizer's state too), each array put where the rules have the parameter."""
         mesh = self.mesh
         if mesh is None:
             return tree
 
-        def with_sharding(path: tuple, leaf: jax.Array) -> jax.Array:
+        def with_sharding(path: tuple, leaf: Any) -> Any:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-            return jax.device_put(leaf, sharding.sharding_of(mesh, keys[-1] if keys else "", leaf.shape))
+            return put(leaf, sharding.sharding_of(mesh, keys[-1] if keys else "", leaf.shape))
 
         return jax.tree_util.tree_map_with_path(with_sharding, tree)
 
@@ -306,6 +318,8 @@ class Trainer:
             shapes = jax.eval_shape(gradient, state.train, jax.tree.map(lambda a: a[0], parts))
             empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             ((value, sums), grads), _ = jax.lax.scan(add, empty, parts)
+        # gradients and what comes of them lie as the parameters do, whatever the partitioner would choose
+        grads = self._placed(grads, jax.lax.with_sharding_constraint)
         updates, inner = self.optimizer.update(grads, state.optimizer, state.train)
         train = dict(optax.apply_updates(state.train, updates))
         for path, (least, most) in self.family.BOUNDS.items():
@@ -313,4 +327,4 @@ class Trainer:
                 train[path] = jnp.clip(train[path], least, most)
         ema = optimizers.average(state.ema, train, self.config.optimizer.ema) if state.ema else {}
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "answers": total} | sums
-        return State(train, inner, ema), metrics
+        return self._placed(State(train, inner, ema), jax.lax.with_sharding_constraint), metrics
