@@ -43,7 +43,10 @@ class StepCall:
 def random_row(
     config: ModelConfig, frames: int, text: int, rows: int, answer: int, seed: int = 0, *, features: bool = True
 ) -> TrainBatch[np.ndarray]:
-    """Rows of `frames` frames and `text` text tokens after them, of which the last `answer` are to be said; random features, or none."""
+    """Rows of `frames` frames and `text` text tokens after them, of which the last `answer` are to be said.
+
+    features: whether random visual tokens come with them; else `visual` is empty.
+    """
     rng, m, family = np.random.default_rng(seed), config.tower.tokens_per_frame, family_for(config)
     frame = np.concatenate([np.repeat(np.arange(frames), m), np.full(text, -1)]).astype(np.int32)
     length = len(frame)

@@ -11,12 +11,14 @@ from helpers.train_micro import FRAMES, TEXT, VAMBA_REDUCTION, micro_transformer
 from helpers.vamba_oracle import forward
 
 import hybridvlm as hv
-from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.checkpoints.folder import expected_shapes, save_folder
 from hybridvlm.config import VambaConfig
+from hybridvlm.config_files import load_model_config
 from hybridvlm.models import vamba
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.train import config_files, loop
 from hybridvlm.train.__main__ import main
+from hybridvlm.train.optimizer import split
 from hybridvlm.train.rows import Shape, packed, sharing, single, train_batch
 from hybridvlm.train.sources import NeedleSource
 from hybridvlm.train.step import Trainer
@@ -330,3 +332,35 @@ def test_a_vamba_starts_from_its_transformer():
     hybrid = dataclasses.replace(transformer, config=dataclasses.replace(transformer.config, pattern="M*-"))
     with pytest.raises(ValueError, match=r"expected a Transformer.*'M\*-'"):
         hv.init_vamba_from(hybrid)
+
+
+def test_the_stages_train_what_the_paper_trains():
+    """Of the released model, by the packaged configs: what is new, then all of the decoder and the merger."""
+    flat = expected_shapes(load_model_config("vamba_qwen2_vl_7b"), vamba)
+    one, two = (config_files.read(f"train_vamba_stage{n}") for n in (1, 2))
+    trained = set(split(flat, one.optimizer.frozen)[0])
+    assert trained == {name for name in flat if name.startswith(("decoder/cross/", "decoder/mamba/"))}
+    assert {"decoder/cross/alpha", "decoder/mamba/A_log"} < trained
+    trained = set(split(flat, two.optimizer.frozen)[0])
+    assert trained == {name for name in flat if name.startswith(("decoder/", "projector/", "embed"))}
+    assert (one.convert.to, one.optimizer.rate, two.optimizer.rate) == ("vamba", 1e-5, 5e-6)
+    for config in (one, two):
+        assert config.reduction.mode == "none" and config.distill.kl == 0
+        assert config.optimizer.warmup == pytest.approx(0.03 * config.steps, rel=0.01)
+
+
+@pytest.mark.slow
+def test_both_stages_of_the_embedded_model_by_one_command(tmp_path, monkeypatch, capsys):
+    """A few steps of each packaged config, one after the other, from the Transformer's config with random weights."""
+    from hybridvlm.models import nemotron_vl
+
+    monkeypatch.chdir(tmp_path)
+    config = load_model_config("tiny_transformer")
+    params = jax.jit(lambda key: nemotron_vl.init(config, key))(jax.random.key(0))
+    start = dataclasses.replace(micro_transformer(), config=config, params=params, name="tiny-transformer")
+    save_folder(tmp_path / "runs" / "tiny-transformer", start)
+    few = ["steps=2", "data.batch=1", "data.bank=8", "data.questions=3", "data.text=24", "optimizer.warmup=1"]
+    names = ["train_tiny_vamba_stage1", "train_tiny_vamba_stage2"]
+    assert main([*names, "--set", *few]) == 0, capsys.readouterr()
+    made = hv.load(tmp_path / "runs" / "tiny-vamba" / "export")
+    assert made.config.layers == config.count("*") == 16 and made.name == "tiny-vamba"
