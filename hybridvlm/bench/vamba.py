@@ -348,7 +348,12 @@ def train_program(where, config: ModelConfig, frames: int, args: argparse.Namesp
     shape = (videos, slices, config.tower.tokens_per_frame, config.width)
     batch = dataclasses.replace(batch, visual={"features": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)})
     compiled = aot.compile_for(
-        where, lambda *given: trainer.update(*given, None), state, fixed, batch, donate_argnums=(0,)
+        where,
+        lambda state, fixed, batch: trainer.update(state, fixed, batch, None),
+        state,
+        fixed,
+        batch,
+        donate_argnums=(0,),
     )
     held = _shard_bytes((state, fixed))
     return compiled, {

@@ -179,8 +179,10 @@ def video_stage(
     pieces = 1 if cut else -(-length // segment_tokens)
     size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
     if pieces == 1:
-        x, k, v, state = _piece(params, c, first, stop, x, segment, state, remat)
-        return (None if stop == c.layers else x), CrossMemory(k, v, segment), state
+        x, k, v, last = _piece(params, c, first, stop, x, segment, state, remat)
+        return (None if stop == c.layers else x), CrossMemory(k, v, segment), last
+    # rows that are cut are one piece
+    assert state is not None
     fill = pieces * size - length
     x, segment = jnp.pad(x, ((0, 0), (0, fill), (0, 0))), jnp.pad(segment, ((0, 0), (0, fill)))
 

@@ -87,4 +87,5 @@ def _split(rows: Mapping[str, np.ndarray], text: int) -> tuple[Batch[np.ndarray]
         video[:, i, : len(seen)] = segment[i, seen], frame[i, seen], seen, seen - first[seen]
         places.append(at)
     ids, own, reads, query = words
-    return Batch(ids, own, reads, query > 0, *video, rows["frame_count"]), places
+    owner, number, index, own_index = video
+    return Batch(ids, own, reads, query > 0, owner, number, index, own_index, rows["frame_count"]), places

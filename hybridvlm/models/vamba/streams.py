@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -115,7 +115,7 @@ def plan_options(
     """What `nn.vamba.prefill` is told of a plan; `config` is that of a device's part where several join their scores."""
     if plan is None:
         return {"segments": segments}
-    score_fn = methods.score_fn(plan, segments=segments)
+    score_fn: Callable[..., jax.Array] = methods.score_fn(plan, segments=segments)
     if isinstance(config, LocalConfig):
         score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
     return {"plan": _VideoRows(plan, segments), "score_fn": score_fn, "counts": counts, "segments": segments}
