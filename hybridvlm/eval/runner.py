@@ -178,8 +178,7 @@ class Runner:
         return {sample.id: self.planner(variant, self.buckets[sample.id])[1] for sample in self.available}
 
     def batches(self, samples: Sequence[Sample] | None = None) -> Iterator[tuple[Bucket, list[Sample]]]:
-        """Samples (default: all that can be asked) of one bucket, `batch_size` at a time, the longest videos first; of one video,
-        where its questions share a memory."""
+        """Samples (default: all) of one bucket, or of one video where its questions share a memory; the longest videos first."""
         asked = self.available if samples is None else samples
         for bucket in sorted({self.buckets[sample.id] for sample in asked}, reverse=True):
             own = [sample for sample in asked if self.buckets[sample.id] == bucket]

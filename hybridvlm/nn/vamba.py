@@ -172,20 +172,33 @@ def prefill(
         if stop < c.layers:
             # another stage begins after a drop alone
             assert plan is not None and score_fn is not None
-            video, keep = video.replace(x=x), plan.keep(stop, counts)
-            scored: tuple[AttentionAux | None, Tokens] = (_cut(aux, video.length), video)
-            # scores that only choose carry no gradient
-            scored = scored if straight_through is not None else jax.lax.stop_gradient(scored)
-            score = score_fn(stop - 1, *scored)
-            if straight_through is not None:
-                video = straight_through(video, score, keep)
-            video = compact_row(c, video, score, keep, plan.row_length(stop))
+            told = (_cut(aux, video.length), video.replace(x=x))
+            video = _drop(c, plan, stop, score_fn, *told, counts, straight_through)
             survivors.append((video.index, video.visual))
             kept.append(row_total(c, visual_counts(video, segments)))
     whole = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
     if text is not None:
         text = text.replace(x=rms_norm(text.x, params["norm_f"], c.norm_eps))
     return whole, text, tuple(caches)
+
+
+def _drop(
+    c: VambaConfig,
+    plan: DropPlan,
+    stop: int,
+    score_fn: ScoreFn,
+    aux: AttentionAux | None,
+    video: Tokens,
+    counts: jax.Array,
+    straight_through: StraightThrough | None,
+) -> Tokens:
+    """The video's tokens that enter layer `stop`, by the score after the layer before it."""
+    keep, scored = plan.keep(stop, counts), (aux, video)
+    # scores that only choose carry no gradient
+    score = score_fn(stop - 1, *(scored if straight_through is not None else jax.lax.stop_gradient(scored)))
+    if straight_through is not None:
+        video = straight_through(video, score, keep)
+    return compact_row(c, video, score, keep, plan.row_length(stop))
 
 
 def _check(drops: tuple[int, ...], score_fn: ScoreFn | None, state: Any, remat: str) -> None:

@@ -114,19 +114,8 @@ class Data:
     bad_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            batch=1,
-            segments=1,
-            frames=1,
-            sample_frames=0,
-            text=1,
-            answer=0,
-            questions=1,
-            bank=1,
-            threads=0,
-            prefetch=0,
-        )
+        least = dict.fromkeys(("batch", "segments", "frames", "text", "questions", "bank"), 1)
+        _check(self, **least, sample_frames=0, answer=0, threads=0, prefetch=0)
         _one_of(self, "source", ("needle", "jsonl", "tfds"))
         sample_indices(VideoInfo(8, 1.0, 8.0, 1, 1), 4, self.rule)  # refuses one that there is not
         if not 0 <= self.bad_share <= 1:
