@@ -30,6 +30,7 @@ _HOME = {
     "make_plan": "reduction.plan",
     "register_method": "reduction.methods",
     "init": "inference.model",
+    "init_vamba_from": "inference.model",
     "Model": "inference.model",
     "Answer": "inference.conversation",
     "Conversation": "inference.conversation",

@@ -73,6 +73,8 @@ TABLE: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "decoder/cross/q_bias": ("layer", "heads"),
     "decoder/cross/k_bias": ("layer", "heads"),
     "decoder/cross/v_bias": ("layer", "heads"),
+    "decoder/cross/q_norm": ("layer", None),
+    "decoder/cross/k_norm": ("layer", None),
     "decoder/cross/alpha": ("layer",),
     "decoder/mlp/norm": ("layer", None),
     "decoder/mlp/up_proj": ("layer", "share", "mlp"),
@@ -286,15 +288,7 @@ def prefill(
         raise ValueError(
             "sharding.prefill is for training and leaves no caches; a Model on a mesh does (Model.to_mesh)"
         )
-    mesh = full_mesh(mesh)
-    specs = rules.specs({"decoder": params}, mesh)
-    local = local_part(config, mesh, specs, rules)
-    parts = math.prod(mesh.shape[axis] for axis in local.batch_axes)
-    if tokens.x.shape[0] % parts:
-        raise ValueError(
-            f"sharding: {' x '.join(local.batch_axes)} = {parts} devices do not divide a batch of {tokens.x.shape[0]}; fill it up "
-            "with rows of padding (segment 0), or use a mesh with a smaller data axis"
-        )
+    mesh, specs, local = mesh_part(params, config, mesh, tokens.x.shape[0], rules)
     if score_fn is not None:
         score = score or (ScoreOptions() if plan is None else plan.score)
         score_fn = reduce_scores(score_fn, local, score, getattr(score_fn, "method", None))
@@ -318,11 +312,30 @@ def prefill(
         )
 
     # what is whole on every device is so by construction (sums over the axis); the checker cannot see into kernels
-    in_specs = (specs["decoder"], P(local.batch_axes, local.row_axis), P(local.batch_axes))
+    in_specs = (specs, P(local.batch_axes, local.row_axis), P(local.batch_axes))
     out = jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
         params, tokens, counts
     )
     return out if shards == 1 else _without_padding(out, plan, length)
+
+
+def mesh_part(
+    params: dict[str, Any], config: ModelConfig, mesh: Mesh, rows: int, rules: ShardingRules = DEFAULT_RULES
+) -> tuple[Mesh, Any, LocalConfig]:
+    """What a decoder over a mesh goes by: the mesh with all axes, the PartitionSpecs of its parameters, and a device's part.
+
+    ValueError for sizes that the mesh cannot cut, or a number of rows that its batch axes do not divide.
+    """
+    mesh = full_mesh(mesh)
+    specs = rules.specs({"decoder": params}, mesh)
+    local = local_part(config, mesh, specs, rules)
+    parts = math.prod(mesh.shape[axis] for axis in local.batch_axes)
+    if rows % parts:
+        raise ValueError(
+            f"sharding: {' x '.join(local.batch_axes)} = {parts} devices do not divide a batch of {rows}; fill it up "
+            "with rows of padding (segment 0), or use a mesh with a smaller data axis"
+        )
+    return mesh, specs["decoder"], local
 
 
 def _without_padding(out: DecoderOutput, plan: ReductionPlan | None, length: int) -> DecoderOutput:

@@ -1,10 +1,11 @@
 """VAMBA-7B and Qwen2-VL-7B at true size in bf16, by the compiler of a TPU or GPU that need not be there.
 
-Both are laid out as well as the other: weights stacked and scanned, the row walked in pieces of --piece tokens (Qwen2-VL by chunked
-prefill over its cache), logits for the last token in prefill and for the text alone in training, every layer
-rematerialised in training. So what differs is what the models need, and not how they were written. GB are 1e9 bytes, per device.
+In prefill both are laid out as well as the other: weights stacked and scanned, the row walked in pieces of --piece tokens (Qwen2-VL by
+chunked prefill over its cache), logits for the last token. A training step is `hybridvlm.train`'s own, of all devices, on a video
+each: float32 master weights, computed in bfloat16, every layer rematerialised, the tower frozen and its tokens given, the head
+frozen. GB are 1e9 bytes, per device. With --measure a small pair runs on the device at hand instead.
 
-weights (in training with AdamW's moments, all fp32 and sharded), caches, inputs and logits are counted from shapes; other_gb is
+weights (in training the parameters and AdamW's moments, in shards), caches, inputs and logits are counted from shapes; other_gb is
 what the compiler needs beyond them: activations, gradients in flight, buffers, copies. decoder_tflops are counted as in
 hybridvlm/reduction/cost.py, of all devices (a training step as three times its forward pass); tower_tflops is the vision
 tower, the same in both and in no other column but for --phases video, which goes from the video's pixels to logits in one program.
@@ -41,17 +42,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hybridvlm.bench vamba`."""
     add = parser.add_argument
     add("--target", default="v5p:2x2x1", help="what prefill is compiled for: one device of it (default: v5p:2x2x1)")
-    add("--train-target", default="v5p:2x2x2", help="a training step: all of its devices, fsdp (default: v5p:2x2x2)")
+    add("--train-target", default="v5p:2x2x2", help="what a training step is compiled for (default: v5p:2x2x2)")
+    add(
+        "--train-mesh",
+        default="fsdp=-1",
+        help="its mesh, of all devices, a video for each data x fsdp (default: fsdp=-1)",
+    )
     add("--frames", type=int, nargs="+", default=[256, 512, 1024], help="frames of the video (default: 256 512 1024)")
     add("--size", type=int, nargs=2, default=[364, 644], help="height and width of a frame (default: 364 644)")
     add("--text", type=int, default=128, help="text tokens of a prompt (default: 128)")
     add("--piece", type=int, default=4096, help="tokens that are walked at once (default: 4096)")
     add("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     add("--phases", nargs="+", choices=PHASES, default=["prefill", "train"])
+    add("--measure", action="store_true", help="run a small pair on the device at hand instead of compiling the 7B")
+    add(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[1024, 4096, 8192, 16384],
+        help="with --measure: visual tokens of a video",
+    )
+    add("--layers", type=int, default=8, help="with --measure: layers of the pair (default: 8)")
+    add("--width", type=int, default=512, help="with --measure: its width, a multiple of 256 (default: 512)")
+    add("--repeats", type=int, default=3, help="with --measure: interleaved rounds (default: 3)")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile, print, and return the rows."""
+    if args.measure:
+        from hybridvlm.bench import vamba_measure
+
+        return vamba_measure.run(args)
     if min(args.frames) < 2 or args.text < 1 or args.piece < 8:
         raise ValueError(
             f"--frames, --text, --piece must be at least 2, 1 and 8, got {args.frames}, {args.text}, {args.piece}"
@@ -84,7 +105,7 @@ def _row(args: argparse.Namespace, phase: str, model: str, frames: int) -> dict[
     cost = None
     if where.platform == "tpu":
         cost = program_cost(compiled.executable.as_text(), where.chip)
-    videos = len(where.devices) if phase == "train" else 1
+    videos = _videos(_train_mesh(where, args)) if phase == "train" else 1
     paper = PAPER["train" if phase == "train" else "prefill"][model].get(frames, (None, None))
     return {
         "phase": phase,
@@ -160,7 +181,7 @@ def shapes(config: ModelConfig, dtype: Any, tower: bool = False) -> dict[str, An
     )
 
 
-def vamba_states(params, config: VambaConfig, visual, ids, piece: int, **options):
+def vamba_states(params, config: VambaConfig, visual, ids, piece: int):
     """visual [B,M,D], ids [B,T] -> final text states [B,T,D], and what is left in memory."""
     import jax.numpy as jnp
 
@@ -169,7 +190,7 @@ def vamba_states(params, config: VambaConfig, visual, ids, piece: int, **options
 
     video = text_tokens(visual, jnp.ones(visual.shape[:2], jnp.int32))
     text = text_tokens(jnp.take(params["embed"], ids, axis=0), jnp.ones(ids.shape, jnp.int32))
-    memory, read, caches = vamba.prefill(params["decoder"], config, video, text, segment_tokens=piece, **options)
+    memory, read, caches = vamba.prefill(params["decoder"], config, video, text, segment_tokens=piece)
     assert read is not None  # as text was given
     return read.x, (memory, caches)
 
@@ -220,38 +241,6 @@ def qwen_prefill(params, config: ModelConfig, visual, ids, piece: int):
     end = length - (pieces - 1) * size
     x = rms_norm(last[-1], params["decoder"]["norm_f"], c.norm_eps)
     return x[:, max(0, end - ids.shape[1]) : end], cache
-
-
-def qwen_states(params, config: ModelConfig, visual, ids, piece: int, all_gather_params):
-    """Whole rows, for training: attention over the row, everything else in pieces, each layer rematerialised -> [B,T,D]."""
-    import jax
-    import jax.numpy as jnp
-
-    from hybridvlm.nn.attention import attention_layer
-    from hybridvlm.nn.mlp import mlp_layer
-    from hybridvlm.ops.norms import rms_norm
-
-    c = config
-    x = jnp.concatenate([visual, jnp.take(params["embed"], ids, axis=0)], axis=1)
-    b, length, width = x.shape
-    pieces = -(-length // piece)
-    size = 8 * -(-length // (8 * pieces))
-    x = jnp.pad(x, ((0, 0), (0, pieces * size - length), (0, 0)))
-    row_index = jnp.broadcast_to(jnp.arange(pieces * size, dtype=jnp.int32), (b, pieces * size))
-    segment = (row_index < length).astype(jnp.int32)
-    policy = jax.checkpoint_policies.nothing_saveable
-
-    def layer(x, p):
-        p = all_gather_params(p)
-        x, _, _ = attention_layer(p["attention"], c, x, segment, position=row_index)
-        parts = x.reshape(b, pieces, size, width).swapaxes(0, 1)
-        parts = jax.lax.map(jax.checkpoint(lambda part: mlp_layer(p["mlp"], c, part), policy=policy), parts)
-        return parts.swapaxes(0, 1).reshape(x.shape), None
-
-    stacks = {name: params["decoder"][name] for name in ("attention", "mlp")}
-    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy), x, stacks)
-    x = x[:, length - ids.shape[1] : length]
-    return rms_norm(x, params["decoder"]["norm_f"], c.norm_eps), None
 
 
 # -- what is compiled ---------------------------------------------------------------------------------------------------
@@ -313,76 +302,70 @@ def _prefill(where, config: ModelConfig, args: argparse.Namespace, params: Any, 
     return compiled, parts
 
 
-def train_program(where, config: ModelConfig, frames: int, args: argparse.Namespace):
-    """A step of AdamW on every device's own video: fp32 parameters and moments in shards, each layer gathered in bf16 as it is used.
+def _train_mesh(where, args: argparse.Namespace):
+    from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
 
-    Next-token loss on the text. The tower is frozen, as in VAMBA's recipe, and its visual tokens are inputs. `logits` is what the
-    text's fp32 logits of one video take; they are among the compiler's temporaries, and taken out of `other`.
+    return make_mesh(**mesh_sizes(args.train_mesh), devices=where.devices)
+
+
+def _videos(mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def train_program(where, config: ModelConfig, frames: int, args: argparse.Namespace):
+    """`hybridvlm.train`'s own step on every device's own video: (Compiled, bytes by name).
+
+    `logits` is what the text's fp32 logits of one video take; they are among the compiler's temporaries, and taken out of `other`.
     """
     import jax
     import jax.numpy as jnp
-    import optax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
     from hybridvlm import aot
-    from hybridvlm.models.weights import FLOAT32
+    from hybridvlm.inference.model import Model
+    from hybridvlm.models.family import family_for
+    from hybridvlm.train.measure import random_row, step_settings
+    from hybridvlm.train.step import Trainer
 
-    devices = len(where.devices)
-    mesh = where.mesh(fsdp=devices)
-    walk: Callable[..., tuple[Any, Any]] = vamba_states if isinstance(config, VambaConfig) else qwen_states
-    params = shapes(config, jnp.float32)
-    optimizer = optax.adamw(5e-6, weight_decay=0.01)
-
-    def axis(path, a) -> int:
-        """The longest axis of an array that the devices divide, counted from the end; 0 for none. Layers are never parted."""
-        layers = int(len(path) > 2)  # decoder/mlp/up_proj is a stack, decoder/norm_f is not
-        able = [n for n in range(layers, a.ndim) if a.shape[n] % devices == 0]
-        return max(able, key=lambda n: a.shape[n]) - a.ndim if able else 0
-
-    axes = jax.tree_util.tree_map_with_path(axis, params)
-
-    def spec(a, axis: int) -> P:
-        return P(*("fsdp" if axis and n == a.ndim + axis else None for n in range(a.ndim)))
-
-    def gather(path, a, axis: int):
-        a = a if path[-1].key in FLOAT32 else a.astype(jnp.bfloat16)
-        return jax.lax.all_gather(a, "fsdp", axis=a.ndim + axis, tiled=True) if axis else a
-
-    def fetch(p):
-        known = {name: {leaf: axes["decoder"][name][leaf] for leaf in part} for name, part in p.items()}
-        return jax.tree_util.tree_map_with_path(gather, p, known)
-
-    def loss(params, visual, ids):
-        tops = {name: a for name, a in params.items() if name != "decoder"}
-        tops = jax.tree_util.tree_map_with_path(gather, tops, {name: axes[name] for name in tops})
-        decoder = params["decoder"] | {
-            "norm_f": gather((jax.tree_util.DictKey("norm_f"),), params["decoder"]["norm_f"], axes["decoder"]["norm_f"])
-        }
-        x, _ = walk(tops | {"decoder": decoder}, config, visual, ids, args.piece, all_gather_params=fetch)
-        logits = jnp.matmul(x[:, :-1], tops["lm_head"], preferred_element_type=jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean() / devices
-
-    def step(params, moments, visual, ids):
-        value, gradient = jax.value_and_grad(loss)(params, visual, ids)
-        # gathered arrays give their gradients back in shards, already summed; the few whole ones are summed here
-        gradient = jax.tree.map(lambda g, axis: g if axis else jax.lax.psum(g, "fsdp"), gradient, axes)
-        updates, moments = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), moments, jax.lax.psum(value, "fsdp")
-
-    moments = jax.eval_shape(optimizer.init, params)
-    specs = jax.tree.map(spec, params, axes)
-    # the moments are trees like the parameters, but for the counter
-    moment_specs = jax.tree.map(
-        lambda part: P() if getattr(part, "ndim", None) == 0 else specs,
-        moments,
-        is_leaf=lambda t: isinstance(t, dict) or getattr(t, "ndim", None) == 0,
+    mesh, answer = _train_mesh(where, args), args.text - 1
+    videos, slices = _videos(mesh), _slices(config, frames)
+    settings = step_settings(
+        frames=slices,
+        text=args.text,
+        rows=videos,
+        answer=answer,
+        remat="layer",
+        dtype="bfloat16",
+        frozen=("^lm_head$",),
     )
-    inputs = _inputs(config, frames, args.text, devices)
-    specs_in = (specs, moment_specs, P("fsdp"), P("fsdp"))
-    run_step = jax.shard_map(step, mesh=mesh, in_specs=specs_in, out_specs=(*specs_in[:2], P()), check_vma=False)
-    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs_in, is_leaf=lambda s: isinstance(s, P))
-    compiled = aot.compile_for(where, run_step, params, moments, *inputs, in_shardings=shardings, donate_argnums=(0, 1))
-    logits = 4 * (args.text - 1) * config.vocab_size
-    state = _bytes((params, moments)) // devices
-    return compiled, {"weights": state, "caches": 0, "inputs": _bytes(inputs) // devices, "logits": logits}
+    params = shapes(config, jnp.float32)
+    trainer = Trainer(settings, Model(config, params, family=family_for(config)), mesh)
+    state, fixed = trainer.start_shapes(params)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    row = random_row(config, slices, args.text, 1, answer, features=False)
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((videos, *a.shape[1:]), a.dtype, sharding=rows), row)
+    shape = (videos, slices, config.tower.tokens_per_frame, config.width)
+    batch = dataclasses.replace(batch, visual={"features": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)})
+    compiled = aot.compile_for(
+        where,
+        lambda state, fixed, batch: trainer.update(state, fixed, batch, None),
+        state,
+        fixed,
+        batch,
+        donate_argnums=(0,),
+    )
+    held = _shard_bytes((state, fixed))
+    return compiled, {
+        "weights": held,
+        "caches": 0,
+        "inputs": _shard_bytes(batch),
+        "logits": 4 * answer * config.vocab_size,
+    }
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes of what one device holds of arrays that lie by their shardings."""
+    import jax
+
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from hybridvlm.config import VambaConfig
 from hybridvlm.estimates.memory import Memory, memory
 from hybridvlm.estimates.result import Estimate, estimate_on
 from hybridvlm.estimates.workload import MeshSizes, Workload, local_part
@@ -42,8 +41,6 @@ def candidates(work: Workload, devices: int) -> Iterator[MeshSizes]:
     for size in (n for n in range(1, devices + 1) if devices % n == 0):
         for tensor in (n for n in range(size, 0, -1) if size % n == 0):
             mesh = MeshSizes(data=devices // size, sequence=size // tensor, tensor=tensor)
-            if mesh.sequence > 1 and isinstance(work.config, VambaConfig):
-                continue
             try:
                 local_part(work.config, mesh)
             except ValueError:

@@ -73,8 +73,6 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
     """What one device of a mesh needs. ValueError for a mesh that the model cannot be cut over."""
     config, item, rows = work.config, work.itemsize, local_batch(work, mesh)
     vamba = isinstance(config, VambaConfig)
-    if vamba and mesh.sequence * mesh.fsdp > 1:
-        raise ValueError(f"{config.name}: VAMBA is cut over the data and tensor axes alone, got mesh {mesh}")
     part = config.mixer if vamba else local_part(config, mesh)
     lengths = [-(-work.plan.row_length(layer) // mesh.sequence) for layer in range(work.plan.layers)]
     caches, states = _caches(work, part, lengths, mesh)
@@ -111,7 +109,7 @@ def _caches(work: Workload, part: ModelConfig, lengths: list[int], mesh: MeshSiz
     """(bytes of keys and values, of states) of one prompt on one device."""
     item, counted = work.itemsize, work.plan.cost
     if isinstance(work.config, VambaConfig):
-        return -(-counted.kv_bytes // mesh.tensor), -(-counted.state_bytes // mesh.tensor)
+        return -(-counted.kv_bytes // (mesh.tensor * mesh.sequence)), -(-counted.state_bytes // mesh.tensor)
     slots = [length + work.max_new for length in lengths]
     return flops.kv_bytes(part, slots, item), flops.state_bytes(part, item)
 

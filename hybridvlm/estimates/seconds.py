@@ -93,9 +93,16 @@ def _prefill_sent(work: Workload, mesh: MeshSizes, shared: int = 0) -> float:
         sent += 2 * _part(mesh.tensor) * sum(lengths) / mesh.sequence * rows * width * item
     if mesh.sequence > 1:
         part = local_part(config, mesh)
-        keys = sum(plan.row_length(i) for i in layers if pattern[i] == ATTENTION)
-        sent += _part(mesh.sequence) * rows * keys * 2 * part.kv_heads * part.head_dim * item
-        states = 4 * part.mamba_width * part.ssm_state * pattern[shared:].count(MAMBA)
+        mixers = pattern[shared:].count(MAMBA)
+        if isinstance(config, VambaConfig):
+            # the text's rows over each stretch of the video are joined by their log-sum-exp, in float32; no key is sent
+            mixers = plan.layers - 1
+            joined = plan.layers * work.text * part.attention_heads * (part.head_dim + 1) * 4
+            sent += 2 * _part(mesh.sequence) * rows * joined
+        else:
+            keys = sum(plan.row_length(i) for i in layers if pattern[i] == ATTENTION)
+            sent += _part(mesh.sequence) * rows * keys * 2 * part.kv_heads * part.head_dim * item
+        states = 4 * part.mamba_width * part.ssm_state * mixers
         sent += rows * states * (1 + math.ceil(math.log2(mesh.sequence)))
         dropped = sum(plan.row_length(i + 1) for i in plan.drops if shared - 1 <= i < plan.layers - 1)
         sent += _part(mesh.sequence) * rows * dropped * width * item

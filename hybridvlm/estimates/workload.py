@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from hybridvlm.config import ModelConfig, Reduction, VambaConfig
+from hybridvlm.config import ModelConfig, Reduction
 from hybridvlm.models.family import family_for
 from hybridvlm.models.weights import FLOAT32, flatten
 from hybridvlm.parallel.layout import local_config, permute_for_tp
@@ -120,16 +120,15 @@ class Workload:
             ValueError: the budget cannot be met; the message says what the method can do.
         """
         from hybridvlm.reduction.plan import make_plan
-        from hybridvlm.reduction.vamba import VambaReading
+        from hybridvlm.reduction.vamba import counted
 
         family, c = family_for(self.config), self.config
         if self.reduction is not None and self.reduction.method != "none" and self.frames:
             plan = family.make_plan(c, self.reduction, self.groups, self.text, self.itemsize)
             assert plan is not None  # of frames and a method there is one
             return plan
-        counted = VambaReading(c, self.text) if isinstance(c, VambaConfig) else c
         sizes = {"visual_tokens": self.visual_tokens, "text_tokens": self.text, "frames": self.groups}
-        return make_plan(Reduction(), counted, **sizes, itemsize=self.itemsize)
+        return make_plan(Reduction(), counted(c, self.text), **sizes, itemsize=self.itemsize)
 
     def dense(self) -> Workload:
         """The same without a reduction."""

@@ -295,10 +295,12 @@ class Runner:
                 bar.update()
 
     def _calls(self, variant: Variant, bucket: Bucket, read: Sequence[Sample]) -> list[Call]:
-        """How a batch is answered: under a plan by the question, those about one video go on from its memory."""
+        """How a batch is answered: under a plan by the question, those about one video go on from its memory; of a model whose video
+        is a stream of its own, under any plan that has one."""
         _, plan = self.planner(variant, bucket)
-        serves = plan is not None and plan.depends_on_query and self.model.family.memory_serves(plan)
-        if self.task.blind or not serves:
+        family = self.model.family
+        shared = family.split_rows is not None or (plan is not None and plan.depends_on_query)
+        if self.task.blind or not shared or not family.memory_serves(plan):
             return whole(read, self.batch_size)
         parts = 1 if self.model.mesh is None else row_parts(self.model.mesh)
         own = {s.id: self._shared[s.id] for s in self.available if self.buckets[s.id] == bucket}
@@ -310,11 +312,13 @@ class Runner:
         visual = np.stack([self._seen[sample.id] for sample in call.videos])
         return jax.block_until_ready(self.model.build_video_memory(batch, visual, plan))
 
-    def _memory(self, variant: Variant, bucket: Bucket, call: Call, plan: ReductionPlan) -> tuple[Any, float]:
+    def _memory(self, variant: Variant, bucket: Bucket, call: Call, plan: ReductionPlan | None) -> tuple[Any, float]:
         """(the memory of a call's videos, the seconds that it took for one of them, when it was made)."""
         parts = tuple(self._shared[sample.id] for sample in call.videos)
-        key = (plan.prefix_key, plan.row_length(0), parts)
-        warm = (plan.prefix_key, plan.row_length(0), len(parts))
+        # without a question in it the memory depends on all of the plan
+        by_question = plan is not None and plan.depends_on_query
+        made_of = (plan.prefix_key, plan.row_length(0)) if plan is not None and by_question else (plan, bucket)
+        key, warm = (*made_of, parts), (*made_of, len(parts))
 
         def make() -> Any:
             if warm not in self._memory_seconds:
@@ -389,9 +393,10 @@ class Runner:
         batch, plan = self._batch(variant, bucket, call.rows)
         seconds, length = 0.0, 0
         if call.videos:
-            assert plan is not None
             visual, seconds = self._memory(variant, bucket, call, plan)
-            length = self.model.buckets.pick("text", rest_length(batch))
+            # of two streams the text is whole in every prompt
+            whole_text = self.model.family.split_rows is not None
+            length = bucket.text if whole_text else self.model.buckets.pick("text", rest_length(batch))
         else:
             batch = self._put(batch)
         ask = functools.partial(self.model.generate, batch, visual, plan, think_tokens=self.asking.think_tokens)

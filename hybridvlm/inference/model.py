@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from hybridvlm.inference.programs import ModelPrograms
 from hybridvlm.inference.sampling import Sampling
 from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
+from hybridvlm.models.vamba import convert
 from hybridvlm.parallel.mesh import full_mesh
+from hybridvlm.sharding import sharding_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -189,6 +192,36 @@ def init(config: Any, seed: int = 0, *, tokenizer: Any = None, buckets: Buckets 
     family = family_for(config)
     params = family.init(config, jax.random.key(seed))
     return Model(config, params, tokenizer, buckets=buckets, style=family.style_for(config), family=family)
+
+
+def init_vamba_from(
+    model: Model, seed: int = 0, *, ssm_state: int = 128, mamba_head_dim: int = 64, expand: int = 2
+) -> Model:
+    """A VAMBA (arXiv 2503.11579) out of a Transformer such as Qwen2-VL, to be trained: `hybridvlm/train/README.md`.
+
+    Its cross-attention is a copy of the self-attention, each with half the weight; its Mamba-2 blocks are random.
+
+    Args:
+        model: the Transformer; its arrays are shared, not copied.
+        seed: of what is random.
+        ssm_state: N of the Mamba-2 blocks.
+        mamba_head_dim: width of their heads.
+        expand: their inner width, in widths of the model.
+
+    Raises:
+        ValueError: for a model that is no Transformer, has parts that VAMBA has no place for, or is cut over a mesh.
+    """
+    if model.mesh is not None:
+        raise ValueError("init_vamba_from: the model is cut over a mesh; make the VAMBA first, then `to_mesh`")
+    config = convert.vamba_config(model.config, ssm_state=ssm_state, mamba_head_dim=mamba_head_dim, expand=expand)
+    held = getattr(model.params["embed"], "sharding", None)
+    where = None
+    if isinstance(held, jax.sharding.NamedSharding) and isinstance(held.mesh, jax.sharding.Mesh):
+        where = functools.partial(sharding_of, held.mesh)
+    params = convert.vamba_params(model.params, model.config, config, jax.random.key(seed), where)
+    family = family_for(config)
+    style = family.style_for(config)
+    return Model(config, params, model.tokenizer, buckets=model.buckets, style=style, family=family)
 
 
 def load(

@@ -41,7 +41,10 @@ class Family(Protocol):
         embed_prompt: (params, config, batch, visual) -> the Tokens that enter layer 0 of a dense pass; None for a family
             without a row of video and text.
         MESH_AXES: axes of a mesh that may have more than one device.
-        decoder_output: rows of training and analyses through the decoder; None where the family has none of one stream.
+        decoder_output: rows of training and analyses through the decoder.
+        split_rows: (rows, text) -> (batch, label, question) of training rows, for a family whose video and text are two streams;
+            None where a row is both.
+        BOUNDS: parameter path -> (least, most): an interval that every step of training holds it in.
     """
 
     # as properties, which say that they are only read: a module's own value may then be of a narrower type
@@ -62,7 +65,11 @@ class Family(Protocol):
     @property
     def embed_prompt(self) -> Callable[..., Tokens] | None: ...
     @property
-    def decoder_output(self) -> Callable[..., Any] | None: ...
+    def decoder_output(self) -> Callable[..., Any]: ...
+    @property
+    def split_rows(self) -> Callable[..., tuple[Any, Any, Any]] | None: ...
+    @property
+    def BOUNDS(self) -> Mapping[str, tuple[float, float]]: ...
 
     # -- its form on disk
 

@@ -207,7 +207,7 @@ def extend_cache(
         index_q = jnp.broadcast_to(cache.length - t + jnp.arange(t, dtype=jnp.int32), segment.shape)
         own = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=index_q, kv_index=index)
         out, lse = _merge(own, *_past(q, segment, cache, recent=False))
-    return join_keys(c, out, lse), cache
+    return join_keys(c, out, lse)[0], cache
 
 
 def attention_extend(
@@ -254,7 +254,7 @@ def attention_rest(
     real = segment > 0
     aux = AttentionAux(q=q, q_mask=real, q_segment=segment, q_index=index_q - start, k=keys, lse=merge_lse(c, lse))
     here = -(-decode_capacity // sequence_shards(c))
-    return _output(p, c, x, join_keys(c, out, lse)), attention_cache(keys, values, slots, here), aux
+    return _output(p, c, x, join_keys(c, out, lse)[0]), attention_cache(keys, values, slots, here), aux
 
 
 def attention_shared(

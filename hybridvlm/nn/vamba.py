@@ -24,24 +24,26 @@ from flax import linen as nn
 from hybridvlm.config import VambaConfig
 from hybridvlm.nn.attention import AttentionStack, gather_queries
 from hybridvlm.nn.caches import AttentionCache, MambaCache
-from hybridvlm.nn.decoder import DropPlan, ScoreFn, visual_counts
+from hybridvlm.nn.decoder import DropPlan, ScoreFn, StraightThrough, visual_counts
 from hybridvlm.nn.mamba2 import MambaStack
 from hybridvlm.nn.mlp import MlpStack
+from hybridvlm.nn.scan import REMAT
 from hybridvlm.nn.vamba_layers import (
     SEGMENT_TOKENS,
     CrossMemory,
     CrossStack,
-    Fetch,
     Params,
-    _here,
-    _text_stage,
     start_state,
+    text_stage,
     video_stage,
 )
-from hybridvlm.ops.compact import compact
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.parallel.sequence import compact_row, row_total
+
+# Tokens.extra [B,T] of the text: the segment of the video that a token reads, where that is not its own
+READS = "video_segment"
 
 
 @jax.tree_util.register_dataclass
@@ -81,15 +83,6 @@ class VambaDecoder(nn.Module):
         return {name: getattr(self, name)() for name in names} | {"norm_f": self.norm_f}
 
 
-# -- the video stream ---------------------------------------------------------------------------------------------------
-
-
-# -- the text stream ----------------------------------------------------------------------------------------------------
-
-
-# -- both ---------------------------------------------------------------------------------------------------------------
-
-
 def _stages(c: VambaConfig, plan: DropPlan | None) -> list[tuple[int, int]]:
     """(first layer, one past the last) of every run of layers that see the same video tokens."""
     edges = [0, *(layer + 1 for layer in (plan.drops if plan is not None else ())), c.layers]
@@ -119,40 +112,49 @@ def prefill(
     query_capacity: int | None = None,
     counts: jax.Array | None = None,
     segment_tokens: int = SEGMENT_TOKENS,
-    all_gather_params: Fetch = _here,
+    remat: str = "layer",
+    straight_through: StraightThrough | None = None,
 ) -> tuple[VideoMemory, Tokens | None, tuple[AttentionCache, ...]]:
     """Walk the video, and the text next to it, through all layers: (memory, text after the final norm, its caches).
 
-    plan, score_fn: after which layers video tokens drop, by score_fn(layer, aux, video) -> [B,M]; without `text` aux is None, and
-    the memory serves any question. state: what a piece of the video before this one left (VideoMemory.state), for dense videos.
-    query_capacity: most question rows of an example (default: the text's length). counts [B,S]: visual tokens that each example
-    came with, when some were dropped before. fetch: see Fetch; for parameters that lie in shards.
-    ValueError for a plan without score_fn, or one that drops after a carried state.
+    Args:
+        params: the stacks of `VambaDecoder.stacks`.
+        c: of the model, or of a device's part; where that cuts rows, `video` is a stretch of them and text is whole.
+        video: the visual tokens, x [B,M,D].
+        text: x [B,T,D]; `extra[READS]` says whose video a token reads where that is not its own segment's. None: the memory
+            serves any question.
+        plan: after which layers video tokens drop; its rows are of the video alone.
+        score_fn: (layer, aux, video) -> [B,M], ranks them; without `text` aux is None.
+        state: what a piece of the video before this one left (VideoMemory.state), for dense videos.
+        decode_capacity: empty cache slots for tokens to come.
+        segments: videos packed in a row.
+        query_capacity: most question rows of an example (default: the text's length).
+        counts: [B,S], visual tokens that each example came with, when some were dropped before (default: those here).
+        segment_tokens: most video tokens that all layers take at once.
+        remat: what the backward pass finds kept of a layer, a name of `nn.scan.REMAT`.
+        straight_through: as of `nn.decoder.prefill`.
+
+    Raises:
+        ValueError: for a plan without score_fn, one that drops after a carried state, or an unknown remat.
     """
     drops = plan.drops if plan is not None else ()
-    if drops and score_fn is None:
-        raise ValueError("score_fn: a plan that drops needs it, got None")
-    if drops and state is not None:
-        raise ValueError(
-            "state: a video under a plan that drops is encoded whole, since its tokens compete; got a state"
-        )
-    counts = visual_counts(video, segments) if counts is None else counts
-    question = None
-    if drops and text is not None:
-        question = gather_queries(text.query, min(query_capacity or text.length, text.length))
-    memories, states, caches, survivors = [], [], [], []
-    kept = [visual_counts(video, segments)]
+    _check(drops, score_fn, state, remat)
+    given = row_total(c, visual_counts(video, segments))
+    counts = given if counts is None else counts
+    question, reads = None, None
+    if text is not None:
+        reads = text.extra.get(READS, text.segment)
+        if drops:
+            question = gather_queries(text.query, min(query_capacity or text.length, text.length))
+    memories, states, caches, survivors, kept = [], [], [], [], [given]
     for at, (first, stop) in enumerate(_stages(c, plan)):
         before = None if state is None else state[at]
-        x, memory, after = video_stage(
-            params, c, first, stop, video.x, video.segment, before, segment_tokens, all_gather_params
-        )
+        x, memory, after = video_stage(params, c, first, stop, video.x, video.segment, before, segment_tokens, remat)
         memories.append(memory)
         states.append(after)
         aux = None
         if text is not None:
-            wanted = question if stop < c.layers else None
-            x_text, cache, aux = _text_stage(
+            x_text, cache, aux = text_stage(
                 params,
                 c,
                 first,
@@ -161,21 +163,53 @@ def prefill(
                 text.position,
                 memory,
                 decode_capacity=decode_capacity,
-                question=wanted,
-                all_gather_params=all_gather_params,
+                reads=reads,
+                question=question if stop < c.layers else None,
+                remat=remat,
             )
             text = text.replace(x=x_text)
             caches.append(cache)
         if stop < c.layers:
-            assert plan is not None and score_fn is not None  # another stage begins after a drop alone
-            score = score_fn(stop - 1, _cut(aux, video.length), video.replace(x=x))
-            video = compact(video.replace(x=x), score, plan.keep(stop, counts), plan.row_length(stop))
+            # another stage begins after a drop alone
+            assert plan is not None and score_fn is not None
+            told = (_cut(aux, video.length), video.replace(x=x))
+            video = _drop(c, plan, stop, score_fn, *told, counts, straight_through)
             survivors.append((video.index, video.visual))
-            kept.append(visual_counts(video, segments))
+            kept.append(row_total(c, visual_counts(video, segments)))
     whole = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)
     if text is not None:
         text = text.replace(x=rms_norm(text.x, params["norm_f"], c.norm_eps))
     return whole, text, tuple(caches)
+
+
+def _drop(
+    c: VambaConfig,
+    plan: DropPlan,
+    stop: int,
+    score_fn: ScoreFn,
+    aux: AttentionAux | None,
+    video: Tokens,
+    counts: jax.Array,
+    straight_through: StraightThrough | None,
+) -> Tokens:
+    """The video's tokens that enter layer `stop`, by the score after the layer before it."""
+    keep, scored = plan.keep(stop, counts), (aux, video)
+    # scores that only choose carry no gradient
+    score = score_fn(stop - 1, *(scored if straight_through is not None else jax.lax.stop_gradient(scored)))
+    if straight_through is not None:
+        video = straight_through(video, score, keep)
+    return compact_row(c, video, score, keep, plan.row_length(stop))
+
+
+def _check(drops: tuple[int, ...], score_fn: ScoreFn | None, state: Any, remat: str) -> None:
+    if drops and score_fn is None:
+        raise ValueError("score_fn: a plan that drops needs it, got None")
+    if drops and state is not None:
+        raise ValueError(
+            "state: a video under a plan that drops is encoded whole, since its tokens compete; got a state"
+        )
+    if remat not in REMAT:
+        raise ValueError(f"remat: expected one of {sorted(REMAT)}, got {remat!r}")
 
 
 def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
@@ -184,14 +218,13 @@ def _cut(aux: AttentionAux | None, length: int) -> AttentionAux | None:
 
 
 def prefill_text(
-    params: Params, c: VambaConfig, text: Tokens, memory: VideoMemory, *, decode_capacity: int = 0
+    params: Params, c: VambaConfig, text: Tokens, memory: VideoMemory, *, decode_capacity: int = 0, remat: str = "layer"
 ) -> tuple[Tokens, tuple[AttentionCache, ...]]:
     """Prompts over a memory that is there: text x [B*Q,T,D] with Q questions on each of B videos -> (text, caches)."""
     caches, first, x = [], 0, text.x
+    options: dict[str, Any] = {"decode_capacity": decode_capacity, "reads": text.extra.get(READS), "remat": remat}
     for stage in memory.stages:
-        x, cache, _ = _text_stage(
-            params, c, first, x, text.segment, text.position, stage, decode_capacity=decode_capacity
-        )
+        x, cache, _ = text_stage(params, c, first, x, text.segment, text.position, stage, **options)
         caches.append(cache)
         first += stage.k.shape[0]
     return text.replace(x=rms_norm(x, params["norm_f"], c.norm_eps)), tuple(caches)
@@ -210,7 +243,7 @@ def extend(
     position = held + jnp.arange(x.shape[1], dtype=jnp.int32)
     out, first = [], 0
     for stage, past in zip(memory.stages, caches, strict=True):
-        x, cache, _ = _text_stage(params, c, first, x, segment, position, stage, past=past)
+        x, cache, _ = text_stage(params, c, first, x, segment, position, stage, past=past)
         out.append(cache)
         first += stage.k.shape[0]
     return rms_norm(x, params["norm_f"], c.norm_eps), tuple(out)

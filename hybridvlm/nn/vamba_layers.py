@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,24 @@ from hybridvlm.config import VambaConfig
 from hybridvlm.nn.attention import extend_cache
 from hybridvlm.nn.caches import AttentionCache, MambaCache, attention_cache
 from hybridvlm.nn.mamba2 import mamba_layer
-from hybridvlm.nn.projections import join_heads, project_heads, swiglu
+from hybridvlm.nn.mlp import mlp_layer
+from hybridvlm.nn.projections import join_heads, project_heads
+from hybridvlm.nn.scan import REMAT
 from hybridvlm.ops.attention import attention
 from hybridvlm.ops.attention.api import attend_unmasked
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.norms import rms_norm
-from hybridvlm.parallel.tensor import own_channels, psum_tensor
+from hybridvlm.parallel.sequence import join_keys, row_is_cut, whole_rows
+from hybridvlm.parallel.tensor import all_gather_params, own_channels, psum_tensor
 
 Params = dict[str, Any]
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
-
-Fetch = Callable[
-    [Params], Params
-]  # what is done to one layer's parameters before they are used, such as gathering shards
-
-
-SEGMENT_TOKENS = 4096  # most video tokens that all layers take at once: enough to keep the matrix products busy
-
-
-_EVERY_KEY = jnp.iinfo(jnp.int32).max  # the position of a query row that stands after all keys
+# most video tokens that all layers take at once: enough to keep the matrix products busy
+SEGMENT_TOKENS = 4096
+# the position of a query row that stands after all keys; a shard's first position is added to it
+_EVERY_KEY = jnp.iinfo(jnp.int32).max // 2
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +50,8 @@ class CrossMemory:
 
 class CrossStack(nn.Module):
     """The cross-attention of all layers, stacked: q_proj [n,D,H*P] · k_proj, v_proj [n,D,K*P] · o_proj [n,H*P,D] · q_bias, k_bias,
-    v_bias · with alpha_balancing alpha [n], the weight of self-attention against cross-attention."""
+    v_bias (with attention_bias) · q_norm, k_norm [n,P] (with qk_norm) · with alpha_balancing alpha [n], the weight of
+    self-attention against cross-attention."""
 
     config: VambaConfig
 
@@ -67,10 +66,14 @@ class CrossStack(nn.Module):
             "k_proj": self.param("k_proj", dense, (n, c.width, kv_width)),
             "v_proj": self.param("v_proj", dense, (n, c.width, kv_width)),
             "o_proj": self.param("o_proj", dense, (n, q_width, c.width)),
-            "q_bias": self.param("q_bias", zeros, (n, q_width)),
-            "k_bias": self.param("k_bias", zeros, (n, kv_width)),
-            "v_bias": self.param("v_bias", zeros, (n, kv_width)),
         }
+        if c.attention_bias:
+            p["q_bias"] = self.param("q_bias", zeros, (n, q_width))
+            p["k_bias"] = self.param("k_bias", zeros, (n, kv_width))
+            p["v_bias"] = self.param("v_bias", zeros, (n, kv_width))
+        if c.qk_norm:
+            p["q_norm"] = self.param("q_norm", nn.initializers.ones, (n, c.head_dim))
+            p["k_norm"] = self.param("k_norm", nn.initializers.ones, (n, c.head_dim))
         if c.alpha_balancing:
             p["alpha"] = self.param("alpha", nn.initializers.constant(0.5), (n,))
         return p
@@ -102,12 +105,14 @@ def start_state(c: VambaConfig, layers: int, batch: int, dtype: Any) -> MambaCac
     )
 
 
-def _here(params: Params) -> Params:
-    return params
-
-
 def _some(params: Params, names: tuple[str, ...]) -> Params:
     return {name: a for name, a in params.items() if name in names}
+
+
+def _rematerialised(body: FunctionT, remat: str) -> FunctionT:
+    """The body of a scan, of whose inside the backward pass finds kept what `remat`, a name of `REMAT`, says."""
+    policy = REMAT[remat]
+    return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)  # type: ignore[return-value]
 
 
 def _piece(
@@ -117,31 +122,34 @@ def _piece(
     stop: int,
     x: jax.Array,
     segment: jax.Array,
-    state: MambaCache,
-    all_gather_params: Fetch = _here,
+    state: MambaCache | None,
+    remat: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array, MambaCache]:
-    """Layers first..stop-1 over one piece of the video: x [B,S,D] -> x, k and v [n,B,S,K*P], state."""
+    """Layers first..stop-1 over one piece of the video: x [B,S,D] -> x, k and v [n,B,S,K*P], state.
+
+    state None: x is a device's stretch of rows that are cut, and what comes in is asked of the stretches before.
+    """
 
     def layer(x, parts):
         number, p, cache = parts
-        p = all_gather_params(p)
-        k, v = cross_keys(p["cross"], c, x)
+        k, v = cross_keys(all_gather_params(c, "cross", p["cross"], x.dtype), c, x)
 
         def mix(x, cache):
-            x, cache, _ = mamba_layer(p["mamba"], c.mixer, x, segment, cache)
+            own = all_gather_params(c, "mamba", p["mamba"], x.dtype)
+            x, cache, _ = mamba_layer(own, c.mixer, x, segment, cache)
             return x, cache
 
+        def skip(x, cache):
+            return x, jax.tree.map(lambda a: a[0], start_state(c, 1, x.shape[0], x.dtype)) if cache is None else cache
+
         # the stacks go into the scan whole: a slice without the last layer would be a copy of all the others
-        mixed = (
-            mix if stop < c.layers else lambda *now: jax.lax.cond(number < c.layers - 1, mix, lambda *now: now, *now)
-        )
+        mixed = mix if stop < c.layers else lambda *now: jax.lax.cond(number < c.layers - 1, mix, skip, *now)
         x, cache = mixed(x, cache)
         return x, (k, v, cache)
 
-    cross = _some(params["cross"], ("k_proj", "k_bias", "v_proj", "v_bias"))
+    cross = _some(params["cross"], ("k_proj", "k_bias", "k_norm", "v_proj", "v_bias"))
     stacks = layers_of({"cross": cross, "mamba": params["mamba"]}, first, stop)
-    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
-    x, (k, v, state) = jax.lax.scan(body, x, (jnp.arange(first, stop), stacks, state))
+    x, (k, v, state) = jax.lax.scan(_rematerialised(layer, remat), x, (jnp.arange(first, stop), stacks, state))
     return x, k, v, state
 
 
@@ -154,35 +162,41 @@ def video_stage(
     segment: jax.Array,
     state: MambaCache | None = None,
     segment_tokens: int = SEGMENT_TOKENS,
-    all_gather_params: Fetch = _here,
+    remat: str = "layer",
 ) -> tuple[jax.Array | None, CrossMemory, MambaCache]:
     """Layers first..stop-1 over a whole row of video tokens, piece by piece.
 
-    x [B,M,D], segment [B,M]. Returns x [B,M,D] after these layers (None after the last layer of all, where nothing reads it), the
-    memory of n = stop - first layers (its rows are M filled up to whole pieces), and the states.
+    x [B,M,D], segment [B,M]; where rows are cut over devices a stretch of them, which is one piece. Returns x [B,M,D] after these
+    layers (None after the last layer of all, where nothing reads it), the memory of n = stop - first layers (its rows are M filled
+    up to whole pieces), and the states. ValueError for a state where rows are cut: such a video is encoded whole.
     """
     b, length, width = x.shape
-    if state is None:
+    cut = row_is_cut(c)
+    if cut and state is not None:
+        raise ValueError("state: rows that are cut over devices are encoded whole; use a mesh of sequence=1")
+    if state is None and not cut:
         state = start_state(c, stop - first, b, x.dtype)
-    pieces = -(-length // segment_tokens)
+    pieces = 1 if cut else -(-length // segment_tokens)
     size = length if pieces == 1 else 8 * -(-length // (8 * pieces))
     if pieces == 1:
-        x, k, v, state = _piece(params, c, first, stop, x, segment, state, all_gather_params)
-        return (None if stop == c.layers else x), CrossMemory(k, v, segment), state
+        x, k, v, last = _piece(params, c, first, stop, x, segment, state, remat)
+        return (None if stop == c.layers else x), CrossMemory(k, v, segment), last
+    # rows that are cut are one piece
+    assert state is not None
     fill = pieces * size - length
     x, segment = jnp.pad(x, ((0, 0), (0, fill), (0, 0))), jnp.pad(segment, ((0, 0), (0, fill)))
 
     def walk(carry, part):
         k, v, state, at = carry
         piece, piece_segment = part
-        piece, *new, state = _piece(params, c, first, stop, piece, piece_segment, state, all_gather_params)
+        piece, *new, state = _piece(params, c, first, stop, piece, piece_segment, state, remat)
         k, v = (jax.lax.dynamic_update_slice_in_dim(a, n, at, axis=2) for a, n in zip((k, v), new, strict=True))
         return (k, v, state, at + size), (None if stop == c.layers else piece)
 
-    decode_capacity = jnp.zeros((stop - first, b, pieces * size, c.kv_heads * c.head_dim), x.dtype)
+    empty = jnp.zeros((stop - first, b, pieces * size, c.kv_heads * c.head_dim), x.dtype)
     parts = x.reshape(b, pieces, size, width).swapaxes(0, 1), segment.reshape(b, pieces, size).swapaxes(0, 1)
-    body = jax.checkpoint(walk, policy=jax.checkpoint_policies.nothing_saveable)
-    (k, v, last, _), out = jax.lax.scan(body, (decode_capacity, decode_capacity, state, jnp.int32(0)), parts)
+    start = (empty, empty, state, jnp.int32(0))
+    (k, v, last, _), out = jax.lax.scan(_rematerialised(walk, remat), start, parts)
     if out is not None:
         out = out.swapaxes(0, 1).reshape(b, pieces * size, width)[:, :length]
     return out, CrossMemory(k, v, segment), last
@@ -206,8 +220,9 @@ def cross_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Every text token over every video token of its segment, without positions or order: h [B*Q,T,D], k and v [B,M,K*P].
 
-    Q questions on each video read its keys where they lie. Returns what is to be added to the residual [B*Q,T,D], the rows' q
-    [B*Q,T,H,P] and their log-sum-exp [B*Q,H,T].
+    segment [B*Q,T]: that of the video which a token reads. Q questions on each video read its keys where they lie, and where these
+    are cut over devices each device reads its own. Returns what is to be added to the residual [B*Q,T,D], the rows' q
+    [B*Q,T,H,P] and their log-sum-exp over the whole video [B*Q,H,T].
     """
     (q,) = project_heads(p, c, h, names="q", rope=False)
     rows, t, heads, width = q.shape
@@ -220,6 +235,7 @@ def cross_attention(
         out, lse = attend_unmasked(
             folded, k, v, q_segment=segment.reshape(b, -1), kv_segment=video_segment, causal=False
         )
+        out, lse = join_keys(c, out, lse)
         lse = lse.reshape(b, heads, rows // b, t).swapaxes(1, 2).reshape(rows, heads, t)
     return _join(p, c, out.reshape(rows, t, heads, width)), q, lse
 
@@ -233,11 +249,13 @@ def text_layer(
     memory: CrossMemory,
     past: AttentionCache | None = None,
     decode_capacity: int = 0,
+    reads: jax.Array | None = None,
 ) -> tuple[jax.Array, AttentionCache, tuple[jax.Array, jax.Array]]:
     """One layer of the text stream: p of one layer, x [B,T,D], segment and position [B,T], memory of this layer (k, v [B,M,K*P]).
 
-    past: the self-attention's cache that x comes after, with slots for it; None: x is the whole prompt, and
-    `decode_capacity` slots are left after it. Returns x, the cache, and q [B,T,H,P] with log-sum-exp [B,H,T] of the cross-attention.
+    past: the self-attention's cache that x comes after, with slots for it; None: x is the whole prompt, and `decode_capacity` slots
+    are left after it. reads [B,T]: the segment of the video that each token reads (default: its own). Returns x, the cache, and
+    q [B,T,H,P] with log-sum-exp [B,H,T] of the cross-attention.
     """
     h = rms_norm(x, p["attention"]["norm"], c.norm_eps)
     q, k, v = project_heads(p["attention"], c, h, position)
@@ -245,14 +263,14 @@ def text_layer(
         own, _ = attention(q, k, v, q_segment=segment, kv_segment=segment)
         cache = attention_cache(k, v, segment, decode_capacity)
     else:
-        own, cache = extend_cache(c, q, k, v, segment, past)
-    seen, q, lse = cross_attention(p["cross"], c, h, segment, memory.k, memory.v, memory.segment)
+        own, cache = extend_cache(whole_rows(c), q, k, v, segment, past)
+    reads = segment if reads is None else reads
+    seen, q, lse = cross_attention(p["cross"], c, h, reads, memory.k, memory.v, memory.segment)
     x = blend(c, p["cross"], x, _join(p["attention"], c, own), seen, lse[:, 0] > EMPTY_LSE / 2)
-    x = x + psum_tensor(c, swiglu(p["mlp"], rms_norm(x, p["mlp"]["norm"], c.norm_eps))).astype(x.dtype)
-    return x, cache, (q, lse)
+    return mlp_layer(p["mlp"], c, x), cache, (q, lse)
 
 
-def _text_stage(
+def text_stage(
     params: Params,
     c: VambaConfig,
     first: int,
@@ -262,22 +280,25 @@ def _text_stage(
     memory: CrossMemory,
     past: AttentionCache | None = None,
     decode_capacity: int = 0,
+    reads: jax.Array | None = None,
     question: tuple[jax.Array, jax.Array] | None = None,
-    all_gather_params: Fetch = _here,
-):
+    remat: str = "layer",
+) -> tuple[jax.Array, AttentionCache, AttentionAux | None]:
     """The layers that share `memory`, from `first` on: x, their caches (stacked), the last layer's AttentionAux.
 
-    question: (index [B,R], mask [B,R]) of the rows that come back in the aux; None: no aux.
+    Arguments as of `text_layer`; where rows are cut over devices, text is whole on each. question: (index [B,R], mask [B,R]) of
+    the rows that come back in the aux; None: no aux.
     """
     stop = first + memory.k.shape[0]
-    cross = _some(params["cross"], ("q_proj", "q_bias", "o_proj", "alpha"))
+    cross = _some(params["cross"], ("q_proj", "q_bias", "q_norm", "o_proj", "alpha"))
     stacks = layers_of({"attention": params["attention"], "cross": cross, "mlp": params["mlp"]}, first, stop)
+    reads = segment if reads is None else reads
 
     def layer(x, parts):
         p, k, v, past = parts
-        x, cache, (q, lse) = text_layer(
-            all_gather_params(p), c, x, segment, position, CrossMemory(k, v, memory.segment), past, decode_capacity
-        )
+        p = {kind: all_gather_params(c, kind, own, x.dtype) for kind, own in p.items()}
+        own_memory = CrossMemory(k, v, memory.segment)
+        x, cache, (q, lse) = text_layer(p, c, x, segment, position, own_memory, past, decode_capacity, reads)
         queries = None
         if question is not None:
             index = question[0]
@@ -287,15 +308,14 @@ def _text_stage(
             )
         return x, (cache, queries)
 
-    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
-    x, (caches, queries) = jax.lax.scan(body, x, (stacks, memory.k, memory.v, past))
+    x, (caches, queries) = jax.lax.scan(_rematerialised(layer, remat), x, (stacks, memory.k, memory.v, past))
     if question is None:
         return x, caches, None
     index, mask = question
     aux = AttentionAux(
         q=queries[0][-1],
         q_mask=mask,
-        q_segment=jnp.where(mask, jnp.take_along_axis(segment, index, axis=1), 0),
+        q_segment=jnp.where(mask, jnp.take_along_axis(reads, index, axis=1), 0),
         q_index=jnp.full_like(index, _EVERY_KEY),
         k=memory.k[-1].reshape(*memory.segment.shape, c.kv_heads, c.head_dim),
         lse=queries[1][-1],

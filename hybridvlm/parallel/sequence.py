@@ -19,7 +19,8 @@ Gradients go the same ways back: a gather's is a reduce-scatter. Everything here
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+import dataclasses
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from hybridvlm.ops.compact import compact, compact_indices, gather_rows
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
+
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 
 def row_is_cut(c: ModelConfig) -> TypeGuard[LocalConfig]:
@@ -44,6 +47,11 @@ def sequence_shards(c: ModelConfig) -> int:
 def shard_length(c: ModelConfig, length: int, shards: int) -> int:
     """Tokens of each of `shards` stretches of a row: at least the taps of the convolution, which so reach back one stretch only."""
     return max(-(-length // shards), c.conv_kernel - 1)
+
+
+def whole_rows(c: ConfigT) -> ConfigT:
+    """The same part of a model for rows that every shard has whole, such as VAMBA's text."""
+    return dataclasses.replace(c, row_axis="", shards=1) if row_is_cut(c) else c  # type: ignore[return-value]
 
 
 def row_total(c: ModelConfig, part: jax.Array) -> jax.Array:
@@ -125,14 +133,16 @@ def write_rows(c: ModelConfig, old: jax.Array, new: jax.Array, at: jax.Array) ->
     return jnp.where(mine.reshape(mine.shape + (1,) * (old.ndim - 2)), taken, old)
 
 
-def join_keys(c: ModelConfig, out: jax.Array, lse: jax.Array) -> jax.Array:
+def join_keys(c: ModelConfig, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention over each shard's keys, out [B,T,H,P] with log-sum-exp [B,H,T], as if it had been over all of them."""
     if not row_is_cut(c):
-        return out
-    share = jnp.exp(lse - jax.lax.pmax(lse, c.row_axis))
+        return out, lse
+    # JAX has no derivative of pmax, and none is needed: neither result depends on what is taken out of the sums
+    largest = jax.lax.pmax(jax.lax.stop_gradient(lse), c.row_axis)
+    share = jnp.exp(lse - largest)
     weighted = out.astype(jnp.float32) * share.swapaxes(1, 2)[..., None]
     total, parts = jax.lax.psum((share, weighted), c.row_axis)
-    return (parts / total.swapaxes(1, 2)[..., None]).astype(out.dtype)
+    return (parts / total.swapaxes(1, 2)[..., None]).astype(out.dtype), largest + jnp.log(total)
 
 
 def halo(c: LocalConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:

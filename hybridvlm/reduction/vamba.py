@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from hybridvlm.config import ATTENTION, VambaConfig, VisionConfig
+from hybridvlm.config import ATTENTION, ModelConfig, VambaConfig, VisionConfig
 from hybridvlm.reduction import cost as flops
 
 
@@ -69,3 +69,8 @@ class VambaReading:
         """What the next piece of the video starts from, in the layers that run."""
         whole = flops.state_bytes(self.config.mixer, itemsize)
         return whole * (self.config.layers - 1) // self.config.layers
+
+
+def counted(config: ModelConfig, text_tokens: int) -> flops.Counted:
+    """What a plan counts of a config, with rows of `text_tokens` text tokens: itself, but for VAMBA."""
+    return VambaReading(config, text_tokens) if isinstance(config, VambaConfig) else config

@@ -16,6 +16,7 @@ _HOME = {
     **dict.fromkeys(
         (
             "Checkpointing",
+            "Convert",
             "Data",
             "Distill",
             "Export",

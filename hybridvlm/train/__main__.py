@@ -1,4 +1,4 @@
-"""`python -m hybridvlm.train CONFIG [--set key=value ...]`: finetune a model under reduction."""
+"""`python -m hybridvlm.train CONFIG ... [--set key=value ...]`: finetune a model under reduction."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ examples:
       the same at 12.5%
   python -m hybridvlm.eval --model runs/tiny-reduced/export --split val --methods str
       what came out of it
+
+Several configs run one after the other, each read when the one before is done, so that it may begin from its result:
+  python -m hybridvlm.train train_tiny_vamba_stage1 train_tiny_vamba_stage2
 
 A run goes on where it stopped when it is started again with the same config; a folder of another config is refused.
 
@@ -57,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "config",
+        "configs",
+        nargs="+",
+        metavar="CONFIG",
         help="a .json, .yaml or .py file with the fields below (a .py file is run as a program), "
         "or the name of a config that comes with the package",
     )
@@ -68,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="change fields of the config, such as data.text=16 optimizer.rate=1e-4",
+        help="change fields of the config (of each), such as data.text=16 optimizer.rate=1e-4",
     )
     add_distributed(parser)
     add_compilation_cache(parser)
@@ -85,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_compiled(args.compilation_cache)
         distributed.initialize(mode=args.distributed)
         with distributed.together(but=(loop.Stopped,)):
-            config = config_files.read(args.config, args.changes)
-            run = loop.Run(config, say=lambda text: print(text, flush=True))
-            started = True
-            loop.guarded(run)
+            for name in args.configs:
+                config = config_files.read(name, args.changes)
+                run = loop.Run(config, say=lambda text: print(text, flush=True))
+                started = True
+                loop.guarded(run)
     except loop.Stopped as stop:
         print(stop, flush=True)
         return stop.code

@@ -73,7 +73,9 @@ class Data:
         frames: frames that a row holds.
         sample_frames: most frames of a sample (0: frames).
         text: text tokens that a row holds, answers included; with packing `segments` of them stay free.
-        answer: most answer tokens of a sample (0: text).
+        answer: most answer tokens of a question (0: text).
+        questions: most questions on one video that share it in a row, each with its own text; for models whose video and text are two
+            streams. Of jsonl, lines that follow each other and name the same video; of needle, so many are drawn.
         features: pixels (through the vision tower in every step) or cached (made once by the frozen tower).
         cache: folder of cached features of files.
         bank: cached image tiles per border colour of needle.
@@ -98,6 +100,7 @@ class Data:
     sample_frames: int = 0
     text: int = 8
     answer: int = 0
+    questions: int = 1
     features: str = "pixels"
     cache: str = ""
     bank: int = 4000
@@ -111,7 +114,8 @@ class Data:
     bad_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _check(self, batch=1, segments=1, frames=1, sample_frames=0, text=1, answer=0, bank=1, threads=0, prefetch=0)
+        least = dict.fromkeys(("batch", "segments", "frames", "text", "questions", "bank"), 1)
+        _check(self, **least, sample_frames=0, answer=0, threads=0, prefetch=0)
         _one_of(self, "source", ("needle", "jsonl", "tfds"))
         sample_indices(VideoInfo(8, 1.0, 8.0, 1, 1), 4, self.rule)  # refuses one that there is not
         if not 0 <= self.bad_share <= 1:
@@ -166,7 +170,8 @@ class Distill:
     """What the dense model teaches.
 
     Attributes:
-        teacher: whose dense pass the answers are compared with: start (the frozen start weights) or self (the same weights).
+        teacher: whose dense pass the answers are compared with: start (the frozen start weights), self (the same weights), or what
+            `hybridvlm.load` takes: another model of the same tokens and frames, such as the Transformer that a VAMBA starts from.
         kl: weight of KL(teacher || student) on answer tokens.
         temperature: of both distributions in the KL.
         scores: weight, in dense steps, of the loss by which Mamba layers' c.b learn to rank as the next attention layer does
@@ -188,7 +193,8 @@ class Distill:
 
     def __post_init__(self) -> None:
         _check(self, kl=0, scores=0, teach=0, every=0, videos=1, questions=1)
-        _one_of(self, "teacher", ("start", "self"))
+        if not self.teacher:
+            raise ValueError("Distill.teacher must be 'start', 'self' or the name of a model, got ''")
         if not self.temperature > 0:
             raise ValueError(f"Distill.temperature must be positive, got {self.temperature}")
 
@@ -346,11 +352,33 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """What the model is made into before it is trained; new parameters are drawn by `seed`.
+
+    Attributes:
+        to: vamba: a VAMBA, of a Transformer (`hybridvlm.init_vamba_from`); "": it stays what it is.
+        ssm_state: N of the new Mamba-2 blocks.
+        mamba_head_dim: width of their heads.
+        expand: their inner width, in widths of the model.
+    """
+
+    to: str = ""
+    ssm_state: int = 128
+    mamba_head_dim: int = 64
+    expand: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, ssm_state=1, mamba_head_dim=1, expand=1)
+        _one_of(self, "to", ("", "vamba"))
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run.
 
     Attributes:
         model: what `hybridvlm.load` takes.
+        convert: what it is made into first.
         output: the run's folder.
         steps: optimizer steps.
         seed: of the data's order, LoRA's start and random budgets.
@@ -368,6 +396,7 @@ class TrainConfig:
     """
 
     model: str = "tiny"
+    convert: Convert = Convert()
     output: str = "runs/train"
     steps: int = 100
     seed: int = 0

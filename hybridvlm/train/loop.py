@@ -22,11 +22,12 @@ from hybridvlm.config import Buckets, Reduction
 from hybridvlm.errors import reason
 from hybridvlm.estimates import Workload, refuse_training
 from hybridvlm.files import FolderBusy, folder_lock
-from hybridvlm.inference.model import Model, from_checkpoint
+from hybridvlm.inference.model import Model, from_checkpoint, init_vamba_from
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.cost import decoder_flops
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.vamba import counted
 from hybridvlm.storage import is_url
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.train import lora as adapters
@@ -38,7 +39,7 @@ from hybridvlm.train.optimizer import split
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
 from hybridvlm.train.sources import Source, check_needle, make_source
-from hybridvlm.train.step import FrozenParams, State, Trainer, check_family
+from hybridvlm.train.step import FrozenParams, State, Trainer, check_streams
 
 # exit codes of a run that saved and left because it was told to: by SIGTERM, by SIGINT
 STOPPED, INTERRUPTED = distributed.TERMINATED, 130
@@ -93,11 +94,15 @@ class Run:
         self.config, self.folder, self.say = config, pathlib.Path(config.output), say
         check_installed(config.logging)
         self.mesh = self._mesh()
-        self.model = model = from_checkpoint(read_checkpoint(config.model, mesh=self.mesh)) if model is None else model
+        model = from_checkpoint(read_checkpoint(config.model, mesh=self.mesh)) if model is None else model
+        if config.convert.to:
+            sizes = {name: value for name, value in dataclasses.asdict(config.convert).items() if name != "to"}
+            model = init_vamba_from(model, config.seed, **sizes)
+        self.model, self.teacher = model, self._teacher(model)
         check_tokenizer(model)
         if config.data.allow_special_tokens:
             allow_special_tokens(model.tokenizer)
-        check_family(model.family)
+        check_streams(config, model)
         for reduction in (*reductions(config.reduction), config.export.reduction):
             _taken(model, reduction)
         d = config.data
@@ -110,7 +115,7 @@ class Run:
         ]
         if any(plan is not None and plan.pool_factors != (1, 1, 1) for plan in self.plans):
             raise ValueError("training under avgpool is not supported; train dense, or under a method that drops")
-        self.trainer = Trainer(config, self.model, self.mesh)
+        self.trainer = Trainer(config, self.model, self.mesh, self.teacher)
         if d.batch % jax.process_count():
             raise ValueError(f"Data.batch {d.batch} is not a multiple of the {jax.process_count()} processes")
         self.trainer.check(model.params)
@@ -123,6 +128,26 @@ class Run:
         self.log: Log
         self.told_to_stop, self.interrupted = threading.Event(), False
         self._claim(write=False)
+
+    def _teacher(self, model: Model) -> Model | None:
+        """The model that Distill.teacher names, where that is another one. ValueError for one that reads other tokens or frames."""
+        c, name = self.config, self.config.distill.teacher
+        if not c.distill.kl or name in ("start", "self"):
+            return None
+        teacher = from_checkpoint(read_checkpoint(name, mesh=self.mesh))
+        ours, theirs = model.config, teacher.config
+        for what, own, other in (
+            ("vocabulary", ours.vocab_size, theirs.vocab_size),
+            ("vision tower", ours.vision, theirs.vision),
+        ):
+            if own != other:
+                raise ValueError(
+                    f"Distill.teacher {name!r} has another {what} than {model.name!r} ({other} instead of {own}); a teacher reads "
+                    "the same rows, such as the Transformer that the model was made from"
+                )
+        if c.data.questions > 1:
+            raise ValueError("Data.questions > 1 with another model as Distill.teacher: it takes one question a row")
+        return teacher
 
     def _check_memory(self) -> None:
         """DoesNotFit, before anything is compiled, for steps that the devices have no memory for."""
@@ -185,7 +210,8 @@ class Run:
 
     def batch(self, arrays: dict[str, np.ndarray], shared: bool) -> Any:
         """One step's arrays, on the devices."""
-        batch = arrays if shared else train_batch(arrays, self.model.family)
+        teacher = None if self.teacher is None else self.teacher.family
+        batch = arrays if shared else train_batch(arrays, self.model.family, self.shape, teacher)
         if self.mesh is None:
             return batch
         rows = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
@@ -193,7 +219,8 @@ class Run:
 
     def step_work(self, plan: StepPlan) -> tuple[int, float]:
         """(tokens that a step is given, predicted operations: three times the forward pass, and a dense teacher's once)."""
-        c, t, shape = self.model.config, self.config.distill, self.shape
+        t, shape = self.config.distill, self.shape
+        c = counted(self.model.config, shape.text)
         rows, layers = self.config.data.batch, len(c.pattern)
         if plan == TEACH and t.questions > 1:
             video, text = shape.frames * shape.per_frame, shape.text

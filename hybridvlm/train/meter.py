@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridvlm.console import LogProgress, duration
 from hybridvlm.reduction import PlanMismatch, ReductionPlan
+from hybridvlm.reduction.vamba import counted
 from hybridvlm.train.log import memory_bytes
 
 # In the place of a plan: a dense step that teaches.
@@ -62,7 +63,7 @@ class Meter:
         }
         record |= {name: float(m[name]) / (answers if name == "kl" else 1) for name in ("kl", "scores") if name in m}
         if isinstance(plan, type(None)) or plan == TEACH:
-            record["retention"] = [1.0] * len(run.model.config.pattern)
+            record["retention"] = [1.0] * len(counted(run.model.config, run.shape.text).pattern)
         else:
             share = m["kept"] / max(float(m["given"]), 1.0)
             entering = np.searchsorted(np.asarray(plan.drops), np.arange(plan.layers), side="left")

@@ -109,7 +109,9 @@ def row_dataset(
 def _pack(stream: grain.IterDataset, shape: Shape, bins: int) -> grain.IterDataset:
     """First-fit packing by Grain; the fields that samples have are only known from a sample."""
     first = next(iter(stream))
-    lengths = {name: shape.length for name in ("ids", "frame", "label", "question", "position") if name in first}
+    lengths = {
+        name: shape.length for name in ("ids", "frame", "label", "question", "position", "part") if name in first
+    }
     lengths |= {name: shape.frames for name in first if name.startswith("visual")}
     stream = grain.experimental.FirstFitPackIterDataset(
         stream,

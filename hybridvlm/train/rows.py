@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from hybridvlm.inference.model import Model
+from hybridvlm.models.family import Family
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import ArrayT, Batch, user_message
+from hybridvlm.models.qwen_vl.model import QwenBatch
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import person
 
@@ -46,12 +48,14 @@ class Shape:
 @dataclasses.dataclass(frozen=True)
 class TrainBatch(Generic[ArrayT]):
     """Rows as arrays: the prompt's Batch; label [B,L] int32, 1 + the token that comes next where that is an answer's, else 0;
-    question [B,L] bool; visual: what visual tokens are made of (`features.visual`)."""
+    question [B,L] bool; visual: what visual tokens are made of (`features.visual`). Of a family with two streams L is the text's
+    T. teacher: the same rows as a teacher of another family takes them, None where there is none."""
 
-    batch: Batch[ArrayT]
+    batch: Any
     label: ArrayT
     question: ArrayT
     visual: dict[str, ArrayT]
+    teacher: TrainBatch[ArrayT] | None = None
 
 
 def example(
@@ -77,6 +81,16 @@ def example(
     return arrange(layout.ids, layout.frame, said, getattr(layout, "position", None))
 
 
+def sharing(samples: Sequence[Example]) -> Example:
+    """Several samples of one video as one: its visual tokens once, and the text of each as a `part` [n] of its own, from 0."""
+    parts = []
+    for number, row in enumerate(samples):
+        stays = np.ones(len(row["ids"]), bool) if not number else row["frame"] < 0
+        row = {name: row[name][stays] for name in ("ids", "frame", "label", "question", "position") if name in row}
+        parts.append(row | {"part": np.full(len(row["ids"]), number, np.int32)})
+    return {name: np.concatenate([row[name] for row in parts]) for name in parts[0]}
+
+
 def arrange(ids: np.ndarray, frame: np.ndarray, said: np.ndarray, position: np.ndarray | None = None) -> Example:
     """Arrays of a prompt (ids [n], frame [n]) and the answer's ids after it."""
     n, m = len(ids), len(said)
@@ -98,7 +112,8 @@ def arrange(ids: np.ndarray, frame: np.ndarray, said: np.ndarray, position: np.n
 
 def check(row: Example, shape: Shape, answer: int, frames: int, name: str) -> None:
     """TooLong, with the sample's name and sizes, where it does not fit."""
-    text, said = int((row["frame"] < 0).sum()), int((row["label"] > 0).sum())
+    text, label = int((row["frame"] < 0).sum()), row["label"] > 0
+    said = int(np.bincount(row["part"][label]).max()) if "part" in row else int(label.sum())
     for what, got, most in (
         ("text tokens (Data.text)", text, shape.own_text),
         ("frames (Data.frames)", frames, shape.frames),
@@ -120,7 +135,7 @@ def single(row: Example, shape: Shape) -> Example:
     visual = {name: a for name, a in row.items() if name.startswith("visual")}
     out = {name: pad(a, shape.frames) for name, a in visual.items()}
     n = len(row["ids"])
-    for name in ("ids", "label", "question", "position"):
+    for name in ("ids", "label", "question", "position", "part"):
         if name in row:
             out[name] = pad(row[name], shape.length)
     out["frame"] = pad(row["frame"], shape.length, -1)
@@ -131,7 +146,7 @@ def single(row: Example, shape: Shape) -> Example:
 
 def packed(row: Example, shape: Shape) -> Example:
     """What Grain packed, in the form of `single`: segments apart, frames counted on from one sample to the next."""
-    out: Example = {name: row[name] for name in ("ids", "label", "question", "position") if name in row}
+    out: Example = {name: row[name] for name in ("ids", "label", "question", "position", "part") if name in row}
     segment = row["ids_segment_ids"].astype(np.int32)
     visual = [name for name in row if name.startswith("visual") and not name.endswith(("_segment_ids", "_positions"))]
     out |= {name: row[name] for name in visual}
@@ -144,9 +159,26 @@ def packed(row: Example, shape: Shape) -> Example:
     return out
 
 
-def train_batch(rows: Example, family: Any) -> TrainBatch[np.ndarray]:
-    """Batched arrays of `single` or `packed` rows as what a step takes."""
-    fields = (rows["ids"], rows["segment"], rows["frame"], rows["frame_count"])
-    batch = family.QwenBatch(*fields, position=rows["position"]) if "position" in rows else Batch(*fields)
+def train_batch(
+    rows: Example, family: Family, shape: Shape | None = None, teacher: Family | None = None
+) -> TrainBatch[np.ndarray]:
+    """Batched arrays of `single` or `packed` rows as what a step takes.
+
+    Args:
+        rows: the arrays.
+        family: whose step it is.
+        shape: of the rows; needed by a family whose video and text are two streams.
+        teacher: another family, whose model teaches.
+
+    Raises:
+        ValueError: shape is missing.
+    """
     visual = {name.removeprefix("visual_"): a for name, a in rows.items() if name.startswith("visual_")}
-    return TrainBatch(batch, rows["label"], rows["question"], visual)
+    taught = None if teacher is None else dataclasses.replace(train_batch(rows, teacher, shape), visual={})
+    if family.split_rows is not None:
+        if shape is None:
+            raise ValueError(f"train_batch: rows of family {family.NAME!r} need their shape, got None")
+        return TrainBatch(*family.split_rows(rows, shape.text), visual, taught)
+    fields = (rows["ids"], rows["segment"], rows["frame"], rows["frame_count"])
+    batch = QwenBatch(*fields, position=rows["position"]) if family.NAME == "qwen_vl" else Batch(*fields)
+    return TrainBatch(batch, rows["label"], rows["question"], visual, taught)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from hybridvlm.tiny.assets import import_tfds
 from hybridvlm.tokenizers.text import person
 from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.features import FeatureCache
-from hybridvlm.train.rows import Example, Shape, check, example, pad
+from hybridvlm.train.rows import Example, Shape, check, example, pad, sharing
 from hybridvlm.video import VideoError, shown_clip
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, the earlier ones first
@@ -73,7 +73,9 @@ def check_needle(config: TrainConfig, model: Model, shape: Shape, answer: int) -
         raise ValueError(f"a sample of needle has 2 to {needle.FRAMES} frames, got {frames}: set Data.sample_frames")
     _check_frames(config, model)
     clip, word = Clip(tuple(range(frames))), vocabulary.WORDS[vocabulary.CLASS]
-    check(example(model, clip, " ".join([word] * 4), word), shape, answer, frames, "every sample of needle")
+    row = example(model, clip, " ".join([word] * 4), word)
+    row = sharing([row] * d.questions) if d.questions > 1 else row
+    check(row, shape, answer, frames, "every sample of needle")
 
 
 def _check_frames(config: TrainConfig, model: Model) -> None:
@@ -122,8 +124,10 @@ class NeedleSource:
         return f"needle-{self.config.data.split}-{number}"
 
     def sample(self, number: int) -> Example:
-        visual, asked = self._draw(1, number, 1)
-        return self._row(asked, 0) | visual
+        questions = self.config.data.questions
+        visual, asked = self._draw(1, number, questions)
+        rows = [self._row(asked, at) for at in range(questions)]
+        return (sharing(rows) if questions > 1 else rows[0]) | visual
 
     def shared(self, number: int, questions: int) -> Example:
         """One video and many questions about it: the visual part, `prefix` [P] and `prefix_frame` [P] up to the last visual token,
@@ -182,11 +186,17 @@ class Files:
         self.cache = FeatureCache(config.data.cache, model) if config.data.features == "cached" else None
 
     def arrays(
-        self, seconds: tuple[float, ...], identity: str, talk: Talk, frames: Callable[[], np.ndarray]
+        self, seconds: tuple[float, ...], identity: str, talks: Sequence[Talk], frames: Callable[[], np.ndarray]
     ) -> Example:
-        """A sample of the frames at `seconds`: frames() gives them [F,h,w,3], where no cached features of `identity` stand in."""
-        *history, (question, answer) = talk.turns
-        row = example(self.model, Clip(seconds), question, answer, history, talk.system)
+        """A sample of the frames at `seconds`: frames() gives them [F,h,w,3], where no cached features of `identity` stand in.
+
+        talks: what is said about them; several share the video.
+        """
+        rows = []
+        for talk in talks:
+            *history, (question, answer) = talk.turns
+            rows.append(example(self.model, Clip(seconds), question, answer, history, talk.system))
+        row = sharing(rows) if self.config.data.questions > 1 else rows[0]
         patches = -(-len(seconds) // self.patch)
 
         def pixels() -> np.ndarray:
@@ -203,7 +213,8 @@ class JsonlSource(Files):
 
     Either may have a "system" text, which a conversation may also begin with ({"from": "system", "value"}): it becomes the system
     message. Paths are relative to the file. Every turn of a conversation is a sample of its own, with the earlier turns before it,
-    as it is when the model is asked. ValueError with the line for one that is not of this form; videos are only opened when read.
+    as it is when the model is asked; with Data.questions above 1, so many samples that follow each other share one video.
+    ValueError with the line for one that is not of this form; videos are only opened when read.
     """
 
     def __init__(self, config: TrainConfig, model: Model):
@@ -212,7 +223,7 @@ class JsonlSource(Files):
         if not path.is_file():
             raise FileNotFoundError(f"no training samples at {path}; give a JSONL file")
         self.folder = path.parent
-        self.samples: list[tuple[str, Talk]] = []
+        self.samples: list[tuple[str, list[Talk]]] = []
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for _, where, parse in json_rows(path):
             try:
@@ -220,9 +231,18 @@ class JsonlSource(Files):
                 self._fits(talk)
             except ValueError as error:  # what json and Unicode raise is one too
                 raise ValueError(f"{path}, {where}: {error}") from None
-            self.samples += [(video, Talk(talk.turns[: n + 1], talk.system)) for n in range(len(talk.turns))]
+            for n in range(len(talk.turns)):
+                self._add(video, Talk(talk.turns[: n + 1], talk.system))
         if not self.samples:
             raise ValueError(f"{path} holds no samples")
+
+    def _add(self, video: str, talk: Talk) -> None:
+        """Another sample, or another question of the last one."""
+        last = self.samples[-1] if self.samples else ("", [])
+        if last[0] == video and len(last[1]) < self.config.data.questions:
+            last[1].append(talk)
+        else:
+            self.samples.append((video, [talk]))
 
     def _fits(self, talk: Talk) -> None:
         """ValueError for texts that are longer than a row, whatever the video: most that do not fit are known before the start."""
@@ -251,7 +271,7 @@ class JsonlSource(Files):
         return self.samples[number][0]
 
     def sample(self, number: int) -> Example:
-        video, talk = self.samples[number]
+        video, talks = self.samples[number]
         path = self.folder / video
         look = functools.partial(
             shown_clip,
@@ -273,7 +293,7 @@ class JsonlSource(Files):
             assert found is not None  # asked for with its pixels
             return found
 
-        return self.arrays(clip.seconds, identity, talk, frames)
+        return self.arrays(clip.seconds, identity, talks, frames)
 
 
 def read_line(line: Any) -> tuple[str, Talk]:
@@ -355,7 +375,7 @@ class TfdsSource(Files):
             t.decode() if isinstance(t, bytes) else str(t) for t in (record["question"], record["answer"])
         )
         name = f"{self.name(number)}:{self.frames}"
-        return self.arrays(seconds, name, Talk(((question, answer),)), lambda: resize(shown, self.size))
+        return self.arrays(seconds, name, [Talk(((question, answer),))], lambda: resize(shown, self.size))
 
     def _record(self, number: int) -> Any:
         record = self.source[number]

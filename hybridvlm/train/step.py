@@ -17,7 +17,6 @@ import optax
 
 from hybridvlm import sharding
 from hybridvlm.inference.model import Model
-from hybridvlm.models.family import Family
 from hybridvlm.models.nemotron_vl.model import head
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.plan import ReductionPlan
@@ -61,12 +60,23 @@ class FrozenParams:
     table: jax.Array | None
 
 
-def check_family(family: Family) -> None:
-    """ValueError for a family that a step cannot run."""
-    if family.decoder_output is None:
+def check_streams(config: TrainConfig, model: Model) -> None:
+    """ValueError for what a model of one stream, or of two, cannot be trained with."""
+    d, t, name = config.data, config.distill, model.family.NAME
+    if model.family.split_rows is None:
+        if d.questions > 1:
+            raise ValueError(
+                f"Data.questions {d.questions}: video and text of family {name!r} are one row, which several questions cannot "
+                "share; set it to 1, or train a VAMBA"
+            )
+        return
+    if t.scores:
         raise ValueError(
-            f"family {family.NAME!r} cannot be trained: it has no decoder_output, a pass over video and text as one row; "
-            "train a nemotron_vl or qwen_vl model"
+            f"Distill.scores teaches Mamba layers that read the question, and family {name!r} has none; set it to 0"
+        )
+    if t.questions > 1:
+        raise ValueError(
+            f"Distill.questions is for models of one stream; family {name!r} shares a video by Data.questions"
         )
 
 
@@ -77,13 +87,20 @@ class Trainer:
         config: of the run.
         model: what is trained.
         mesh: the devices, None for one.
+        teacher: another model, whose dense pass teaches the answers; None where the config names none.
     """
 
-    def __init__(self, config: TrainConfig, model: Model, mesh: jax.sharding.Mesh | None = None):
-        self.config, self.model = config, model
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        mesh: jax.sharding.Mesh | None = None,
+        teacher: Model | None = None,
+    ):
+        self.config, self.model, self.teacher = config, model, teacher
         self.mesh = None if mesh is None else sharding.auto_mesh(mesh)
         self.family, self.dtype = model.family, jnp.dtype(config.dtype)
-        check_family(model.family)
+        check_streams(config, model)
         self.optimizer = optimizers.make(config.optimizer, config.steps, adapters.target)
         self.rate = optimizers.schedule(config.optimizer, config.steps)
         self.answer = config.data.answer or config.data.text
@@ -104,6 +121,21 @@ class Trainer:
 
     def start(self, params: Mapping[str, Any], table: jax.Array | None = None) -> tuple[State, FrozenParams]:
         """State and constants before the first step, of the model's parameters (on a mesh, if there is one, wherever they lie)."""
+        state, fixed = self._begin(params)
+        if self.mesh is not None and table is not None:
+            table = jax.device_put(np.asarray(table), sharding.sharding_of(self.mesh, "", table.shape))
+        return self._placed(state), dataclasses.replace(self._placed(fixed), table=table)
+
+    def start_shapes(self, params: Mapping[str, Any]) -> tuple[State, FrozenParams]:
+        """`start` of parameters that are shapes (`jax.ShapeDtypeStruct`): shapes with their shardings, for compiling ahead of time."""
+
+        def put(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return self._placed(jax.eval_shape(self._begin, params), put)
+
+    def _begin(self, params: Mapping[str, Any]) -> tuple[State, FrozenParams]:
+        """`start`, wherever the parameters lie."""
         c, flat = self.config, dict(flatten(params))
         cast = optimizers.cast(flat, self.dtype)
         if c.lora.rank:
@@ -113,23 +145,23 @@ class Trainer:
             frozen = {path: cast[path] for path in still}
             # copies: a step gives the memory of its arguments to its results, and these are the model's own
             train = {path: jnp.array(a, jnp.float32, copy=True) for path, a in train.items()}
-        separate = c.distill.kl and c.distill.teacher == "start" and not c.lora.rank
-        teacher = {path: jnp.array(cast[path], copy=True) for path in train} if separate else {}
+        teacher: Flat = {}
+        if self.teacher is not None:
+            teacher = optimizers.cast(dict(flatten(self.teacher.params)), self.dtype)
+        elif c.distill.kl and c.distill.teacher == "start" and not c.lora.rank:
+            teacher = {path: jnp.array(cast[path], copy=True) for path in train}
         ema = jax.tree.map(lambda a: jnp.array(a, copy=True), train) if c.optimizer.ema else {}
-        state = State(train, jax.jit(self.optimizer.init)(train), ema)
-        if self.mesh is not None and table is not None:
-            table = jax.device_put(np.asarray(table), sharding.sharding_of(self.mesh, "", table.shape))
-        return self._placed(state), FrozenParams(self._placed(frozen), self._placed(teacher), table)
+        return State(train, jax.jit(self.optimizer.init)(train), ema), FrozenParams(frozen, teacher, None)
 
-    def _placed(self, tree: Any) -> Any:
-        """A tree over parameters by path (the optimizer's state too), each array where the rules put the parameter."""
+    def _placed(self, tree: Any, put: Callable[..., Any] = jax.device_put) -> Any:
+        """A tree over parameters by path (the optimizer's state too), each array put where the rules have the parameter."""
         mesh = self.mesh
         if mesh is None:
             return tree
 
-        def with_sharding(path: tuple, leaf: jax.Array) -> jax.Array:
+        def with_sharding(path: tuple, leaf: Any) -> Any:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-            return jax.device_put(leaf, sharding.sharding_of(mesh, keys[-1] if keys else "", leaf.shape))
+            return put(leaf, sharding.sharding_of(mesh, keys[-1] if keys else "", leaf.shape))
 
         return jax.tree_util.tree_map_with_path(with_sharding, tree)
 
@@ -150,26 +182,44 @@ class Trainer:
         batch: TrainBatch,
         visual_tokens: jax.Array | None,
         plan: ReductionPlan | None,
+        model: Model | None = None,
         **options: Any,
     ):
+        model = model or self.model
         if self.mesh is not None:
             # columns that several devices need are written down for each here, so that their gradients come together in one weight
-            params = sharding.permute_for_tp(params, self.model.config, sharding.tensor_size(self.mesh))
+            params = sharding.permute_for_tp(params, model.config, sharding.tensor_size(self.mesh))
             options["mesh"] = self.mesh
         if self.config.remat != "none":
             options["remat"] = self.config.remat
         options["caches"] = False
         question, segments = batch.question, self.config.data.segments
-        assert self.family.decoder_output is not None  # `check_family`
-        return self.family.decoder_output(
-            params, self.model.config, batch.batch, visual_tokens, plan, question=question, segments=segments, **options
+        return model.family.decoder_output(
+            params, model.config, batch.batch, visual_tokens, plan, question=question, segments=segments, **options
         )
 
-    def answer_logits(self, params: Any, out: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    def answer_logits(
+        self, params: Any, out: Any, batch: TrainBatch, model: Model | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Logits [B,A,V] and the tokens [B,A] to be said."""
-        d = self.config.data  # a packed row holds the answers of all its samples, and all of them are text
-        x, target = answers(out.tokens, batch.label, min(self.answer * d.segments, d.text))
-        return head(params, self.model.config, x), target
+        d = self.config.data  # a row holds the answers of all its samples and questions, and all of them are text
+        x, target = answers(out.tokens, batch.label, min(self.answer * d.segments * d.questions, d.text))
+        return head(params, (model or self.model).config, x), target
+
+    def teacher_logits(
+        self, params: Any, fixed: FrozenParams, batch: TrainBatch, visual_tokens: jax.Array | None
+    ) -> jax.Array:
+        """Logits [B,A,V] of the teacher's dense pass, in the order of `answer_logits`."""
+        if self.teacher is not None:
+            assert batch.teacher is not None  # `loop.Run.batch` makes it
+            teacher, taught = unflatten(fixed.teacher), batch.teacher
+            visual_tokens = visual(teacher, self.teacher, batch.visual, fixed.table)
+        elif self.config.distill.teacher == "self":
+            teacher, taught = jax.lax.stop_gradient(params), batch
+        else:
+            teacher, taught = unflatten(fixed.frozen | fixed.teacher), batch
+        dense, _ = self._run(teacher, taught, jax.lax.stop_gradient(visual_tokens), None, self.teacher)
+        return self.answer_logits(teacher, dense, taught, self.teacher)[0]
 
     def plan_loss(
         self, train: Flat, fixed: FrozenParams, batch: TrainBatch, total: jax.Array, plan: ReductionPlan | None
@@ -178,22 +228,17 @@ class Trainer:
         c, d = self.config, self.config.distill
         params = self.whole(train, fixed.frozen)
         visual_tokens = visual(params, self.model, batch.visual, fixed.table)
-        options = (
-            {"straight_through": straight_through(c.reduction.straight_through)}
-            if plan and c.reduction.straight_through
-            else {}
-        )
+        options: dict[str, Any] = {}
+        if plan and c.reduction.straight_through:
+            options["straight_through"] = straight_through(c.reduction.straight_through)
         out, given = self._run(params, batch, visual_tokens, plan, **options)
         logits, target = self.answer_logits(params, out, batch)
         entropy, correct = cross_entropy(logits, target)
         loss, sums = entropy / total, {"entropy": entropy, "correct": correct}
         if d.kl:
-            if d.teacher == "self":
-                teacher = jax.lax.stop_gradient(params)
-            else:
-                teacher = unflatten(fixed.frozen | fixed.teacher)
-            dense, _ = self._run(teacher, batch, jax.lax.stop_gradient(visual_tokens), None)
-            sums["kl"] = divergence(logits, self.answer_logits(teacher, dense, batch)[0], target, d.temperature)
+            sums["kl"] = divergence(
+                logits, self.teacher_logits(params, fixed, batch, visual_tokens), target, d.temperature
+            )
             loss += d.kl * sums["kl"] / total
         if plan is not None:
             planned = [plan.keep(0, given), *(plan.keep(site + 1, given) for site in plan.drops)]
@@ -212,7 +257,6 @@ class Trainer:
                 options = {"collect": mixers(config), "score_fn": score, "query_capacity": c.data.text}
             out, _ = self._run(params, batch, visual_tokens, None, **options)
             logits, target = self.answer_logits(params, out, batch)
-            mask = row_mask(batch.batch, c.data.segments)
             scores = {layer: score[:, None] for layer, score in out.scores.items()}
         else:
             visual_tokens = visual(
@@ -226,6 +270,8 @@ class Trainer:
         entropy, correct = cross_entropy(logits, target)
         loss, sums = entropy / total, {"entropy": entropy, "correct": correct}
         if c.distill.scores:
+            if isinstance(batch, TrainBatch):
+                mask = row_mask(batch.batch, c.data.segments)
             ranked, weight = rank_loss(config.pattern, scores, mask)
             # its weights depend on the teacher: microbatches average, by their answer tokens
             taught = ranked / jnp.maximum(weight, 1e-6) * (jnp.sum(target >= 0) / total)
@@ -272,8 +318,13 @@ class Trainer:
             shapes = jax.eval_shape(gradient, state.train, jax.tree.map(lambda a: a[0], parts))
             empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             ((value, sums), grads), _ = jax.lax.scan(add, empty, parts)
+        # gradients and what comes of them lie as the parameters do, whatever the partitioner would choose
+        grads = self._placed(grads, jax.lax.with_sharding_constraint)
         updates, inner = self.optimizer.update(grads, state.optimizer, state.train)
-        train = optax.apply_updates(state.train, updates)
+        train = dict(optax.apply_updates(state.train, updates))
+        for path, (least, most) in self.family.BOUNDS.items():
+            if path in train:
+                train[path] = jnp.clip(train[path], least, most)
         ema = optimizers.average(state.ema, train, self.config.optimizer.ema) if state.ema else {}
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "answers": total} | sums
-        return State(train, inner, ema), metrics
+        return self._placed(State(train, inner, ema), jax.lax.with_sharding_constraint), metrics

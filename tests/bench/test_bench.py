@@ -132,3 +132,21 @@ def test_vs_transformers(tmp_path, capfd):
     rows = json.loads(out.read_text())
     assert [row["measure"] for row in rows] == ["prefill"] * 4 + ["prefill str:0.25"] + ["decode"] * 2 + ["machine"] * 2
     assert rows[-1]["logits_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_vamba_is_measured_beside_its_transformer(tmp_path):
+    """Both phases at two lengths: every row has seconds and bytes, the longer ones an exponent, VAMBA a further question's seconds."""
+    file = tmp_path / "rows.json"
+    small = ["--layers", "1", "--width", "256", "--tokens", "64", "128", "--text", "16", "--repeats", "1"]
+    assert main(["vamba", "--measure", *small, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(r["phase"], r["model"], r["visual_tokens"]) for r in rows] == [
+        (phase, model, tokens)
+        for phase in ("train", "prefill")
+        for tokens in (64, 128)
+        for model in ("vamba", "transformer")
+    ]
+    assert all(row["seconds"] > 0 and row["compiler_gb"] > 0 for row in rows)
+    assert all((row["exponent"] is None) == (row["visual_tokens"] == 64) for row in rows)
+    assert [row["further_s"] is not None for row in rows] == [False] * 4 + [True, False] * 2

@@ -15,6 +15,7 @@ from hybridvlm.eval.tasks import TaskOptions, build_task
 from hybridvlm.eval.variants import Planner
 from hybridvlm.inference.conversation import Conversation
 from hybridvlm.inference.model import load
+from hybridvlm.models import vamba
 from hybridvlm.models.prompt import user_message
 from hybridvlm.options import override
 from hybridvlm.tiny.export import write_video
@@ -213,3 +214,40 @@ def test_a_template_without_a_switch_says_so(world, tmp_path, capsys):
     assert "has no switch for thinking" in capsys.readouterr().err
     assert run(world, "qwen3_vl", tmp_path / "out", "--think-tokens", "-1") == 2
     assert "think_tokens must be a whole number of at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_video_of_vamba_is_walked_once_for_all_its_questions(world, tmp_path, monkeypatch):
+    """Dense and under a plan that does not look at the question; one that does walks it for each.
+    The answers are those that each question gets by itself."""
+    from hybridvlm.inference.programs import ModelPrograms
+
+    built, held = [], ModelPrograms.build_video_memory
+
+    def counting(self, batch, visual, plan):
+        built.append("dense" if plan is None else plan.method)
+        return held(self, batch, visual, plan)
+
+    monkeypatch.setattr(ModelPrograms, "build_video_memory", counting)
+    rows = [
+        {"video": video, "question": f"{WORDS[n % 3]} {n}?", "answer": WORDS[n % 3], "options": WORDS}
+        for n in range(4)
+        for video in ("a.mp4", "tall.mp4")
+    ]
+    (world / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    methods = ["--methods", "none,uniform,str-attention", "--batch-size", "2"]
+    assert run(world, "vamba", tmp_path / "out", *methods, tasks="many.jsonl") == 0
+    # for each of two videos, of different size, one while compiling, one to warm up and one that is used by all four questions
+    count = len(built)
+    assert set(built) == {"dense", "uniform"} and max(map(built.count, built)) <= 6
+    lines = lines_of(tmp_path / "out")
+    assert len(lines) == 24
+
+    monkeypatch.setattr(vamba, "memory_serves", lambda plan: False)
+    assert run(world, "vamba", tmp_path / "each", *methods, tasks="many.jsonl") == 0
+    assert len(built) == count
+
+    def said(folder):
+        return {(line["method"], line["id"]): line["prediction"] for line in lines_of(folder)}
+
+    assert said(tmp_path / "out") == said(tmp_path / "each")

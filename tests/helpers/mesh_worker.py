@@ -168,6 +168,12 @@ CASES = {
     "memory qwen sequence=4 tensor=2": ("qwen", {"sequence": 4, "tensor": 2}, LOOKAHEAD, 2, False),
     "vamba data=2 tensor=4": ("vamba", {"data": 2, "tensor": 4}, REDUCED_TEXT, 3, False),
     "vamba data=8": ("vamba", {"data": 8}, None, 3, True),
+    "vamba sequence=8": ("vamba", {"sequence": 8}, REDUCED_TEXT, 1, False),
+    "vamba fsdp=4 sequence=2": ("vamba", {"fsdp": 4, "sequence": 2}, None, 3, False),
+    "vamba data=2 sequence=2 tensor=2": ("vamba", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED_TEXT, 3, True),
+    "vamba dense sequence=4 tensor=2": ("vamba", {"sequence": 4, "tensor": 2}, None, 1, True),
+    "vamba evs": ("vamba", {"data": 2, "sequence": 4}, Reduction("evs", 0.5), 3, False),
+    "vamba avgpool": ("vamba", {"data": 2, "sequence": 4}, Reduction("avgpool", 0.25), 3, False),
 }
 
 

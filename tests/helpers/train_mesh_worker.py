@@ -1,11 +1,12 @@
 """Run by test_train_mesh.py, in one process or two: a few steps on one device and on meshes, and restored onto another."""
 
+import dataclasses
 import json
 import pathlib
 import sys
 
 import jax
-from helpers.train_micro import micro, settings
+from helpers.train_micro import VAMBA_REDUCTION, micro, micro_vamba, settings
 
 from hybridvlm import distributed
 from hybridvlm.checkpoints.folder import save_folder
@@ -25,12 +26,13 @@ MESHES = {
 }
 
 
-def main(folder: pathlib.Path, names: list[str]) -> None:
+def main(folder: pathlib.Path, names: list[str], kind: str = "micro") -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     first = distributed.initialize().first
-    path = save_folder(folder / "micro", micro()) if first else folder / "micro"
+    path = save_folder(folder / "micro", micro() if kind == "micro" else micro_vamba()) if first else folder / "micro"
     distributed.agree(None)
     told: dict[str, list] = {}
+    run_config = vamba_config if kind == "vamba" else hybrid_config
     for name in names:
         config = run_config(folder / name, path, MESHES[name], steps=4)
         run = loop.Run(config, say=lambda text: None)
@@ -57,7 +59,16 @@ def main(folder: pathlib.Path, names: list[str]) -> None:
         (folder / f"told-{names[0]}.json").write_text(json.dumps(told))
 
 
-def run_config(output: pathlib.Path, model: pathlib.Path, mesh: dict, steps: int):
+def vamba_config(output: pathlib.Path, model: pathlib.Path, mesh: dict, steps: int):
+    """Packed rows whose samples share their videos, under a plan."""
+    return settings(
+        output, model=str(model), mesh=mesh, steps=steps, remat="layer", optimizer={"ema": 0.5},
+        data={"batch": 8, "segments": 2, "questions": 2, "text": 32, "frames": 4, "sample_frames": 2},
+        reduction={"reduction": dataclasses.asdict(VAMBA_REDUCTION)},
+    )  # fmt: skip
+
+
+def hybrid_config(output: pathlib.Path, model: pathlib.Path, mesh: dict, steps: int):
     return settings(
         output, model=str(model), mesh=mesh, steps=steps, remat="layer", data={"batch": 8},
         distill={"scores": 0.5, "teach": 1, "kl": 0.5}, optimizer={"ema": 0.5},
@@ -65,4 +76,4 @@ def run_config(output: pathlib.Path, model: pathlib.Path, mesh: dict, steps: int
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), sys.argv[2].split(","))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2].split(","), *sys.argv[3:])

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from hybridvlm.config import Buckets, ModelConfig, Reduction, Schedule, VisionConfig
-from hybridvlm.inference.model import Model
+from hybridvlm.inference.model import Model, init_vamba_from
 from hybridvlm.models import nemotron_vl
 from hybridvlm.tiny import vocabulary
 from hybridvlm.tokenizers.word_level import WordLevel
@@ -35,6 +35,8 @@ CONFIG = ModelConfig(
         kind="stem", image_size=(128, 128), patch_size=32, width=32, downsample=1, max_frames=64, stem_channels=(4, 8)
     ),
 )
+TRANSFORMER = dataclasses.replace(CONFIG, pattern="**-*-", qk_norm=True, name="micro-transformer")
+VAMBA_REDUCTION = Reduction("str-attention", 0.5, schedule=Schedule(floor=0.05))
 REDUCTION = Reduction("str", 0.5, schedule=Schedule(floor=0.05))
 
 
@@ -43,6 +45,18 @@ def micro(seed: int = 0) -> Model:
     params = jax.jit(lambda key: nemotron_vl.init(CONFIG, key))(jax.random.key(seed))
     tokenizer = WordLevel.from_file(vocabulary.PATH)
     return Model(CONFIG, params, tokenizer, buckets=Buckets((FRAMES,), (TEXT,), 4), reduction=REDUCTION, name="micro")
+
+
+def micro_transformer() -> Model:
+    """A Transformer over the same frames and words; its first layer of attention has no MLP."""
+    params = jax.jit(lambda key: nemotron_vl.init(TRANSFORMER, key))(jax.random.key(3))
+    tokenizer = WordLevel.from_file(vocabulary.PATH)
+    return Model(TRANSFORMER, params, tokenizer, buckets=Buckets((FRAMES,), (TEXT,), 4), name=TRANSFORMER.name)
+
+
+def micro_vamba() -> Model:
+    """The VAMBA that it becomes."""
+    return init_vamba_from(micro_transformer(), ssm_state=8, mamba_head_dim=16, expand=1)
 
 
 def settings(output: pathlib.Path | str = "unused", **changes: Any) -> TrainConfig:

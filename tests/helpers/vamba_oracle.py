@@ -25,8 +25,10 @@ def rope(x, theta):
     return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def heads(p, name, x, width):
-    return (x @ p[f"{name}_proj"] + p[f"{name}_bias"]).reshape(len(x), -1, width)
+def heads(p, name, x, c):
+    x = x @ p[f"{name}_proj"] + (p[f"{name}_bias"] if c.attention_bias else 0)
+    x = x.reshape(len(x), -1, c.head_dim)
+    return rms(x, p[f"{name}_norm"], c.norm_eps) if c.qk_norm and name != "v" else x
 
 
 def attend(q, k, v, causal):
@@ -69,17 +71,17 @@ def forward(params, c, x, v, query=None, keep=None):
         )
         kept.append(place)
         h = rms(x, own["norm"], c.norm_eps)
-        q, k, values = (heads(own, name, h, c.head_dim) for name in "qkv")
-        sa = attend(rope(q, c.rope_theta), rope(k, c.rope_theta), values, True)[0] @ own["o_proj"]
+        q, k, values = (heads(own, name, h, c) for name in "qkv")
+        q, k = (rope(a, c.rope_theta) if c.rope_theta else a for a in (q, k))
+        sa = attend(q, k, values, True)[0] @ own["o_proj"]
         ca, weight = np.zeros_like(sa), None
         if len(v):
-            ca, weight = attend(
-                heads(cross, "q", h, c.head_dim), *(heads(cross, n, v, c.head_dim) for n in "kv"), False
-            )
+            ca, weight = attend(heads(cross, "q", h, c), *(heads(cross, n, v, c) for n in "kv"), False)
             ca = ca @ cross["o_proj"]
         x = x + cross["alpha"] * sa + (1 - cross["alpha"]) * ca
         h = rms(x, mlp["norm"], c.norm_eps)
-        out = (silu(h @ mlp["gate_proj"]) * (h @ mlp["up_proj"])) @ mlp["down_proj"]
+        up = h @ mlp["up_proj"]
+        out = (silu(h @ mlp["gate_proj"]) * up if c.mlp_gated else np.maximum(up, 0) ** 2) @ mlp["down_proj"]
         x = x + out
         acts |= {f"{i}.self_attn": sa, f"{i}.cross_attn": ca, f"{i}.mlp": out}
         if len(v):

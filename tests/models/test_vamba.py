@@ -21,6 +21,7 @@ from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
 from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.vamba import model as vamba_model
+from hybridvlm.models.vamba import streams
 from hybridvlm.nn import vamba as blocks
 from hybridvlm.nn import vamba_layers
 from hybridvlm.nn.mamba2 import mamba_layer
@@ -426,7 +427,7 @@ def test_drops_by_cross_attention_against_the_oracle():
         frames=4,
     )
     assert plan.drops == (0, 1)
-    rows, score = vamba_model._VideoRows(plan), vamba_model.methods.score_fn(plan)
+    rows, score = streams._VideoRows(plan), vamba_model.methods.score_fn(plan)
     first = dataclasses.replace(text, **{n: getattr(text, n)[:, :9] for n in ("x", "position", "segment", "query")})
     memory, out, own = jit(
         lambda p, v, t: blocks.prefill(p, config, v, t, plan=rows, score_fn=score, segment_tokens=16, decode_capacity=1)

@@ -5,14 +5,16 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.mesh_worker import CASES, HYBRID, VAMBA, random_model
+from helpers.mesh_worker import CASES, HYBRID, random_model
 
 import hybridvlm as hv
+from hybridvlm.inference.placement import check_mesh
 from hybridvlm.inference.sampling import Sampling, sample_token
 from hybridvlm.parallel.mesh import full_mesh, mesh_sizes
 from hybridvlm.parallel.vocab import keep_likeliest
@@ -62,8 +64,9 @@ def test_a_mesh_of_some_axes_has_the_others_of_one_device():
 
 
 def test_axes_that_cannot_cut_a_model_are_named():
-    with pytest.raises(ValueError, match=r"'vamba' run over data, tensor, got sequence=4"):
-        random_model(VAMBA).to_mesh(jax.sharding.AbstractMesh((4,), ("sequence",)))
+    family = types.SimpleNamespace(NAME="new", MESH_AXES=("data", "tensor"))
+    with pytest.raises(ValueError, match=r"'new' run over data, tensor, got sequence=4"):
+        check_mesh(family, HYBRID, jax.sharding.AbstractMesh((4,), ("sequence",)))
     with pytest.raises(ValueError, match="tensor=3 must divide kv_heads 2, or be a multiple of it"):
         random_model(HYBRID).to_mesh(jax.sharding.AbstractMesh((3,), ("tensor",)))
 

@@ -13,10 +13,10 @@ import pytest
 WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "train_mesh_worker.py"
 
 
-def start(folder: pathlib.Path, names: str, devices: int, **more: str) -> subprocess.Popen:
+def start(folder: pathlib.Path, names: str, devices: int, kind: str = "micro", **more: str) -> subprocess.Popen:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | more
-    command = [sys.executable, str(WORKER), str(folder), names]
+    command = [sys.executable, str(WORKER), str(folder), names, kind]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -31,8 +31,9 @@ def finish(*processes: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_meshes_train_as_one_device(tmp_path):
-    finish(start(tmp_path, "one,data,fsdp,tensor,sequence", 8))
+@pytest.mark.parametrize("kind", ["micro", "vamba"])
+def test_meshes_train_as_one_device(tmp_path, kind):
+    finish(start(tmp_path, "one,data,fsdp,tensor,sequence", 8, kind))
     told = json.loads((tmp_path / "told-one.json").read_text())
     assert len(told) == 5
     for name, values in told.items():

@@ -30,8 +30,12 @@ from hybridvlm.models.nemotron_vl.model import (
 from hybridvlm.models.nemotron_vl.passes import build_video_memory, decoder_output, memory_serves
 from hybridvlm.models.nemotron_vl.weights import weight_map
 
+# Its training rows are as they are packed: one stream.
+split_rows = None
 # It looks at every frame that it is shown.
 trim_frames = None
+# Nothing holds a parameter within an interval.
+BOUNDS: dict[str, tuple[float, float]] = {}
 
 __all__ = [
     "CHAT",
@@ -60,5 +64,7 @@ __all__ = [
     "style_for",
     "weight_map",
     "build_video_memory",
+    "split_rows",
+    "BOUNDS",
     "trim_frames",
 ]

@@ -143,6 +143,8 @@ def prompt(
         )
     pieces, pending, grid = Pieces(tokenizer), trusted(""), (0, 0)
     times = config.generation == 3
+    # a closed vocabulary, of a model that knows no conversation, has no such tokens
+    opening, closing = (trusted(mark if hasattr(tokenizer, "chat") else "") for mark in (VISION_START, VISION_END))
 
     def frames(clip: Clip) -> None:
         """Text runs are tokenised whole, from one run of visual tokens to the next, as the published processors do."""
@@ -154,15 +156,15 @@ def prompt(
         patch = config.tower.temporal_patch
         starts = range(0, len(clip.seconds), patch)
         if not times or clip.kind == "image":
-            pieces.text(pending + trusted(VISION_START))
+            pieces.text(pending + opening)
         for number in range(0, len(starts), factors[0]):
             if times and clip.kind == "video":
                 first, last = starts[number], min(starts[number] + patch, len(clip.seconds)) - 1
                 mean = (clip.seconds[first] + clip.seconds[last]) / 2
-                pieces.text(pending + trusted(f"<{mean:.1f} seconds>{VISION_START}"))
-                pending = trusted(VISION_END)
+                pieces.text(pending + trusted(f"<{mean:.1f} seconds>") + opening)
+                pending = closing
             pieces.visual(grid[0] * grid[1], min(factors[0], len(starts) - number))
-        pending = trusted(VISION_END)
+        pending = closing
 
     for part in prompts.render(tokenizer, messages, CHAT_3 if times else CHAT, template_options=template_options):
         if isinstance(part, int):

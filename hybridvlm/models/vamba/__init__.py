@@ -4,7 +4,9 @@ The package is the family that `hybridvlm.models.family.Family` describes.
 """
 
 from hybridvlm.models.qwen_vl import encode
+from hybridvlm.models.vamba.batch import make_batch, split_rows
 from hybridvlm.models.vamba.model import (
+    BOUNDS,
     CHAT,
     MESH_AXES,
     METHODS,
@@ -15,7 +17,6 @@ from hybridvlm.models.vamba.model import (
     extend,
     frame_size,
     init,
-    make_batch,
     make_decode_step,
     make_plan,
     memory_serves,
@@ -28,13 +29,14 @@ from hybridvlm.models.vamba.model import (
     style_for,
     trim_frames,
 )
+from hybridvlm.models.vamba.streams import decoder_output
 from hybridvlm.models.vamba.weights import config_from_hf, weight_map
 
-# Two streams: rows of training and analyses have no field for them.
-decoder_output = None
+# Two streams: there is no row of both that enters layer 0.
 embed_prompt = None
 
 __all__ = [
+    "BOUNDS",
     "CHAT",
     "MESH_AXES",
     "METHODS",
@@ -62,4 +64,5 @@ __all__ = [
     "trim_frames",
     "decoder_output",
     "embed_prompt",
+    "split_rows",
 ]

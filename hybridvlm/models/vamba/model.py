@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,21 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from hybridvlm.config import Buckets, Reduction, VambaConfig
+from hybridvlm.config import Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import ArrayT, PromptStyle
+from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl
 from hybridvlm.models.qwen_vl.model import QwenLayout
+from hybridvlm.models.vamba.batch import Batch
+from hybridvlm.models.vamba.streams import repeat_rows, text_stream, walk
 from hybridvlm.nn import vamba
 from hybridvlm.nn.caches import AttentionCache, MambaCache
 from hybridvlm.nn.decoder import with_specs
 from hybridvlm.nn.vamba import VambaDecoder, VideoMemory
 from hybridvlm.nn.vamba_layers import CrossMemory
-from hybridvlm.ops.compact import compact
 from hybridvlm.ops.ssd.api import default_choice
-from hybridvlm.ops.tokens import Tokens
-from hybridvlm.parallel.scores import reduce_scores
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
@@ -48,7 +47,9 @@ MODEL_TYPES: tuple[str, ...] = ()
 Config = VambaConfig
 # Its text enters no Mamba block.
 METHODS = methods.AttentionMethods()
-MESH_AXES = ("data", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+# Parameters that every step of training holds within an interval: the reference clips the shares before they are used.
+BOUNDS = {"decoder/cross/alpha": (0.0, 1.0)}
 CHAT = qwen_vl.CHAT
 
 
@@ -84,25 +85,6 @@ def module(config: VambaConfig) -> Vamba:
 
 
 # -- from frames and words to the arrays of a bucket --------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch(Generic[ArrayT]):
-    """Prompts as arrays of one bucket, text and video apart.
-
-    input_ids, segment [B,T] int32 (0 = padding, at the end); query [B,T] bool, the text after the last visual token.
-    video_segment [B,M] int32, frame [B,M] int32 (-1 = padding) and index [B,M] int32, the position in the prompt as it is laid out.
-    frame_count [B] int32: real frames of each example (of the tower: pairs of the video's).
-    """
-
-    input_ids: ArrayT
-    segment: ArrayT
-    query: ArrayT
-    video_segment: ArrayT
-    frame: ArrayT
-    index: ArrayT
-    frame_count: ArrayT
 
 
 def style_for(config: VambaConfig) -> PromptStyle:
@@ -153,31 +135,11 @@ def prompt(
     )
 
 
-def make_batch(
-    config: VambaConfig,
-    layouts: Sequence[QwenLayout],
-    buckets: Buckets,
-    factors: tuple[int, int, int] = (1, 1, 1),
-) -> tuple[Batch[np.ndarray], int, int]:
-    """Pad prompts to the smallest bucket that holds them all: (batch, frame bucket, text bucket)."""
-    row, frames, text = qwen_vl.make_batch(config, layouts, buckets, factors)
-    visual, real = row.frame >= 0, row.segment > 0
-    words = np.zeros((3, len(layouts), text), np.int32)  # ids, segment, query
-    slots = visual.shape[1] - text
-    video = np.zeros((3, len(layouts), slots), np.int32)  # segment, frame, position in the row
-    video[1:] = -1
-    for i in range(len(layouts)):
-        at, seen = np.flatnonzero(real[i] & ~visual[i]), np.flatnonzero(visual[i])
-        last = seen[-1] if len(seen) else -1
-        words[:, i, : len(at)] = row.input_ids[i, at], row.segment[i, at], at > last
-        video[:, i, : len(seen)] = row.segment[i, seen], row.frame[i, seen], seen
-    segment, frame, index = video
-    return Batch(words[0], words[1], words[2] > 0, segment, frame, index, row.frame_count), frames, text
-
-
 def pixels(config: VambaConfig, clips: Sequence[Clip], frames: int) -> np.ndarray:
-    """Clips, one per example, all of one size -> [B,F,t,h,w,3] uint8 tubelets for `encode`, F = `frames`, the bucket."""
-    return qwen_vl.pixels(config, [trim_frames(config, clip) for clip in clips], frames)
+    """Clips, one per example, all of one size -> [B,F,t,h,w,3] uint8 tubelets for `encode`, F = `frames`, the bucket; without t
+    for a tower that takes single frames."""
+    tubelets = qwen_vl.pixels(config, [trim_frames(config, clip) for clip in clips], frames)
+    return tubelets if config.tower.kind == "qwen" else tubelets[:, :, 0]
 
 
 def make_plan(
@@ -229,54 +191,6 @@ class Decoded:
     kept: jax.Array
 
 
-def text_stream(config: VambaConfig, embed: jax.Array, batch: Batch) -> Tokens:
-    """The text's Tokens: positions count the text alone, and the video takes none away."""
-    real = batch.segment > 0
-    x = jnp.where(real[..., None], embed_tokens(config, embed, batch.input_ids), 0)
-    index = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
-    no = jnp.zeros(real.shape, bool)
-    return Tokens(x, index, batch.segment, no, batch.query & real, index, jnp.full(real.shape, -1, jnp.int32))
-
-
-def video_stream(batch: Batch, visual: jax.Array) -> Tokens:
-    """The video's Tokens, of the visual tokens [B,F,m,D] as the tower gives them, those of padding frames emptied."""
-    real = batch.video_segment > 0
-    x = jnp.where(real[..., None], visual.reshape(*real.shape, visual.shape[-1]), 0)
-    index = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
-    return Tokens(x, index, batch.video_segment, real, jnp.zeros(real.shape, bool), batch.index, batch.frame)
-
-
-def _prepare(batch: Batch, visual: jax.Array, plan: ReductionPlan | None) -> tuple[Tokens, jax.Array]:
-    """The video as it enters layer 0, and the count of visual tokens [B,1] that it was handed."""
-    frame_count = batch.frame_count
-    if plan is not None and plan.pool_factors != (1, 1, 1):
-        visual, frame_count = methods.merge_fn(plan)(visual, frame_count)
-    video = video_stream(batch, visual)
-    given = jnp.sum(video.visual, axis=1, dtype=jnp.int32)[:, None]
-    if plan is not None and plan.drops_input:
-        score = jnp.where(video.visual, methods.input_score(plan)(visual, frame_count), 0)
-        video = compact(video, score, plan.keep(0, given), plan.capacities[0])
-    return video, given
-
-
-class _VideoRows:
-    """A plan for the video's rows alone: no text stands in them."""
-
-    def __init__(self, plan: ReductionPlan) -> None:
-        self.drops, self.keep, self.row_length = plan.drops, plan.keep, lambda layer: plan.capacities[layer]
-
-
-def _walk(params: dict, config: VambaConfig, batch: Batch, visual, text: Tokens | None, plan, decode_capacity: int):
-    video, given = _prepare(batch, visual, plan)
-    options: dict[str, Any] = {}
-    if plan is not None:
-        score_fn: Callable[..., jax.Array] = methods.score_fn(plan)
-        if isinstance(config, LocalConfig):
-            score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
-        options = {"plan": _VideoRows(plan), "score_fn": score_fn, "counts": given}
-    return *vamba.prefill(params["decoder"], config, video, text, decode_capacity=decode_capacity, **options), given
-
-
 def memory_serves(plan: ReductionPlan | None) -> bool:
     """Whether `build_video_memory` is for a plan: one that does not look at the question."""
     return plan is None or not plan.depends_on_query
@@ -295,7 +209,7 @@ def build_video_memory(
             f"build_video_memory: {plan.method!r} keeps what one question asks for, and another question needs other tokens; "
             f"prefill each question by itself, or take a plan that does not look at it ({others})"
         )
-    return _walk(params, config, batch, visual, None, plan, 0)[0]
+    return walk(params, config, batch, visual, None, plan, 0)[0]
 
 
 def prefill(
@@ -322,14 +236,19 @@ def prefill(
         if visual is not None and plan is not None and plan.depends_on_query:
             raise ValueError(f"prefill: {plan.method!r} looks at the question; give it visual tokens, not a memory")
         memory = vamba.no_video(config, b, text.x.dtype) if visual is None else visual
-        if isinstance(config, LocalConfig) and memory.index.shape[0] != b:
+        if b % memory.index.shape[0]:
             raise ValueError(
-                f"prefill: on a mesh every prompt needs a memory of its own, got {memory.index.shape[0]} for {b} prompts a device"
+                f"prefill: {b} prompts (of a device) cannot share {memory.index.shape[0]} videos evenly; give as many questions "
+                "on each video"
             )
+        memory = repeat_rows(memory, b)
         text, own = vamba.prefill_text(params["decoder"], config, text, memory, decode_capacity=decode_capacity)
         given = memory.kept[0] if visual is None else jnp.sum(batch.video_segment > 0, axis=1, dtype=jnp.int32)[:, None]
     else:
-        memory, text, own, given = _walk(params, config, batch, visual, text, plan, decode_capacity)
+        memory, read, own, given = walk(params, config, batch, visual, text, plan, decode_capacity)
+        # as text was given
+        assert read is not None
+        text = read
     seen = SurvivingTokens(memory.index, memory.visual)
     decoded = Decoded(seen, Caches(own, memory), memory.survivors, memory.kept)
     return PrefillOutput(_last_logits(params, config, text.x, text.segment), decoded, given)
@@ -364,20 +283,21 @@ def extend(
 
 
 def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[Decoded]:
-    """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs: by rows, behind the stack of layers,
-    and by heads, which lie side by side in the video's keys, or by a device's own channels."""
-    rows, stacked, tensor = P(config.batch_axes), P(None, config.batch_axes), config.axis
-    heads = P(None, config.batch_axes, None, tensor)
-    logits = P(config.batch_axes, tensor if config.vocab_devices > 1 else None)
+    """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs: by examples, after the stack of layers, the
+    video by stretches of its rows, and by heads, which lie side by side in its keys, or by a device's own channels."""
+    batch, row, tensor = config.batch_axes, config.row_axis, config.axis
+    rows, stacked, stretch = P(batch), P(None, batch), P(batch, row)
+    heads, keys = P(None, batch, None, tensor), P(None, batch, row, tensor)
+    logits = P(batch, tensor if config.vocab_devices > 1 else None)
     stages = 1 if plan is None else 1 + len(plan.drops)
     own = with_specs(AttentionCache, heads, heads, stacked, heads, heads, stacked, P())
-    stage = with_specs(CrossMemory, heads, heads, rows)
-    state = with_specs(MambaCache, heads, P(None, config.batch_axes, tensor), stacked)
-    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, rows, stacked, rows, rows)
+    stage = with_specs(CrossMemory, keys, keys, stretch)
+    state = with_specs(MambaCache, heads, P(None, batch, tensor), stacked)
+    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, stretch, stacked, stretch, stretch)
     return with_specs(
         PrefillOutput,
         logits,
-        with_specs(Decoded, rows, with_specs(Caches, (own,) * stages, memory), rows, stacked),
+        with_specs(Decoded, stretch, with_specs(Caches, (own,) * stages, memory), stretch, stacked),
         rows,
     )
 
