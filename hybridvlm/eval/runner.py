@@ -85,6 +85,7 @@ class Runner:
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.encode_ms: list[float] = []
+        self._encode_clock: dict[tuple[str, int], float] = {}
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
@@ -340,6 +341,7 @@ class Runner:
                 "prediction": generation.text[row],
                 **self.task.score(text, sample),
                 "retention": shares[row],
+                "encode_ms": self._encode_clock.get((sample.video, bucket.frames)),
                 **clock,
             }
             if generation.thinking[row]:
@@ -396,6 +398,7 @@ class Runner:
         tokens = to_host(self.model.encode(pixels))[0]
         if bucket in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
+            self._encode_clock[video, bucket.frames] = self.encode_ms[-1]
         self._warm_encode.add(bucket)
         self._visual[video, bucket.frames] = tokens
         self._held += tokens.nbytes

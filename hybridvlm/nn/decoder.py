@@ -21,6 +21,7 @@ from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.nn.linear import cut_columns
 from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, look_ahead, run_layer, run_layers
+from hybridvlm.ops.fold import Selection, fold
 from hybridvlm.ops.layer_aux import LookaheadAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.platforms import platform
@@ -29,7 +30,8 @@ from hybridvlm.ops.tokens import INDEX_IN_SEGMENT, Tokens
 from hybridvlm.parallel.sequence import compact_row, gather_sequence, row_start, row_total, sequence_shards
 from hybridvlm.parallel.tensor import LocalConfig, all_gather_params
 
-ScoreFn = Callable[[int, Any, Tokens], jax.Array]
+ScoreFn = Callable[[int, Any, Tokens], jax.Array | Selection]
+DEEPSTACK = "deepstack_"
 StraightThrough = Callable[[Tokens, jax.Array, jax.Array], Tokens]
 
 
@@ -149,9 +151,9 @@ def prefill(
         tokens: x [B,L,D] and what belongs to each token. `tokens.extra[deepstack_key(layer)]` [B,L,D] is added to the
             residual stream after that layer, and is not carried further.
         plan: where tokens drop.
-        score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`. Where its
-            attribute `ahead` (layer) -> (attention layers, as a rule those after it), if it has one, names any, aux is a
-            LookaheadAux of them.
+        score_fn: (layer, aux, tokens) -> [B,L], or a Selection that also merges, ranks them; needed with a plan that
+            drops, and with `collect`. Where its attribute `ahead` (layer) -> (attention layers, as a rule those after it),
+            if it has one, names any, aux is a LookaheadAux of them.
         collect: mixer layers whose scores are returned without dropping.
         hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
@@ -205,11 +207,13 @@ def prefill(
             inputs = (params, aux, tokens)
             differentiable = layer in collect or straight_through is not None
             inputs = inputs if differentiable else jax.lax.stop_gradient(inputs)
-            score = _score(layer_range, layer, score_fn, *inputs, query_capacity)
+            chosen = _score(layer_range, layer, score_fn, *inputs, query_capacity)
+            score = chosen.score if isinstance(chosen, Selection) else chosen
         if layer in collect:
             scores[layer] = score
         if plan is not None and layer in drops:
             keep = plan.keep(layer + 1, counts)
+            tokens = _fold(tokens, chosen)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
             tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1))
@@ -359,7 +363,7 @@ def unstack(params: Params, config: ModelConfig) -> tuple[Params, ...]:
 
 def deepstack_key(layer: int) -> str:
     """The name in Tokens.extra of what is added to the residual stream after `layer` (DeepStack, arXiv 2406.04334)."""
-    return f"deepstack_{layer}"
+    return f"{DEEPSTACK}{layer}"
 
 
 def visual_counts(tokens: Tokens, segments: int) -> jax.Array:
@@ -408,7 +412,7 @@ def _score(
     aux: Any,
     tokens: Tokens,
     query_capacity: int,
-) -> jax.Array:
+) -> jax.Array | Selection:
     """The score after a layer, of what the layer tells and of how the attention layers look that the score asks for."""
     config, ahead = layer_range.config, getattr(score_fn, "ahead", None)
     coming = () if ahead is None else tuple(ahead(layer))
@@ -420,6 +424,15 @@ def _score(
         capacity = min(query_capacity, tokens.length * sequence_shards(config))
         aux = LookaheadAux(aux, tuple(look_ahead(layer_range, other, params, *row, capacity) for other in coming))
     return score_fn(layer, aux, tokens)
+
+
+def _fold(tokens: Tokens, chosen: jax.Array | Selection) -> Tokens:
+    """Tokens, and the DeepStack planes that are not added yet, with what is merged written into its anchors."""
+    if not isinstance(chosen, Selection) or chosen.into is None or chosen.weight is None:
+        return tokens
+    into, weight = chosen.into, chosen.weight
+    planes = {name: fold(a, into, weight) for name, a in tokens.extra.items() if name.startswith(DEEPSTACK)}
+    return tokens.replace(x=fold(tokens.x, into, weight), extra=tokens.extra | planes)
 
 
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:

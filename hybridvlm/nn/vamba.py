@@ -169,6 +169,7 @@ def prefill(
         if stop < c.layers:
             assert plan is not None and score_fn is not None  # another stage begins after a drop alone
             score = score_fn(stop - 1, _cut(aux, video.length), video.replace(x=x))
+            assert isinstance(score, jax.Array)  # methods that merge are refused
             video = compact(video.replace(x=x), score, plan.keep(stop, counts), plan.row_length(stop))
             survivors.append((video.index, video.visual))
             kept.append(visual_counts(video, segments))

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from hybridvlm import sharding
 from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction, ScoreOptions
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
-from hybridvlm.models.nemotron_vl.rows import assemble, visual_positions
+from hybridvlm.models.nemotron_vl.rows import assemble, merged, split_attention, visual_positions
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
 from hybridvlm.nn import decoder
@@ -321,21 +321,25 @@ def decoder_output(
         )
     if plan is not None and plan.pool_factors != (1, 1, 1):
         visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
-    whole = visual
+    if plan is not None and plan.drops_input:
+        visual, attention = split_attention(config, _needed(plan, visual))
+        chosen = methods.input_selection(plan)(visual[..., : config.width], frame_count, attention)
+        visual = merged(visual, chosen)
     if visual is not None and plan is not None and plan.input_method != "none":
         visual = own_stretch(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
     tokens = assemble_fn(config, params["embed"], batch, visual)
     if question is not None:
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
+    if plan is not None:
+        tokens = _prepared(config, plan, tokens, segments)
     text = tokens.length * sequence_shards(config)
     given = row_total(config, visual_counts(tokens, segments))
     if plan is not None:
         score_fn = methods.score_fn(plan, segments=segments) if score_fn is None else score_fn
         counts, text = given, plan.text_tokens
         if plan.drops_input:
-            ranks = methods.input_score(plan)(_needed(plan, whole)[..., : config.width], frame_count)
             is_visual, order = visual_positions(batch)
-            ranks = jnp.take_along_axis(ranks, jnp.minimum(order, ranks.shape[1] - 1), axis=1)
+            ranks = jnp.take_along_axis(chosen.score, jnp.minimum(order, chosen.score.shape[1] - 1), axis=1)
             score = own_stretch(config, jnp.where(is_visual, ranks, 0))
             tokens = compact_row(config, tokens, score, plan.keep(0, given), plan.row_length(0))
     if isinstance(config, LocalConfig) and score_fn is not None:
@@ -349,6 +353,16 @@ def decoder_output(
         "segments": segments,
     } | options
     return run(params["decoder"], config, tokens, plan=plan, score_fn=score_fn, **options), given
+
+
+def _prepared(config: ModelConfig, plan: ReductionPlan, tokens: Tokens, segments: int) -> Tokens:
+    """Tokens with what the plan's method needs to know of layer 0."""
+    prepare = methods.get_method(plan.decoder_method).prepare
+    if prepare is None:
+        return tokens
+    row = jax.tree.map(lambda a: gather_sequence(config, a), tokens)
+    extra = {name: own_stretch(config, array) for name, array in prepare(row, plan, segments).items()}
+    return tokens.replace(extra=tokens.extra | extra)
 
 
 def _needed(plan: ReductionPlan, visual: jax.Array | None) -> jax.Array:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from hybridvlm.config import Buckets, Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
+from hybridvlm.models.nemotron_vl.rows import merged, split_attention
 from hybridvlm.models.prompt import ArrayT, PromptStyle
 from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl
@@ -246,15 +247,19 @@ def video_stream(batch: Batch, visual: jax.Array) -> Tokens:
     return Tokens(x, index, batch.video_segment, real, jnp.zeros(real.shape, bool), batch.index, batch.frame)
 
 
-def _prepare(batch: Batch, visual: jax.Array, plan: ReductionPlan | None) -> tuple[Tokens, jax.Array]:
+def _prepare(config: VambaConfig, batch: Batch, visual: jax.Array, plan: ReductionPlan | None) -> tuple[Tokens, jax.Array]:
     """The video as it enters layer 0, and the count of visual tokens [B,1] that it was handed."""
     frame_count = batch.frame_count
     if plan is not None and plan.pool_factors != (1, 1, 1):
         visual, frame_count = methods.merge_fn(plan)(visual, frame_count)
+    visual, attention = split_attention(config, visual)
+    if plan is not None and plan.drops_input:
+        chosen = methods.input_selection(plan)(visual, frame_count, attention)
+        visual = merged(visual, chosen)
     video = video_stream(batch, visual)
     given = jnp.sum(video.visual, axis=1, dtype=jnp.int32)[:, None]
     if plan is not None and plan.drops_input:
-        score = jnp.where(video.visual, methods.input_score(plan)(visual, frame_count), 0)
+        score = jnp.where(video.visual, chosen.score, 0)
         video = compact(video, score, plan.keep(0, given), plan.capacities[0])
     return video, given
 
@@ -267,10 +272,10 @@ class _VideoRows:
 
 
 def _walk(params: dict, config: VambaConfig, batch: Batch, visual, text: Tokens | None, plan, decode_capacity: int):
-    video, given = _prepare(batch, visual, plan)
+    video, given = _prepare(config, batch, visual, plan)
     options: dict[str, Any] = {}
     if plan is not None:
-        score_fn: Callable[..., jax.Array] = methods.score_fn(plan)
+        score_fn: Callable[..., Any] = methods.score_fn(plan)
         if isinstance(config, LocalConfig):
             score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
         options = {"plan": _VideoRows(plan), "score_fn": score_fn, "counts": given}
