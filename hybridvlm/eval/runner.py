@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridvlm.config import to_dict
+from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import progress as bar_of
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.deal import deal, weights_fingerprint
@@ -37,6 +37,7 @@ from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.prompt import Batch, Layout
 from hybridvlm.reduction import ReductionPlan
+from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
@@ -375,6 +376,11 @@ class Runner:
         failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
         return self._record(variant, sample) | nothing | {"failure": failure}
 
+    @property
+    def _attention(self) -> bool:
+        """Whether a method of these variants ranks by the tower's attention."""
+        return any(needs_attention(Reduction(variant.method)) for variant in self.variants)
+
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
 
@@ -395,7 +401,7 @@ class Runner:
             return None
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()
-        tokens = to_host(self.model.encode(pixels))[0]
+        tokens = to_host(self.model.encode(pixels, attention=self._attention))[0]
         if bucket in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
             self._encode_clock[video, bucket.frames] = self.encode_ms[-1]

@@ -269,7 +269,9 @@ class Conversation:
                 with self._timed("encode"):
                     bucket = model.buckets.pick("frames", layout.frames)
                     pixels = model.family.pixels(self.config, self.clips, bucket)
-                    self._visual = jax.block_until_ready(model.encode(pixels))
+                    self._visual = jax.block_until_ready(
+                        model.encode(pixels, attention=methods.needs_attention(self.reduction))
+                    )
             visual = self._visual
         with self._timed("prefill"):
             if visual is not None and model.family.build_video_memory is not None and not _depends_on_query(plan):

@@ -1,7 +1,7 @@
 """Merging tokens: sums written into the rows of anchors, after which `compact` drops the rest.
 
-Every published merge is linear in the tokens and leaves each result at one of its own tokens, the anchor: so a merge is a fold and
-the same `compact` as a drop. Order, positions and indices stay those of the anchors.
+Every published merge is linear in the tokens and leaves each result at one of its own tokens, the anchor: so a
+merge is a fold and the same `compact` as a drop. Order, positions and indices stay those of the anchors.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ def fold(x: Float[Array, "B L D"], into: Int[Array, "B A L"], weight: Float[Arra
         into: [B,A,L] int32, positions that each token contributes to; L (or beyond): nowhere.
         weight: [B,A,L], the factors. Gradients flow to x, none to the factors.
 
-    Returns:
-        [B,L,D] in x's dtype, y[p] = sum of weight[a,t] * x[t] over all into[a,t] = p, summed in float32; a position that nothing is
-        written to keeps its x.
+    Returns: [B,L,D] in x's dtype, y[p] = sum of weight[a,t] * x[t] over all into[a,t] = p, summed in float32; a
+    position that nothing is written to keeps its x.
 
     Raises:
         ValueError: for shapes that do not fit together.

@@ -1,7 +1,7 @@
 """What several methods choose by: ranks, flags, exact shares of a count, order of diversity. All with static shapes.
 
-Scores of `flagged` keep a method's own decision where the plan's count is the method's, and otherwise drop the worst of its choice or
-readmit the best of the rest, so that every method keeps exactly what its plan says.
+Scores of `flagged` keep a method's own decision where the plan's count is the method's, and otherwise drop the
+worst of its choice or readmit the best of the rest, so that every method keeps exactly what its plan says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def ranks(score: jax.Array) -> jax.Array:
 
 
 def flagged(flag: jax.Array, tiebreak: jax.Array) -> jax.Array:
-    """Scores that rank by flag [B,n] (int or bool, the largest first), then by tiebreak [B,n], then the earlier: fp32.
+    """Scores that rank by flag [B,n] (int or bool, the largest first), then by tiebreak [B,n], then the earlier:
+    fp32.
 
     They are positions, negated: a sum of both would round the tiebreak.
     """
@@ -49,8 +50,9 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 def apportion(total: jax.Array, counts: jax.Array, group: jax.Array | None = None) -> jax.Array:
     """`total` handed out over parts in proportion to `counts` [P], exactly: [P] int32.
 
-    Every part gets the whole part of its share, the rest goes to the largest fractions, ties to the earlier, never more than a
-    part has. With group [P] int32, total [P] holds each group's own total (at its number), and only its parts take of it.
+    Every part gets the whole part of its share, the rest goes to the largest fractions, ties to the earlier, never
+    more than a part has. With group [P] int32, total [P] holds each group's own total (at its number), and only its
+    parts take of it.
     """
     parts = counts.shape[0]
     group = jnp.zeros(parts, jnp.int32) if group is None else group
@@ -70,10 +72,11 @@ def apportion(total: jax.Array, counts: jax.Array, group: jax.Array | None = Non
 
 
 def diverse_order(x: jax.Array, real: jax.Array, picks: int, weight: jax.Array | None = None) -> jax.Array:
-    """Greedy max-min order of tokens by 1 - cosine: x [n,D], real [n] bool -> rank [n] int32, n for what is not picked.
+    """Greedy max-min order of tokens by 1 - cosine: x [n,D], real [n] bool -> rank [n] int32, n for what is not
+    picked.
 
-    The first is the one whose nearest neighbour is farthest, each further one the one that is farthest from all before it; ties
-    to the earlier. weight [n]: factor of a token's distances to others, as a candidate.
+    The first is the one whose nearest neighbour is farthest, each further one the one that is farthest from all
+    before it; ties to the earlier. weight [n]: factor of a token's distances to others, as a candidate.
     """
     n, y = x.shape[0], unit(x)
     scale = jnp.ones(n, jnp.float32) if weight is None else weight.astype(jnp.float32)

@@ -312,6 +312,12 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
     return tuple(parts)
 
 
+def needs_attention(reduction: Reduction | None) -> bool:
+    """Whether a reduction ranks by the attention of the vision tower, so that frames are encoded with it."""
+    names = () if reduction is None else parse_method(reduction.method)
+    return any("attention" in get_method(name).needs for name, _ in names)
+
+
 class AttentionMethods(Collection[str]):
     """Names of the methods that can drop after attention layers by what these tell, or before the decoder: what a model takes
     whose visual tokens are scored by attention alone. Methods that are registered later are among them."""

@@ -38,6 +38,8 @@ def drop_flops(
                 "has not; use str"
             )
         return len(coming) * flops.lookahead_flops(config, length, text_tokens)
+    if method.scoring is not None:
+        return method.scoring(length - text_tokens, 0, 0, config.width)
     if method.reads == methods.FEATURES:
         return 3 * length * config.width
     if method.reads == methods.INDEX_ONLY:

@@ -247,7 +247,9 @@ def video_stream(batch: Batch, visual: jax.Array) -> Tokens:
     return Tokens(x, index, batch.video_segment, real, jnp.zeros(real.shape, bool), batch.index, batch.frame)
 
 
-def _prepare(config: VambaConfig, batch: Batch, visual: jax.Array, plan: ReductionPlan | None) -> tuple[Tokens, jax.Array]:
+def _prepare(
+    config: VambaConfig, batch: Batch, visual: jax.Array, plan: ReductionPlan | None
+) -> tuple[Tokens, jax.Array]:
     """The video as it enters layer 0, and the count of visual tokens [B,1] that it was handed."""
     frame_count = batch.frame_count
     if plan is not None and plan.pool_factors != (1, 1, 1):

@@ -19,6 +19,7 @@ PIVOTS = (4, 4)  # visual, of the question
     "dart",
     "decoder",
     reads=LAST_QUERY,
+    scoring=lambda visual, kept, frames, width: 2 * sum(PIVOTS) * visual * width,
     all_heads=True,
     sites=nearest_attention(DEPTH),
     at_depth=nearest_attention,
@@ -49,10 +50,11 @@ def dart_score(
 ) -> jax.Array:
     """DART's choice of `keep` tokens as a score: x [L,D], key norms [L], visual and query [L] bool -> [L] fp32.
 
-    Pivots are the visual tokens, and the question's, of the largest L1 norm of their keys. One pivot after another adds the same number
-    of remaining visual tokens that are least like it (cosine). As released after layer 2 of 32, but: the order of pivots is fixed,
-    visual ones first, by norm (there it is that of a Python set); the visual pivots count among the tokens kept, of which the last
-    pivot adds what is left over (there 4 more are kept); pivots of text are the question's; cosines are of the residual stream.
+    Pivots are the visual tokens, and the question's, of the largest L1 norm of their keys. One pivot after another
+    adds the same number of remaining visual tokens that are least like it (cosine). As released after layer 2 of
+    32, but: the order of pivots is fixed, visual ones first, by norm (there it is that of a Python set); the visual
+    pivots count among the tokens kept, of which the last pivot adds what is left over (there 4 more are kept);
+    pivots of text are the question's; cosines are of the residual stream.
     """
     y = unit(x)
     by_norm = [ranks(jnp.where(mask, norms, -jnp.inf)) for mask in (visual, query)]

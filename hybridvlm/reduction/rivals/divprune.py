@@ -1,8 +1,9 @@
 """DivPrune (arXiv 2503.02175): the most diverse tokens, picked one after another by the largest least distance.
 
-Distance is 1 - cosine of the features as the decoder gets them. The order of picks is a score by itself: more picks extend fewer. The
-paper keeps r = .098. As released, but that survivors stay in their order. M picks over M tokens are one after the other: `divprune`
-suits up to about 8,000 tokens, `divprune-frame` picks inside each frame, all frames side by side.
+Distance is 1 - cosine of the features as the decoder gets them. The order of picks is a score by itself: more picks
+extend fewer. The paper keeps r = .098. As released, but that survivors stay in their order. M picks over M tokens
+are one after the other: `divprune` suits up to about 8,000 tokens, `divprune-frame` picks inside each frame, all
+frames side by side.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def divprune(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.A
     batch, frames, m, width = visual.shape
     real = jnp.repeat(frames_of(frame_count, frames), m, axis=1)
     flat = visual.reshape(batch, frames * m, width)
-    rank = jax.lax.map(lambda row: diverse_order(*row, picks=plan.capacities[0]), (flat, real))
+    rank = jax.lax.map(lambda row: diverse_order(*row, plan.capacities[0]), (flat, real))
     return -rank.astype(jnp.float32)
 
 

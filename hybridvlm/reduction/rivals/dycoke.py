@@ -45,10 +45,11 @@ def dycoke(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Arr
 def dycoke_score(visual: jax.Array, frame_count: jax.Array, kept: jax.Array) -> jax.Array:
     """The choice as a score: visual [B,F,m,D], kept [B] cells of each further frame of a group -> [B,F*m] fp32.
 
-    In a group of four frames the second is compared with the first, the fourth with the third, the third with the first, cell by cell,
-    and its least similar cells stay (K = .7 of them go in the paper, .475 of all tokens then stay). Corrected: the released loop never
-    reduces the third frame of the last group, loses the last of an odd number of frames, and gives tokens in the order of likeness;
-    here a last group that is not whole is reduced as far as it goes. The second stage, a cut of the cache while decoding, is left out.
+    In a group of four frames the second is compared with the first, the fourth with the third, the third with the
+    first, cell by cell, and its least similar cells stay (K = .7 of them go in the paper, .475 of all tokens then
+    stay). Corrected: the released loop never reduces the third frame of the last group, loses the last of an odd
+    number of frames, and gives tokens in the order of likeness; here a last group that is not whole is reduced as
+    far as it goes. The second stage, a cut of the cache while decoding, is left out.
     """
     batch, frames, _, _ = visual.shape
     number = jnp.arange(frames)

@@ -34,8 +34,8 @@ def frames(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Arr
 def frames_score(frame_count: jax.Array, kept: jax.Array, frames: int) -> jax.Array:
     """1 for the `kept` [B] of frame_count [B] frames that lie evenly, 0 for the others: [B,F] fp32.
 
-    A frame that stays keeps its time, its position and what the prompt says before it: the others leave gaps. Towers see each frame
-    by itself, so that leaving frames out before the tower gives the same tokens.
+    A frame that stays keeps its time, its position and what the prompt says before it: the others leave gaps.
+    Towers see each frame by itself, so that leaving frames out before the tower gives the same tokens.
     """
     whole, kept = jnp.maximum(frame_count, 1)[:, None], kept[:, None]
     edges = (jnp.arange(frames + 1, dtype=jnp.int32)[None] * kept + whole // 2) // whole

@@ -1,11 +1,15 @@
-"""One drop at a depth of choice, by the question's attention: the analogue of FlexSelect, and what outer methods add inside.
+"""One drop at a depth of choice, by the question's attention: the analogue of FlexSelect, and what outer methods
+add inside.
 
-FlexSelect (arXiv 2506.00993) ranks by the largest attention over heads and text rows of one reference layer, in a pass of its own;
-PruneVid and FlashVID drop once inside by the largest, or by the last row's mean. Here all of it is one drop in the only pass, after the
-attention layer nearest to the depth: "oneshot@0.64". A mean share below (that layer + 1) / layers is impossible, and refused.
+FlexSelect (arXiv 2506.00993) ranks by the largest attention over heads and text rows of one reference layer, in a
+pass of its own; PruneVid and FlashVID drop once inside by the largest, or by the last row's mean. Here all of it is
+one drop in the only pass, after the attention layer nearest to the depth: "oneshot@0.64". A mean share below (that
+layer + 1) / layers is impossible, and refused.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 
@@ -24,8 +28,8 @@ def nearest_attention(*fractions: float) -> Sites:
 
     def sites(pattern: str, schedule: Schedule) -> tuple[int, ...]:
         layers = [i for i, kind in enumerate(pattern[:-1]) if kind == ATTENTION]
-        chosen = {min(layers, key=lambda i, f=f: abs(i - f * len(pattern))) for f in fractions} if layers else set()
-        return tuple(sorted(chosen))
+        distances = [{i: abs(i - fraction * len(pattern)) for i in layers} for fraction in fractions]
+        return tuple(sorted({min(far, key=far.__getitem__) for far in distances if far}))
 
     return sites
 
@@ -35,7 +39,7 @@ def _by_attention(aux: Aux, tokens: Tokens, options: ScoreOptions) -> jax.Array:
     return scores.attention_score(aux, tokens, options)
 
 
-_ONCE = {
+_ONCE: dict[str, Any] = {
     "sites": nearest_attention(DEPTH),
     "at_depth": nearest_attention,
     "curve": lambda schedule, layers: schedules.ratio_curve,

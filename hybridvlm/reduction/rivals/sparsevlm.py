@@ -59,10 +59,10 @@ def prepare(tokens: Tokens, plan: PlanView, segments: int) -> dict[str, jax.Arra
 def sparsevlm(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> jax.Array:
     """three drops, by the attention of those question words that the picture is about
 
-    The released v1.5 with its static lists, as one curve that is solved to the budget. Left out: recycling (dropped tokens
-    clustered and appended behind), the paper's adaptive count, and of v2 its correction for rotary embeddings and its fixed choice
-    of heads. The text is the question; scores are taken after a layer, not entering it. Where two of the sites fall on one layer
-    there are two.
+    The released v1.5 with its static lists, as one curve that is solved to the budget. Left out: recycling (dropped
+    tokens clustered and appended behind), the paper's adaptive count, and of v2 its correction for rotary
+    embeddings and its fixed choice of heads. The text is the question; scores are taken after a layer, not entering
+    it. Where two of the sites fall on one layer there are two.
     """
     assert isinstance(aux, AttentionAux)  # its sites are attention layers
     rate = jnp.take_along_axis(tokens.extra[RATER], aux.q_index, axis=1)

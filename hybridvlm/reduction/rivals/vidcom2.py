@@ -21,12 +21,12 @@ def vidcom2(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Ar
 def vidcom2_score(visual: jax.Array, frame_count: jax.Array, base: float) -> jax.Array:
     """VidCom2's choice as a score: visual [B,F,m,D], frame_count [B] int32 -> [B,F*m] fp32.
 
-    On the half of the channels that vary least over the video, a token's likeness to the video's mean and to its frame's mean is a
-    sum of five Gaussians of the distance. A frame keeps base * (1 + its softmax share - the mean share) of its tokens, the least
-    alike first; `base` is .25 and .15 in the paper.
+    On the half of the channels that vary least over the video, a token's likeness to the video's mean and to its
+    frame's mean is a sum of five Gaussians of the distance. A frame keeps base * (1 + its softmax share - the mean
+    share) of its tokens, the least alike first; `base` is .25 and .15 in the paper.
 
-    As released, but that the count is exact, as in vLLM: the worst of the choice go or the best of the rest come back, over the
-    whole video. Padded frames are in no mean and no variance.
+    As released, but that the count is exact, as in vLLM: the worst of the choice go or the best of the rest come
+    back, over the whole video. Padded frames are in no mean and no variance.
     """
     batch, frames, m, width = visual.shape
     x = visual.astype(jnp.float32)

@@ -101,7 +101,7 @@ def selection(name, rate, visual, count, attention=None):
 
 
 @pytest.mark.parametrize("name", DROPS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_an_example_keeps_the_same_alone_in_a_batch_and_in_a_longer_bucket(name, dtype):
     visual, count = videos(dtype=dtype)
     p, both = selection(name, 0.4, visual, count)
@@ -112,7 +112,7 @@ def test_an_example_keeps_the_same_alone_in_a_batch_and_in_a_longer_bucket(name,
     assert both.score.dtype == jnp.float32 and np.isfinite(both.score[:, :80]).all()
 
 
-@pytest.mark.parametrize("name", DROPS)
+@pytest.mark.parametrize("name", ["vidcom2", *(pytest.param(n, marks=pytest.mark.slow) for n in DROPS[1:])])
 def test_one_frame_equal_frames_and_zeros(name):
     """All ties: the earliest win, and nothing is NaN."""
     one = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 16, 6)), jnp.float32)
