@@ -23,7 +23,7 @@ class Selection:
 
     Attributes:
         score: [B,L], by which tokens stay; anchors rank above what is merged into them.
-        into: [B,A,L] int32, the positions to which a token contributes (A of them at most), L for none; None: nothing is merged.
+        into: [B,A,L] int32, positions to which a token contributes (A at most), L for none; None: nothing is merged.
         weight: [B,A,L], with which factor; an anchor contributes to itself, too. Of the mean of n tokens each has 1/n.
     """
 

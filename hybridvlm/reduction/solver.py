@@ -67,13 +67,13 @@ class BudgetSolver:
         self.layers = len(config.pattern)
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
-        tower = config.vision.kind if config.vision is not None else "no"
-        if "attention" in self.outer.needs and tower in ("stem", "no"):
-            raise ValueError(
-                f"{outer} ranks by the attention of the vision tower, and this model has a convolutional stem; "
-                f"of the methods before the decoder it takes {', '.join(_by_features())}"
-                if tower == "stem"
-                else f"{outer} ranks by the attention of the vision tower, and this model has no tower"
+        if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
+            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and not m.needs)
+            raise BudgetError(
+                f"{outer} ranks by the attention of the vision tower, and this model's is a convolutional stem without any; "
+                f"of the methods before the decoder it takes {able}",
+                1.0,
+                1.0,
             )
 
     @property
@@ -238,10 +238,6 @@ class BudgetSolver:
             f"{method.name} can meet {kind} budgets from {_up(error.low)} to {error.high:.4g} on this pattern of "
             f"{self.layers} layers (it drops after {method.where}, first after layer {sites[0]}), got {budget:g}"
         )
-
-
-def _by_features() -> list[str]:
-    return [m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and not m.needs]
 
 
 def _up(low: float) -> str:

@@ -26,7 +26,7 @@ def divprune(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.A
     batch, frames, m, width = visual.shape
     real = jnp.repeat(frames_of(frame_count, frames), m, axis=1)
     flat = visual.reshape(batch, frames * m, width)
-    rank = jax.lax.map(lambda row: diverse_order(*row, plan.capacities[0]), (flat, real))
+    rank = jax.lax.map(lambda row: diverse_order(row[0], row[1], plan.capacities[0]), (flat, real))
     return -rank.astype(jnp.float32)
 
 
@@ -38,8 +38,8 @@ def divprune(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.A
 )
 def divprune_frame(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Array:
     """before layer 0, the most diverse tokens of each frame, frames alike"""
-    frames, m = visual.shape[1:3]
-    picks = min(m, -(-plan.capacities[0] // max(1, frames)) + 1)
+    m = visual.shape[2]
+    picks = min(m, -(-plan.capacities[0] // max(1, plan.frames)) + 1)
     whole = jnp.ones(m, bool)
     rank = jax.vmap(jax.vmap(lambda x: diverse_order(x, whole, picks)))(visual)
     return -rank.astype(jnp.float32).reshape(visual.shape[0], -1)

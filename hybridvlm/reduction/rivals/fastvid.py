@@ -1,4 +1,4 @@
-"""FastVID (arXiv 2503.11187): scenes, and in each of them salient tokens and means around anchors of every fourth frame."""
+"""FastVID (arXiv 2503.11187): scenes, and in each salient tokens and means around anchors of every fourth frame."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ SEGMENTS, TAU, CONTEXT, STEP, BETA, NEIGHBOURS = 8, 0.9, 0.4, 4, 0.6, 4
     reads=FEATURES,
     needs=("attention",),
     count=lambda frames, m, share: frames * max(1, int(share * m + 1e-9)),
-    keeps="as many of each frame",
+    floor=lambda frames, m: 1 / m,
+    keeps="one token or more of each frame",
     scoring=lambda visual, kept, frames, width: 2 * visual * visual * width // STEP,
 )
 def fastvid(visual: jax.Array, frame_count: jax.Array, plan: PlanView, attention: jax.Array) -> Selection:
     """before layer 0, scenes; salient tokens, and means around anchors of every fourth frame"""
-    frames = visual.shape[1]
-    kept = plan.capacities[0] // frames
-    parts = jax.lax.map(lambda row: fastvid_video(*row, kept), (visual, frames_of(frame_count, frames), attention))
+    kept, frames = plan.capacities[0] // plan.frames, visual.shape[1]
+    parts = jax.lax.map(
+        lambda row: fastvid_video(row[0], row[1], row[2], kept), (visual, frames_of(frame_count, frames), attention)
+    )
     return Selection(*parts)
 
 
@@ -41,7 +43,7 @@ def scenes(likeness: jax.Array, real: jax.Array, count: int, tau: float) -> jax.
 
 
 def anchor_frames(segment: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(is [F], which of its segment's anchor frames, from 0 [F]; how many its segment has [F]): every fourth from its end."""
+    """(is [F], which of its segment's anchor frames, from 0 [F]; how many that has [F]): every fourth from its end."""
     frames = len(segment)
     number = jnp.arange(frames)
     last = jnp.full(frames, -1).at[segment].max(jnp.where(real, number, -1))[segment]

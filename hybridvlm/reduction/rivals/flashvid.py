@@ -1,4 +1,4 @@
-"""FlashVID's outer stage (arXiv 2602.08024): diverse tokens that the tower attends to stay, the others merge along trees in time."""
+"""FlashVID's outer stage (arXiv 2602.08024): diverse tokens that the tower sees stay, others merge along trees in time."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def flashvid(visual: jax.Array, frame_count: jax.Array, plan: PlanView, attentio
     frames, m = visual.shape[1:3]
     diverse = -int(-DIVERSE * max(1, int(plan.input_share * m / SHARE_ONE)) // 1)
     row = (visual, frames_of(frame_count, frames), attention, plan.keep(0, frame_count * m))
-    return Selection(*jax.lax.map(lambda r: flashvid_video(*r, diverse), row))
+    return Selection(*jax.lax.map(lambda r: flashvid_video(r[0], r[1], r[2], r[3], diverse), row))
 
 
 def link_to_previous(visual: jax.Array, free: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(parent [F,m] int32, likeness [F,m]): the most alike free token of the frame before in the same scene; -inf for none."""
+    """(parent [F,m] int32, likeness [F,m]): the most alike free token of the frame before in its scene; -inf: none."""
     y = unit(visual)
     before = jnp.concatenate([y[:1], y[:-1]])
     may = jnp.concatenate([jnp.zeros_like(free[:1]), free[:-1]]) & (segment == jnp.roll(segment, 1))[:, None]

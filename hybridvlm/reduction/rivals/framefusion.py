@@ -1,4 +1,4 @@
-"""FrameFusion (arXiv 2501.01986): tokens that repeat the frame before merge in the first layers, then one drop by attention."""
+"""FrameFusion (arXiv 2501.01986): tokens that repeat the frame before merge in the first layers; one drop."""
 
 from __future__ import annotations
 

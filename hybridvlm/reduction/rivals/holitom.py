@@ -1,4 +1,4 @@
-"""HoliTom (arXiv 2505.21334): cells that stand still over a stretch of frames are averaged; inside, one merge by attention."""
+"""HoliTom (arXiv 2505.21334): cells that stand still over frames are averaged; inside, one merge by attention."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def parts_selection(
     where=f"the * nearest to {DEPTH:.2g} of the depth, or @another",
 )
 def holitom_inner(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments: int) -> Selection:
-    """one merge at a depth: what the last question token attends to least goes into the most alike of the rest
+    """one merge at a depth: what the last question token attends to least, into the most alike
 
     Means of a kept token and all that goes into it; the release averages one after the other, so that its result
     depends on the order.
@@ -168,7 +168,7 @@ def holitom_inner(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments
 
 
 def into_most_alike(x: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array) -> jax.Array:
-    """Where each visual token goes: itself for the `keep` of highest score, else the most alike of those; x [L,D] -> [L] int32."""
+    """Where visual tokens of x [L,D] go: the `keep` of highest score stay, others to the most alike of those; [L] int32."""
     stays = visual & (ranks(jnp.where(visual, score, -jnp.inf)) < keep)
     y = unit(x)
     best = jax.lax.map(lambda row: jnp.argmax(jnp.where(stays, y @ row, -jnp.inf)), y, batch_size=min(len(y), 256))

@@ -24,7 +24,7 @@ MEAN, LARGEST, LAST = ScoreOptions(), ScoreOptions(heads="max", queries="max"), 
 
 
 def nearest_attention(*fractions: float) -> Sites:
-    """The attention layers nearest to shares of the depth, each once; ties to the earlier. None where nothing comes after."""
+    """The attention layers nearest to shares of the depth, each once; ties to the earlier, the last layer never."""
 
     def sites(pattern: str, schedule: Schedule) -> tuple[int, ...]:
         layers = [i for i, kind in enumerate(pattern[:-1]) if kind == ATTENTION]

@@ -1,4 +1,4 @@
-"""PruneVid's outer stage (arXiv 2412.16117): scenes by density peaks, still cells averaged, the rest clustered by frame."""
+"""PruneVid's outer stage (arXiv 2412.16117): scenes by density peaks, still cells averaged, the rest clustered."""
 
 from __future__ import annotations
 

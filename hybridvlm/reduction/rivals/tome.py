@@ -20,11 +20,17 @@ def per_frame_count(frames: int, m: int, share: float) -> int:
     return frames * kept_of_frame(m, share)
 
 
-@_register("tome", "input", reads=FEATURES, count=per_frame_count, keeps="as many of each frame")
+@_register(
+    "tome",
+    "input",
+    reads=FEATURES,
+    count=per_frame_count,
+    floor=lambda frames, m: 1 / m,
+    keeps="one token or more of each frame",
+)
 def tome(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> Selection:
     """before layer 0, the most alike tokens of each frame merge (bipartite matching, in rounds)"""
-    frames = visual.shape[1]
-    kept = plan.capacities[0] // frames
+    kept = plan.capacities[0] // plan.frames
     root = jax.vmap(jax.vmap(lambda x: tome_roots(x, kept)[0]))(visual)
     return selection_of_roots(root)
 

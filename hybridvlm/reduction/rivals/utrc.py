@@ -1,4 +1,4 @@
-"""UTRC (arXiv 2410.14725): in Mamba layers, tokens of little output leave for the most alike of the others, dropped or merged."""
+"""UTRC (arXiv 2410.14725): in Mamba layers, tokens of little output are dropped, or merged into the most alike."""
 
 from __future__ import annotations
 

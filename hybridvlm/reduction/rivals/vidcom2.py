@@ -1,4 +1,4 @@
-"""VidCom2 (arXiv 2505.14454): tokens that differ from the video and from their frame stay, more of them in unusual frames."""
+"""VidCom2 (arXiv 2505.14454): tokens unlike their video and frame stay, more of unusual frames."""
 
 from __future__ import annotations
 

@@ -15,12 +15,18 @@ DOMINANT = 54 / 64  # of what stays: the smallest of the released pairs, 54 + 10
 
 
 @_register(
-    "visionzip", "input", reads=FEATURES, needs=("attention",), count=per_frame_count, keeps="as many of each frame"
+    "visionzip",
+    "input",
+    reads=FEATURES,
+    needs=("attention",),
+    count=per_frame_count,
+    floor=lambda frames, m: 1 / m,
+    keeps="one token or more of each frame",
 )
 def visionzip(visual: jax.Array, frame_count: jax.Array, plan: PlanView, attention: jax.Array) -> Selection:
     """before layer 0, the tokens that the tower attends to, and means of the others"""
     batch, frames, m, _ = visual.shape
-    kept = plan.capacities[0] // frames
+    kept = plan.capacities[0] // plan.frames
     dominant = round(DOMINANT * kept)
     one = jax.vmap(jax.vmap(lambda keys, a: visionzip_frame(keys, a, dominant, kept - dominant)))
     into, weight, score = one(visual, attention)

@@ -126,3 +126,13 @@ def test_one_frame_equal_frames_and_zeros(name):
     if name != "frames":
         assert set(kept(chosen.score[0], p.keep(0, 128))) & set(range(16))
     assert np.isfinite(selection(name, 0.4, 0 * same, jnp.array([8]))[1].score).all()
+
+
+def test_the_towers_attention_is_refused_where_there_is_none():
+    from helpers.plans import model
+
+    from hybridvlm.config import VisionConfig
+
+    stem = VisionConfig(kind="stem", image_size=(16, 16), patch_size=8, width=4, downsample=1, max_frames=4)
+    with pytest.raises(BudgetError, match=r"visionzip ranks by the attention .* it takes .*vidcom2"):
+        plan("visionzip", 0.5, config=model(vision=stem), frames=4, m=4)
