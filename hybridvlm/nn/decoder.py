@@ -21,7 +21,7 @@ from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.nn.linear import cut_columns
 from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, look_ahead, run_layer, run_layers
-from hybridvlm.ops.fold import Selection, fold
+from hybridvlm.ops.fold import Selection, fold_tokens
 from hybridvlm.ops.layer_aux import LookaheadAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.platforms import platform
@@ -213,7 +213,9 @@ def prefill(
             scores[layer] = score
         if plan is not None and layer in drops:
             keep = plan.keep(layer + 1, counts)
-            tokens = _fold(tokens, chosen)
+            if isinstance(chosen, Selection):
+                # planes that are still to be added belong to their tokens
+                tokens = fold_tokens(tokens, chosen, DEEPSTACK)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
             tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1))
@@ -424,15 +426,6 @@ def _score(
         capacity = min(query_capacity, tokens.length * sequence_shards(config))
         aux = LookaheadAux(aux, tuple(look_ahead(layer_range, other, params, *row, capacity) for other in coming))
     return score_fn(layer, aux, tokens)
-
-
-def _fold(tokens: Tokens, chosen: jax.Array | Selection) -> Tokens:
-    """Tokens, and the DeepStack planes that are not added yet, with what is merged written into its anchors."""
-    if not isinstance(chosen, Selection) or chosen.into is None or chosen.weight is None:
-        return tokens
-    into, weight = chosen.into, chosen.weight
-    planes = {name: fold(a, into, weight) for name, a in tokens.extra.items() if name.startswith(DEEPSTACK)}
-    return tokens.replace(x=fold(tokens.x, into, weight), extra=tokens.extra | planes)
 
 
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:

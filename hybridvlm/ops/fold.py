@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.ops.tokens import Tokens
+
 if TYPE_CHECKING:
     from hybridvlm.typing import Array, Float, Int
 
@@ -65,3 +67,12 @@ def fold(x: Float[Array, "B L D"], into: Int[Array, "B A L"], weight: Float[Arra
         return jnp.where(written[:, None], total.astype(row.dtype), row)
 
     return jax.vmap(one)(x, jnp.clip(into, 0, length), weight)
+
+
+def fold_tokens(tokens: Tokens, chosen: Selection, along: str) -> Tokens:
+    """Tokens with what is merged written into its anchors: x, and the arrays of `extra` whose names begin with `along`."""
+    if chosen.into is None or chosen.weight is None:
+        return tokens
+    into, weight = chosen.into, chosen.weight
+    extra = {name: fold(a, into, weight) for name, a in tokens.extra.items() if name.startswith(along)}
+    return tokens.replace(x=fold(tokens.x, into, weight), extra=tokens.extra | extra)

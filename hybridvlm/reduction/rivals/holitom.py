@@ -21,7 +21,7 @@ _LAST = ScoreOptions(queries="last")
 
 @_register("holitom", "input", reads=FEATURES, needs=("attention",))
 def holitom(visual: jax.Array, frame_count: jax.Array, plan: PlanView, attention: jax.Array) -> Selection:
-    """before layer 0, cells that stand still are averaged over time, of the others what the tower attends to
+    """before layer 0, still cells are averaged over time, of the others what the tower attends to stays
 
     The outer stage; the published pair is "holitom:r+holitom-inner:0.82", a mean share of .82 r.
     """
