@@ -312,3 +312,60 @@ def test_one_process_told_to_end_leaves_nothing_held(evaluate, tmp_path):
     assert process.wait(60) == distributed.TERMINATED == 143
     assert "told to end by SIGTERM" in process.stderr.read()
     assert not (tmp_path / "out" / ".lock").exists() and answers(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_model_over_two_processes_answers_as_on_one_device(evaluate, tmp_path):
+    """One mesh of both processes' devices, a damaged video that only one of them has, and a run that was killed on the way."""
+    world = pathlib.Path(evaluate[evaluate.index("--tasks") + 1]).parent
+    one, both = tmp_path / "one", tmp_path / "both"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, *evaluate, str(one)], env=env, timeout=240).returncode == 0
+    command = [*evaluate, str(both), "--mesh", "sequence=4,tensor=2"]
+    ended = run_both([command, command])
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "2 processes run one model over the devices of all of them (mesh sequence=4,tensor=2)" in ended[0][1]
+    said = lambda folder: {a["key"]: (a["prediction"], a["correct"], a["method"]) for a in answers(folder)}  # noqa: E731
+    assert said(one) == said(both) and len(said(one)) == 36
+    assert [p.name for p in both.glob("samples*")] == ["samples.jsonl"]
+    # half of the answers are lost, and the rest is found again: dense of them once more, for its clock
+    lines = (both / "samples.jsonl").read_text().splitlines()
+    (both / "samples.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    ended = run_both([command, command])
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert said(one) == said(both)
+    # hosts with different files are told before anything is answered
+    other = shutil.copytree(world, tmp_path / "other")
+    shutil.copy(other / "v0.mp4", other / "v1.mp4")
+    commands = [[*evaluate, str(tmp_path / name), "--mesh", "sequence=4,tensor=2"] for name in ("c", "d")]
+    commands[1][commands[1].index("--tasks") + 1] = str(other / "q.jsonl")
+    ended = run_both(commands)
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert all("processes 0 and 1 have different videos under the name 'v1.mp4'" in text for _, text in ended)
+
+
+# the second process cannot read one of the videos, as where its disk fails
+UNREAD = """
+import sys
+from hybridvlm import distributed
+from hybridvlm.eval.__main__ import main
+from hybridvlm.eval.tasks import files
+from hybridvlm.video import VideoError
+clip = files.FileTask.clip
+def failing(self, video, pixels=True):
+    if pixels and distributed.here().index == 1 and video == "v1.mp4":
+        raise VideoError("v1.mp4: the disk gave up")
+    return clip(self, video, pixels)
+files.FileTask.clip = failing
+distributed.leave(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_video_that_one_of_two_cannot_read_is_asked_by_neither(evaluate, tmp_path):
+    command = ["-c", UNREAD, *evaluate[2:], str(tmp_path / "a"), "--mesh", "data=4,tensor=2"]
+    ended = run_both([command, command])
+    assert [code for code, _ in ended] == [0, 0], ended
+    failed = {a["video"]: a["failure"] for a in answers(tmp_path / "a") if "failure" in a}
+    assert failed == {"v1.mp4": "v1.mp4: the disk gave up"}
+    assert len({a["key"] for a in answers(tmp_path / "a")}) == 36

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,12 +63,16 @@ def refuse_too_large(
         check_fits(work, mesh, len(devices), limit, devices[0].device_kind, reducible=reducible)
 
 
-def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: Any) -> Mesh | None:
+def mesh_option(
+    text: str | None, name_or_path: str | os.PathLike[str], *, across: bool = False, **work: Any
+) -> Mesh | None:
     """The mesh that a command's `--mesh` asks for, over this process's devices, once it is clear that the model fits there.
 
     Args:
         text: such as "data=4,tensor=2"; None or "auto": what `choose_here` finds, which is said on stderr.
         name_or_path: the model.
+        across: whether the mesh may be over the devices of all processes: where the text has as many as there are of them in all, or
+            where a process's own do not hold the model.
         work: as of `refuse_too_large`.
 
     Returns:
@@ -79,27 +83,39 @@ def mesh_option(text: str | None, name_or_path: str | os.PathLike[str], **work: 
         ValueError: the text is no mesh, or not one of so many devices.
     """
     if text not in (None, "auto"):
-        mesh = _mesh_here(text)
+        mesh = _mesh_of(text, across and jax.process_count() > 1)
         refuse_too_large(name_or_path, mesh=mesh, **work)
         return mesh
-    choice = choose_here(name_or_path, **work)
+    devices = jax.local_devices()
+    try:
+        choice = choose_here(name_or_path, **work)
+    except DoesNotFit:
+        if not across or jax.process_count() == 1:
+            raise
+        devices = jax.devices()
+        choice = choose_here(name_or_path, devices=devices, **work)
     if choice is None:
         return None
     print(f"mesh: {choice.why}", file=sys.stderr)
-    return make_mesh(**dataclasses.asdict(choice.mesh), devices=jax.local_devices())
+    return make_mesh(**dataclasses.asdict(choice.mesh), devices=devices)
 
 
-def _mesh_here(text: str) -> Mesh:
-    """The mesh of a text over this process's devices; ValueError, for who writes options, where it is not one of so many."""
+def _mesh_of(text: str, across: bool) -> Mesh:
+    """The mesh of a text over this process's devices, or with `across` over those of all processes where it takes as many.
+
+    ValueError, for who writes options, where it is of another number.
+    """
     sizes, devices = mesh_sizes(text), jax.local_devices()
     taken = math.prod(size for size in sizes.values() if size != -1)
+    if across and -1 not in sizes.values() and taken == jax.device_count():
+        return make_mesh(**sizes, devices=jax.devices())
     if len(devices) % taken if -1 in sizes.values() else taken != len(devices):
         several = "a multiple of " if -1 in sizes.values() else ""
         visible = {"gpu": "CUDA_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}.get(devices[0].platform)
         fewer = f", or set {visible or 'CUDA_VISIBLE_DEVICES or TPU_VISIBLE_CHIPS'}" if taken < len(devices) else ""
         raise ValueError(
             f"--mesh {text} takes {several}{taken} devices, and this process has {len(devices)}; "
-            f"one axis may be -1: the rest{fewer}"
+            f"one axis may be -1: the rest{fewer}" + (f"; all processes have {jax.device_count()}" if across else "")
         )
     return make_mesh(**sizes, devices=devices)
 
@@ -114,10 +130,12 @@ def choose_here(
     reduction: Reduction | FromModel | None = None,
     buckets: Buckets | FromModel | None = None,
     reducible: bool = True,
+    devices: Sequence[Any] | None = None,
 ) -> MeshChoice | None:
     """The mesh of this machine's devices for a model, before it is loaded: the smallest tensor x sequence that fits, the rest data.
 
-    Arguments as of `refuse_too_large`. The longest text is counted where it fits, else the shortest.
+    Arguments as of `refuse_too_large`; devices: instead of this process's. The longest text is counted where it fits, else the
+    shortest.
 
     Returns:
         The mesh, and why; None where one device is all there is, or where their memory is not known, as on CPU.
@@ -125,10 +143,10 @@ def choose_here(
     Raises:
         DoesNotFit: these devices have no memory for it; the message names the smallest slice that would do.
     """
-    devices = jax.local_devices()
-    limit = memory_limit(devices[0])
+    limit = memory_limit(jax.local_devices()[0])
     if limit is None:
         return None
+    devices = jax.local_devices() if devices is None else devices
     longest, shortest = _works(name_or_path, frames, batch, dtype, revision, reduction, buckets)
     try:
         choice = choose_mesh(longest, len(devices), limit)

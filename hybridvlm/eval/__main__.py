@@ -42,9 +42,11 @@ examples:
 
 A run that was killed goes on where it stopped when it is started again with the same options.
 
-Several processes share a run, each with a part of the videos, those that cost most first: on a TPU slice or under Slurm start this
-command on every host; by hand set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Process 0 writes the
-results; --output gs://bucket/folder writes them to a store. notebooks/README.md has the commands for each kind of machine.
+Several processes share a run, each with a part of the videos, those that cost most first; a model that the devices of one do not
+hold, or for which --mesh has the devices of all, runs over all of them, and they answer every batch together. On a TPU slice or
+under Slurm start this command on every host; by hand set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+Process 0 writes the results; --output gs://bucket/folder writes them to a store. notebooks/README.md has the commands for each kind
+of machine.
 
 fields of a JSONL task, one question a line:
 {fields}
@@ -71,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="tiny", help="packaged name (tiny, tiny-reduced) or checkpoint folder (default: tiny)")
-    tasks = "comma list of tasks: needle, paths of .jsonl files, published benchmarks, see --list (default: needle)"
+    tasks = "comma list of tasks: needle, needle-scenes, paths of .jsonl files, published benchmarks, see --list (default: needle)"
     add("--tasks", default="needle", help=tasks)
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")
     add("--budgets", default="0.25", help="comma list of shares of visual tokens to keep, in (0, 1] (default: 0.25)")
@@ -198,18 +200,13 @@ def _run(options: argparse.Namespace, command: str) -> int:
         try:
             keep_compiled(options.compilation_cache)
             process = initialize(mode=options.distributed)
-            if process.count > 1 and process.first:
-                print(
-                    f"each of {process.count} processes runs the model on its own devices and answers whole videos",
-                    file=sys.stderr,
-                )
             with ends_on_sigterm(), together():
                 checked = everywhere(lambda: prepare(options))
                 everywhere(lambda: refuse_alone(checked.folder))
                 lock = folder_lock(checked.folder, "an evaluation") if process.first else contextlib.nullcontext()
                 everywhere(lambda: held.enter_context(lock))
                 made = everywhere(lambda: Evaluation(checked, command))
-                everywhere(made.check_weights)
+                everywhere(made.check_same)
                 evaluation = made
                 evaluation.run()
         except Terminated as error:

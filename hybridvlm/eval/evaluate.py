@@ -29,6 +29,7 @@ from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
+from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import BudgetError
 from hybridvlm.reduction.cost import Cost
 from hybridvlm.storage import as_path, make_folder
@@ -92,7 +93,7 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
-    mesh = mesh_option(options.mesh, options.model, **asked_sizes(options))
+    mesh = mesh_option(options.mesh, options.model, across=True, **asked_sizes(options))
     model = load(options.model, mesh=mesh, dtype=options.dtype)
     model = dataclasses.replace(model, buckets=override(model.buckets, options.buckets, "--buckets"))
     base = base_reduction(options, model.reduction)
@@ -139,6 +140,15 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     return tasks
 
 
+def _together(count: int, model: Model) -> str:
+    """What several processes do, for people."""
+    if not spans_processes(model.mesh):
+        return f"each of {count} processes runs the model on its own devices and answers whole videos"
+    assert model.mesh is not None
+    sizes = ",".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1)
+    return f"{count} processes run one model over the devices of all of them (mesh {sizes}) and answer every batch together"
+
+
 class Evaluation:
     """One call of the command, once its input has proved sound and its folder is held.
 
@@ -152,7 +162,10 @@ class Evaluation:
         options, model, tasks = checked.options, checked.model, checked.tasks
         self.runners: list[Runner] = []
         self.process = here()
-        self.store = SampleStore(self.folder / "samples.jsonl", self.process)
+        writes = self.process.first or not spans_processes(self.model.mesh)
+        self.store = SampleStore(self.folder / "samples.jsonl", self.process, writes=writes)
+        if self.process.first and self.process.count > 1:
+            print(_together(self.process.count, self.model), file=sys.stderr)
         asking = Asking(options.system, THINKING[options.thinking], options.think_tokens)
         self.weights = weights_fingerprint(options.model, model.params)
         for task in tasks:
@@ -190,14 +203,27 @@ class Evaluation:
                 if self.process.first:
                     print(f"note: {line}", file=sys.stderr)
 
-    def check_weights(self) -> None:
-        """InputError where another process has other weights; all of them have to call it."""
+    def check_same(self) -> None:
+        """InputError where another process has other weights, or other videos in lockstep; all of them have to call it."""
         found = [text.decode() for text in gather(self.weights.encode())]
         if len(set(found)) > 1:
             raise InputError(
                 f"--model {self.options.model}: the processes have different weights under this name "
                 f"({', '.join(f'process {n}: {text[:12]}' for n, text in enumerate(found))}); give all hosts the same checkpoint"
             )
+        for runner in self.runners:
+            if not runner.lockstep:
+                continue
+            asked = {sample.video: runner.key(DENSE, sample) for sample in runner.available}
+            others = [json.loads(text) for text in gather(json.dumps(asked).encode())]
+            for index, other in enumerate(others):
+                if differs := [
+                    video for video in others[0].keys() | other.keys() if others[0].get(video) != other.get(video)
+                ]:
+                    raise InputError(
+                        f"{runner.task.name}: processes 0 and {index} have different videos under the name {min(differs)!r}, and "
+                        "run one model in lockstep; give all hosts the same files"
+                    )
 
     def run(self) -> None:
         """Answer what is missing, write results.json and the report, print the table.
@@ -229,10 +255,11 @@ class Evaluation:
     def _answer(self, total: int, missing: int) -> None:
         with progress(total, "answer", done=total - missing, shown=self.process.first) as bar:
             for runner in self.runners:
+                each = runner.share.count
 
-                def count_on(count: int, label: str, task: str = runner.task.name) -> None:
+                def count_on(count: int, label: str, task: str = runner.task.name, each: int = each) -> None:
                     bar.set_postfix_str(f"{task} {label}", refresh=False)
-                    bar.update(count * self.process.count)  # the others are about as far
+                    bar.update(count * each)  # the others are about as far
 
                 runner.run(count_on)
 

@@ -107,7 +107,7 @@ def refuse_idle(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
     """
     from hybridvlm.eval.tasks.benchmark import BenchmarkTask
     from hybridvlm.eval.tasks.jsonl import JsonlTask
-    from hybridvlm.eval.tasks.needle import Needle
+    from hybridvlm.eval.tasks.needle import Needle, NeedleScenes
 
     benchmarks = [task for task in tasks if isinstance(task, BenchmarkTask)]
     if options.format and not any(task.benchmark.lmms for task in benchmarks):
@@ -115,7 +115,7 @@ def refuse_idle(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
     if benchmarks:
         return
     flags = list(SANITY)
-    if all(type(task) in (Needle, JsonlTask) for task in tasks):
+    if all(type(task) in (Needle, NeedleScenes, JsonlTask) for task in tasks):
         flags = [*IDLE, *flags]
     given = [flag for flag in flags if getattr(options, flag) != IDLE.get(flag, False)]
     if given:

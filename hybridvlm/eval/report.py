@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridvlm.console import print_table
@@ -167,6 +167,16 @@ def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]
     return lines
 
 
+def _by(field: str, rows: Sequence[tuple[Any, Mapping[str, float], Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """The table of accuracy by a field, from (row, value of the field -> accuracy, the row's details)."""
+    values = list(dict.fromkeys(value for _, shares, _ in rows for value in shares))
+    return [
+        {f"accuracy % by {field}": f"{name(row)} {row['budget']:g}"}
+        | {f"{v} (n={extra.get(f'n_by_{field}', {}).get(v, 0)})": _percent(shares.get(v)) for v in values}
+        for row, shares, extra in rows
+    ]
+
+
 def markdown(results: dict[str, Any]) -> str:
     """report.md: what was run, the tables, what to beware of, the plans."""
     rows, details, meta = results["rows"], results["details"], results["metadata"]
@@ -188,13 +198,9 @@ def markdown(results: dict[str, Any]) -> str:
             tables = [report_benchmarks.own(labelled), *report_benchmarks.groups(labelled)]
             parts += [_markdown(table) for table in tables]
             continue
-        types = list(dict.fromkeys(t for row, _ in mine for t in row["by_type"]))
-        table = [
-            {"accuracy % by type": f"{name(row)} {row['budget']:g}"}
-            | {f"{t} (n={extra['n_by_type'].get(t, 0)})": _percent(row["by_type"].get(t)) for t in types}
-            for row, extra in mine
-        ]
-        parts.append(_markdown(table))
+        parts.append(_markdown(_by("type", [(row, row["by_type"], extra) for row, extra in mine])))
+        if any(extra.get("by_moment") for _, extra in mine):
+            parts.append(_markdown(_by("moment", [(row, extra.get("by_moment", {}), extra) for row, extra in mine])))
     if results["comparisons"]:
         parts.append("## Paired with one another")
         table = [

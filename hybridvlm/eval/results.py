@@ -65,10 +65,11 @@ class SampleStore:
 
     process: of several that share a run, each adds to a file of its own (samples-1.jsonl, …) next to it, and reads all there are.
     In a store (gs://…) every process adds to objects of its own (samples-1-0.jsonl, …), until all is written as one.
+    writes: False where another process writes what this one finds too.
     """
 
-    def __init__(self, path: Any, process: Process = Process(0, 1)):  # noqa: B008, frozen
-        self.path, self.process = path, process
+    def __init__(self, path: Any, process: Process = Process(0, 1), *, writes: bool = True):  # noqa: B008, frozen
+        self.path, self.process, self.writes = path, process, writes
         self.own = (
             path if process.first and not is_url(path) else path.parent / f"{path.stem}-{process.index}{path.suffix}"
         )
@@ -128,8 +129,8 @@ class SampleStore:
     def append(self, records: Iterable[Record]) -> None:
         """Add records and hand them to the operating system before returning."""
         records = list(records)
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        self._file.add(data)
+        if self.writes:
+            self._file.add("".join(json.dumps(record) + "\n" for record in records).encode())
         for record in records:
             self._add(record, record["key"])
 

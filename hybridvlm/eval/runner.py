@@ -25,6 +25,7 @@ import numpy as np
 
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import progress as bar_of
+from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.layouts import Asking, lay_out
@@ -35,7 +36,9 @@ from hybridvlm.inference.model import Model
 from hybridvlm.inference.placement import to_host
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
+from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, Layout
+from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import ReductionPlan
 from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.video import VideoError
@@ -82,6 +85,9 @@ class Runner:
         self.model, self.task, self.planner, self.store = model, task, planner, store
         self.variants = [DENSE, *(v for v in variants if v != DENSE)]
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        # a model over the devices of all processes: each of them takes part in every batch, else each has videos of its own
+        self.lockstep = spans_processes(model.mesh)
+        self.share = Process(0, 1) if self.lockstep else store.process
         self.asking, self._switch = asking, switch(model, asking.thinking)
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -186,7 +192,7 @@ class Runner:
         progress: Callable[[int, str], None] = lambda count, text: None,
         variants: Sequence[Variant] | None = None,
     ) -> None:
-        """Answer what is missing, of several processes each its share.
+        """Answer what is missing, of several processes each its share, or all of it together (`lockstep`).
 
         Args:
             progress: (count, label) is called after each batch of a variant with its new answers.
@@ -249,7 +255,7 @@ class Runner:
     ) -> list[tuple[int, tuple[Bucket, list[Sample]], dict[Variant, list[Sample]]]]:
         """Batches of this process's share of what is still to be found: (number, batch, samples by variant)."""
         absent = {v: [s for s in self.available if self.key(v, s) not in self.store] for v in variants}
-        process, ids = self.store.process, {v: {s.id for s in samples} for v, samples in absent.items()}
+        process, ids = self.share, {v: {s.id for s in samples} for v, samples in absent.items()}
         # of a video with all its questions: tokens of the tower once, of the decoder for each
         costs: dict[str, float] = {}
         for sample in self.available:
@@ -392,13 +398,21 @@ class Runner:
         if (video, bucket.frames) in self._visual:
             self._visual.move_to_end((video, bucket.frames))
             return self._visual[video, bucket.frames]
+        read: tuple[Clip, Any] | None = None
+        unread = ""
         try:
-            clip, config = self._ahead.clip(video)
+            read = self._ahead.clip(video)
         except VideoError as error:
             if self.task.gone(video):
                 raise
-            self._unread[video] = str(error)
+            unread = str(error)
+        if self.lockstep:
+            # what one process cannot read, none of them encodes
+            unread = next((text.decode() for text in gather(unread.encode()) if text), "")
+        if read is None or unread:
+            self._unread[video] = unread
             return None
+        clip, config = read
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()
         tokens = to_host(self.model.encode(pixels, attention=self._attention))[0]

@@ -42,5 +42,7 @@ def largest_frames(options: argparse.Namespace, found: Description) -> int:
         if name in MODULES:
             usual.append(published(name).protocol(options.protocol).frames)
         else:
-            usual.append(needle.FRAMES if name == "needle" else default_frames(found.config, found.buckets))
+            usual.append(
+                needle.FRAMES if name in ("needle", "needle-scenes") else default_frames(found.config, found.buckets)
+            )
     return min(max(usual, default=1), most_frames(found.config, found.buckets))

@@ -68,6 +68,11 @@ def auto_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of several processes, so that all of them have to run the same programs in the same order."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def tensor_size(mesh: Mesh | None) -> int:
     """Devices along the mesh's tensor axis. ValueError for a mesh with an axis that no rule knows."""
     if mesh is None:

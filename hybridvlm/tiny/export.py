@@ -11,6 +11,8 @@ frame a video frame, 8 frames a second, yuv444p, so that the 2-pixel borders kee
     answer    the right one, a member of `options`
     type      question type, for the table by type
     two_hop   whether the answer needs a second look-up
+
+`--scenes` writes those of `needle-scenes` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import pathlib
 
 import numpy as np
 
-from hybridvlm.tiny import assets, needle
+from hybridvlm.tiny import assets, needle, scenes
 
 FPS = 8
 CRF = 8  # nearly lossless; colours stay within a few levels
@@ -51,21 +53,25 @@ def export(
     per_video: int = 4,
     frames: int = needle.FRAMES,
     seed: int = 0,
+    lasting: bool = False,
 ) -> tuple[int, int]:
-    """Write the first `limit` questions (0: all) of `needle.split_questions` and their videos; returns both counts."""
+    """Write the first `limit` questions (0: all) of the benchmark and their videos; returns both counts.
+
+    lasting: those of `scenes.split_questions`, instead of `needle.split_questions`.
+    """
     if limit < 0:
         raise ValueError(f"limit must be at least 0 (0: all questions), got {limit}")
     output = pathlib.Path(output)
     (output / "videos").mkdir(parents=True, exist_ok=True)
     limit = min(limit, videos * per_video) or videos * per_video
-    rows, written = [], 0
-    for video, questions in needle.split_questions(split, -(-limit // per_video), per_video, frames, seed):
+    rows, written, source = [], 0, scenes if lasting else needle
+    for video, questions in source.split_questions(split, -(-limit // per_video), per_video, frames, seed):
         name = f"videos/{split}-{video.index:04d}.mp4"
-        write_video(output / name, needle.render_video(video))
+        write_video(output / name, source.render_video(video))
         written += 1
         fields = zip(questions.texts(), questions.options(), questions.answers(), questions.type_names(), strict=True)
         for number, (text, options, answer, kind) in enumerate(fields):
-            row = {"id": needle.question_id(video, number), "video": name, "question": text, "options": options}
+            row = {"id": source.question_id(video, number), "video": name, "question": text, "options": options}
             rows.append(row | {"answer": answer, "type": kind, "two_hop": kind in needle.TWO_HOP})
     rows = rows[:limit]
     (output / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -83,10 +89,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=assets.SPLITS, default="test")
     parser.add_argument("--frames", type=int, default=needle.FRAMES, help=f"frames a video (default {needle.FRAMES})")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", action="store_true", help="the videos whose scenes last (task needle-scenes)")
     options = parser.parse_args(argv)
     try:
         counts = export(
-            options.output, split=options.split, limit=options.limit, frames=options.frames, seed=options.seed
+            options.output,
+            split=options.split,
+            limit=options.limit,
+            frames=options.frames,
+            seed=options.seed,
+            lasting=options.scenes,
         )
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -105,7 +105,8 @@ class Questions:
         return [[vocabulary.WORDS[i] for i in OPTIONS[name]] for name in self.type_names()]
 
 
-def _rng(purpose: int, split: str, index: int, seed: int) -> np.random.Generator:
+def random_stream(purpose: int, split: str, index: int, seed: int) -> np.random.Generator:
+    """The random numbers of one video of a split; a purpose has a stream of its own."""
     assets.check_split(split)
     return np.random.default_rng([purpose, seed, assets.SPLITS.index(split), index])
 
@@ -115,7 +116,7 @@ def make_video(split: str, index: int, frames: int = FRAMES, seed: int = 0) -> V
     if not 1 <= frames <= FRAMES:
         raise ValueError(f"frames must be 1..{FRAMES} (the vocabulary names no later time), got {frames}")
     start = assets.load_bank(split).start
-    rng = _rng(0, split, index, seed)
+    rng = random_stream(0, split, index, seed)
     shape = (frames, tiles.CELLS)
     label = rng.integers(tiles.CLASSES, size=shape)
     image = rng.integers(start[label], start[label + 1])
@@ -142,22 +143,40 @@ def make_questions(video: Video, n: int, rng: np.random.Generator, types: Sequen
     if unknown or not types:
         raise ValueError(f"types must be some of {', '.join(TYPES)}, got {list(types)!r}")
     kind = np.resize([TYPES.index(t) for t in types], n)
-    two_hop, pointer = kind >= GIVEN, kind >= POINTED
-    number = video.number
+    number, pointer = video.number, kind >= POINTED
     abroad = np.flatnonzero(number != np.arange(video.frames)[:, None])  # items that point at another frame
-    if (two_hop.any() and video.frames < 2) or (pointer.any() and not len(abroad)):
+    if ((kind >= GIVEN).any() and video.frames < 2) or (pointer.any() and not len(abroad)):
         raise ValueError(f"two-hop types need another frame to point at; got {video.frames} frames, ask one-hop types")
 
     hop1 = rng.integers(video.frames * tiles.CELLS, size=n)
     if len(abroad):
         hop1 = np.where(pointer, abroad[rng.integers(len(abroad), size=n)], hop1)
+    other = (hop1 // tiles.CELLS + rng.integers(1, max(video.frames, 2), size=n)) % video.frames
+    return questions_about(video, kind, hop1, other)
+
+
+def second_look(video: Video, kind: np.ndarray, hop1: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The token of the second look-up of two-hop questions [n]; arguments as `questions_about` takes them."""
+    time, cell = np.divmod(hop1, tiles.CELLS)
+    frame = np.where(kind == GIVEN, other, video.number[time, cell])
+    target = np.where(kind == SAME, video.cell_of[frame, video.border[time, cell]], cell)
+    return frame * tiles.CELLS + target
+
+
+def questions_about(video: Video, kind: np.ndarray, hop1: np.ndarray, other: np.ndarray) -> Questions:
+    """Questions whose first look-up is known.
+
+    Args:
+        video: which they are about.
+        kind: [n], indices into TYPES.
+        hop1: [n], the token of the first look-up.
+        other: [n], the frame that 2G names; read for that type alone.
+    """
+    n, two_hop = len(kind), kind >= GIVEN
     time, cell = np.divmod(hop1, tiles.CELLS)
     colour = video.border[time, cell]
-    other = (time + rng.integers(1, max(video.frames, 2), size=n)) % video.frames
-    frame = np.where(kind == GIVEN, other, number[time, cell])
-    target = np.where(kind == SAME, video.cell_of[frame, colour], cell)
-    hop2 = frame * tiles.CELLS + target
-    final = np.where(two_hop, hop2, hop1)
+    hop2 = second_look(video, kind, hop1, other)
+    frame, final = hop2 // tiles.CELLS, np.where(two_hop, hop2, hop1)
 
     answer = vocabulary.CLASS + video.label.reshape(-1)[final]
     answer = np.where(kind == WHERE, vocabulary.CELL + cell, answer)
@@ -193,7 +212,7 @@ def split_questions(
     for index in range(videos):
         first = index * per_video % len(TYPES)
         video = make_video(split, index, frames, seed)
-        rng = _rng(1, split, index, seed)
+        rng = random_stream(1, split, index, seed)
         pairs.append((video, make_questions(video, per_video, rng, TYPES[first:] + TYPES[:first])))
     return pairs
 

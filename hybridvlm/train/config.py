@@ -78,6 +78,7 @@ class Data:
         cache: folder of cached features of files.
         bank: cached image tiles per border colour of needle.
         types: question types of needle, empty for all.
+        scenes: share of needle's samples whose scenes last (`tiny.scenes`); needs features "pixels".
         rule: which frames of a file, see `video.sampling`.
         allow_special_tokens: let control tokens in the samples' texts (`<|im_end|>`, and marks such as `<think>` in answers) be
             control tokens instead of plain text.
@@ -101,6 +102,7 @@ class Data:
     cache: str = ""
     bank: int = 4000
     types: tuple[str, ...] = ()
+    scenes: float = 0.0
     rule: str = "uniform"
     allow_special_tokens: bool = False
     shuffle: bool = True
@@ -115,6 +117,13 @@ class Data:
         if not 0 <= self.bad_share <= 1:
             raise ValueError(f"Data.bad_share must lie in [0, 1], got {self.bad_share}")
         _one_of(self, "features", ("pixels", "cached"))
+        if not 0 <= self.scenes <= 1:
+            raise ValueError(f"Data.scenes must lie in [0, 1], got {self.scenes}")
+        if self.scenes and (self.source != "needle" or self.features != "pixels"):
+            raise ValueError(
+                "Data.scenes needs the source 'needle' with features 'pixels', "
+                f"got {self.source!r} with {self.features!r}"
+            )
         if self.source != "needle" and not self.path:
             raise ValueError(f"Data.path is needed for source {self.source!r}")
         if self.source != "needle" and self.features == "cached" and not self.cache:

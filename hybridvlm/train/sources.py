@@ -143,7 +143,7 @@ class NeedleSource:
         return out
 
     def _draw(self, purpose: int, number: int, questions: int) -> tuple[Example, Any]:
-        from hybridvlm.tiny import needle
+        from hybridvlm.tiny import needle, scenes
         from hybridvlm.tiny.bank import draw_videos
 
         rng = np.random.default_rng([self.config.seed, 1000, purpose, number])
@@ -151,9 +151,15 @@ class NeedleSource:
             drawn, asked = draw_videos(self.bank, self.frames, 1, questions, self.types, rng)
             return {"visual_cells": drawn.cells[0], "visual_time": np.arange(self.frames, dtype=np.int32)}, asked[0]
         # videos of the benchmark's own stream, each purpose with numbers of its own
-        video = needle.make_video(self.config.data.split, 2 * number + purpose - 1, self.frames, self.config.seed + 1)
+        stream = (self.config.data.split, 2 * number + purpose - 1, self.frames, self.config.seed + 1)
         order = list(self.types)
         rng.shuffle(order)
+        if self.config.data.scenes and rng.random() < self.config.data.scenes:
+            lasting = scenes.make_video(*stream)
+            kinds = [order[i % len(order)] for i in range(questions)]
+            wanted = [scenes.MOMENTS[i] for i in rng.integers(2, size=questions)]
+            return {"visual_pixels": scenes.render_video(lasting)}, scenes.make_questions(lasting, kinds, wanted, rng)
+        video = needle.make_video(*stream)
         return {"visual_pixels": needle.render_video(video)}, needle.make_questions(video, questions, rng, order)
 
     def _row(self, asked: Any, number: int) -> Example:

@@ -547,7 +547,8 @@ def test_listing(capsys):
     assert "str-mamba" in out and "needle" in out
 
 
-def test_the_needle_task_is_the_embedded_benchmark():
+@pytest.mark.parametrize("name", ["needle", "needle-scenes"])
+def test_the_needle_tasks_are_the_embedded_benchmark(name):
     from hybridvlm.config import VisionConfig
     from hybridvlm.eval.tasks import TaskOptions, build_task
 
@@ -556,7 +557,7 @@ def test_the_needle_task_is_the_embedded_benchmark():
         kind="stem", image_size=(128, 128), patch_size=32, width=12, downsample=1, max_frames=64, stem_channels=(4,)
     )
     shown = TaskOptions(dataclasses.replace(config, vision=vision), frames=5, limit=12)
-    task = build_task("needle", shown)
+    task = build_task(name, shown)
     assert len(task.samples) == 12 and 1 < len(task.videos) < 12
     assert [s.video for s in task.samples] == sorted(s.video for s in task.samples)
     assert {s.type for s in task.samples} == {"WHAT", "WHERE", "TAG1", "TAG2", "2G", "2P", "2C"}
@@ -568,11 +569,11 @@ def test_the_needle_task_is_the_embedded_benchmark():
         wrong = next(option for option in sample.options if option != sample.answer)
         assert not task.correct(task.parse(wrong, sample), sample)
         assert task.parse("zebra", sample) is None and not task.correct(None, sample)
-    assert {s.id for s in build_task("needle", dataclasses.replace(shown, split="val")).samples}.isdisjoint(
+    assert {s.id for s in build_task(name, dataclasses.replace(shown, split="val")).samples}.isdisjoint(
         s.id for s in task.samples
     )
     with pytest.raises(ValueError, match="128x128 pixels, the model takes 16x16"):
-        build_task("needle", dataclasses.replace(shown, config=config))
+        build_task(name, dataclasses.replace(shown, config=config))
 
 
 # -- damaged videos, reasoning, locks, and what goes wrong on the way --

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.needle_answers import derive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,40 +171,6 @@ def test_video_invariants(index, frames):
     assert np.array_equal(assets.load_bank("val").label[video.image], video.label)
 
 
-def derive(video, text):
-    """Answer a question in words by looking through the cells one by one: nothing shared with the generator."""
-    compound, second, kind, mark = text.split()
-    assert mark == "?"
-    colour, time = compound.split("@")
-    colours, classes, tags = list(tiles.BORDERS), list(tiles.CLASS_OF_LABEL.values()), list(tiles.TAGS)
-
-    def find(t):
-        cells = [c for c in range(16) if colours[video.border[t][c]] == colour]
-        assert len(cells) == 1
-        return cells[0]
-
-    t1 = int(time[1:])
-    cell = find(t1)
-    number = int(video.tag1[t1][cell]) * 8 + int(video.tag2[t1][cell])
-    assert (second == "none") == (kind != "class-at")
-    hop1, one_hop = t1 * 16 + cell, (-1, -1, -1, -1)
-    if kind == "what":
-        return classes[video.label[t1][cell]], (hop1, *one_hop)
-    if kind == "where":
-        return f"c{cell}", (hop1, *one_hop)
-    if kind in ("tag1", "tag2"):
-        return tags[getattr(video, kind)[t1][cell]], (hop1, *one_hop)
-    if kind == "class-at":
-        t2, place, extra = int(second[1:]), cell, (cell, -1)
-    elif kind == "class-pointed":
-        t2, place, extra = number, cell, (cell, -1)
-    else:
-        assert kind == "class-same"
-        t2, place, extra = number, find(number), (-1, colours.index(colour))
-    assert t2 != t1, "the second look-up must lie in another frame"
-    return classes[video.label[t2][place]], (hop1, t2 * 16 + place, t2, *extra)
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([2, 5, 16, 64]))
 def test_answers_follow_from_the_cells(index, frames):
@@ -315,6 +282,9 @@ def test_export_command(tmp_path):
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "questions.jsonl").read_text())
     assert video_files.probe(tmp_path / row["video"]).frames == 4
+    lasting = subprocess.run([*command, "1", "--scenes"], capture_output=True, text=True)
+    assert lasting.returncode == 0, lasting.stderr
+    assert json.loads((tmp_path / "questions.jsonl").read_text())["id"] == "scenes-test-0000-0"
     refused = subprocess.run([*command, "-1"], capture_output=True, text=True)
     assert refused.returncode != 0
     assert refused.stderr.startswith("error: limit")

@@ -11,8 +11,10 @@ from helpers.train_micro import FRAMES, micro, settings
 from hybridvlm.checkpoints.samples import raw_config, write_text_files
 from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
+from hybridvlm.tiny import tiles
 from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.train import pipeline
+from hybridvlm.train.config import Data
 from hybridvlm.train.rows import Shape, arrange, example, packed, single
 from hybridvlm.train.sources import JsonlSource, NeedleSource, TfdsSource, check_needle, read_line
 from hybridvlm.video import VideoError
@@ -84,6 +86,25 @@ def test_needle_samples_are_the_benchmark_and_the_same_every_time(needle, model)
     many = needle.shared(5, 9)
     assert many["ids"].shape == (9, 5) and many["prefix"].shape == (16 * FRAMES,)
     assert (many["segment"].sum(1) == 5).all() and (many["question"].sum(1) == 4).all()
+
+
+def test_a_share_of_needle_samples_is_of_scenes_that_last(model):
+    def rendered(scenes):
+        source = NeedleSource(settings(data={"features": "pixels", "scenes": scenes}), model)
+        return [source.sample(number) for number in range(12)]
+
+    def lasts(row):
+        cells = tiles.split_cells(row["visual_pixels"]).reshape(FRAMES, 16, -1).astype(int)
+        return bool((abs(cells[1:] - cells[:-1]).max(-1) < 20).mean() > 0.3)
+
+    assert sum(lasts(row) for row in rendered(0.0)) == 0
+    assert sum(lasts(row) for row in rendered(1.0)) >= 10  # two frames may lie on both sides of a cut
+    assert 2 < sum(lasts(row) for row in rendered(0.5)) < 10
+    for wrong in ({"features": "cached"}, {"source": "jsonl", "path": "x"}):
+        with pytest.raises(ValueError, match=r"Data\.scenes needs the source 'needle' with features 'pixels'"):
+            Data(**{"features": "pixels", "scenes": 0.5} | wrong)
+    with pytest.raises(ValueError, match=r"Data.scenes must lie in \[0, 1\], got 2"):
+        Data(scenes=2)
 
 
 def test_rows_are_padded_at_the_end():

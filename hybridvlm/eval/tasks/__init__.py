@@ -102,7 +102,7 @@ class TaskOptions:
         config: of the model.
         frames: of a video; None for the task's own choice.
         buckets: of the model.
-        split: of `needle`.
+        split: of `needle` and `needle-scenes`.
         limit: most samples, 0 for all.
         prompt: template of JSONL questions; another one than the default replaces a protocol's prompt.
         sampling: rule that picks frames of video files (`video.sampling`), "" for the task's own.
@@ -269,9 +269,9 @@ def letters(options: Sequence[str]) -> str:
 
 
 def _needle(name: str, options: TaskOptions) -> Task:
-    from hybridvlm.eval.tasks.needle import Needle
+    from hybridvlm.eval.tasks.needle import Needle, NeedleScenes
 
-    return Needle(options)
+    return {kind.name: kind for kind in (Needle, NeedleScenes)}[name](options)
 
 
 def _jsonl(name: str, options: TaskOptions) -> Task:
@@ -284,6 +284,10 @@ TASKS: dict[str, tuple[Callable[[str, TaskOptions], Task], str]] = {
     "needle": (
         _needle,
         "the embedded benchmark: 7 types of questions on 64-frame videos of real items, one and two look-ups",
+    ),
+    "needle-scenes": (
+        _needle,
+        "the same questions on scenes that last: four fifths of the tokens repeat the frame before",
     ),
 }
 FILE_TASK = "any JSONL file of questions on videos and images (fields: see --help)"
