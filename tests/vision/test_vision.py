@@ -200,7 +200,7 @@ def test_sizes_of_the_bench_models():
     assert 55e6 < size(peers) < 57e6
 
 
-@pytest.mark.parametrize("kind", ["radio", "qwen"])
+@pytest.mark.parametrize("kind", [pytest.param("radio", marks=pytest.mark.slow), "qwen"])
 def test_the_towers_attention_is_the_mean_of_its_last_softmax_by_token(kind):
     """Against all of the last block's probabilities, written out; the features are what they are without it."""
     from hybridvlm.ops.norms import layer_norm

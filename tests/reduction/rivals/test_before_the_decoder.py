@@ -12,6 +12,7 @@ from hybridvlm.reduction.rivals.dycoke import dycoke_score
 from hybridvlm.reduction.rivals.frames import frames_score
 from hybridvlm.reduction.rivals.vidcom2 import vidcom2_score
 
+FRAMES = jax.jit(frames_score, static_argnums=2)
 DROPS = ("vidcom2", "frames", "divprune", "divprune-frame", "dycoke")
 
 
@@ -33,14 +34,15 @@ VIDCOM2 = jnp.asarray(
 @pytest.mark.parametrize(("count", "expected"), [(2, [4, 5]), (3, [0, 4, 5]), (4, [0, 1, 4, 5]), (5, [0, 1, 3, 4, 5])])
 def test_vidcom2(count, expected):
     """Channels 0 and 1, kept (1, 2) of two frames; other counts take the worst away or bring the best back."""
-    score = vidcom2_score(VIDCOM2, jnp.array([2]), 0.5)[0]
+    score = jax.jit(vidcom2_score)(VIDCOM2, jnp.array([2]), 0.5)[0]
     assert kept(score, count) == expected
 
 
 def test_divprune():
-    rank = diverse_order(angles(0, 10, 90, 180, 200), jnp.ones(5, bool), 3)
+    order = jax.jit(diverse_order, static_argnums=2)
+    rank = order(angles(0, 10, 90, 180, 200), jnp.ones(5, bool), 3)
     assert np.argsort(np.asarray(rank), kind="stable")[:3].tolist() == [2, 4, 0]
-    weighted = diverse_order(angles(0, 10, 90, 180, 200), jnp.ones(5, bool), 3, jnp.array([1.0, 4, 1, 1, 1]))
+    weighted = order(angles(0, 10, 90, 180, 200), jnp.ones(5, bool), 3, jnp.array([1.0, 4, 1, 1, 1]))
     assert np.argsort(np.asarray(weighted), kind="stable")[:3].tolist() == [2, 1, 4]
 
 
@@ -51,7 +53,7 @@ def test_dycoke():
     turned = {f: angles(*(np.degrees(np.arccos(c)) for c in cos)) for f, cos in likeness.items() if f != 3}
     third = np.degrees(np.arccos(likeness[2])) + np.degrees(np.arccos(likeness[3]))
     video = jnp.stack([base, turned[1], turned[2], angles(*third)])[None]
-    score = dycoke_score(video, jnp.array([4]), jnp.array([1]))[0]
+    score = jax.jit(dycoke_score)(video, jnp.array([4]), jnp.array([1]))[0]
     assert kept(score, 5) == [0, 1, 3, 5, 6]
 
 
@@ -65,7 +67,7 @@ def test_dycoke_says_what_it_cannot():
 
 @pytest.mark.parametrize(("count", "wanted"), [(8, 2), (7, 3), (5, 5), (1, 1), (64, 16)])
 def test_frames_are_whole_and_evenly_spread(count, wanted):
-    chosen = np.flatnonzero(np.asarray(frames_score(jnp.array([count]), jnp.array([wanted]), 64)[0]))
+    chosen = np.flatnonzero(np.asarray(FRAMES(jnp.array([count]), jnp.array([wanted]), 64)[0]))
     assert len(chosen) == wanted and chosen.max() < count
     assert np.ptp(np.diff(chosen)) <= 1 if wanted > 2 else True
 
@@ -100,7 +102,9 @@ def selection(name, rate, visual, count, attention=None):
     return p, run(visual, count)
 
 
-@pytest.mark.parametrize("name", DROPS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("vidcom2", "divprune") else pytest.param(n, marks=pytest.mark.slow) for n in DROPS]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_an_example_keeps_the_same_alone_in_a_batch_and_in_a_longer_bucket(name, dtype):
     visual, count = videos(dtype=dtype)

@@ -63,7 +63,7 @@ def row(visual, text):
 
 def test_sparsevlm_rates_by_the_words_that_the_picture_is_about():
     tokens = row([(1, 0), (0, 1), (1, 1)], [(2, 0), (0, 0), (0, 1)])
-    rates = prepare(tokens, None, 1)[RATER][0]
+    rates = jax.jit(lambda t: prepare(t, None, 1))(tokens)[RATER][0]
     assert rates.tolist() == [False] * 3 + [True, False, False]
     x, visual = tokens.x[0], tokens.visual[0]
     spread = jax.nn.softmax(x[:3] @ x[3:].T, axis=-1).mean(0)
@@ -89,7 +89,7 @@ def test_sparsevlm_scores_by_the_raters_rows():
         jnp.array([[3, 4, 5]]),
         jnp.asarray(np.float32(k)),
     )
-    score = get_method("sparsevlm").function(0, aux, tokens, None, 1)[0]
+    score = jax.jit(lambda a, t: get_method("sparsevlm").function(0, a, t, None, 1))(aux, tokens)[0]
     np.testing.assert_allclose(score[:3], weights[0], atol=1e-4)
 
 
@@ -121,8 +121,9 @@ def test_dart_of_packed_rows_and_in_a_longer_bucket():
     k = jnp.asarray(np.random.default_rng(1).normal(size=(1, 60, 2, 4)), jnp.float32)
     alone = alone.replace(x=packed.x[:, 26:49])
     aux = AttentionAux(*(jnp.zeros((1, 1, 2, 4)), jnp.zeros((1, 1), bool), *[jnp.zeros((1, 1), int)] * 2), k)
-    both = score_fn(p, segments=2)(layer, aux, packed)[0, 26:49]
-    single = score_fn(p)(layer, dataclasses.replace(aux, k=k[:, 26:49]), alone)[0]
+    both = jax.jit(lambda a, t: score_fn(p, segments=2)(layer, a, t))(aux, packed)[0, 26:49]
+    own = dataclasses.replace(aux, k=k[:, 26:49])
+    single = jax.jit(lambda a, t: score_fn(p)(layer, a, t))(own, alone)[0]
     assert (both == single).all() and (single > 0).sum() == p.keep_of_entering(layer + 1, 18)
 
 

@@ -18,6 +18,9 @@ from hybridvlm.reduction.rivals.tome import tome_roots
 from hybridvlm.reduction.rivals.visionzip import visionzip_frame
 
 MERGES = ("tome", "visionzip", "fastvid", "holitom", "flashvid", "prunevid")
+FOLD, DPC = jax.jit(fold), jax.jit(dpc_knn, static_argnums=2)
+CLUSTERS = jax.jit(clusters, static_argnums=2)
+REFINE = jax.jit(prunevid.refine)
 HOLITOM = jax.jit(holitom.holitom_video)
 WINDOWS = jax.jit(holitom.still_windows)
 f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
@@ -25,7 +28,7 @@ f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
 
 def folded(x, into, weight):
     """Tokens [n,D] folded by into [n] and weight [n]."""
-    return np.asarray(fold(f32(x)[None], jnp.asarray(into)[None, None], jnp.asarray(weight)[None, None])[0])
+    return np.asarray(FOLD(f32(x)[None], jnp.asarray(into)[None, None], jnp.asarray(weight)[None, None])[0])
 
 
 def kept(score, count):
@@ -34,16 +37,16 @@ def kept(score, count):
 
 def test_density_peaks():
     x = f32([0, 0.1, 0.3, 1, 1.2])[:, None]
-    score, _ = dpc_knn(x, jnp.ones(5, bool), 3)
+    score, _ = DPC(x, jnp.ones(5, bool), 3)
     np.testing.assert_allclose(score, [0.0967, 1.1802, 0.1915, 0.5866, 0.1507], atol=1e-4)
-    into, centre = clusters(x, jnp.ones(5, bool), 3, 2)
+    into, centre = CLUSTERS(x, jnp.ones(5, bool), 3, 2)
     assert np.flatnonzero(centre).tolist() == [1, 3] and into.tolist() == [1, 1, 1, 3, 3]
     np.testing.assert_allclose(folded(x, into, mean_weights(into))[[1, 3], 0], [0.1333, 1.1], atol=1e-4)
     np.testing.assert_allclose(folded(x, into, anchored_weights(into, 0.6))[[1, 3], 0], [0.12, 1.08], atol=1e-6)
 
 
 def test_density_peaks_of_equal_tokens_take_the_first_and_never_a_masked_one():
-    into, centre = clusters(jnp.ones((5, 3)) * 0.3, jnp.arange(5) > 0, 7, 2)
+    into, centre = CLUSTERS(jnp.ones((5, 3)) * 0.3, jnp.arange(5) > 0, 7, 2)
     assert np.flatnonzero(centre).tolist() == [1, 2] and into.tolist() == [5, 1, 2, 1, 1]
 
 
@@ -126,7 +129,7 @@ def test_holitom_hands_its_parts_out_exactly(keep, counts):
 
 def test_the_inner_merge_of_holitom_is_a_mean():
     x = f32([(1, 0), (0, 1), (4, 0), (8, 0)])
-    into = holitom.into_most_alike(x, jnp.ones(4, bool), f32([2, 1, 0, 0]), jnp.int32(2))
+    into = jax.jit(holitom.into_most_alike)(x, jnp.ones(4, bool), f32([2, 1, 0, 0]), jnp.int32(2))
     assert into.tolist() == [0, 1, 0, 0]
     np.testing.assert_allclose(folded(x, into, mean_weights(into))[0], [13 / 3, 0], rtol=1e-6)
 
@@ -140,8 +143,8 @@ def test_the_inner_merge_of_holitom_is_a_mean():
     ],
 )
 def test_prunevid_refines_labels_to_stretches(label, expected):
-    assert prunevid.refine(jnp.array(label), jnp.ones(len(label), bool)).tolist() == expected
-    padded = prunevid.refine(jnp.array([*label, 0, 0]), jnp.arange(len(label) + 2) < len(label))
+    assert REFINE(jnp.array(label), jnp.ones(len(label), bool)).tolist() == expected
+    padded = REFINE(jnp.array([*label, 0, 0]), jnp.arange(len(label) + 2) < len(label))
     assert padded[: len(label)].tolist() == expected
 
 
@@ -176,7 +179,7 @@ def test_trees_of_flashvid_are_means_of_all_their_tokens():
 def test_framefusion_merges_runs_of_a_cell():
     x = f32([(2, 0), (4, 0), (0, 1), (0, 3), (7, 7)])
     visual = jnp.arange(5) < 4
-    into, score = framefusion.merge_repeats(x, visual, jnp.zeros(5, int), jnp.ones(5, int), jnp.full(5, 2))
+    into, score = jax.jit(framefusion.merge_repeats)(x, visual, jnp.zeros(5, int), jnp.ones(5, int), jnp.full(5, 2))
     assert kept(score[:4], 2) == [0, 2] and into.tolist() == [0, 0, 2, 2, 5]
     out = folded(x, into, mean_weights(into))
     np.testing.assert_allclose(out[[0, 2, 4]], [(3, 0), (0, 2), (7, 7)])
@@ -184,7 +187,7 @@ def test_framefusion_merges_runs_of_a_cell():
 
 def test_utrc_drops_one_pair_and_merges_the_other():
     x = f32([(1, 0), (0, 1), (0.9, 0.2), (0.1, 1), (1, 0.1), (0.6, 0.8)])
-    into, score = utrc.utrc_row(x, jnp.ones(6, bool), jnp.int32(4), f32([0.9, 0.8, 0.1, 0.2, 0.7, 0.3]))
+    into, score = jax.jit(utrc.utrc_row)(x, jnp.ones(6, bool), jnp.int32(4), f32([0.9, 0.8, 0.1, 0.2, 0.7, 0.3]))
     assert kept(score, 4) == [0, 1, 4, 5] and into.tolist() == [0, 1, 4, 6, 4, 5]
     np.testing.assert_allclose(folded(x, into, mean_weights(into))[[1, 4]], [(0, 1), (0.95, 0.15)], atol=1e-6)
 
@@ -221,10 +224,10 @@ def checked(x, p, chosen, row, tokens):
     written = np.unique(into)
     written = written[written < total.size - 1]
     np.testing.assert_allclose(total[written][written < tokens], 1, atol=1e-4)
-    return stays, np.asarray(fold(x, chosen.into, chosen.weight) if x.ndim == 3 else 0)[row][stays]
+    return stays, np.asarray(FOLD(x, chosen.into, chosen.weight) if x.ndim == 3 else 0)[row][stays]
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) if n not in ("visionzip", "holitom") else n for n in MERGES]
+SLOW = [n if n == "holitom" else pytest.param(n, marks=pytest.mark.slow) for n in MERGES]
 
 
 @pytest.mark.parametrize("name", SLOW)
