@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -16,6 +17,7 @@ from hybridvlm.options import THINKING, add_compilation_cache, add_mesh, add_thi
 
 if TYPE_CHECKING:
     from hybridvlm.checkpoints.describe import Description
+    from hybridvlm.config import Reduction
     from hybridvlm.inference.conversation import Answer
     from hybridvlm.inference.model import Model
     from hybridvlm.models.media import Clip
@@ -67,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     add("--reduction", default=None, help="method to drop visual tokens by, such as str or evs:0.5+str:0.5")
     add("--budget", type=float, default=None, help="share of visual tokens under --reduction (default: 0.25)")
     add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
+    first = "no drop before this layer has run: later makes further questions cheaper (default: the checkpoint's own schedule; "
+    first += "with --follow-up and none of its own, a sixth of the depth)"
+    add("--first-drop", type=int, default=None, metavar="N", help=first)
     add(
         "--allow-special-tokens",
         action="store_true",
@@ -103,7 +108,10 @@ def report(answer: Answer, model: Model) -> str:
         lines.append(f"{plan.method}: predicted decoder FLOPs {plan.flop_ratio:.3f} of dense ({before} enter layer 0)")
         for begin, end, count in merged(answer.stages):
             lines.append(f"  layers {begin:>3} to {end:>3}: {count:>7} visual tokens ({count / max(1, first):.1%})")
-    lines.append(", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in answer.seconds.items()))
+    seconds = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in answer.seconds.items())
+    if answer.saved and plan is not None:
+        seconds += f"; {answer.saved:.2f} s saved: layers 0 to {plan.drops[0]} had seen the video"
+    lines.append(seconds)
     return "\n".join(lines)
 
 
@@ -141,6 +149,27 @@ def foreign(model: Model, clips: Sequence[Clip]) -> str:
     return (
         f"warning: {model.name} knows the videos of its own benchmark alone ({FRAME} x {FRAME} pixels); here it guesses"
     )
+
+
+def asked(args: argparse.Namespace) -> tuple[str, float | None, str | None, int | None]:
+    """The options of `Model.reduction_for`."""
+    return args.reduction, args.budget, args.kind, args.first_drop
+
+
+def for_many_questions(model: Model, reduction: Reduction | None) -> Reduction | None:
+    """A reduction that leaves the first layers to all questions on a video, where its budget can then be met."""
+    from hybridvlm.reduction import BudgetError
+    from hybridvlm.reduction.schedules import SHARED_DEPTH
+
+    if reduction is None:
+        return None
+    start = int(SHARED_DEPTH * len(model.config.pattern))
+    late = dataclasses.replace(reduction, schedule=dataclasses.replace(reduction.schedule, start=start))
+    try:
+        model.plan(late, model.buckets.frames[-1], model.buckets.text[-1])
+    except BudgetError:
+        return reduction
+    return late
 
 
 def questions(first: str, more: bool) -> Iterator[str]:
@@ -193,17 +222,19 @@ def _answer(args: argparse.Namespace) -> int:
     keep_compiled(args.compilation_cache)
     if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
-    if args.reduction is None and (args.budget is not None or args.kind is not None):
-        raise ValueError("--budget and --kind go with --reduction, such as --reduction str")
+    if args.reduction is None and any(option is not None for option in (args.budget, args.kind, args.first_drop)):
+        raise ValueError("--budget, --kind and --first-drop go with --reduction, such as --reduction str")
     sizes = {"frames": lambda found: looked_at(args, found), "dtype": args.dtype, "revision": args.revision}
     if args.reduction is not None:
-        sizes["reduction"] = lambda found: named_reduction(found.reduction, args.reduction, args.budget, args.kind)
+        sizes["reduction"] = lambda found: named_reduction(found.reduction, *asked(args))
     mesh = mesh_option(args.mesh, args.model, **sizes)
     model = load(args.model, mesh=mesh, revision=args.revision, cache=args.cache, dtype=args.dtype)
     check_tokenizer(model)
     if args.allow_special_tokens:
         allow_special_tokens(model.tokenizer)
-    reduction = None if args.reduction is None else model.reduction_for(args.reduction, args.budget, args.kind)
+    reduction = None if args.reduction is None else model.reduction_for(*asked(args))
+    if args.follow_up and args.first_drop is None and model.reduction is None:
+        reduction = for_many_questions(model, reduction)
     talks = hasattr(model.tokenizer, "chat")
     decode_capacity = 2 * model.buckets.text[0] + model.buckets.max_new if args.follow_up and talks else 0
     conversation = Conversation(

@@ -56,9 +56,9 @@ from hybridvlm.console import print_markdown, track
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.inference.model import Model
 from hybridvlm.nn.attention import attention_layer, attention_shared
-from hybridvlm.nn.decoder import layer_params
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.mlp import mlp_layer
+from hybridvlm.nn.scan import layer_params
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.tiny.bank import Bank, draw_videos, make_bank

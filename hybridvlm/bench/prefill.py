@@ -2,7 +2,8 @@
 
 Weights, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part of
 the time; compilation and the first run are not, and the vision tower is timed by itself. A second table has the prompt
-that a real video gets, with a time stamp before every frame: text that no method can drop.
+that a real video gets, with a time stamp before every frame: text that no method can drop. With --questions 2 also what a
+further question on the same video takes, once the layers before the first drop have seen it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=0.25, help="mean share of visual tokens kept (default: 0.25)")
     add("--methods", default="none,str", help="comma list of methods; dense always runs (default: none,str)")
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="schedule of shares over depth, as for eval")
+    add("--first-drop", type=int, metavar="N", help="no drop before this layer has run (default: the schedule's)")
+    add("--questions", type=int, default=1, help="on one video: 2 or more measure a further one (default: 1)")
     add("--repeats", type=int, default=5, help="interleaved rounds (default: 5)")
     yes_no = argparse.BooleanOptionalAction
     add("--real-prompt", action=yes_no, default=True, help="also with a time stamp per frame in the prompt")
@@ -52,8 +55,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     frames = args.visual // per_frame if args.frames is None else args.frames
     if frames < 1 or (args.frames is None and args.visual % per_frame):
         raise ValueError(f"--visual must be a multiple of {per_frame}, the tokens of a frame, got {args.visual}")
-    if args.text < 1 or args.repeats < 1:
-        raise ValueError(f"--text and --repeats must be at least 1, got {args.text} and {args.repeats}")
+    if args.text < 1 or args.repeats < 1 or args.questions < 1:
+        given = f"{args.text}, {args.repeats} and {args.questions}"
+        raise ValueError(f"--text, --repeats and --questions must be at least 1, got {given}")
     methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
     plans = {}
     for stamps in (0, STAMP_TOKENS) if args.real_prompt else (0,):
@@ -99,7 +103,10 @@ def _batch(ids: np.ndarray, frame: np.ndarray, frames: int):
 def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames: int, text: int):
     if method == "none":
         return None
-    reduction = Reduction(method, args.budget, schedule=override(Schedule(), args.schedule, "--schedule"))
+    schedule = override(Schedule(), args.schedule, "--schedule")
+    if args.first_drop is not None:
+        schedule = dataclasses.replace(schedule, start=args.first_drop)
+    reduction = Reduction(method, args.budget, schedule=schedule)
     return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
 
 
@@ -145,6 +152,9 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
             return out.logits, out.decoder.caches
 
         calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)
+        if args.questions > 1 and nemotron_vl.memory_serves(plan):
+            memory, further = _in_two(config, params, batch, visual, plan)
+            calls[method, "memory"], calls[method, "further"] = memory, further
     seconds = timing.interleaved(calls, rounds=args.repeats, warmup=0)
     rows = []
     for method, plan in plans.items():
@@ -163,11 +173,43 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
                 "flop_speedup": predicted,
                 "share_of_predicted": speedup / predicted,
                 "compile_s": compile_s[method],
+            }
+            | _shared(method, seconds, args.questions)
+            | {
                 "vision_ms": vision_ms,
                 "repeats": args.repeats,
             }
         )
     return rows
+
+
+def _in_two(config, params, batch, visual, plan) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Calls that make the memory of a video, and that go on from it with a question."""
+    from hybridvlm.models import nemotron_vl
+    from hybridvlm.models.prompt import rest_length, rest_of
+
+    build = lambda params, batch, visual: nemotron_vl.build_video_memory(params, config, batch, visual, plan)  # noqa: E731
+    make, _ = _compiled(build, params, batch, visual)
+    rest = rest_of(batch, rest_length(batch))
+
+    def question(params, rest, memory):
+        out = nemotron_vl.prefill(params, config, rest, memory, plan, 0)
+        return out.logits, out.decoder.caches
+
+    return make, _compiled(question, params, rest, make())[0]
+
+
+def _shared(method: str, seconds: dict[Any, list[float]], questions: int) -> dict[str, Any]:
+    """Columns about questions that share a video: the first one in two programs, a further one, and both by the whole prompt's time."""
+    if (method, "further") not in seconds:
+        return {"first_ms": None, "further_ms": None, "further_share": None} if questions > 1 else {}
+    first = [a + b for a, b in zip(seconds[method, "memory"], seconds[method, "further"], strict=True)]
+    further = seconds[method, "further"]
+    return {
+        "first_ms": timing.median_ms(first),
+        "further_ms": timing.median_ms(further),
+        "further_share": timing.paired_ratio(further, first),
+    }
 
 
 def bench_plan(reduction: Reduction, config: ModelConfig, frames: int, per_frame: int, text: int):

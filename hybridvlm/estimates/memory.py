@@ -102,7 +102,7 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
 
 
 def _decode_copies(work: Workload, mesh: MeshSizes) -> int:
-    """The decoder's weights once more, where they are brought together before a decode loop: see `nn.decoder.decode_layers`."""
+    """The decoder's weights once more, where they are brought together before a decode loop: see `nn.incremental.decode_layers`."""
     if mesh.fsdp == 1 and work.platform == "tpu" and not isinstance(work.config, VambaConfig):
         return 0
     return weight_bytes(work.config, dataclasses.replace(mesh, fsdp=1), work.itemsize, "decoder/")

@@ -22,7 +22,7 @@ class Estimate:
         slice: the devices.
         mesh: how the model is cut over them.
         memory: bytes of one device, by part.
-        phases: "tower", "prefill" and "decode" (one token), with least seconds.
+        phases: "tower", "prefill", "further" (the prefill of a further question) and "decode" (one token), with least seconds.
     """
 
     work: Workload
@@ -52,7 +52,7 @@ class Estimate:
 
     def seconds(self, tokens: int = 0) -> float:
         """Least seconds of tower and prefill, and of so many decoded tokens."""
-        first = sum(phase.seconds for name, phase in self.phases.items() if name != "decode")
+        first = sum(phase.seconds for name, phase in self.phases.items() if name in ("tower", "prefill"))
         return first + tokens * self.phases["decode"].seconds
 
 

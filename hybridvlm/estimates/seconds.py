@@ -38,7 +38,8 @@ class Phase:
 
 
 def phases(work: Workload, mesh: MeshSizes, chip: Chip, peaks: Peaks) -> dict[str, Phase]:
-    """ "tower", "prefill" and "decode" (of one token) on one device of a mesh."""
+    """ "tower", "prefill" and "decode" (of one token) on one device of a mesh; where there are frames, "further" too: the prefill
+    of a further question on the same video. VAMBA's text reads the video through other layers, and has none."""
     rows, cost, held = local_batch(work, mesh), work.plan.cost, memory(work, mesh)
     item, spread = work.itemsize, mesh.tensor * mesh.sequence
     vision = weight_bytes(work.config, mesh, item, "vision/") + weight_bytes(work.config, mesh, item, "projector/")
@@ -55,6 +56,14 @@ def phases(work: Workload, mesh: MeshSizes, chip: Chip, peaks: Peaks) -> dict[st
             _decode_sent(work, mesh),
         ),
     }
+    if work.frames and not isinstance(work.config, VambaConfig):
+        # it reads the residual stream that the first question left, or, with every layer shared, the caches alone
+        stream = held.visual if work.plan.shared_layers < work.plan.layers else 0
+        made["further"] = (
+            rows * (work.plan.further_flops(work.config, work.question) + cost.scoring) / spread,
+            decoder + stream + held.caches + held.states,
+            _prefill_sent(work, mesh, work.plan.shared_layers),
+        )
     if work.frames:
         dealt, frames = dealt_frames(work, mesh)
         visual = dealt * frames * work.config.vision.tokens_per_frame * work.config.width * work.planes * item
@@ -69,13 +78,14 @@ def _part(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _prefill_sent(work: Workload, mesh: MeshSizes) -> float:
-    """Bytes that one device sends during the prefill."""
+def _prefill_sent(work: Workload, mesh: MeshSizes, shared: int = 0) -> float:
+    """Bytes that one device sends during the prefill; of a further question, which finds the first `shared` layers done but for
+    its own text."""
     rows, item, plan = local_batch(work, mesh), work.itemsize, work.plan
     config = work.config
-    width, layers = config.width, range(plan.layers)
+    width, layers = config.width, range(shared, plan.layers)
     pattern = plan.pattern
-    sent = 0.0
+    sent = 2 * _part(mesh.tensor) * shared * work.question / mesh.sequence * rows * width * item
     if mesh.tensor > 1:  # every layer ends in a sum over the devices that hold parts of it
         lengths = [work.text if isinstance(config, VambaConfig) else plan.row_length(i) for i in layers]
         if isinstance(config, VambaConfig):
@@ -85,9 +95,9 @@ def _prefill_sent(work: Workload, mesh: MeshSizes) -> float:
         part = local_part(config, mesh)
         keys = sum(plan.row_length(i) for i in layers if pattern[i] == ATTENTION)
         sent += _part(mesh.sequence) * rows * keys * 2 * part.kv_heads * part.head_dim * item
-        states = 4 * part.mamba_width * part.ssm_state * pattern.count(MAMBA)
+        states = 4 * part.mamba_width * part.ssm_state * pattern[shared:].count(MAMBA)
         sent += rows * states * (1 + math.ceil(math.log2(mesh.sequence)))
-        dropped = sum(plan.row_length(i + 1) for i in plan.drops if i + 1 < plan.layers)
+        dropped = sum(plan.row_length(i + 1) for i in plan.drops if shared - 1 <= i < plan.layers - 1)
         sent += _part(mesh.sequence) * rows * dropped * width * item
     return sent + _gathered_weights(work, mesh)
 

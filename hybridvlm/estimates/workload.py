@@ -71,6 +71,7 @@ class Workload:
         dtype: of weights and activations.
         reduction: what is dropped (None: nothing).
         platform: "tpu" or "gpu", where decoding copies the decoder's weights before it starts.
+        question: text tokens of a further question on the same video.
     """
 
     config: Any
@@ -81,9 +82,10 @@ class Workload:
     dtype: str = "bfloat16"
     reduction: Reduction | None = None
     platform: str = "tpu"
+    question: int = 64
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 0), ("text", 1), ("batch", 1), ("max_new", 1)):
+        for name, least in (("frames", 0), ("text", 1), ("batch", 1), ("max_new", 1), ("question", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"Workload.{name} must be a whole number of at least {least}, got {value!r}")

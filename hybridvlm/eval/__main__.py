@@ -99,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="test", choices=("test", "val"), help="split of the embedded benchmark (default: test)")
     add("--score", nargs="+", default=[], metavar="KEY=VALUE", help="score options: " + _keys(ScoreOptions))
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth: " + _keys(Schedule))
+    first = "no drop before this layer has run, as --schedule start=N: later makes further questions on a video cheaper"
+    add("--first-drop", type=int, metavar="N", help=first)
     add("--compare", metavar="METHOD", help="method that all others are paired with (default: str, if it runs)")
     add("--prompt", default="{question}", metavar="TEXT", help=prompt)
     add(

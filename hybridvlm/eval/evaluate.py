@@ -20,8 +20,8 @@ from hybridvlm.estimates import mesh_option
 from hybridvlm.eval import lmms_eval, published, report, statistics
 from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.layouts import Asking
-from hybridvlm.eval.results import SampleStore, build_row, compare, write_atomic
-from hybridvlm.eval.runner import Runner, versions
+from hybridvlm.eval.results import SampleStore, build_row, compare, versions, write_atomic
+from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.sizes import asked_sizes
 from hybridvlm.eval.tasks import Sample, Task, TaskOptions, load_tasks
 from hybridvlm.eval.variants import DENSE, Match, Planner, Variant, expand
@@ -40,12 +40,15 @@ from hybridvlm.video import most_frames
 def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduction:
     """What all variants share: the checkpoint's own schedule, score options and kind of budget, unless told."""
     own = own or Reduction()
+    schedule = override(own.schedule, options.schedule, "--schedule")
+    if options.first_drop is not None:
+        schedule = dataclasses.replace(schedule, start=options.first_drop)
     return dataclasses.replace(
         own,
         method="none",
         budget=1.0,
         kind=options.kind or own.kind,
-        schedule=override(own.schedule, options.schedule, "--schedule"),
+        schedule=schedule,
         score=override(own.score, options.score, "--score"),
         seed=options.seed,
     )

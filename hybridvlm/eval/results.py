@@ -6,7 +6,9 @@ from it anew and written whole or not at all.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +60,19 @@ ROW_KEYS = (
     "evs",
 )
 Record = dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import hybridvlm
+
+    found = {"hybridvlm": hybridvlm.__version__, "python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "numpy", "scipy", "av", "tokenizers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 class SampleStore:

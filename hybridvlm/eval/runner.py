@@ -11,13 +11,12 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
+import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,36 +26,26 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import progress as bar_of
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
+from hybridvlm.eval.calls import Call, by_video, grouped, questions_at_once, shared_part, whole
 from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.layouts import Asking, lay_out
-from hybridvlm.eval.results import SampleStore, achieved
+from hybridvlm.eval.results import SampleStore, achieved, versions
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
+from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import to_host
+from hybridvlm.inference.placement import row_parts, to_host
 from hybridvlm.inference.program_cache import compile_count
+from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
 from hybridvlm.models.media import Clip
-from hybridvlm.models.prompt import Batch, Layout
+from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import ReductionPlan
 from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    import hybridvlm
-
-    found = {"hybridvlm": hybridvlm.__version__, "python": platform.python_version()}
-    for package in ("jax", "jaxlib", "flax", "numpy", "scipy", "av", "tokenizers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _digest(value: Any) -> str:
@@ -111,11 +100,15 @@ class Runner:
         }
         self._keys: dict[tuple[Variant, str], str] = {}
         self._settings: dict[tuple[Variant, Bucket], str] = {}
-        self._warm: set[tuple[Variant, Bucket]] = set()
+        self._warm: set[tuple[Variant, Bucket, int]] = set()
         self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
         self._warm_encode: set[Bucket] = set()
+        self._seen: dict[str, np.ndarray] = {}  # visual tokens of the samples of the batch at hand
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
+        self._shared: dict[str, Hashable | None] = {}  # by sample, what its prompt has in common with others
+        self._memories = VideoMemories(max(2, len(variants)))
+        self._memory_seconds: dict[Hashable, float] = {}  # that they took
         self._unread: dict[str, str] = {}  # video -> why it cannot be read
         self._held = 0
         self.seconds = 0.0  # of `run`
@@ -128,6 +121,7 @@ class Runner:
         pick = self.model.buckets.pick
         try:
             layout = self.layout(sample)
+            self._shared[sample.id] = shared_part(sample.video, layout)
             if self.task.blind:
                 return Bucket(0, pick("text", layout.text), kind="text")
             clip, config = self.task.clip(sample.video, pixels=False)
@@ -179,7 +173,7 @@ class Runner:
         """Samples (default: all that can be asked) of one bucket, `batch_size` at a time, the longest videos first."""
         asked = self.available if samples is None else samples
         for bucket in sorted({self.buckets[sample.id] for sample in asked}, reverse=True):
-            own = [sample for sample in asked if self.buckets[sample.id] == bucket]
+            own = grouped([sample for sample in asked if self.buckets[sample.id] == bucket], self._shared)
             for start in range(0, len(own), self.batch_size):
                 yield bucket, own[start : start + self.batch_size]
 
@@ -211,18 +205,19 @@ class Runner:
                 seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
                 unread = [sample for sample in samples if sample.id not in seen]
                 read = [sample for sample in samples if sample.id in seen]
-            if read:
-                rows = read + read[-1:] * (self.batch_size - len(read))  # one shape, so one program
             if read and not self.task.blind:
-                visual = self._put(np.stack([seen[sample.id] for sample in rows]))
+                self._seen, visual = (
+                    seen,
+                    self._put(np.stack([seen[s.id] for s in whole(read, self.batch_size)[0].rows])),
+                )
             if read:
-                self._compile([v for v in variants if missing[v] or v == DENSE], bucket, rows, visual)
+                self._compile([v for v in variants if missing[v] or v == DENSE], bucket, read, visual)
             for variant in variants:
                 # dense goes along, so that every clock has its counterpart
                 if missing[variant] or variant == DENSE:
                     records = [self._unanswered(variant, sample) for sample in unread]
                     if read:
-                        records += self._answer(variant, bucket, number, read, rows, visual)
+                        records += self._answer(variant, bucket, number, read, visual)
                     # what is known already is not answered twice, but for dense and its clock
                     self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
@@ -275,17 +270,18 @@ class Runner:
         ]
 
     def _compile(
-        self, variants: Sequence[Variant], bucket: Bucket, rows: Sequence[Sample], visual: jax.Array | None
+        self, variants: Sequence[Variant], bucket: Bucket, read: Sequence[Sample], visual: jax.Array | None
     ) -> None:
         """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""
-        cold = [variant for variant in variants if (variant, bucket) not in self._warm]
+        cold = [variant for variant in variants if not any((variant, bucket) == warm[:2] for warm in self._warm)]
         if len(cold) < 2:
             return
-        batches = [self._batch(variant, bucket, rows) for variant in cold]
+        calls = [(variant, self._calls(variant, bucket, read)[-1]) for variant in cold]
+        batches = [self._batch(variant, bucket, call.rows) for variant, call in calls]
 
-        def compile_one(batch: Batch, plan: ReductionPlan | None) -> int:
+        def compile_one(batch: Batch, given: Any, plan: ReductionPlan | None) -> int:
             before = compile_count(thread=True)
-            self.model.compile_prefill(batch, visual, plan, self.asking.think_tokens)
+            self.model.compile_prefill(batch, given, plan, self.asking.think_tokens)
             return compile_count(thread=True) - before
 
         workers = min(len(cold), os.cpu_count() or 1, 4)
@@ -293,11 +289,51 @@ class Runner:
             bar_of(len(cold), "program", "compile", shown=self.store.process.first, leave=False) as bar,
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
         ):
-            started = {pool.submit(compile_one, *args): variant for variant, args in zip(cold, batches, strict=True)}
+            started = {}
+            for (variant, call), (batch, plan) in zip(calls, batches, strict=True):
+                # programs run in this thread alone: of those over several devices two at once could wait for each other
+                given = self._build(variant, bucket, call) if call.videos else visual
+                started[pool.submit(compile_one, batch, given, plan)] = variant
             for done in concurrent.futures.as_completed(started):
                 self._compiled[started[done], bucket] = done.result()
                 bar.set_postfix_str(started[done].label)
                 bar.update()
+
+    def _calls(self, variant: Variant, bucket: Bucket, read: Sequence[Sample]) -> list[Call]:
+        """How a batch is answered: under a plan by the question, those about one video go on from its memory."""
+        _, plan = self.planner(variant, bucket)
+        if self.task.blind or not plan or not plan.depends_on_query or not self.model.family.memory_serves(plan):
+            return whole(read, self.batch_size)
+        parts = 1 if self.model.mesh is None else row_parts(self.model.mesh)
+        own = {s.id: self._shared[s.id] for s in self.available if self.buckets[s.id] == bucket}
+        counts = [n for n in collections.Counter(part for part in own.values() if part is not None).values() if n > 1]
+        if not counts or self.batch_size < parts:
+            return whole(read, self.batch_size)
+        return by_video(read, own, self.batch_size, questions_at_once(counts, self.batch_size // parts), parts)
+
+    def _build(self, variant: Variant, bucket: Bucket, call: Call) -> Any:
+        """The memory of a call's videos."""
+        batch, plan = self._batch(variant, bucket, call.videos)
+        visual = np.stack([self._seen[sample.id] for sample in call.videos])
+        return jax.block_until_ready(self.model.build_video_memory(batch, visual, plan))
+
+    def _memory(self, variant: Variant, bucket: Bucket, call: Call, plan: ReductionPlan) -> tuple[Any, float]:
+        """(the memory of a call's videos, the seconds that it took for one of them, when it was made)."""
+        parts = tuple(self._shared[sample.id] for sample in call.videos)
+        key = (plan.prefix_key, plan.row_length(0), parts)
+        warm = (plan.prefix_key, plan.row_length(0), len(parts))
+
+        def make() -> Any:
+            if warm not in self._memory_seconds:
+                self._build(variant, bucket, call)
+                self._memory_seconds[warm] = 0.0
+            start = time.perf_counter()
+            memory = self._build(variant, bucket, call)
+            self._memory_seconds[key] = (time.perf_counter() - start) / len(parts)
+            return memory
+
+        memory, _ = self._memories.get(key, make)
+        return memory, self._memory_seconds[key]
 
     def _put(self, arrays: Any) -> Any:
         """Arrays on the device; a mesh is sent its parts by the model, of the host's arrays."""
@@ -316,47 +352,66 @@ class Runner:
         variant: Variant,
         bucket: Bucket,
         number: int,
-        samples: Sequence[Sample],
-        rows: Sequence[Sample],
+        read: Sequence[Sample],
         visual: jax.Array | None,
     ) -> list[dict[str, Any]]:
-        """Records of one batch under one variant: `rows` is what is computed, its first ones are the `samples`."""
+        """Records of one batch under one variant."""
         compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
-        config, think_tokens = bucket.config(self.model), self.asking.think_tokens
-        batch, plan = self._batch(variant, bucket, rows)
-        batch = self._put(batch)
-        if (variant, bucket) not in self._warm:
-            self.model.generate(batch, visual, plan, think_tokens=think_tokens)
-            self._warm.add((variant, bucket))
-        generation = self.model.generate(batch, visual, plan, think_tokens=think_tokens)
-        self.model.verify(generation)
-        m = 0 if self.task.blind else config.vision.tokens_per_frame
-        shares = achieved(generation, [self.layout(sample).frames * m for sample in rows])
-        per = 1e3 / len(rows)
+        m = 0 if self.task.blind else bucket.config(self.model).vision.tokens_per_frame
+        out, prefill, decode, further, peak = [], 0.0, 0.0, list[float](), 0
+        for call in self._calls(variant, bucket, read):
+            generation, shared_seconds = self._generate(variant, bucket, call, visual)
+            shares = achieved(generation, [self.layout(sample).frames * m for sample in call.rows])
+            rows, peak = len(call.rows), max(peak, generation.peak_bytes)
+            # as if every question were the first on its video, so that methods and dense can be compared
+            prefill += len(call.answered) * (generation.timing.prefill / rows + shared_seconds)
+            decode += len(call.answered) * generation.timing.decode / rows
+            further += [generation.timing.prefill / rows] * bool(call.videos)
+            for row, sample in call.answered:
+                text = None if generation.unfinished[row] else generation.text[row]
+                record = self._record(variant, sample) | {
+                    "prediction": generation.text[row],
+                    **self.task.score(text, sample),
+                    "retention": shares[row],
+                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames)),
+                }
+                if generation.thinking[row]:
+                    record["thinking"] = generation.thinking[row]
+                if generation.unfinished[row]:
+                    record["no_answer"] = UNFINISHED
+                out.append(record)
         clock = {
-            "prefill_ms": generation.timing.prefill * per,
-            "decode_ms": generation.timing.decode * per,
+            "prefill_ms": 1e3 * prefill / len(out),
+            "decode_ms": 1e3 * decode / len(out),
             "compiles": compile_count() - compiled,
-            "peak_bytes": generation.peak_bytes,
+            "peak_bytes": peak,
             "run": self.run_id,
             "batch": number,
         }
-        out = []
-        for row, sample in enumerate(samples):
-            text = None if generation.unfinished[row] else generation.text[row]
-            record = self._record(variant, sample) | {
-                "prediction": generation.text[row],
-                **self.task.score(text, sample),
-                "retention": shares[row],
-                "encode_ms": self._encode_clock.get((sample.video, bucket.frames)),
-                **clock,
-            }
-            if generation.thinking[row]:
-                record["thinking"] = generation.thinking[row]
-            if generation.unfinished[row]:
-                record["no_answer"] = UNFINISHED
-            out.append(record)
-        return out
+        if further:
+            clock["further_ms"] = 1e3 * statistics.median(further)
+        return [record | clock for record in out]
+
+    def _generate(
+        self, variant: Variant, bucket: Bucket, call: Call, visual: jax.Array | None
+    ) -> tuple[Generation, float]:
+        """(what a call gives, the seconds that the memory of one of its videos took); its first run is repeated, and not timed."""
+        batch, plan = self._batch(variant, bucket, call.rows)
+        seconds, length = 0.0, 0
+        if call.videos:
+            assert plan is not None
+            visual, seconds = self._memory(variant, bucket, call, plan)
+            length = self.model.buckets.pick("text", rest_length(batch))
+        else:
+            batch = self._put(batch)
+        ask = functools.partial(self.model.generate, batch, visual, plan, think_tokens=self.asking.think_tokens)
+        if (variant, bucket, length) not in self._warm:
+            ask()
+            self._warm.add((variant, bucket, length))
+        generation = ask()
+        self.model.verify(generation)
+        self._memories.spill()
+        return generation, seconds
 
     def _record(self, variant: Variant, sample: Sample) -> dict[str, Any]:
         """What is known of an answer before it is given."""

@@ -2,7 +2,8 @@
 
 The projector's outputs are kept, so that a further question never decodes or encodes anything again. Where the prompt so far
 stands unchanged in the caches, and what was kept of the video does not depend on the question (no plan, or one that does
-not read it), the next turn goes on from the caches. Otherwise it is prefilled anew from the projector's outputs.
+not read it), the next turn goes on from the caches. Where it does, the layers before the first drop are run over the video once,
+and every question goes on from what they left. Otherwise it is prefilled anew from the projector's outputs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from hybridvlm.config import Reduction
 from hybridvlm.files import text_problem
+from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.placement import to_host
 from hybridvlm.inference.programs import ModelPrograms
 from hybridvlm.inference.sampling import Sampling
@@ -41,7 +43,8 @@ class Answer:
     text, and the tokens of the whole reply. thinking: the reasoning before the text; unfinished: whether it never came to an
     end, so that there is no answer, and text is all that was said. frames looked at. stages: (first layer, last layer,
     visual tokens) of every run of layers that see the same tokens. seconds by phase, device work awaited (video, compile,
-    encode, prefill, decode; a phase that was not needed is missing). continued: whether it went on from the caches.
+    encode, prefill, decode; a phase that was not needed is missing). continued: whether it went on from the caches. saved: seconds
+    of the prefill that an earlier question had spent already, on the layers before the first drop.
     survivors: bool [F,rows,cols], the visual tokens that entered the last layer. plan: of the reduction, if there is one.
     conversation takes the next question.
     """
@@ -57,6 +60,7 @@ class Answer:
     conversation: Conversation
     thinking: str = ""
     unfinished: bool = False
+    saved: float = 0.0
 
     def __str__(self) -> str:
         return self.text
@@ -143,7 +147,8 @@ class Conversation:
             with self._timed("video"):
                 self._read(video, frames, rule, clock)
         self._visual: Any = None
-        self._memory: dict[ReductionPlan | None, Any] = {}
+        self._memories = VideoMemories()
+        self._shared_seconds = 0.0  # that the memory held took
         self._held: CachedTurn | None = None
 
     def _read(self, video: Any, frames: int | None, rule: str, clock: str) -> None:
@@ -211,7 +216,7 @@ class Conversation:
             logits, caches, answer = self._prefill(batch, layout, plan, most)
             free = most + self.decode_capacity
         else:
-            answer = dataclasses.replace(held.answer, continued=True)
+            answer = dataclasses.replace(held.answer, continued=True, saved=0.0)
             padded = model.buckets.pick("text", len(rest))
             ids = np.zeros((1, padded), np.int32)
             ids[0, : len(rest)] = rest
@@ -273,12 +278,20 @@ class Conversation:
                         model.encode(pixels, attention=methods.needs_attention(self.reduction))
                     )
             visual = self._visual
+        saved = 0.0
+        if visual is not None and model.shares_video(batch, plan):
+            before = self.seconds.get("prefill", 0.0)
+            with self._timed("prefill"):
+                make = lambda: model.build_video_memory(batch, visual, plan)  # noqa: E731
+                visual, found = self._memories.get(self._memory_key(layout, plan), make)
+                jax.block_until_ready(visual)
+            if found:
+                saved = self._shared_seconds
+            else:
+                self._shared_seconds = self.seconds["prefill"] - before
         with self._timed("prefill"):
-            if visual is not None and model.family.build_video_memory is not None and not _depends_on_query(plan):
-                if plan not in self._memory:
-                    self._memory[plan] = model.build_video_memory(batch, visual, plan)
-                visual = self._memory[plan]
             prefilled = jax.block_until_ready(model.prefill(batch, visual, plan, max_new + self.decode_capacity))
+        self._memories.spill()
         kept = to_host(prefilled.decoder.kept)[:, 0].sum(-1)
         layers = len(self.config.pattern) if plan is None else plan.layers
         stages = [(0, layers)] if plan is None else list(plan.stages)
@@ -293,8 +306,18 @@ class Conversation:
             self._survivors(prefilled, layout, plan),
             plan,
             self,
+            saved=saved,
         )
         return prefilled.logits, prefilled.decoder.caches, answer
+
+    def _memory_key(self, layout: Layout, plan: ReductionPlan | None) -> tuple[Any, ...]:
+        """What a video memory depends on: of a hybrid the prompt as far as it is in it, and how long rows are where they are cut."""
+        if plan is None or not plan.depends_on_query:
+            return (plan,)
+        end = int(np.flatnonzero(layout.frame >= 0)[-1]) + 1
+        cut = self.model.mesh is not None and self.model.mesh.shape["sequence"] > 1
+        length = plan.row_length(0) if cut else None
+        return (plan.prefix_key, length, layout.ids[:end].tobytes(), layout.frame[:end].tobytes())
 
     def _survivors(self, prefilled: Any, layout: Layout, plan: ReductionPlan | None) -> np.ndarray:
         """bool [F,rows,cols]: which visual tokens entered the last layer."""

@@ -71,7 +71,6 @@ def extend(params: Any, ids: Any, segment: Any, caches: Any, *, family: Family, 
 def build_video_memory(
     params: Any, batch: Any, visual: Any, *, family: Family, config: Any, plan: ReductionPlan | None
 ) -> Any:
-    assert family.build_video_memory is not None  # asked before it is compiled
     return family.build_video_memory(params, config, batch, visual, plan)
 
 
@@ -101,7 +100,7 @@ def _extended(family: Family, config: LocalConfig, given: tuple[Any, ...], stati
 
 
 def _memory(family: Family, config: LocalConfig, given: tuple[Any, ...], static: Mapping[str, Any]) -> Any:
-    return family.output_specs(config, static["plan"]).decoder.caches.memory
+    return family.memory_specs(config, static["plan"])
 
 
 RESULTS: dict[Callable[..., Any], Callable[..., Any]] = {

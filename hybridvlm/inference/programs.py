@@ -20,8 +20,9 @@ from hybridvlm.models import nemotron_vl
 from hybridvlm.models.family import Family
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
-from hybridvlm.models.prompt import Batch, Layout, PromptStyle, user_message
+from hybridvlm.models.prompt import Batch, Layout, PromptStyle, rest_length, rest_of, user_message
 from hybridvlm.nn.caches import check_capacity
+from hybridvlm.nn.prefix import Prefix
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction.methods import named_reduction
 from hybridvlm.reduction.plan import ReductionPlan
@@ -154,18 +155,21 @@ class ModelPrograms:
             batch, _, _ = self.family.make_batch(config, layouts(plan.pool_factors), buckets, plan.pool_factors)
         return batch, plan
 
-    def reduction_for(self, method: str, budget: float | None = None, kind: str | None = None) -> Reduction | None:
+    def reduction_for(
+        self, method: str, budget: float | None = None, kind: str | None = None, first_drop: int | None = None
+    ) -> Reduction | None:
         """The Reduction of a method's name, under the checkpoint's own schedule, score options and seed; None for "none".
 
         Args:
             method: a name such as "str", or a composition such as "evs:0.5+str:0.5".
             budget: share of the visual tokens (default: 0.25).
             kind: how it is counted, of `BUDGET_KINDS` (default: the checkpoint's own).
+            first_drop: the schedule's `start`: no drop before that layer has run (default: the checkpoint's own).
 
         Raises:
             ValueError: for an unknown method (with near names) or a budget outside (0, 1].
         """
-        return named_reduction(self.reduction, method, budget, kind)
+        return named_reduction(self.reduction, method, budget, kind, first_drop)
 
     def opened(self, batch: Batch) -> list[bool]:
         """Of each prompt, whether it ends inside reasoning that the reply has to end."""
@@ -208,7 +212,8 @@ class ModelPrograms:
 
         Args:
             batch: prompts, of `batch`.
-            visual: [B,F,m,D] from `encode`, a family's video memory, or None for text alone.
+            visual: [B,F,m,D] from `encode`, or None for text alone; or of `build_video_memory` under this plan, what the questions
+                of the batch share: Q of them for each of its videos, next to each other.
             plan: what is dropped where.
             decode_capacity: cache slots for new tokens (default: the buckets' max_new).
             return_scores: also the score [B,L] of every mixer layer, in `decoder.scores`: the plan's own, or the one of
@@ -224,9 +229,27 @@ class ModelPrograms:
             self.params, batch, visual
         )
 
+    def shares_video(self, batch: Batch, plan: ReductionPlan | None) -> bool:
+        """Whether `build_video_memory` can be made for prompts under a plan: what all questions about their videos share."""
+        if not self.family.memory_serves(plan):
+            return False
+        return not isinstance(batch, Batch) or rest_length(batch) > 0
+
+    def _questions(self, batch: Batch, prefix: Prefix) -> Batch:
+        """What is left of prompts behind a prefix, at the smallest text bucket, and as many rows for each of the prefix's."""
+        rows, videos = len(batch.input_ids), prefix.rows
+        if rows % videos and rows > videos:
+            raise ValueError(
+                f"batch: expected as many questions for each of the memory's {videos} videos, got {rows} rows"
+            )
+        length = self.buckets.pick("text", max(1, rest_length(batch)))
+        return jax.tree.map(lambda a: placement.fill(a, 0, videos), rest_of(batch, length))
+
     def _placed(self, batch: Batch, visual: Any) -> tuple[Batch, Any]:
         """A batch and its visual tokens where the mesh needs them, after `_check_visual`."""
         self._check_visual(batch, visual)
+        if isinstance(visual, Prefix):
+            batch = self._questions(batch, visual)
         if self.mesh is None:
             return batch, visual
         if hasattr(visual, "shape"):
@@ -282,7 +305,7 @@ class ModelPrograms:
 
         Args:
             batch: prompts, of `batch`.
-            visual: [B,F,m,D] from `encode`, or None for text alone.
+            visual: as of `prefill`.
             plan: what is dropped where.
             max_new: most tokens of an answer (default: Buckets.max_new).
             sampling: how tokens are chosen (default: greedy).
@@ -405,7 +428,7 @@ class ModelPrograms:
         return self._run(functions.extend, self.params, ids, segment, caches, donate=(3,))
 
     def build_video_memory(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> Any:
-        """Of a family that can make it: what every question needs of these videos, to be given to prefill as `visual`."""
+        """What every question needs of these videos under a plan (`shares_video`), to be given to `prefill` as `visual`."""
         batch, visual = self._placed(batch, visual)
         return self._run(functions.build_video_memory, self.params, batch, visual, plan=plan)
 

@@ -38,8 +38,6 @@ class Family(Protocol):
         METHODS: reduction methods that it takes, None for all.
         CHAT: chat template where a checkpoint has none.
         trim_frames: (config, clip) -> the clip without the frames that the model leaves out; None where it looks at all.
-        build_video_memory: (params, config, batch, visual, plan) -> what all questions about a video can share, given to
-            `prefill` in the place of visual tokens; None where there is no such thing.
         embed_prompt: (params, config, batch, visual) -> the Tokens that enter layer 0 of a dense pass; None for a family
             without a row of video and text.
         MESH_AXES: axes of a mesh that may have more than one device.
@@ -61,8 +59,6 @@ class Family(Protocol):
     def MESH_AXES(self) -> tuple[str, ...]: ...
     @property
     def trim_frames(self) -> Callable[[Any, Clip], Clip] | None: ...
-    @property
-    def build_video_memory(self) -> Callable[..., Any] | None: ...
     @property
     def embed_prompt(self) -> Callable[..., Tokens] | None: ...
     @property
@@ -151,6 +147,21 @@ class Family(Protocol):
         """
         ...
 
+    def memory_serves(self, plan: ReductionPlan | None) -> bool:
+        """Whether questions under this plan share a memory of their video, of `build_video_memory`."""
+        ...
+
+    def build_video_memory(
+        self, params: Params, config: Any, batch: Any, visual: Any, plan: ReductionPlan | None
+    ) -> Any:
+        """What all questions about videos share under a plan, for `prefill` in the place of visual tokens.
+
+        Of a hybrid a `Prefix`, which holds the prompts up to their last visual token: `prefill` then takes the rest of a batch
+        alone (`models.prompt.rest_of`). Of VAMBA the video's keys and values. A batch may hold several questions on each video,
+        those on one video next to each other.
+        """
+        ...
+
     def make_decode_step(self, params: Params, config: Any) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
         """(token [B], caches) -> (logits [B,V] fp32, caches), for the decode loop."""
         ...
@@ -165,6 +176,10 @@ class Family(Protocol):
 
     def output_specs(self, config: LocalConfig, plan: ReductionPlan | None) -> Any:
         """How what `prefill` returns under a plan lies on the mesh: a tree like it, or the beginning of one, of PartitionSpecs."""
+        ...
+
+    def memory_specs(self, config: LocalConfig, plan: ReductionPlan | None) -> Any:
+        """The same of what `build_video_memory` returns."""
         ...
 
 

@@ -17,6 +17,7 @@ from hybridvlm.tokenizers.text import Text, concatenate, cut_at_media
 
 # What stands in the fields of a batch: NumPy's arrays as the host makes them, JAX's in a program, or shapes alone
 ArrayT = TypeVar("ArrayT")
+BatchT = TypeVar("BatchT", bound="Batch[Any]")
 
 
 @jax.tree_util.register_dataclass
@@ -224,3 +225,38 @@ def make_batch(
         ids[row, :n], frame[row, :n], segment[row, :n] = item.ids, item.frame, 1
     counts = np.asarray([item.frames for item in layouts], np.int32)
     return Batch(ids, segment, frame, counts), frames, text
+
+
+def rest_length(batch: Batch[Any]) -> int:
+    """Tokens of the longest text behind the last visual token of the prompts; 0 if one of them has no text there (host side)."""
+    segment, frame = np.asarray(batch.segment), np.asarray(batch.frame)
+    rest = np.sum(segment > 0, axis=1) - _shared_length(segment, frame)
+    return int(rest.max()) if len(rest) and rest.min() else 0
+
+
+def rest_of(batch: BatchT, length: int) -> BatchT:
+    """The text behind the last visual token of every prompt, as a batch of rows of `length` tokens (host side).
+
+    Raises:
+        ValueError: a prompt has more of it.
+    """
+    segment, frame = np.asarray(batch.segment), np.asarray(batch.frame)
+    longest = rest_length(batch)
+    if longest > length:
+        raise ValueError(f"length: expected at least {longest}, the text behind the video of one prompt, got {length}")
+    index = _shared_length(segment, frame)[:, None] + np.arange(length)
+    inside = (index < segment.shape[1]) & (np.take_along_axis(segment, np.minimum(index, segment.shape[1] - 1), 1) > 0)
+
+    def cut(array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        at = np.minimum(index, array.shape[1] - 1).reshape(*index.shape, *(1,) * (array.ndim - 2))
+        return np.where(inside.reshape(at.shape), np.take_along_axis(array, at, axis=1), 0).astype(array.dtype)
+
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    rows = {name: cut(array) for name, array in fields.items() if np.ndim(array) > 1}
+    return dataclasses.replace(batch, **rows | {"frame": np.full(index.shape, -1, np.int32)})
+
+
+def _shared_length(segment: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Tokens of each prompt up to its last visual one [B]."""
+    return np.max(np.where((frame >= 0) & (segment > 0), np.arange(1, segment.shape[1] + 1), 0), axis=1, initial=0)

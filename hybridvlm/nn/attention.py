@@ -26,6 +26,7 @@ from hybridvlm.parallel.sequence import (
     pick_rows,
     row_start,
     sequence_shards,
+    write_rows,
     write_slots,
 )
 from hybridvlm.parallel.tensor import own_channels, psum_tensor
@@ -220,6 +221,37 @@ def attention_extend(
     """
     out, cache = extend_cache(c, *_qkv(p, c, x, position), segment, cache)
     return _output(p, c, x, out), cache
+
+
+def attention_rest(
+    p: Params,
+    c: ModelConfig,
+    x: jax.Array,
+    segment: jax.Array,
+    cache: AttentionCache,
+    position: jax.Array | None = None,
+    *,
+    at: jax.Array,
+    decode_capacity: int = 0,
+) -> tuple[jax.Array, AttentionCache, AttentionAux]:
+    """The rest of rows that begin in a cache: x [B,T,D], segment [B,T] (0 = padding at the end), position as above.
+
+    Unlike `attention_extend` it puts keys and values where they belong in the row, from position `at` [B] on: cache and aux are
+    those of `attention_layer` over the whole row, all of the rest being the question. Nothing may have come after the cache.
+    """
+    q, k, v = _qkv(p, c, x, position)
+    keys, values, slots = (
+        write_rows(c, old, new, at) for old, new in ((cache.k, k), (cache.v, v), (cache.segment, segment))
+    )
+    t, length = segment.shape[1], slots.shape[1]
+    start = row_start(c, length)
+    index_q = at[:, None] + jnp.arange(t, dtype=jnp.int32)
+    index = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), slots.shape)
+    out, lse = attention(q, keys, values, q_segment=segment, kv_segment=slots, q_index=index_q, kv_index=index)
+    real = segment > 0
+    aux = AttentionAux(q=q, q_mask=real, q_segment=segment, q_index=index_q - start, k=keys, lse=merge_lse(c, lse))
+    here = -(-decode_capacity // sequence_shards(c))
+    return _output(p, c, x, join_keys(c, out, lse)), attention_cache(keys, values, slots, here), aux
 
 
 def attention_shared(

@@ -1,8 +1,9 @@
 """The hybrid decoder: layers by a pattern string, over rows of tokens that a plan shortens by dropping visual tokens.
 
 `prefill` is the model, top to bottom. Layers run in ranges; the layer that ends a range may be scored, and after it visual
-tokens may be dropped, so that the next range runs on a shorter row. `step`, `extend` and `extend_shared` continue from the
-caches that `prefill` returns. Layers are in mamba2.py, attention.py, mlp.py and moe.py; scan.py runs a range of them.
+tokens may be dropped, so that the next range runs on a shorter row. incremental.py continues from the caches
+that `prefill` returns, `prefill` itself from a `Prefix` (prefix.py), which `run_prefix` makes. Layers are in mamba2.py,
+attention.py, mlp.py and moe.py; scan.py runs a range of them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from jax.sharding import PartitionSpec as P
 from hybridvlm.config import ATTENTION, KINDS, MAMBA, MIXERS, ModelConfig
 from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
-from hybridvlm.nn.linear import cut_columns
-from hybridvlm.nn.scan import REMAT, LayerRange, Params, index_params, look_ahead, run_layer, run_layers
+from hybridvlm.nn.prefix import Prefix, continue_rows
+from hybridvlm.nn.scan import REMAT, LayerRange, Params, look_ahead, run_layer, run_layers
 from hybridvlm.ops.fold import Selection, fold_tokens
 from hybridvlm.ops.layer_aux import LookaheadAux
 from hybridvlm.ops.norms import rms_norm
-from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.segments import index_in_segment
 from hybridvlm.ops.tokens import INDEX_IN_SEGMENT, Tokens
 from hybridvlm.parallel.sequence import compact_row, gather_sequence, row_start, row_total, sequence_shards
-from hybridvlm.parallel.tensor import LocalConfig, all_gather_params
+from hybridvlm.parallel.tensor import LocalConfig
 
 ScoreFn = Callable[[int, Any, Tokens], jax.Array | Selection]
 DEEPSTACK = "deepstack_"
@@ -143,6 +143,7 @@ def prefill(
     remat: str = "none",
     caches: bool = True,
     straight_through: StraightThrough | None = None,
+    prefix: Prefix | None = None,
 ) -> DecoderOutput[tuple[Cache, ...]]:
     """Run whole prompts through the decoder.
 
@@ -166,15 +167,23 @@ def prefill(
         caches: whether they are returned; set False for training.
         straight_through: (tokens, score [B,L], keep [B,S]) -> tokens, right before each drop: a way for gradients to
             reach the scores. Without it, scores that only choose carry no gradient; those of `collect` do.
+        prefix: of `run_prefix` up to the first layer of plan.drops; `tokens` are then the text behind it, as of `continue_rows`,
+            and counts those of its rows.
 
     Raises:
-        ValueError: for a site that is no mixer layer, a missing score_fn, an unknown remat, or what a row that is cut over
-            devices cannot do.
+        ValueError: for a site that is no mixer layer, a missing score_fn, an unknown remat, what a row that is cut over
+            devices cannot do, or a prefix that does not end where the plan drops first.
     """
     num_layers = len(config.pattern)
     drops = set(plan.drops) if plan is not None else set()
     scored = drops | set(collect)
     _check(config, scored, hidden_states, score_fn, remat, straight_through)
+    first, begun = 0, None
+    if prefix is not None:
+        first = len(prefix.caches) - 1
+        length = _check_prefix(first, plan, collect, hidden_states, segments)
+        tokens, *begun = continue_rows(params, config, prefix, tokens, length, decode_capacity)
+        counts = jnp.repeat(prefix.given, tokens.x.shape[0] // prefix.rows, axis=0)
     deepstack = {layer for layer in range(num_layers) if deepstack_key(layer) in tokens.extra}
     if query_capacity is None:
         query_capacity = tokens.length * sequence_shards(config)
@@ -183,22 +192,22 @@ def prefill(
     if segments > 1 and score_fn is not None:
         tokens = _with_index_in_segment(config, tokens)
 
-    layer_caches: list[Cache] = []
+    layer_caches: list[Cache] = [] if begun is None else list(begun[0])
     survivors: list[tuple[jax.Array, jax.Array]] = []
     kept, scores, hidden = [initial_counts], {}, {}
-    for start, layer in _ranges(num_layers, scored | deepstack | set(hidden_states)):
-        # layers start..layer-1, of which nothing but the residual stream and the caches is needed
+    for start, layer in _ranges(num_layers, scored | deepstack | set(hidden_states), first):
         layer_range = LayerRange(config, start, layer, decode_capacity, remat, caches)
-        if start < layer:
-            x, new = run_layers(layer_range, params, tokens.x, tokens.segment, tokens.position)
-            tokens = tokens.replace(x=x)
-            layer_caches += new
+        tokens, new = _run_before(layer_range, params, tokens)
+        layer_caches += new
         if layer == num_layers:
             break
         # the layer that ends the range
-        query = tokens.query if layer in scored else None
-        tokens, cache, aux = _run_last(layer_range, layer, params, tokens, query, query_capacity)
-        layer_caches.append(cache)
+        if begun is not None and layer == first:
+            aux = begun[1]
+        else:
+            query = tokens.query if layer in scored else None
+            tokens, cache, aux = _run_last(layer_range, layer, params, tokens, query, query_capacity)
+            layer_caches.append(cache)
         if layer in hidden_states:
             hidden[layer] = tokens.x
         if layer in scored:
@@ -227,140 +236,28 @@ def prefill(
     )
 
 
-def step(
-    layers: tuple[Params, ...],
-    norm_f: jax.Array,
-    config: ModelConfig,
-    x: jax.Array,
-    caches: tuple[Cache, ...],
-    position: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """One new token per example.
-
-    Args:
-        layers: one dict of parameters per layer, of `decode_layers`.
-        norm_f: [D], the final norm.
-        x: [B,1,D].
-        caches: one entry per layer.
-        position: [B,1], the new token's, for a config with rotary embedding.
-
-    Returns:
-        The final hidden state [B,1,D], and the caches, each one token longer.
-    """
-    segment = jnp.ones(x.shape[:2], jnp.int32)
-    out = []
-    for kind, p, cache in zip(config.pattern, layers, caches, strict=True):
-        p = all_gather_params(config, KINDS[kind], p, x.dtype)
-        x, cache, _ = LAYER_KINDS[kind].step(p, config, x, segment, position, cache)
-        out.append(cache)
-    return rms_norm(x, norm_f, config.norm_eps), tuple(out)
-
-
-def extend(
-    params: Params,
-    config: ModelConfig,
-    x: jax.Array,
-    segment: jax.Array,
-    caches: tuple[Cache, ...],
-    position: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """A piece of text after what the caches hold.
+def run_prefix(
+    params: Params, config: ModelConfig, tokens: Tokens, last: int, given: jax.Array, following: jax.Array
+) -> Prefix:
+    """Layers 0..last over the part of prompts that all questions share, for `prefill` to go on from.
 
     Args:
         params: the stacks of `Decoder.stacks`.
         config: of the decoder.
-        x: [B,T,D], embeddings.
-        segment: [B,T], 0 = padding at the end.
-        caches: one entry per layer, with T free slots.
-        position: [B,T], for a config with rotary embedding.
-
-    Returns:
-        Final hidden states [B,T,D], and the longer caches.
+        tokens: as of `prefill`: rows of L tokens, with padding where text is to come.
+        last: the layer after which a plan drops first.
+        given: [V,1], visual tokens that each example came with.
+        following: [V] int32, position in the unreduced prompt of the token that comes next.
     """
-    out = []
-    for layer, (kind, cache) in enumerate(zip(config.pattern, caches, strict=True)):
-        p = all_gather_params(config, KINDS[kind], layer_params(params, config, layer), x.dtype)
-        x, cache, _ = LAYER_KINDS[kind].extend(p, config, x, segment, position, cache)
-        out.append(cache)
-    return rms_norm(x, params["norm_f"], config.norm_eps), tuple(out)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SharedOutput:
-    """What `extend_shared` gives.
-
-    Attributes:
-        x: [B*Q,T,D], after the last layer and the final norm.
-        queries: per mixer layer, what its scores need: of `M` the questions' c [B*Q,T,G,N], of `*` (q [B*Q,T,H,P],
-            log-sum-exp [B*Q,H,T]).
-        residual: per layer, the residual stream after it, for losses on what a layer has read.
-    """
-
-    x: jax.Array
-    queries: dict[int, Any]
-    residual: dict[int, jax.Array]
-
-
-def extend_shared(
-    params: Params,
-    config: ModelConfig,
-    x: jax.Array,
-    segment: jax.Array,
-    caches: tuple[Cache, ...],
-    position: jax.Array | None = None,
-) -> SharedOutput:
-    """Q questions on each of B videos, apart from one another: the caches of B rows are read, not written.
-
-    Args:
-        params: the stacks of `Decoder.stacks`.
-        config: of the decoder.
-        x: [B*Q,T,D], embeddings; the questions on one video are next to each other.
-        segment: [B*Q,T], 0 = padding at the end.
-        caches: of B videos, one entry per layer.
-        position: [B*Q,T], for a config with rotary embedding.
-
-    Raises:
-        TypeError: for an attention layer whose cache is none of attention.
-    """
-    queries, residual = {}, {}
-    for layer, (kind, cache) in enumerate(zip(config.pattern, caches, strict=True)):
-        if kind == "*" and not isinstance(cache, AttentionCache):
-            raise TypeError(f"layer {layer} is attention, its cache is {type(cache).__name__}")
-        p = layer_params(params, config, layer)
-        x, _, aux = LAYER_KINDS[kind].extend_shared(p, config, x, segment, position, cache)
-        if kind in MIXERS:
-            queries[layer] = aux
-        residual[layer] = x
-    return SharedOutput(rms_norm(x, params["norm_f"], config.norm_eps), queries, residual)
-
-
-def layer_params(params: Params, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
-    """The parameters of one layer, out of the stack of its kind."""
-    name, index = config.kind_index(layer)
-    return index_params(params[name], index)
-
-
-def decode_layers(params: Params, config: ModelConfig) -> Callable[[], tuple[Params, ...]]:
-    """A function that gives `step` its layers, to be called for every token.
-
-    XLA for TPU reads a layer's weights where they lie in their stack, so that they are sliced inside the loop: 15 layers of the
-    12B take 0.1 GB beside their weights there, and 5.4 GB where the slices are made before it. On CPU and GPU a slice is a
-    copy, and is made once.
-    """
-    if platform() == "tpu":
-        return lambda: unstack(params, config)
-    layers = unstack(params, config)
-    return lambda: layers
-
-
-def unstack(params: Params, config: ModelConfig) -> tuple[Params, ...]:
-    """One dict per layer, for `step`."""
-    layers = []
-    for layer in range(len(config.pattern)):
-        p = layer_params(params, config, layer)
-        layers.append({name: cut_columns(a) if name.endswith("_proj") else a for name, a in p.items()})
-    return tuple(layers)
+    caches: list[Cache] = []
+    aux = None
+    deepstack = {layer for layer in range(last) if deepstack_key(layer) in tokens.extra}
+    for start, layer in _ranges(last, deepstack):
+        layer_range = LayerRange(config, start, layer)
+        tokens, new = _run_before(layer_range, params, tokens)
+        tokens, cache, aux = _run_last(layer_range, layer, params, tokens, None, 0)
+        caches += [*new, cache]
+    return Prefix(tokens, tuple(caches), aux, given, following)
 
 
 def deepstack_key(layer: int) -> str:
@@ -375,10 +272,18 @@ def visual_counts(tokens: Tokens, segments: int) -> jax.Array:
     return jnp.sum(own, axis=1, dtype=jnp.int32)
 
 
-def _ranges(num_layers: int, ends: Iterable[int]) -> list[tuple[int, int]]:
-    """(first layer, the layer of `ends` that ends it) of each range; the last one ends with the decoder."""
+def _ranges(num_layers: int, ends: Iterable[int], first: int = 0) -> list[tuple[int, int]]:
+    """(first layer, the layer of `ends` that ends it) of each range from layer `first` on; the last one ends with the decoder."""
     stops = [*sorted(ends), num_layers]
-    return list(zip([0, *(layer + 1 for layer in stops[:-1])], stops, strict=True))
+    return list(zip([first, *(layer + 1 for layer in stops[:-1])], stops, strict=True))
+
+
+def _run_before(layer_range: LayerRange, params: Params, tokens: Tokens) -> tuple[Tokens, list[Cache]]:
+    """The layers of a range, of which nothing but the residual stream and the caches is needed."""
+    if layer_range.start == layer_range.stop:
+        return tokens, []
+    x, caches = run_layers(layer_range, params, tokens.x, tokens.segment, tokens.position)
+    return tokens.replace(x=x), caches
 
 
 def _run_last(
@@ -464,3 +369,15 @@ def _check(
             raise ValueError(f"layer {layer} is {config.pattern[layer]!r}; scores exist only after M and *")
     if scored and score_fn is None:
         raise ValueError("score_fn is needed where the plan drops or scores are collected")
+
+
+def _check_prefix(
+    last: int, plan: DropPlan | None, collect: tuple[int, ...], hidden_states: tuple[int, ...], segments: int
+) -> int:
+    """ValueError where a prefix up to layer `last` cannot be gone on from; else the length of the rows."""
+    if plan is None or plan.drops[:1] != (last,):
+        drops = "no plan" if plan is None else f"drops after {plan.drops}"
+        raise ValueError(f"prefix: it ends with layer {last}, and must where the plan drops first, got {drops}")
+    if collect or hidden_states or segments > 1:
+        raise ValueError("prefix: scores, hidden states and packed rows need prompts that are run whole, from layer 0")
+    return plan.row_length(0)

@@ -14,7 +14,7 @@ import jax
 from flax import linen as nn
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
-from hybridvlm.nn.attention import AttentionStack, attention_extend, attention_layer, attention_shared
+from hybridvlm.nn.attention import AttentionStack, attention_extend, attention_layer, attention_rest, attention_shared
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.mamba2 import MambaStack, mamba_layer, mamba_step
 from hybridvlm.nn.mlp import MlpStack, mlp_layer
@@ -35,6 +35,8 @@ class LayerKind:
         stack: Flax module that declares the parameters of all layers of this kind, stacked.
         forward: whole rows.
         extend: more tokens after a cache.
+        rest: the rest of rows that begin in a cache, with at= and decode_capacity= as of `attention_rest`: what it gives is that
+            of the whole row, but for scores of the scan, which are of the rest alone.
         extend_shared: many questions, each after the same cache, which is read and not written.
         step: one more token, [B,1,D].
     """
@@ -42,6 +44,7 @@ class LayerKind:
     stack: type[nn.Module]
     forward: Forward
     extend: Extend
+    rest: Callable[..., tuple[jax.Array, Cache, Any]]
     extend_shared: Extend
     step: Extend
 
@@ -50,7 +53,7 @@ def _mamba_forward(p: LayerParams, c: ModelConfig, x, segment, position, **optio
     return mamba_layer(p, c, x, segment)
 
 
-def _mamba_extend(p: LayerParams, c: ModelConfig, x, segment, position, cache):
+def _mamba_extend(p: LayerParams, c: ModelConfig, x, segment, position, cache, **options):
     return mamba_layer(p, c, x, segment, cache)
 
 
@@ -71,6 +74,10 @@ def _attention_extend(p: LayerParams, c: ModelConfig, x, segment, position, cach
     return *attention_extend(p, c, x, segment, cache, position), None
 
 
+def _attention_rest(p: LayerParams, c: ModelConfig, x, segment, position, cache, **options):
+    return attention_rest(p, c, x, segment, cache, position, **options)
+
+
 def _attention_extend_shared(p: LayerParams, c: ModelConfig, x, segment, position, cache):
     x, q, lse = attention_shared(p, c, x, segment, cache, position)
     return x, cache, (q, lse)
@@ -82,13 +89,18 @@ def _per_token(stack: type[nn.Module], layer: Callable[..., jax.Array]) -> Layer
     def forward(p: LayerParams, c: ModelConfig, x, segment, position, cache=None, **options):
         return layer(p, c, x), None, None
 
-    return LayerKind(stack, forward, forward, forward, forward)
+    return LayerKind(stack, forward, forward, forward, forward, forward)
 
 
 LAYER_KINDS: dict[str, LayerKind] = {
-    MAMBA: LayerKind(MambaStack, _mamba_forward, _mamba_extend, _mamba_extend_shared, _mamba_step),
+    MAMBA: LayerKind(MambaStack, _mamba_forward, _mamba_extend, _mamba_extend, _mamba_extend_shared, _mamba_step),
     ATTENTION: LayerKind(
-        AttentionStack, _attention_forward, _attention_extend, _attention_extend_shared, _attention_extend
+        AttentionStack,
+        _attention_forward,
+        _attention_extend,
+        _attention_rest,
+        _attention_extend_shared,
+        _attention_extend,
     ),
     MLP: _per_token(MlpStack, mlp_layer),
     MOE: _per_token(MoeStack, moe_layer),

@@ -80,6 +80,12 @@ def index_params(stack: dict[str, jax.Array], index: int | jax.Array) -> dict[st
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
 
 
+def layer_params(params: Params, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
+    """The parameters of one layer, out of the stack of its kind."""
+    name, index = config.kind_index(layer)
+    return index_params(params[name], index)
+
+
 def run_layer(layers: LayerRange, layer: int, stack: Params, index, x, segment, position, query=None, **options):
     """One layer over whole rows, the `index`-th of its kind's `stack`: (x, its cache or None, what scores read)."""
     config, kind = layers.config, layers.config.pattern[layer]

@@ -114,6 +114,17 @@ def write_slots(c: ModelConfig, old: jax.Array, new: jax.Array, at: jax.Array) -
     return jnp.where(mine.reshape((1, -1) + (1,) * (old.ndim - 2)), taken, old)
 
 
+def write_rows(c: ModelConfig, old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """old [B,l,...], a stretch of rows, with new [B,T,...] (whole on every shard) in each row from its position `at` [B] on.
+
+    What is beyond the end of a row is left out.
+    """
+    place = row_start(c, old.shape[1]) + jnp.arange(old.shape[1], dtype=jnp.int32) - at[:, None]
+    mine = (place >= 0) & (place < new.shape[1])
+    taken = gather_rows(new.astype(old.dtype), jnp.clip(place, 0, new.shape[1] - 1))
+    return jnp.where(mine.reshape(mine.shape + (1,) * (old.ndim - 2)), taken, old)
+
+
 def join_keys(c: ModelConfig, out: jax.Array, lse: jax.Array) -> jax.Array:
     """Attention over each shard's keys, out [B,T,H,P] with log-sum-exp [B,H,T], as if it had been over all of them."""
     if not row_is_cut(c):

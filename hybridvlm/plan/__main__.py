@@ -50,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=0.25, help="share of visual tokens kept (default: 0.25)")
     add("--kind", default="mean", choices=BUDGET_KINDS, help="how the budget is counted (default: mean)")
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth, as of hybridvlm.eval")
+    add(
+        "--first-drop",
+        type=int,
+        metavar="N",
+        help="no drop before this layer has run: further questions share what is before",
+    )
+    add("--question", type=int, default=64, help="text tokens of a further question (default: 64)")
     add("--topology", help="a slice such as v5e:4x4, v5p:2x2x1, H200:8 (default: a table of the usual ones)")
     add(
         "--mesh",
@@ -119,11 +126,15 @@ def workloads(options: argparse.Namespace) -> dict[str, Any]:
         size = family_for(config).frame_size(config, *_sides(options.size), options.frames, "video")
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=size))
     sizes = (options.frames, options.text, options.batch, options.max_new, options.dtype)
-    works = {"dense": Workload(config, *sizes)}
+    works = {"dense": Workload(config, *sizes, question=options.question)}
     if options.method != "none" and options.frames:
         schedule = override(Schedule(), options.schedule, "--schedule")
+        if options.first_drop is not None:
+            schedule = dataclasses.replace(schedule, start=options.first_drop)
         reduction = Reduction(options.method, options.budget, options.kind, schedule=schedule)
-        works[f"{options.method} at {options.budget:.0%}"] = Workload(config, *sizes, reduction=reduction)
+        works[f"{options.method} at {options.budget:.0%}"] = Workload(
+            config, *sizes, reduction=reduction, question=options.question
+        )
     for work in works.values():
         _ = work.plan  # a budget that cannot be met is refused here
     return works

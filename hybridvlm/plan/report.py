@@ -102,6 +102,7 @@ def survey_text(works: Mapping[str, Workload], tables: Mapping[str, list[dict[st
                     "GB a chip": f"{row['needed_bytes'] / 1e9:.1f} of {row['limit_bytes'] / 1e9:.0f}",
                     "fits": _verdict(row),
                     "prefill": _seconds(row["prefill_seconds"]),
+                    "further": _seconds(row["further_seconds"]) if "further_seconds" in row else "-",
                     "a token": _seconds(row["decode_seconds"]),
                 }
             )
@@ -117,7 +118,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 _READING = (
     "GB: of the largest program on each chip; tight: only with half of the activations, which compilers then manage.\n"
-    "Seconds are the least by a roofline; python -m hybridvlm.plan --topology SLICE shows one slice in full."
+    "further: the prefill of one more question on the same video. Seconds are the least by a roofline;\n"
+    "python -m hybridvlm.plan --topology SLICE shows one slice in full."
 )
 
 
@@ -137,7 +139,8 @@ def slice_text(works: Mapping[str, Workload], estimates: Mapping[str, Estimate])
         cells = {name: _gb(one.memory.program(program)) for name, one in estimates.items()}
         rows.append({"on each chip": f"{program} in all, GB", **cells})
     rows.append({"on each chip": f"needed of {_gb(made.limit)} GB", **{n: _needed(e) for n, e in estimates.items()}})
-    for phase, label in (("tower", "tower"), ("prefill", "prefill"), ("decode", "a decoded token")):
+    phases = {"tower": "tower", "prefill": "prefill", "further": "further question", "decode": "a decoded token"}
+    for phase, label in phases.items():
         cells = {name: _phase(one, phase) for name, one in estimates.items()}
         rows.append({"on each chip": f"{label}, least time", **cells})
     for phase, label in (("prefill", "prefill"), ("decode", "a decoded token")):

@@ -109,6 +109,14 @@ def layer_flops(config: Counted, layer: int, length: int, chunk_size: int | None
     return attention_flops(config, length) if kind == ATTENTION else mlp_flops(config, length)
 
 
+def continued_flops(config: ModelConfig, layer: int, past: int, length: int, chunk_size: int | None = None) -> int:
+    """Operations of decoder layer `layer` over `length` tokens that come after `past` others, which are in its cache."""
+    own = layer_flops(config, layer, length, chunk_size)
+    if config.pattern[layer] != ATTENTION:
+        return own
+    return own + 4 * config.attention_heads * config.head_dim * length * past
+
+
 def decoder_flops(config: Counted, lengths: Sequence[int], chunk_size: int | None = None) -> int:
     """Operations of the decoder, head included, when layer l sees `lengths[l]` tokens (visual and text)."""
     if len(lengths) != len(config.pattern):

@@ -275,14 +275,20 @@ def describe_methods() -> str:
 
 
 def named_reduction(
-    own: Reduction | None, method: str, budget: float | None = None, kind: str | None = None
+    own: Reduction | None,
+    method: str,
+    budget: float | None = None,
+    kind: str | None = None,
+    first_drop: int | None = None,
 ) -> Reduction | None:
     """The Reduction of a method's name, with all else as a checkpoint's own has it; see `Model.reduction_for`."""
     parse_method(method)
     if method == "none":
         return None
     own = own or Reduction()
-    return dataclasses.replace(own, method=method, budget=0.25 if budget is None else budget, kind=kind or own.kind)
+    schedule = own.schedule if first_drop is None else dataclasses.replace(own.schedule, start=first_drop)
+    budget = 0.25 if budget is None else budget
+    return dataclasses.replace(own, method=method, budget=budget, kind=kind or own.kind, schedule=schedule)
 
 
 def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:

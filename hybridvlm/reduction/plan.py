@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from hybridvlm import config as configs
-from hybridvlm.config import KINDS, Reduction, Schedule, ScoreOptions
+from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
@@ -94,7 +94,27 @@ class ReductionPlan:
     @property
     def depends_on_query(self) -> bool:
         """Whether what the plan keeps depends on the question, so that no two questions can share it."""
-        return any(methods.get_method(name).depends_on_query for name in (self.input_method, self.decoder_method))
+        return bool(self.drops) and methods.get_method(self.decoder_method).depends_on_query
+
+    @property
+    def prefix_key(self) -> tuple[Any, ...]:
+        """What the layers before the first drop depend on, besides the prompt: plans that agree in it can share them."""
+        before = (self.input_method, self.input_rule, self.input_share, self.input_rate, self.pool_factors, self.grid)
+        return (self.pattern, self.visual_tokens, self.frames, *before, self.seed, self.drops[:1])
+
+    @property
+    def shared_layers(self) -> int:
+        """How many layers see a video once for all questions: up to the first drop, or all where no drop depends on them."""
+        return self.drops[0] + 1 if self.depends_on_query else self.layers
+
+    def further_flops(self, config: ModelConfig, text: int, chunk_size: int | None = None) -> int:
+        """Operations of the decoder for a further question of `text` tokens on a video that was prefilled, head included.
+
+        It goes through the shared layers by itself and on with the video after them.
+        """
+        lengths = [visual + self.text_tokens for visual in self.capacities[: self.shared_layers]]
+        alone = (flops.continued_flops(config, i, max(0, n - text), text, chunk_size) for i, n in enumerate(lengths))
+        return sum(alone) + sum(self.cost.layers[self.shared_layers :]) + self.cost.head
 
     @property
     def drops_input(self) -> bool:

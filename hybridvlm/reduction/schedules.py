@@ -15,6 +15,10 @@ from hybridvlm.config import Schedule
 SHARE_ONE = 4096  # the integer share that means "all"
 _LEAST = 1.0 / SHARE_ONE  # floor of the methods that have no schedule of their own
 
+# Where many questions on a video are to come: no drop in this part of the depth, which then runs once for all of them. By predicted
+# FLOPs at 25% of 128 frames it costs the 12B model's first question 2% of its speed-up, and leaves further ones a quarter of its price.
+SHARED_DEPTH = 1 / 6
+
 # curve(layer, ordinal, p): the wanted share that enters `layer`, after the `ordinal`-th position (from 1) of a drop
 Curve = Callable[[int, int, float], float]
 # the same for positions in depth, of which a layer is a whole one

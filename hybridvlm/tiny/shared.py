@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridvlm.config import ModelConfig
-from hybridvlm.nn.decoder import DecoderOutput, DropPlan, ScoreFn, SharedOutput, extend_shared, prefill
+from hybridvlm.nn.decoder import DecoderOutput, DropPlan, ScoreFn, prefill
+from hybridvlm.nn.incremental import SharedOutput, extend_shared
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.tiny.bank import Sample, embed_video, words_and_targets
 

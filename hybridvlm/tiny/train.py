@@ -26,7 +26,8 @@ from hybridvlm.config_files import load_model_config
 from hybridvlm.errors import said
 from hybridvlm.files import folder_lock
 from hybridvlm.nn.caches import AttentionCache
-from hybridvlm.nn.decoder import DecoderOutput, SharedOutput
+from hybridvlm.nn.decoder import DecoderOutput
+from hybridvlm.nn.incremental import SharedOutput
 from hybridvlm.tiny import codes, needle, tower
 from hybridvlm.tiny.bank import Bank, Sample, batches, draw, make_bank
 from hybridvlm.tiny.setup import initial_params

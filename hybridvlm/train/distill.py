@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ATTENTION, MIXERS, ModelConfig, ScoreOptions
 from hybridvlm.models.prompt import Batch
-from hybridvlm.nn.decoder import DecoderOutput, ScoreFn, extend_shared
+from hybridvlm.nn.decoder import DecoderOutput, ScoreFn
+from hybridvlm.nn.incremental import extend_shared
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import scores

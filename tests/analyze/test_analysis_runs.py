@@ -153,7 +153,8 @@ def test_an_ablation_resumes_and_compares_seeds(capsys, folders, tmp_path, monke
 def test_what_is_read_of_a_dropped_token_is_what_a_prefill_leaves(folders, name):
     """The walk layer by layer against the decoder's own prefill, with the tokens dropped after layer 1."""
     from hybridvlm.analyze.deletion import Deletion
-    from hybridvlm.nn.decoder import extend_shared, prefill
+    from hybridvlm.nn.decoder import prefill
+    from hybridvlm.nn.incremental import extend_shared
     from hybridvlm.tiny.bank import make_bank
     from hybridvlm.tiny.shared import video_tokens
 

@@ -124,7 +124,9 @@ BUCKETS = Buckets(frames=(4, 8), text=(16, 64), max_new=12)
 REDUCED_TEXT = Reduction("str-attention", 0.6)
 REDUCED = Reduction("str", 0.25, schedule=Schedule(floor=0.05))
 LOOKAHEAD = Reduction("str-lookahead", 0.25, schedule=Schedule(floor=0.05))
-# name -> (config, sizes of the mesh, reduction, questions in a batch, whether conversations are held)
+AFTER_ATTENTION = Reduction("str-attention", 0.6, schedule=Schedule(floor=0.05))
+# name -> (config, sizes of the mesh, reduction, questions in a batch, whether conversations are held); those that begin with
+# "memory" go on from a video memory on the mesh, and are compared with whole prompts on one device
 CASES = {
     "small data=2 sequence=2 tensor=2": (
         "small",
@@ -155,6 +157,11 @@ CASES = {
     "qwen tensor=8": ("qwen", {"tensor": 8}, REDUCED, 1, False),
     "qwen sequence=8": ("qwen", {"sequence": 8}, REDUCED, 1, False),
     "qwen data=2 sequence=2 tensor=2": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, None, 3, True),
+    "memory hybrid data=2 sequence=2 tensor=2": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED, 3, True),
+    "memory hybrid tensor=8": ("hybrid", {"tensor": 8}, AFTER_ATTENTION, 2, False),
+    "memory hybrid sequence=8": ("hybrid", {"sequence": 8}, AFTER_ATTENTION, 1, False),
+    "memory hybrid fsdp=4 sequence=2": ("hybrid", {"fsdp": 4, "sequence": 2}, LOOKAHEAD, 3, False),
+    "memory qwen sequence=4 tensor=2": ("qwen", {"sequence": 4, "tensor": 2}, LOOKAHEAD, 2, False),
     "vamba data=2 tensor=4": ("vamba", {"data": 2, "tensor": 4}, REDUCED_TEXT, 3, False),
     "vamba data=8": ("vamba", {"data": 8}, None, 3, True),
 }
@@ -200,10 +207,12 @@ def batch_of(model: Model, rows: int, reduction: Reduction | None):
     return batch, plan, model.family.pixels(model.config, clips, 8)
 
 
-def run(model: Model, rows: int, reduction: Reduction | None):
+def run(model: Model, rows: int, reduction: Reduction | None, memory: bool = False):
     """What a model on one device and on a mesh must agree on: an answer, and what is drawn after a piece of text behind the prompt."""
     batch, plan, pixels = batch_of(model, rows, reduction)
     visual = model.encode(pixels, attention=plan is not None and plan.needs_attention)
+    if memory:
+        visual = model.build_video_memory(batch, visual, plan)
     generation = model.generate(batch, visual, plan, max_new=5)
     model.verify(generation)
     caches = model.prefill(batch, visual, plan).decoder.caches
@@ -260,7 +269,7 @@ def main(names: list[str]) -> None:
             wanted[key] = run(model, rows, reduction), answers(model, reduction) if talks else []
         on_mesh = dataclasses.replace(model.to_mesh(make_mesh(**sizes)), programs=ProgramCache())
         want, said = wanted[key]
-        got = run(on_mesh, rows, reduction)
+        got = run(on_mesh, rows, reduction, name.startswith("memory"))
         case = {
             "case": name,
             "logits": difference(got[0], want[0]),

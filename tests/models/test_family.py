@@ -12,10 +12,10 @@ from hybridvlm.checkpoints import samples
 from hybridvlm.config import KINDS, Buckets, Reduction
 from hybridvlm.inference.model import load
 from hybridvlm.models.family import FAMILIES, Family, family_for, get_family
-from hybridvlm.nn import decoder
+from hybridvlm.nn import decoder, scan
 from hybridvlm.reduction.methods import layer_score
 
-OPTIONAL = {"trim_frames", "build_video_memory", "embed_prompt", "decoder_output"}
+OPTIONAL = {"trim_frames", "embed_prompt", "decoder_output"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,7 +81,7 @@ def test_prefill_returns_scores_and_hidden_states(tiny, prompt):
     # layer by layer, each with its own function: the slow and obvious way
     x = tokens.x
     for layer, kind in enumerate(config.pattern):
-        p = decoder.layer_params(params["decoder"], config, layer)
+        p = scan.layer_params(params["decoder"], config, layer)
         forward = decoder.LAYER_KINDS[kind].forward
         options = {"query": tokens.query, "query_capacity": tokens.length} if kind == "*" else {}
         x, _, aux = forward(p, config, x, tokens.segment, tokens.position, **options)

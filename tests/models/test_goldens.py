@@ -19,8 +19,9 @@ from hybridvlm.models.nemotron_vl.config import config_from_hf, vision_from_hf
 from hybridvlm.models.nemotron_vl.model import HybridVLM, assemble
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn.caches import empty_caches
-from hybridvlm.nn.decoder import extend, layer_params, step, unstack
+from hybridvlm.nn.incremental import extend, step, unstack
 from hybridvlm.nn.mamba2 import mamba_layer, mamba_step
+from hybridvlm.nn.scan import layer_params
 from hybridvlm.vision import encode_frames, pixel_shuffle, radio_tower
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"

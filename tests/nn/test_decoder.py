@@ -9,18 +9,14 @@ import pytest
 from helpers.compare import close_to_largest
 
 from hybridvlm.config import ModelConfig, Reduction, Schedule
-from hybridvlm.nn import decoder
+from hybridvlm.nn import decoder, incremental
 from hybridvlm.nn.attention import attention_layer
 from hybridvlm.nn.caches import empty_caches
-from hybridvlm.nn.decoder import (
-    Decoder,
-    decode_layers,
-    layer_params,
-    unstack,
-)
+from hybridvlm.nn.decoder import Decoder
+from hybridvlm.nn.incremental import decode_layers, unstack
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.mlp import mlp_layer
-from hybridvlm.nn.scan import repeats
+from hybridvlm.nn.scan import layer_params, repeats
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.platforms import compiling_for
 from hybridvlm.ops.tokens import Tokens, text_tokens
@@ -30,9 +26,9 @@ from hybridvlm.reduction.plan import make_plan
 # whole programs compile faster than their operations one by one
 STATIC = ("plan", "score_fn", "collect", "decode_capacity", "segments", "query_capacity", "remat", "caches")
 prefill = jax.jit(decoder.prefill, static_argnums=1, static_argnames=STATIC)
-extend = jax.jit(decoder.extend, static_argnums=1)
-extend_shared = jax.jit(decoder.extend_shared, static_argnums=1)
-step = jax.jit(decoder.step, static_argnums=2)
+extend = jax.jit(incremental.extend, static_argnums=1)
+extend_shared = jax.jit(incremental.extend_shared, static_argnums=1)
+step = jax.jit(incremental.step, static_argnums=2)
 
 CONFIG = ModelConfig(
     pattern="M-M-*M",

@@ -12,7 +12,8 @@ import hybridvlm as hv
 from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.models import vamba
 from hybridvlm.nn import decoder
-from hybridvlm.nn.decoder import Decoder, layer_params
+from hybridvlm.nn.decoder import Decoder
+from hybridvlm.nn.scan import layer_params
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
 from hybridvlm.ops.rope import apply_rope
 from hybridvlm.ops.tokens import Tokens, text_tokens

@@ -11,7 +11,6 @@ from hybridvlm.models.nemotron_vl.model import (
     MODEL_TYPES,
     NAME,
     Config,
-    decoder_output,
     embed_prompt,
     encode,
     extend,
@@ -20,6 +19,7 @@ from hybridvlm.models.nemotron_vl.model import (
     make_batch,
     make_decode_step,
     make_plan,
+    memory_specs,
     module,
     output_specs,
     pixels,
@@ -27,10 +27,9 @@ from hybridvlm.models.nemotron_vl.model import (
     prompt,
     style_for,
 )
+from hybridvlm.models.nemotron_vl.passes import build_video_memory, decoder_output, memory_serves
 from hybridvlm.models.nemotron_vl.weights import weight_map
 
-# Its prompt is one stream: a question is prefilled together with its video.
-build_video_memory = None
 # It looks at every frame that it is shown.
 trim_frames = None
 
@@ -51,6 +50,8 @@ __all__ = [
     "make_batch",
     "make_decode_step",
     "make_plan",
+    "memory_serves",
+    "memory_specs",
     "module",
     "output_specs",
     "pixels",

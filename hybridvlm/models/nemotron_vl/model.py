@@ -7,7 +7,6 @@ convolutional stem for a tower. Below the module stand the functions that `hybri
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -15,30 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from hybridvlm import sharding
-from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction, ScoreOptions
+from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
-from hybridvlm.models.nemotron_vl.rows import assemble, merged, split_attention, visual_positions
+from hybridvlm.models.nemotron_vl.passes import AssembleFn, continue_prefix, decoder_output
+from hybridvlm.models.nemotron_vl.rows import assemble
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
-from hybridvlm.nn import decoder
+from hybridvlm.nn import decoder, incremental
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, decode_layers, visual_counts, with_specs
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, with_specs
+from hybridvlm.nn.incremental import decode_layers
+from hybridvlm.nn.prefix import Prefix, prefix_specs
 from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.frames import frame_numbers, gather_frames
-from hybridvlm.parallel.scores import reduce_scores
-from hybridvlm.parallel.sequence import (
-    compact_row,
-    gather_sequence,
-    own_stretch,
-    pick_rows,
-    row_total,
-    sequence_shards,
-)
+from hybridvlm.parallel.sequence import pick_rows, row_total
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
@@ -151,7 +143,6 @@ class HybridVLM(nn.Module):
         return head({"embed": self.embed} if self.config.tie_embeddings else {"lm_head": self.lm_head}, self.config, x)
 
 
-AssembleFn = Callable[[ModelConfig, jax.Array, Any, jax.Array | None], Tokens]
 DecodedT = TypeVar("DecodedT")  # a DecoderOutput, or a family's own with the same fields as far as they are used
 
 
@@ -277,107 +268,11 @@ def embed_prompt(params: Mapping[str, Any], config: ModelConfig, batch: Batch, v
     return assemble(config, params["embed"], batch, visual)
 
 
-def decoder_output(
-    params: Mapping[str, Any],
-    config: ModelConfig,
-    batch: Batch,
-    visual: jax.Array | None,
-    plan: ReductionPlan | None,
-    *,
-    decode_capacity: int = 0,
-    assemble_fn: AssembleFn = assemble,
-    mesh: Mesh | None = None,
-    question: jax.Array | None = None,
-    segments: int = 1,
-    score_fn: methods.ScoreFn | None = None,
-    **options: Any,
-) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
-    """Embeddings through the decoder under a plan (None: dense): its output, and the visual tokens given, counts [B,S].
-
-    Args:
-        params: of the model.
-        config: of the family.
-        batch: laid out for this plan: with average pooling it has the pooled number of visual tokens.
-        visual: [B,F,m,D], or None for text alone.
-        plan: what is dropped where.
-        decode_capacity: cache slots for new tokens.
-        assemble_fn: how embeddings, batch and visual tokens become one row; a family whose visual tokens carry more after
-            their first D values has its own.
-        mesh: for training, the devices that `params` are cut over; inside a program over a mesh `config` is a device's part.
-        question: [B,L] bool, the text that says what matters, where that is not simply all after the last visual token, as
-            in rows that hold answers or several packed samples.
-        segments: S, samples packed in a row.
-        score_fn: instead of the plan's own.
-        options: as of `nn.decoder.prefill`.
-    """
-    counts = None
-    frame_count = batch.frame_count
-    if visual is not None and plan is not None and plan.input_method != "none":
-        # what merges or ranks before the decoder looks at the whole video
-        visual = gather_sequence(config, visual)
-    if segments > 1 and plan is not None and plan.input_method != "none":
-        raise ValueError(
-            f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
-        )
-    if plan is not None and plan.pool_factors != (1, 1, 1):
-        visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
-    if plan is not None and plan.drops_input:
-        visual, attention = split_attention(config, _needed(plan, visual))
-        chosen = methods.input_selection(plan)(visual[..., : config.width], frame_count, attention)
-        visual = merged(visual, chosen)
-    if visual is not None and plan is not None and plan.input_method != "none":
-        visual = own_stretch(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
-    tokens = assemble_fn(config, params["embed"], batch, visual)
-    if question is not None:
-        tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
-    if plan is not None:
-        tokens = _prepared(config, plan, tokens, segments)
-    text = tokens.length * sequence_shards(config)
-    given = row_total(config, visual_counts(tokens, segments))
-    if plan is not None:
-        score_fn = methods.score_fn(plan, segments=segments) if score_fn is None else score_fn
-        counts, text = given, plan.text_tokens
-        if plan.drops_input:
-            is_visual, order = visual_positions(batch)
-            ranks = jnp.take_along_axis(chosen.score, jnp.minimum(order, chosen.score.shape[1] - 1), axis=1)
-            score = own_stretch(config, jnp.where(is_visual, ranks, 0))
-            tokens = compact_row(config, tokens, score, plan.keep(0, given), plan.row_length(0))
-    if isinstance(config, LocalConfig) and score_fn is not None:
-        options_of_score = ScoreOptions() if plan is None else plan.score
-        score_fn = reduce_scores(score_fn, config, options_of_score, getattr(score_fn, "method", None))
-    run = decoder.prefill if mesh is None else functools.partial(sharding.prefill, mesh=mesh)
-    options = {
-        "decode_capacity": decode_capacity,
-        "query_capacity": text,
-        "counts": counts,
-        "segments": segments,
-    } | options
-    return run(params["decoder"], config, tokens, plan=plan, score_fn=score_fn, **options), given
-
-
-def _prepared(config: ModelConfig, plan: ReductionPlan, tokens: Tokens, segments: int) -> Tokens:
-    """Tokens with what the plan's method needs to know of layer 0."""
-    prepare = methods.get_method(plan.decoder_method).prepare
-    if prepare is None:
-        return tokens
-    row = jax.tree.map(lambda a: gather_sequence(config, a), tokens)
-    extra = {name: own_stretch(config, array) for name, array in prepare(row, plan, segments).items()}
-    return tokens.replace(extra=tokens.extra | extra)
-
-
-def _needed(plan: ReductionPlan, visual: jax.Array | None) -> jax.Array:
-    if visual is None:
-        raise ValueError(
-            f"{plan.input_method} reduces visual tokens, and there are none; pass plan=None for text alone"
-        )
-    return visual
-
-
 def prefill(
     params: Mapping[str, Any],
     config: ModelConfig,
     batch: Batch,
-    visual: jax.Array | None,
+    visual: jax.Array | Prefix | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
     assemble_fn: AssembleFn = assemble,
@@ -388,16 +283,19 @@ def prefill(
     """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`.
 
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
-    in `decoder.hidden_states`.
+    in `decoder.hidden_states`. With a Prefix for `visual`, of `build_video_memory`, the batch is the rest of the prompts alone.
     """
-    options: dict[str, Any] = {"decode_capacity": decode_capacity, "assemble_fn": assemble_fn}
+    options: dict[str, Any] = {"decode_capacity": decode_capacity}
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:
             options["score_fn"] = methods.layer_score
     if hidden_states:
         options["hidden_states"] = tuple(range(len(config.pattern)))
-    out, given = decoder_output(params, config, batch, visual, plan, **options)
+    if isinstance(visual, Prefix):
+        out, given = continue_prefix(params, config, batch, visual, plan, **options)
+    else:
+        out, given = decoder_output(params, config, batch, visual, plan, assemble_fn=assemble_fn, **options)
     last = jnp.maximum(row_total(config, jnp.sum(out.tokens.segment > 0, axis=1)) - 1, 0)[:, None]
     x = pick_rows(config, out.tokens.x, last, jnp.ones(last.shape, bool))[:, 0]
     return PrefillOutput(head(params, config, x), out, given)
@@ -416,7 +314,7 @@ def make_decode_step(
 
     def one(token: jax.Array, caches: tuple[Cache, ...]) -> tuple[jax.Array, tuple[Cache, ...]]:
         x = embed_tokens(config, params["embed"], token)[:, None]
-        x, caches = decoder.step(layers(), params["decoder"]["norm_f"], config, x, caches)
+        x, caches = incremental.step(layers(), params["decoder"]["norm_f"], config, x, caches)
         return head(params, config, x[:, 0]), caches
 
     return one
@@ -427,7 +325,7 @@ def extend(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Text after what the caches hold: ids and segment [B,T] (0 = padding, at the end) -> logits [B,V] after the last, caches."""
     x = jnp.where(segment[..., None] > 0, embed_tokens(config, params["embed"], ids), 0)
-    x, caches = decoder.extend(params["decoder"], config, x, segment, caches)
+    x, caches = incremental.extend(params["decoder"], config, x, segment, caches)
     last = jnp.maximum(jnp.sum(segment > 0, axis=1) - 1, 0)
     return head(params, config, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), caches
 
@@ -436,3 +334,9 @@ def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> Pref
     """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs."""
     logits = P(config.batch_axes, config.axis if config.vocab_devices > 1 else None)
     return with_specs(PrefillOutput, logits, decoder.output_specs(config), P(config.batch_axes))
+
+
+def memory_specs(config: LocalConfig, plan: ReductionPlan | None) -> Prefix:
+    """How what `build_video_memory` returns of a device's part lies on the mesh."""
+    assert plan is not None  # `memory_serves` no other
+    return prefix_specs(config, decoder.output_specs(config).caches[: plan.drops[0] + 1])

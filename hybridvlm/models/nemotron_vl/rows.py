@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -85,3 +86,26 @@ def token_rows(config: ModelConfig, embed: jax.Array, batch: Batch, visual: jax.
         index=own(index, -1),
         frame=own(jnp.where(is_visual, batch.frame, -1), -1),
     )
+
+
+def shared_batch(batch: Batch) -> tuple[Batch, jax.Array]:
+    """Prompts without the text behind their last visual token, and how many tokens are left of each [B]."""
+    is_visual, _ = visual_positions(batch)
+    index = jnp.arange(is_visual.shape[1], dtype=jnp.int32)
+    count = jnp.max(jnp.where(is_visual, index + 1, 0), axis=1)
+    segment = jnp.where(index < count[:, None], batch.segment, 0)
+    return dataclasses.replace(batch, segment=segment), count
+
+
+def rest_rows(config: ModelConfig, embed: jax.Array, batch: Batch, following: jax.Array) -> Tokens:
+    """The Tokens of text alone that comes after `following` [B] others, whole on every device; all of it is the question.
+
+    batch: [B,T], of a family with rotary positions with a field `position`.
+    """
+    segment = jnp.asarray(batch.segment)
+    real = segment > 0
+    x = jnp.where(real[..., None], embed_tokens(config, embed, batch.input_ids), 0)
+    index = following[:, None] + jnp.arange(segment.shape[1], dtype=jnp.int32)
+    position = jnp.asarray(getattr(batch, "position", index))
+    no = jnp.zeros(segment.shape, bool)
+    return Tokens(x, position, segment, no, real, index, jnp.full(segment.shape, -1, jnp.int32))

@@ -3,6 +3,7 @@
 The package is the family that `hybridvlm.models.family.Family` describes.
 """
 
+from hybridvlm.models.nemotron_vl import memory_serves, memory_specs
 from hybridvlm.models.qwen_vl.config import config_from_hf
 from hybridvlm.models.qwen_vl.geometry import frame_size
 from hybridvlm.models.qwen_vl.model import (
@@ -12,6 +13,7 @@ from hybridvlm.models.qwen_vl.model import (
     MODEL_TYPES,
     NAME,
     Config,
+    build_video_memory,
     decoder_output,
     embed_prompt,
     encode,
@@ -29,8 +31,6 @@ from hybridvlm.models.qwen_vl.model import (
 )
 from hybridvlm.models.qwen_vl.weights import weight_map
 
-# Its prompt is one stream: a question is prefilled together with its video.
-build_video_memory = None
 # It looks at every frame that it is shown.
 trim_frames = None
 
@@ -51,6 +51,8 @@ __all__ = [
     "make_batch",
     "make_decode_step",
     "make_plan",
+    "memory_serves",
+    "memory_specs",
     "module",
     "output_specs",
     "pixels",

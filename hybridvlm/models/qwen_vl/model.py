@@ -24,13 +24,16 @@ from hybridvlm.config import Buckets, ModelConfig, QwenConfig, Reduction
 from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
 from hybridvlm.models.nemotron_vl import model as nemotron_vl
+from hybridvlm.models.nemotron_vl import passes
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.nemotron_vl.rows import token_rows, visual_rows
 from hybridvlm.models.prompt import ArrayT, Batch, Layout, Pieces
 from hybridvlm.models.qwen_vl.geometry import _grid, frame_size, rope_positions
-from hybridvlm.nn import decoder
+from hybridvlm.nn import incremental
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, decode_layers, deepstack_key, with_specs
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, with_specs
+from hybridvlm.nn.incremental import decode_layers
+from hybridvlm.nn.prefix import Prefix
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.sequence import own_stretch
 from hybridvlm.parallel.tensor import LocalConfig
@@ -296,21 +299,31 @@ def decoder_output(
     **options: Any,
 ) -> tuple[DecoderOutput[tuple[Cache, ...]], jax.Array]:
     """As `nemotron_vl.decoder_output`, with M-RoPE positions and DeepStack planes."""
-    return nemotron_vl.decoder_output(params, config, batch, visual, plan, assemble_fn=assemble, **options)
+    return passes.decoder_output(params, config, batch, visual, plan, assemble_fn=assemble, **options)
+
+
+def build_video_memory(
+    params: Mapping[str, Any], config: QwenConfig, batch: QwenBatch, visual: jax.Array, plan: ReductionPlan | None
+) -> Prefix:
+    """As `nemotron_vl.build_video_memory`, with M-RoPE positions and DeepStack planes: those before the first drop are added."""
+    return passes.build_video_memory(params, config, batch, visual, plan, assemble)
 
 
 def prefill(
     params: Mapping[str, Any],
     config: QwenConfig,
     batch: QwenBatch,
-    visual: jax.Array | None,
+    visual: jax.Array | Prefix | None,
     plan: ReductionPlan | None,
     decode_capacity: int,
     *,
     scores: bool = False,
     hidden_states: bool = False,
 ) -> PrefillOutput[DecoderOutput[QwenCaches]]:
-    """Prompts to last-token logits [B,V] fp32 under a plan (None: dense), and QwenCaches with `decode_capacity` for new tokens."""
+    """Prompts to last-token logits [B,V] fp32 under a plan (None: dense), and QwenCaches with `decode_capacity` for new tokens.
+
+    With a Prefix for `visual`, of `build_video_memory`, the batch is the rest of the prompts alone.
+    """
     done = nemotron_vl.prefill(
         params,
         config,
@@ -337,7 +350,7 @@ def make_decode_step(
 
     def one(token: jax.Array, caches: QwenCaches) -> tuple[jax.Array, QwenCaches]:
         x = embed_tokens(config, params["embed"], token)[:, None]
-        x, longer = decoder.step(layers(), norm_f, config, x, caches.layers, caches.position[:, None])
+        x, longer = incremental.step(layers(), norm_f, config, x, caches.layers, caches.position[:, None])
         return nemotron_vl.head(params, config, x[:, 0]), QwenCaches(longer, caches.position + 1)
 
     return one
@@ -351,7 +364,7 @@ def extend(
     count = jnp.sum(real, axis=1, dtype=jnp.int32)
     position = caches.position[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
     x = jnp.where(real[..., None], embed_tokens(config, params["embed"], ids), 0)
-    x, longer = decoder.extend(params["decoder"], config, x, segment, caches.layers, position)
+    x, longer = incremental.extend(params["decoder"], config, x, segment, caches.layers, position)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return nemotron_vl.head(params, config, last), QwenCaches(longer, caches.position + count)
 

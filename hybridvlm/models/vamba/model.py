@@ -284,6 +284,11 @@ def _walk(params: dict, config: VambaConfig, batch: Batch, visual, text: Tokens 
     return *vamba.prefill(params["decoder"], config, video, text, decode_capacity=decode_capacity, **options), given
 
 
+def memory_serves(plan: ReductionPlan | None) -> bool:
+    """Whether `build_video_memory` is for a plan: one that does not look at the question."""
+    return plan is None or not plan.depends_on_query
+
+
 def build_video_memory(
     params: dict, config: VambaConfig, batch: Batch, visual: jax.Array, plan: ReductionPlan | None = None
 ) -> VideoMemory:
@@ -291,7 +296,7 @@ def build_video_memory(
 
     ValueError for a plan that keeps what the question asks for: its memory would serve that question alone.
     """
-    if plan is not None and plan.depends_on_query:
+    if plan is not None and not memory_serves(plan):
         others = ", ".join(name for name in METHODS if not methods.get_method(name).depends_on_query)
         raise ValueError(
             f"build_video_memory: {plan.method!r} keeps what one question asks for, and another question needs other tokens; "
@@ -382,3 +387,8 @@ def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> Pref
         with_specs(Decoded, rows, with_specs(Caches, (own,) * stages, memory), rows, stacked),
         rows,
     )
+
+
+def memory_specs(config: LocalConfig, plan: ReductionPlan | None) -> VideoMemory:
+    """How what `build_video_memory` returns of a device's part lies on the mesh."""
+    return output_specs(config, plan).decoder.caches.memory

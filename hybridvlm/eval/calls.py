@@ -1,0 +1,90 @@
+"""How the questions of a batch are answered under a plan: whole prompts together, or those about one video after its memory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from hybridvlm.eval.tasks import Sample
+from hybridvlm.models.prompt import Layout
+
+PADDED = 1.25  # most rows that are computed, relative to those that are asked for, where questions share a video
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One run of a model's programs.
+
+    Attributes:
+        rows: what is computed, some of it twice, for one shape.
+        answered: which row answers which sample.
+        videos: with questions that share videos, a sample about each of them, in their order; () for whole prompts.
+    """
+
+    rows: list[Sample]
+    answered: list[tuple[int, Sample]]
+    videos: tuple[Sample, ...] = ()
+
+
+def shared_part(video: str, layout: Layout) -> Hashable | None:
+    """What a prompt has in common with others about its video: all up to its last visual token. None without text behind it."""
+    visual = np.flatnonzero(layout.frame >= 0)
+    end = int(visual[-1]) + 1 if len(visual) else 0
+    if not 0 < end < len(layout.ids):
+        return None
+    return video, hash((layout.ids[:end].tobytes(), layout.frame[:end].tobytes()))
+
+
+def questions_at_once(counts: Sequence[int], batch_size: int) -> int:
+    """How many questions on one video are answered at once, of videos with so many: the most that does not compute much twice."""
+    asked = sum(counts)
+    fitting = [n for n in range(1, batch_size + 1) if sum(-(-c // n) * n for c in counts) <= PADDED * asked]
+    return max(fitting)
+
+
+def grouped(samples: Sequence[Sample], shared: Mapping[str, Hashable | None]) -> list[Sample]:
+    """Samples in the order in which what they share first appears, so that the questions on one video are next to each other."""
+    places: dict[Hashable, int] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(shared[sample.id], place)
+    return sorted(samples, key=lambda sample: places[shared[sample.id]] if shared[sample.id] is not None else -1)
+
+
+def whole(samples: Sequence[Sample], batch_size: int) -> list[Call]:
+    """One call for a batch, filled up to its size."""
+    rows = [*samples, *[samples[-1]] * (batch_size - len(samples))] if samples else []
+    return [Call(rows, list(enumerate(samples)))] if samples else []
+
+
+def by_video(
+    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, each: int, videos: int
+) -> list[Call]:
+    """The calls for a batch whose questions go on from memories of their videos.
+
+    Args:
+        samples: of the batch.
+        shared: of every sample of the run by its id, what its prompt has in common with others (`shared_part`).
+        batch_size: rows of whole prompts.
+        each: questions on one video in a call.
+        videos: how many in a call, as many as there are parts of a batch.
+    """
+    counts = collections.Counter(part for part in shared.values() if part is not None)
+    pieces: list[list[Sample]] = []
+    groups: dict[Hashable, list[Sample]] = {}
+    alone = [s for s in samples if counts[shared[s.id]] < 2]
+    for sample in samples:
+        if counts[shared[sample.id]] > 1:
+            groups.setdefault(shared[sample.id], []).append(sample)
+    for group in groups.values():
+        pieces += [group[start : start + each] for start in range(0, len(group), each)]
+    calls = whole(alone, batch_size)
+    for start in range(0, len(pieces), videos):
+        own = pieces[start : start + videos]
+        answered = [(place * each + i, s) for place, piece in enumerate(own) for i, s in enumerate(piece)]
+        filled = [*own, *own[-1:] * (videos - len(own))]
+        rows = [s for piece in filled for s in [*piece, *piece[-1:] * (each - len(piece))]]
+        calls.append(Call(rows, answered, tuple(piece[0] for piece in filled)))
+    return calls
