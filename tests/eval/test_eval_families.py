@@ -144,8 +144,10 @@ def test_every_family_takes_the_methods_that_people_compare_with(world, tmp_path
     missing = [method for method in methods if method not in rows]
     assert len(missing) == len(left_out) and (group == "inside" or not missing)
     assert all("can meet mean budgets from" in note or "have no such site" in note for note in left_out), left_out
-    for row in rows.values():
-        assert row["n"] == 2 and row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=0.08)
+    for name, row in rows.items():
+        # of two or three frames the nearest whole number
+        near = 0.26 if name in ("frames", "dycoke") else 0.08
+        assert row["n"] == 2 and row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=near)
 
 
 @pytest.mark.slow
