@@ -418,7 +418,7 @@ class ScoreOptions:
             )
 
 
-BUDGET_KINDS = ("mean", "final", "flops")
+BUDGET_KINDS = ("mean", "final", "flops", "total-flops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +428,8 @@ class Reduction:
     Attributes:
         method: a name of the registry, or a composition such as "evs:0.5+str:0.5".
         budget: share of visual tokens to keep, in (0, 1].
-        kind: what the budget counts: mean over layers, final (the last layer) or flops.
+        kind: what the budget counts: mean over layers, final (the last layer), flops of the decoder, or total-flops, with
+            scoring and vision tower.
         schedule: how the share falls with depth.
         score: how a layer's scores are made.
         seed: of the random methods.

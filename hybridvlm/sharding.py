@@ -267,7 +267,7 @@ def prefill(
     mesh: Mesh,
     rules: ShardingRules = DEFAULT_RULES,
     plan: ReductionPlan | None = None,
-    score_fn: Callable[[int, Any, Tokens], jax.Array] | None = None,
+    score_fn: Callable[[int, Any, Tokens], Any] | None = None,
     score: ScoreOptions | None = None,
     counts: jax.Array | None = None,
     segments: int = 1,

@@ -76,6 +76,34 @@ def test_a_registered_method_drops_by_its_own_score(registry):
     assert int((np.asarray(out.tokens.segment)[0] > 0).sum()) == len(left) + text
 
 
+def test_a_registered_method_before_layer_0_drops_or_merges(registry):
+    """One that returns a score, and one that folds each frame into its first token."""
+    from hybridvlm.ops.fold import Selection
+    from hybridvlm.reduction import input_selection
+
+    @hv.register_method("late", phase="input", reads="index")
+    def late(visual, frame_count, plan):
+        """the last tokens"""
+        b, frames, m, _ = visual.shape
+        return jnp.broadcast_to(jnp.arange(frames * m, dtype=jnp.float32), (b, frames * m))
+
+    @hv.register_method("first", phase="input", reads="features")
+    def first(visual, frame_count, plan):
+        """means of frames"""
+        b, frames, m, _ = visual.shape
+        at = jnp.broadcast_to(jnp.arange(frames * m, dtype=jnp.int32), (b, 1, frames * m))
+        return Selection((at % m == 0)[:, 0].astype(jnp.float32), at // m * m, jnp.full(at.shape, 1 / m))
+
+    assert parse_method("first:0.5+str:0.5") == (("first", 0.5), ("str", 0.5))
+    visual, count = jnp.ones((1, 6, 2, 4)), jnp.array([6])
+    plan = make_plan(hv.Reduction("late", 0.5), CONFIG, visual_tokens=12, text_tokens=3, frames=6)
+    assert plan.drops_input and input_selection(plan)(visual, count).score[0].tolist() == list(range(12))
+    plan = make_plan(hv.Reduction("first", 0.5), CONFIG, visual_tokens=12, text_tokens=3, frames=6)
+    assert input_selection(plan)(visual, count).into[0, 0].tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10]
+    with pytest.raises(ValueError, match="phase must be one of"):
+        hv.register_method("late2", phase="merge")
+
+
 def _tokens(visual, text):
     length = visual + text
     x = jax.random.normal(jax.random.key(1), (1, length, CONFIG.width))

@@ -37,6 +37,10 @@ ANALYSES = {
         "hybridvlm.analyze.calibrate",
         "which layers' scores follow the question, and layer weights for str-calibrated",
     ),
+    "search": (
+        "hybridvlm.analyze.search",
+        "which schedule loses least: p-sigmoid at a budget, g-search within a tolerance",
+    ),
 }
 
 

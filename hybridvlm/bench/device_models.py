@@ -208,10 +208,19 @@ def _batch(work: Workload) -> Any:
     row = prompt(work.groups, per_frame, work.text, 0, config.vocab_size)
     if not isinstance(config, VambaConfig):
         return row
-    ids, tokens = row.input_ids[:, work.visual_tokens :], row.frame[:, : work.visual_tokens]
-    index = np.arange(work.visual_tokens, dtype=np.int32)[None]
-    ones = np.ones_like(ids)
-    return VambaBatch(ids, ones, ones > 0, np.ones_like(tokens), tokens, index, row.frame_count)
+    ids, frame = row.input_ids[:, work.visual_tokens :], row.frame[:, : work.visual_tokens]
+    index, ones = np.arange(work.visual_tokens, dtype=np.int32)[None], np.ones_like(ids)
+    return VambaBatch(
+        input_ids=ids,
+        segment=ones,
+        reads=ones,
+        query=ones > 0,
+        video_segment=np.ones_like(frame),
+        frame=frame,
+        index=index,
+        own_index=index,
+        frame_count=row.frame_count,
+    )
 
 
 def random_weights(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -23,6 +23,8 @@ examples:
       a quick look
   python -m hybridvlm.eval --model tiny-reduced --limit 0 --methods str,random,oneshot-mamba,fastv --match-flops str
       the finetuned model on all questions, every rule at the predicted FLOPs of str
+  python -m hybridvlm.eval --model tiny-reduced --methods str,vidcom2,frames,divprune --match total-flops
+      rivals at the predicted FLOPs of str, scoring and vision tower included
   python -m hybridvlm.eval --methods str,evs:0.5+str:0.5 --budgets 0.1,0.25,0.5
       several budgets; methods compose, one before the decoder and one inside it
   python -m hybridvlm.eval --methods str --score decay=on sign=relu --schedule shape=linear start=2
@@ -86,11 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--buckets", nargs="+", default=[], metavar="KEY=N,N", help="static sizes: frames=16,64 text=16,64 max_new=8")
     add("--output", help="folder for results, or gs://bucket/folder (default: results/<model>-<task>)")
     add("--seed", type=int, default=0, help="of the random methods (default: 0)")
-    kind = "what a budget counts: the average over layers (default), the last layer, or predicted FLOPs"
-    match = "solve every other method to the predicted FLOPs of METHOD at the same budget"
+    kind = "what a budget counts: the average over layers (default), the last layer, predicted decoder FLOPs, or those from pixels"
+    match = (
+        "solve every other method to what METHOD (default: str) has at the same budget: the mean share of visual tokens, predicted "
+        "decoder FLOPs, or total-flops, with scoring and vision tower"
+    )
     prompt = "text asked for a JSONL question; {question} and {options} (one per line, with letters) are filled in"
     add("--kind", default=None, choices=BUDGET_KINDS, help=kind)
-    add("--match-flops", metavar="METHOD", help=match)
+    add("--match", metavar="KIND[:METHOD]", help=match)
+    add("--match-flops", metavar="METHOD", help="the same as --match flops:METHOD")
     add("--split", default="test", choices=("test", "val"), help="split of the embedded benchmark (default: test)")
     add("--score", nargs="+", default=[], metavar="KEY=VALUE", help="score options: " + _keys(ScoreOptions))
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth: " + _keys(Schedule))

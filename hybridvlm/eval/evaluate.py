@@ -24,13 +24,14 @@ from hybridvlm.eval.results import SampleStore, build_row, compare, versions, wr
 from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.sizes import asked_sizes
 from hybridvlm.eval.tasks import Decoding, Sample, Task, TaskOptions, load_tasks
-from hybridvlm.eval.variants import DENSE, Planner, Variant, expand
+from hybridvlm.eval.variants import DENSE, Match, Planner, Variant, expand
 from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import BudgetError
+from hybridvlm.reduction.cost import Cost
 from hybridvlm.storage import as_path, make_folder
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
@@ -51,6 +52,14 @@ def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduct
         score=override(own.score, options.score, "--score"),
         seed=options.seed,
     )
+
+
+def dense_costs(runner: Runner) -> dict[str, Cost]:
+    """What a dense pass costs, of every sample by its id, as the plans of the reduced variants have it; {} without any."""
+    for variant in runner.variants:
+        if variant != DENSE:
+            return {id: plan.dense_cost for id, plan in runner.plans(variant).items() if plan is not None}
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +90,10 @@ def prepare(options: argparse.Namespace) -> Checked:
     if options.frames is not None and options.frames < 1:
         raise InputError(f"--frames must be at least 1, got {options.frames}")
     variants = expand(methods, shares)
-    if options.match_flops is not None and len(expand([options.match_flops], shares)) == 1:
-        raise InputError("--match-flops takes a method that drops tokens, got 'none'")
+    if options.match is not None and options.match_flops is not None:
+        raise InputError("--match-flops METHOD is --match flops:METHOD; give one of them")
+    named = options.match if options.match_flops is None else f"flops:{options.match_flops}"
+    match = None if named is None else Match.read(named)
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
@@ -102,7 +113,7 @@ def prepare(options: argparse.Namespace) -> Checked:
     home = as_path(options.output or default)
     if home.exists() and not home.is_dir():
         raise InputError(f"--output {home} is a file; give a folder")
-    return Checked(options, model, tasks, variants, Planner(model, base, options.match_flops), home, decoded)
+    return Checked(options, model, tasks, variants, Planner(model, base, match), home, decoded)
 
 
 def _tasks(options: argparse.Namespace, model: Model) -> tuple[list[Task], Decoding]:
@@ -323,7 +334,13 @@ class Evaluation:
                     return runner.key(variant if which == "row" else DENSE, sample)
 
                 row, extra = build_row(
-                    runner.task, variant.method, variant.product, runner.plans(variant), key, self.store
+                    runner.task,
+                    variant.method,
+                    variant.product,
+                    runner.plans(variant),
+                    key,
+                    self.store,
+                    dense_costs(runner),
                 )
                 own.append((variant, row, extra))
             rows += [row for _, row, _ in own]
@@ -351,7 +368,7 @@ class Evaluation:
             "config": to_dict(self.model.config),
             "model_reduction": None if self.model.reduction is None else to_dict(self.model.reduction),
             "reduction": to_dict(self.planner.base),
-            "match_flops": self.options.match_flops,
+            "match": None if self.planner.match is None else str(self.planner.match),
             "buckets": to_dict(self.model.buckets),
             "dtype": self.options.dtype,
             "batch_size": self.options.batch_size,

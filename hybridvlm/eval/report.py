@@ -52,6 +52,11 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
+def _flops(row: dict[str, Any]) -> str:
+    parts = [row[f"{part}_flops"] for part in ("decoder", "scoring", "vision")]
+    return "-" if None in parts else " / ".join(f"{value / 1e9:.3g}" for value in parts)
+
+
 def name(row: dict[str, Any]) -> str:
     """A row's name: its method, `dense` for none."""
     return "dense" if row["method"] == "none" else row["method"]
@@ -72,6 +77,12 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "prefill ms": _number(row["prefill_ms"], ".1f"),
         "speed-up": _number(row["speedup"], ".2f") + ("" if row["speedup"] is None else "x"),
         "FLOPs say": _number(row["flop_speedup"], ".2f") + ("" if row["flop_speedup"] is None else "x"),
+        "input %": _percent(row["retention_input"]),
+        "from pixels: FLOPs say": _number(row["total_flop_speedup"], ".2f")
+        + ("x" if row["total_flop_speedup"] else ""),
+        "ms to first token": _number(row["ttft_ms"], ".1f"),
+        "GFLOPs: decoder / scoring / tower": _flops(row),
+        "changed %": "" if dense else _percent(row["changed"]),
         "decode ms": _number(row["decode_ms"], ".1f"),
         "peak MiB": _number(None if memory is None else memory / 2**20, ".0f"),
         "compiles": _number(row["compiles"], "d"),
@@ -83,6 +94,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 # The columns of the terminal's table, the most important first: a narrow terminal shows the others below.
 _ORDER = (
     *("method", "budget", "accuracy %", "to dense, points", "FLOPs say", "speed-up", "kept %: mean / final"),
+    *("from pixels: FLOPs say", "changed %", "input %", "ms to first token", "GFLOPs: decoder / scoring / tower"),
     *("prefill ms", "decode ms", "McNemar p", "two-hop %", "peak MiB", "compiles", "no answer", "not asked"),
 )
 READING = (
@@ -235,7 +247,13 @@ def _legend(details: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         "A row's clock is that of one run, and its speed-up is against dense in the same run and on the same batches "
         f"({clocks}). Milliseconds of different runs are not comparable.",
         "Peak memory is that of the row's own compiled programs, as the compiler states it.",
-        '"FLOPs say" is the speed-up that the plan predicts for the decoder, scoring left out.',
+        '"FLOPs say" is the speed-up that the plan predicts for the decoder, scoring left out; "from pixels" it is of vision tower, '
+        "scoring and decoder together. Milliseconds to the first token are those of the tower, a video by itself, and of prefill.",
+        '"changed" is the share of replies that differ from dense: the methods took part. That every batch kept what its plan says '
+        "was checked when it was answered.",
+        "EVS is off, in dense too, but in rows that name it: "
+        + (", ".join(f"{e['method']} {e['budget']:g}" for e in details if "evs" in e["method"]) or "none does")
+        + ".",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

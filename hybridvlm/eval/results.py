@@ -21,7 +21,8 @@ from hybridvlm.eval.tasks import Task
 from hybridvlm.files import parse_json
 from hybridvlm.inference.placement import to_host
 from hybridvlm.inference.programs import Generation
-from hybridvlm.reduction import ReductionPlan
+from hybridvlm.reduction import ReductionPlan, parse_method
+from hybridvlm.reduction.cost import Cost
 from hybridvlm.storage import GrowingFile, is_url
 from hybridvlm.storage import write_atomic as write_atomic
 from hybridvlm.video import VideoError, VideoTimeout
@@ -50,6 +51,15 @@ ROW_KEYS = (
     "compiles",
     "parse_failures",
     "unanswered",
+    # shares and operations from pixels to the first token, and whether the method took part at all
+    "retention_input",
+    "decoder_flops",
+    "scoring_flops",
+    "vision_flops",
+    "total_flop_speedup",
+    "ttft_ms",
+    "changed",
+    "evs",
 )
 Record = dict[str, Any]
 
@@ -209,10 +219,12 @@ def build_row(
     plans: Mapping[str, ReductionPlan | None],
     key: Callable[[str, Any], str],
     store: SampleStore,
+    dense: Mapping[str, Cost] = {},
 ) -> tuple[Record, Record]:
     """(row, what else is known of it) of one method and budget; key(variant, sample) -> a sample's key.
 
-    variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced.
+    variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced. dense: what a dense pass
+    costs, of every sample by its id.
     """
     pairs = [
         (s, task.judged(store.get(key("row", s)), s), task.judged(store.get(key("dense", s)), s)) for s in task.samples
@@ -226,10 +238,10 @@ def build_row(
     if not pairs:
         row, extra = _empty_row(task, method, budget, unanswered)
         return row, extra | {"unscored": unscored} | task.summary([(s, a) for s, a, _ in asked])
-    samples, answers, dense = (list(part) for part in zip(*pairs, strict=True))
+    samples, answers, references = (list(part) for part in zip(*pairs, strict=True))
     clusters = [sample.whole for sample in samples]
-    correct, reference = [r["correct"] for r in answers], [r["correct"] for r in dense]
-    keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in dense}
+    correct, reference = [r["correct"] for r in answers], [r["correct"] for r in references]
+    keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in references}
     run, batches, dense_batches, both = _timed(store, keys, dense_keys)
     prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
     dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
@@ -268,8 +280,12 @@ def build_row(
         "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
         "parse_failures": sum(r["parsed"] is None and r["prediction"] is not None for r in answers),
         "unanswered": unanswered,
+        **_from_pixels(used, [dense[s.id] for s in samples if s.id in dense], answers, run, prefill),
+        "changed": 0.0,
+        "evs": evs_rate(method, budget),
     }
-    changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, dense, strict=True))
+    changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, references, strict=True))
+    row["changed"] = changed / len(answers)
     replies: dict[str | None, int] = {}
     for record in answers:
         replies[record["prediction"]] = replies.get(record["prediction"], 0) + 1
@@ -293,6 +309,41 @@ def build_row(
     } | task.summary([(s, a) for s, a, _ in asked])
     assert tuple(row) == ROW_KEYS
     return row, extra
+
+
+def _from_pixels(
+    used: Sequence[ReductionPlan | None],
+    dense: Sequence[Cost],
+    answers: Sequence[Record],
+    run: Any,
+    prefill: float | None,
+) -> Record:
+    """What a row costs from pixels to the first token: predicted, by part and against dense, and measured.
+
+    The tower's time is that of all frames of a video by itself, as `encode` took it; prefill's is per question of a batch.
+    """
+    plans = [plan for plan in used if plan is not None]
+    costs = [plan.cost for plan in plans] or list(dense)
+    count = max(1, len(costs))
+    total = sum(cost.total for cost in costs)
+    whole = sum(plan.dense_cost.total for plan in plans) if plans else total
+    encode = statistics.median([r["encode_ms"] for r in answers if r["run"] == run and r.get("encode_ms") is not None])
+    return {
+        "retention_input": sum(1.0 if plan is None else plan.retention_input for plan in used) / len(used),
+        "decoder_flops": sum(cost.decoder for cost in costs) / count if costs else None,
+        "scoring_flops": sum(cost.scoring for cost in costs) / count if costs else None,
+        "vision_flops": sum(cost.vision for cost in costs) / count if costs else None,
+        "total_flop_speedup": whole / total if total else None,
+        "ttft_ms": encode + prefill if encode and prefill else None,
+    }
+
+
+def evs_rate(method: str, budget: float) -> float | None:
+    """The share of tokens that EVS keeps in a row; None: it is off, as in every row that does not name it."""
+    for name, rate in parse_method(method):
+        if name == "evs":
+            return budget if rate is None else rate
+    return None
 
 
 def _left_out(record: Record) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridvlm.config import to_dict
+from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import progress as bar_of
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
@@ -42,6 +42,7 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import ReductionPlan
+from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
@@ -76,6 +77,7 @@ class Runner:
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.encode_ms: list[float] = []
+        self._encode_clock: dict[tuple[str, int], float] = {}
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
@@ -370,6 +372,7 @@ class Runner:
                     "prediction": generation.text[row],
                     **self.task.score(text, sample),
                     "retention": shares[row],
+                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames)),
                 }
                 if generation.thinking[row]:
                     record["thinking"] = generation.thinking[row]
@@ -433,6 +436,11 @@ class Runner:
         failure = {"failure": reason} if reason else self._unread[sample.video]
         return self._record(variant, sample) | nothing | failure
 
+    @property
+    def _attention(self) -> bool:
+        """Whether a method of these variants ranks by the tower's attention."""
+        return any(needs_attention(Reduction(variant.method)) for variant in self.variants)
+
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
 
@@ -462,9 +470,10 @@ class Runner:
         clip, config = read
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         start = time.perf_counter()
-        tokens = to_host(self.model.encode(pixels))[0]
+        tokens = to_host(self.model.encode(pixels, attention=self._attention))[0]
         if bucket in self._warm_encode:
             self.encode_ms.append(1e3 * (time.perf_counter() - start))
+            self._encode_clock[video, bucket.frames] = self.encode_ms[-1]
         self._warm_encode.add(bucket)
         self._visual[video, bucket.frames] = tokens
         self._held += tokens.nbytes

@@ -12,7 +12,13 @@ from hybridvlm.config import Reduction
 from hybridvlm.inference.model import Model
 from hybridvlm.reduction import ReductionPlan, parse_method
 
-MATCHED = 0.02  # relative error of predicted FLOPs up to which --match-flops counts as met
+MATCHED = 0.02  # relative error up to which --match counts as met
+# what --match makes equal: the plan's own number, and how it is called
+MATCHES = {
+    "mean": ("retention_mean", "mean share of visual tokens is"),
+    "flops": ("flop_ratio", "predicted decoder FLOPs are"),
+    "total-flops": ("total_flop_ratio", "predicted FLOPs, tower and scoring included, are"),
+}
 
 
 class Bucket(NamedTuple):
@@ -29,6 +35,27 @@ class Bucket(NamedTuple):
         if vision is None or self.size in ((0, 0), tuple(vision.image_size)):
             return model.config
         return dataclasses.replace(model.config, vision=dataclasses.replace(vision, image_size=self.size))
+
+
+class Match(NamedTuple):
+    """What every method is solved to: a number of `MATCHES`, as the plan of `method` at the same nominal budget has it."""
+
+    kind: str
+    method: str
+
+    @classmethod
+    def read(cls, text: str) -> Match:
+        """KIND or KIND:METHOD (default: str). ValueError for another kind, an unknown method, or "none"."""
+        kind, _, method = text.partition(":")
+        if kind not in MATCHES:
+            raise ValueError(f"--match takes {', '.join(MATCHES)}, or one of them and :METHOD, got {text!r}")
+        method = method or "str"
+        if len(expand([method], [1.0])) == 1:
+            raise ValueError("--match takes a method that drops tokens, got 'none'")
+        return cls(kind, method)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.method}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +104,10 @@ def expand(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
 class Planner:
     """Reductions and plans of variants, per bucket, settled once.
 
-    base: kind, schedule, score options and seed that all variants share. match: a method whose predicted FLOPs, at the
-    same nominal budget, every other one is solved to.
+    base: kind, schedule, score options and seed that all variants share. match: what every other method is solved to.
     """
 
-    def __init__(self, model: Model, base: Reduction, match: str | None = None):
+    def __init__(self, model: Model, base: Reduction, match: Match | None = None):
         self.model, self.base, self.match = model, base, match
         self._plans: dict[tuple[Variant, Bucket], tuple[Reduction, ReductionPlan | None]] = {}
 
@@ -91,10 +117,16 @@ class Planner:
             reduction = dataclasses.replace(
                 self.base, method=variant.method, budget=1.0 if variant.fixed else variant.budget
             )
-            if self.match not in (None, variant.method) and variant != DENSE and not variant.fixed:
-                _, goal = self(Variant(self.match, variant.budget), bucket)
+            if (
+                self.match is not None
+                and self.match.method != variant.method
+                and variant != DENSE
+                and not variant.fixed
+            ):
+                _, goal = self(Variant(self.match.method, variant.budget), bucket)
                 if goal is not None:
-                    reduction = dataclasses.replace(reduction, kind="flops", budget=goal.flop_ratio)
+                    budget = min(1.0, getattr(goal, MATCHES[self.match.kind][0]))
+                    reduction = dataclasses.replace(reduction, kind=self.match.kind, budget=budget)
             config = bucket.config(self.model)
             self._plans[variant, bucket] = (
                 reduction,
@@ -103,14 +135,15 @@ class Planner:
         return self._plans[variant, bucket]
 
     def unmatched(self, variant: Variant, bucket: Bucket) -> str | None:
-        """What a reader must know where a plan misses the FLOPs that it was to match."""
-        if self.match in (None, variant.method) or variant == DENSE:
+        """What a reader must know where a plan misses what it was to match."""
+        if self.match is None or self.match.method == variant.method or variant == DENSE:
             return None
         if variant.fixed:
             return f"{variant.label} was not matched: its rates are written out"
+        field, words = MATCHES[self.match.kind]
         _, plan = self(variant, bucket)
-        _, goal = self(Variant(self.match, variant.budget), bucket)
-        if plan is None or goal is None or abs(plan.flop_ratio / goal.flop_ratio - 1) <= MATCHED:
+        _, goal = self(Variant(self.match.method, variant.budget), bucket)
+        if plan is None or goal is None or abs(getattr(plan, field) / getattr(goal, field) - 1) <= MATCHED:
             return None
-        found = f"predicted FLOPs are {plan.flop_ratio:.3f} of dense where {self.match} has {goal.flop_ratio:.3f}"
+        found = f"{words} {getattr(plan, field):.3f} of dense where {self.match.method} has {getattr(goal, field):.3f}"
         return f"{variant.label} could not be matched: its {found}"

@@ -274,7 +274,9 @@ class Conversation:
                 with self._timed("encode"):
                     bucket = model.buckets.pick("frames", layout.frames)
                     pixels = model.family.pixels(self.config, self.clips, bucket)
-                    self._visual = jax.block_until_ready(model.encode(pixels))
+                    self._visual = jax.block_until_ready(
+                        model.encode(pixels, attention=methods.needs_attention(self.reduction))
+                    )
             visual = self._visual
         saved = 0.0
         if visual is not None and model.shares_video(batch, plan):

@@ -20,8 +20,10 @@ from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction.plan import ReductionPlan
 
 
-def encode(params: Any, pixels: Any, *, family: Family, config: Any, frames: int | None = None) -> Any:
-    visual = family.encode(params, config, pixels)
+def encode(
+    params: Any, pixels: Any, *, family: Family, config: Any, frames: int | None = None, attention: bool = False
+) -> Any:
+    visual = family.encode(params, config, pixels, attention)
     # frames that only made the dealing come out even are of no use but to cut the video into even stretches
     return visual if sequence_shards(config) > 1 else jax.tree.map(lambda a: a[:, :frames], visual)
 

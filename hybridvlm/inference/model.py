@@ -23,6 +23,7 @@ from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip
 from hybridvlm.models.vamba import convert
 from hybridvlm.parallel.mesh import full_mesh
+from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.sharding import sharding_of
 
 
@@ -169,7 +170,8 @@ class Model(ModelPrograms):
             group = self.config.vision.temporal_patch
             stamps = tuple(float(t) for t in range(f * group))
             clips = [Clip(stamps, np.zeros((f * group, height, width, 3), np.uint8))] * batch
-            visual = self.encode(self.family.pixels(self.config, clips, f))
+            pixels = self.family.pixels(self.config, clips, f)
+            visual = self.encode(pixels, attention=needs_attention(reduction))
             for t in self.buckets.text if text is None else text:
                 if self.layout("", stamps).text > t:
                     continue

@@ -180,10 +180,11 @@ class ModelPrograms:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def encode(self, pixels: Any) -> Any:
+    def encode(self, pixels: Any, *, attention: bool = False) -> Any:
         """What the family's `pixels` gives (frames [B,F,h,w,3] uint8) -> visual tokens [B,F,m,D].
 
-        Frames are filled up with black ones to their bucket: no prompt has an index for those.
+        Frames are filled up with black ones to their bucket: no prompt has an index for those. attention: the tokens carry the tower's,
+        for plans that rank by it (`ReductionPlan.needs_attention`); other plans pass over it.
         """
         if not isinstance(pixels, dict | tuple | list):
             spare = self.buckets.pick("frames", pixels.shape[1]) - pixels.shape[1]
@@ -191,11 +192,11 @@ class ModelPrograms:
                 # on the host: on the device every number of frames would compile a padding of its own
                 pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
         if self.mesh is None:
-            return self._run(functions.encode, self.params, pixels)
+            return self._run(functions.encode, self.params, pixels, attention=attention)
         if isinstance(pixels, dict | tuple | list):
             raise TypeError(f"encode: on a mesh pixels are one array [B,F,...], got {type(pixels).__name__}")
         dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
-        return self._run(functions.encode, self.params, dealt, config=part, frames=pixels.shape[1])
+        return self._run(functions.encode, self.params, dealt, config=part, frames=pixels.shape[1], attention=attention)
 
     def prefill(
         self,

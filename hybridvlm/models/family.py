@@ -131,8 +131,8 @@ class Family(Protocol):
 
     # -- the computation (traced)
 
-    def encode(self, params: Params, config: Any, pixels: jax.Array) -> jax.Array:
-        """Pixels -> visual tokens [B,F,m,D]."""
+    def encode(self, params: Params, config: Any, pixels: jax.Array, attention: bool = False) -> jax.Array:
+        """Pixels -> visual tokens [B,F,m,D]; with `attention` also how much the tower attends to each, see `encode_frames`."""
         ...
 
     def prefill(

@@ -22,6 +22,7 @@ from hybridvlm.nn.caches import AttentionCache, Cache, MambaCache
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.nn.prefix import Prefix, continue_rows
 from hybridvlm.nn.scan import REMAT, LayerRange, Params, look_ahead, run_layer, run_layers
+from hybridvlm.ops.fold import Selection, fold_tokens
 from hybridvlm.ops.layer_aux import LookaheadAux
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.segments import index_in_segment
@@ -29,7 +30,8 @@ from hybridvlm.ops.tokens import INDEX_IN_SEGMENT, Tokens
 from hybridvlm.parallel.sequence import compact_row, gather_sequence, row_start, row_total, sequence_shards
 from hybridvlm.parallel.tensor import LocalConfig
 
-ScoreFn = Callable[[int, Any, Tokens], jax.Array]
+ScoreFn = Callable[[int, Any, Tokens], jax.Array | Selection]
+DEEPSTACK = "deepstack_"
 StraightThrough = Callable[[Tokens, jax.Array, jax.Array], Tokens]
 
 
@@ -151,9 +153,9 @@ def prefill(
         tokens: x [B,L,D] and what belongs to each token. `tokens.extra[deepstack_key(layer)]` [B,L,D] is added to the
             residual stream after that layer, and is not carried further.
         plan: where tokens drop.
-        score_fn: (layer, aux, tokens) -> [B,L], ranks them; needed with a plan that drops, and with `collect`. Where its
-            attribute `ahead` (layer) -> (attention layers, as a rule those after it), if it has one, names any, aux is a
-            LookaheadAux of them.
+        score_fn: (layer, aux, tokens) -> [B,L], or a Selection that also merges, ranks them; needed with a plan that
+            drops, and with `collect`. Where its attribute `ahead` (layer) -> (attention layers, as a rule those after it),
+            if it has one, names any, aux is a LookaheadAux of them.
         collect: mixer layers whose scores are returned without dropping.
         hidden_states: layers after which the residual stream is returned.
         decode_capacity: empty cache slots for tokens to come.
@@ -217,11 +219,15 @@ def prefill(
             inputs = (params, aux, tokens)
             differentiable = layer in collect or straight_through is not None
             inputs = inputs if differentiable else jax.lax.stop_gradient(inputs)
-            score = _score(layer_range, layer, score_fn, *inputs, query_capacity)
+            chosen = _score(layer_range, layer, score_fn, *inputs, query_capacity)
+            score = chosen.score if isinstance(chosen, Selection) else chosen
         if layer in collect:
             scores[layer] = score
         if plan is not None and layer in drops:
             keep = plan.keep(layer + 1, counts)
+            if isinstance(chosen, Selection):
+                # planes that are still to be added belong to their tokens
+                tokens = fold_tokens(tokens, chosen, DEEPSTACK)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
             tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1))
@@ -259,7 +265,7 @@ def run_prefix(
 
 def deepstack_key(layer: int) -> str:
     """The name in Tokens.extra of what is added to the residual stream after `layer` (DeepStack, arXiv 2406.04334)."""
-    return f"deepstack_{layer}"
+    return f"{DEEPSTACK}{layer}"
 
 
 def visual_counts(tokens: Tokens, segments: int) -> jax.Array:
@@ -316,7 +322,7 @@ def _score(
     aux: Any,
     tokens: Tokens,
     query_capacity: int,
-) -> jax.Array:
+) -> jax.Array | Selection:
     """The score after a layer, of what the layer tells and of how the attention layers look that the score asks for."""
     config, ahead = layer_range.config, getattr(score_fn, "ahead", None)
     coming = () if ahead is None else tuple(ahead(layer))

@@ -196,6 +196,7 @@ def _drop(
     keep, scored = plan.keep(stop, counts), (aux, video)
     # scores that only choose carry no gradient
     score = score_fn(stop - 1, *(scored if straight_through is not None else jax.lax.stop_gradient(scored)))
+    assert isinstance(score, jax.Array)  # methods that merge are refused
     if straight_through is not None:
         video = straight_through(video, score, keep)
     return compact_row(c, video, score, keep, plan.row_length(stop))

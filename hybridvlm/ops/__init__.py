@@ -3,7 +3,8 @@
 from hybridvlm.ops.attention import attention, text_to_visual
 from hybridvlm.ops.compact import compact
 from hybridvlm.ops.conv1d import causal_conv1d
+from hybridvlm.ops.fold import Selection, fold
 from hybridvlm.ops.ssd import ssd
 from hybridvlm.ops.tokens import Tokens
 
-__all__ = ["Tokens", "attention", "causal_conv1d", "compact", "ssd", "text_to_visual"]
+__all__ = ["Selection", "Tokens", "attention", "causal_conv1d", "compact", "fold", "ssd", "text_to_visual"]

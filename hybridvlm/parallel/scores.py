@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.config import ATTENTION, MAMBA, ScoreOptions
+from hybridvlm.ops.fold import Selection
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.sequence import gather_sequence, row_start
@@ -18,7 +19,7 @@ from hybridvlm.reduction import methods
 
 
 def reduce_scores(
-    score_fn: Callable[..., jax.Array],
+    score_fn: Callable[..., Any],
     local: LocalConfig,
     options: ScoreOptions,
     method: methods.Method | None = None,
@@ -26,8 +27,14 @@ def reduce_scores(
     """score_fn on a device's own heads and groups, then the mean or the largest over devices, as the options ask for; and of
     a row that is cut, on the whole of it where the score of `method` (None: any function, which may look at anything) needs that."""
     reads = methods.QUERIES if method is None else method.reads
-    if reads == methods.LAST_QUERY:
+    if method is not None and method.score is not None:
+        options = method.score
+    elif reads == methods.LAST_QUERY:
         options = ScoreOptions(queries="last")  # whatever the plan's are
+    if method is not None and method.all_heads and local.devices > 1:
+        raise ValueError(
+            f"{method.name} chooses by all heads at once, and tensor={local.devices} cuts them; use a mesh of tensor=1"
+        )
     by_head = local.devices > 1 and reads in (methods.QUERIES, methods.LAST_QUERY, methods.NEXT_ATTENTION)
     if by_head and MAMBA in local.pattern and local.group_devices > 1 and (options.dt or options.decay):
         groups = local.ssm_groups * local.devices // local.group_devices
@@ -57,6 +64,8 @@ def reduce_scores(
         start = row_start(local, tokens.length)
         gathered = jax.tree.map(lambda a: gather_sequence(local, a), tokens)
         score = score_fn(layer, whole(aux, start), gathered)  # what it does not look at is never gathered
+        if isinstance(score, Selection):
+            raise ValueError("merging inside the decoder needs whole rows, and these are cut; use a mesh of sequence=1")
         return jax.lax.dynamic_slice_in_dim(score, start, tokens.length, axis=1)
 
     def score(layer: int, aux: Any, tokens: Tokens) -> jax.Array:

@@ -2,13 +2,14 @@
 
 # Importing it registers the methods that come with the library.
 from hybridvlm.reduction import builtin as builtin
+from hybridvlm.reduction import rivals as rivals
 from hybridvlm.reduction.evs import average_pool, evs_keep_count, evs_mask, evs_score
 from hybridvlm.reduction.methods import (
     METHODS,
     Method,
     describe_methods,
     get_method,
-    input_score,
+    input_selection,
     merge_fn,
     parse_method,
     score_fn,
@@ -31,7 +32,7 @@ __all__ = [
     "evs_mask",
     "evs_score",
     "get_method",
-    "input_score",
+    "input_selection",
     "lookahead_score",
     "make_plan",
     "mamba_score",

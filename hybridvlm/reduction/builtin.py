@@ -203,7 +203,14 @@ def uniform_input(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> 
     return scores.spread_score(_ordinal(visual))
 
 
-@_register("evs", "input", reads=FEATURES)
+@_register(
+    "evs",
+    "input",
+    reads=FEATURES,
+    count=lambda frames, m, share: before.evs_keep_count(frames, m, 1.0 - share),
+    floor=lambda frames, m: 1 / frames,
+    keeps="the first frame whole",
+)
 def evs(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Array:
     """before layer 0, the tokens that changed most since the previous frame; the first frame whole"""
     return before.evs_score(visual)

@@ -53,6 +53,11 @@ class Cost:
         """Operations of all decoder layers and the head of the last token; scoring and vision tower not included."""
         return sum(self.layers) + self.head
 
+    @property
+    def total(self) -> int:
+        """Operations from pixels to the first token: decoder, scoring and vision tower."""
+        return self.decoder + self.scoring + self.vision
+
 
 DEFAULT_CHUNK = 128  # where neither the caller nor the config names the SSD chunk that runs
 
@@ -163,6 +168,13 @@ def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
     shuffled = tokens // v.downsample**2
     connect = 2 * shuffled * v.projector_width * (v.width * v.downsample**2 + width) * (1 + len(v.deepstack))
     return frames * (embed + v.layers * block + connect)
+
+
+def tower_attention_flops(vision: VisionConfig, frames: int) -> int:
+    """Operations of the last block's attention probabilities over `frames` frames, made once more to be summed by column."""
+    tokens = (vision.image_size[0] // vision.patch_size) * (vision.image_size[1] // vision.patch_size)
+    rows = tokens + (vision.prefix_tokens if vision.kind == "radio" else 0)
+    return 2 * frames * rows * rows * vision.width
 
 
 def kv_bytes(config: Counted, lengths: Sequence[int], itemsize: int = 2) -> int:

@@ -3,7 +3,8 @@
 A method that drops inside the decoder is a function (layer, aux, tokens, plan, segments) -> score [B,L] fp32,
 registered with the layers after which it may drop (its sites) and the curve of shares that is solved to the budget. A
 method before the decoder is a function (visual [B,F,m,D], frame_count [B], plan): one that drops returns a score
-[B,F*m], one that merges returns (visual, frame_count). Adding a method is adding one function here.
+[B,F*m], one that merges tokens into others a `Selection`, one that changes the grid (visual, frame_count). Adding a
+method is adding one function: those of the library are in builtin.py, those it is compared with in rivals/.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from typing import Any, Protocol
 import jax
 
 from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Reduction, Schedule, ScoreOptions
+from hybridvlm.ops.fold import Selection
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import calibrated, schedules, scores
 
 Aux = MambaAux | AttentionAux | LookaheadAux
-ScoreFn = Callable[[int, Aux, Tokens], jax.Array]
+ScoreFn = Callable[[int, Aux, Tokens], jax.Array | Selection]
 Sites = Callable[[str, Schedule], tuple[int, ...]]
 Looks = Callable[[str, int, int], tuple[int, ...]]
 INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
 NEXT_ATTENTION = "next attention"
+PHASES = ("decoder", "input")
 READS = (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY, NEXT_ATTENTION)
 
 
@@ -55,6 +58,16 @@ class PlanView(Protocol):
     def score(self) -> ScoreOptions: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def input_share(self) -> int: ...
+    @property
+    def relative(self) -> tuple[int, ...]: ...
+    @property
+    def capacities(self) -> tuple[int, ...]: ...
+    def keep(self, layer: int, count: Any) -> Any: ...
+    def keep_of_entering(self, layer: int, entering: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +82,14 @@ class Method:
     `ahead` alone may be read); any other method is given the whole row on every device.
     looks(pattern, layer, count): of a method that reads "next attention", the attention layers it looks through; None: those of
     `attention_ahead`.
+    at_depth(fraction): of a method that drops at a depth of choice, the sites of "name@fraction". score: options of its own
+    instead of the plan's. all_heads: its score is no mean or maximum over heads, so that one device must hold them all.
+    merges: inside the decoder it returns a Selection that merges tokens. prepare(tokens, plan, segments): what its score needs of
+    layer 0, as arrays [B,L,...] for Tokens.extra.
+    Before the decoder: count(frames, tokens per frame, share): tokens that it keeps, where that is not the nearest to the share;
+    floor(frames, tokens per frame): the least share that it can keep, and keeps, in words, what. needs: "attention" for the
+    tower's attention as a fourth argument [B,F,m]. encodes(frames, share): frames that the tower has to see (None: all).
+    scoring(visual tokens, kept, frames, width): operations of its score (None: by `reads`).
     """
 
     name: str
@@ -80,6 +101,17 @@ class Method:
     where: str = ""
     token_local: bool = False
     looks: Looks | None = None
+    at_depth: Callable[[float], Sites] | None = None
+    score: ScoreOptions | None = None
+    all_heads: bool = False
+    merges: bool = False
+    prepare: Callable[[Tokens, PlanView, int], dict[str, jax.Array]] | None = None
+    count: Callable[[int, int, float], int] | None = None
+    floor: Callable[[int, int], float] | None = None
+    keeps: str = ""
+    needs: tuple[str, ...] = ()
+    encodes: Callable[[int, float], int] | None = None
+    scoring: Callable[[int, int, int, int], int] | None = None
 
     def __post_init__(self) -> None:
         if self.phase == "decoder" and (self.sites is None or self.curve is None):
@@ -119,6 +151,7 @@ def _register(name: str, phase: str, **fields: Any) -> Callable[[Callable[..., A
 def register_method(
     name: str,
     *,
+    phase: str = "decoder",
     reads: str = QUERIES,
     after: Sequence[str] = MIXERS,
     token_local: bool = False,
@@ -139,8 +172,12 @@ def register_method(
     `LookaheadAux`: `own` as above, and in `ahead` an `AttentionAux` of each of the next `plan.score.ahead` attention layers, its
     queries and keys of the tokens as they are. After the last attention layer nothing is ahead, and the aux is as above.
 
+    With phase="input" it drops before layer 0 and takes (visual [B,F,m,D], frame_count [B], plan), frames from frame_count on
+    being padding; it returns scores [B,F*m]. Either may return a `Selection` instead, which also says what is merged into what.
+
     Args:
         name: of the method; letters, digits, "-" and "_".
+        phase: "decoder", or "input" for before layer 0.
         reads: what the score looks at: "index" (positions alone), "features" (tokens, not the question), "queries" (the
             question), "last query" or "next attention" (the question, by projections of layers to come). Plans predict the
             cost of scoring by it, and conversations reuse caches by it.
@@ -155,19 +192,23 @@ def register_method(
         raise ValueError(f"register_method: a name is letters, digits, '-' and '_', got {name!r}")
     if reads not in READS:
         raise ValueError(f"register_method: reads must be one of {list(READS)}, got {reads!r}")
+    if phase not in PHASES:
+        raise ValueError(f"register_method: phase must be one of {list(PHASES)}, got {phase!r}")
     kinds = tuple(after)
     if not kinds or not set(kinds) <= set(MIXERS):
         raise ValueError(f"register_method: after must name kinds of layers of {list(MIXERS)}, got {after!r}")
-    add = _register(
-        name,
-        "decoder",
-        reads=reads,
-        sites=_after(kinds),
-        curve=_scheduled,
-        where=" or ".join(kinds),
-        token_local=token_local,
-        looks=looks,
-    )
+    add = _register(name, "input", reads=reads)
+    if phase == "decoder":
+        add = _register(
+            name,
+            "decoder",
+            reads=reads,
+            sites=_after(kinds),
+            curve=_scheduled,
+            where=" or ".join(kinds),
+            token_local=token_local,
+            looks=looks,
+        )
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         there = METHODS[name].function if name in METHODS else None
@@ -194,7 +235,13 @@ def load_entry_points() -> None:
 
 
 def get_method(name: str) -> Method:
-    """The method called `name`; ValueError with the names there are, and the nearest one, if there is none."""
+    """The method called `name`; ValueError with the names there are, and the nearest one, if there is none.
+
+    "oneshot@0.64" is the method `oneshot` at that share of the depth.
+    """
+    base, at, depth = name.partition("@")
+    if at:
+        return _at_depth(get_method(base), name, depth)
     if name not in METHODS:
         load_entry_points()
     if name not in METHODS:
@@ -202,6 +249,22 @@ def get_method(name: str) -> Method:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown reduction method {name!r}; {hint}the methods are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+@functools.cache
+def _at_depth(method: Method, name: str, depth: str) -> Method:
+    """A method moved to a share of the depth, as written after "@"."""
+    if method.at_depth is None:
+        able = ", ".join(m.name for m in METHODS.values() if m.at_depth is not None)
+        raise ValueError(f"method {name!r}: {method.name} has no depth to choose; those with one are {able}")
+    try:
+        fraction = float(depth)
+    except ValueError:
+        fraction = -1.0
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"method {name!r}: after @ goes a share of the depth, from 0 to 1, got {depth!r}")
+    where = f"the * nearest to {fraction:g} of the depth"
+    return dataclasses.replace(method, name=name, sites=method.at_depth(fraction), where=where)
 
 
 def describe_methods() -> str:
@@ -247,14 +310,20 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
                 raise ValueError(f"method {text!r}: the rate of {name!r} is a share to keep, in (0, 1], got {number}")
         parts.append((name, rate))
     if len(parts) > 1:
-        inside = [METHODS[name].phase == "decoder" for name, _ in parts]
-        if len(parts) > 2 or inside != [False, True] or METHODS[parts[0][0]].phase == "none":
+        inside = [get_method(name).phase == "decoder" for name, _ in parts]
+        if len(parts) > 2 or inside != [False, True] or get_method(parts[0][0]).phase == "none":
             raise ValueError(
                 f"method {text!r}: a composition is one method before the decoder "
                 f"({', '.join(m.name for m in METHODS.values() if m.phase in ('input', 'merge'))}) + one inside it "
                 f"({', '.join(m.name for m in METHODS.values() if m.phase == 'decoder')})"
             )
     return tuple(parts)
+
+
+def needs_attention(reduction: Reduction | None) -> bool:
+    """Whether a reduction ranks by the attention of the vision tower, so that frames are encoded with it."""
+    names = () if reduction is None else parse_method(reduction.method)
+    return any("attention" in get_method(name).needs for name, _ in names)
 
 
 class AttentionMethods(Collection[str]):
@@ -268,8 +337,8 @@ class AttentionMethods(Collection[str]):
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        method = METHODS.get(str(name))
-        if method is None or method.reads == NEXT_ATTENTION:
+        method = METHODS.get(str(name).partition("@")[0])
+        if method is None or method.reads == NEXT_ATTENTION or method.merges or method.prepare or method.all_heads:
             return False
         return method.phase != "decoder" or ATTENTION in method.where
 
@@ -308,7 +377,7 @@ class PlanScore:
         """The attention layers to come that the aux after `layer` has to tell of."""
         return self.method.ahead(self.plan.pattern, layer, self.plan.score)
 
-    def __call__(self, layer: int, aux: Aux, tokens: Tokens) -> jax.Array:
+    def __call__(self, layer: int, aux: Aux, tokens: Tokens) -> jax.Array | Selection:
         return self.method.function(layer, aux, tokens, self.plan, self.segments)
 
 
@@ -321,12 +390,25 @@ def score_fn(plan: PlanView, *, segments: int = 1) -> PlanScore:
     return PlanScore(plan, segments)
 
 
-def input_score(plan: PlanView) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """For a plan with `drops_input`: the function (visual [B,F,m,D], frame_count [B]) -> score [B,F*m] fp32."""
+def input_selection(plan: PlanView) -> Callable[..., Selection]:
+    """What a plan with `drops_input` keeps: the function (visual [B,F,m,D], frame_count [B], attention) -> Selection of F*m tokens.
+
+    attention [B,F,m] fp32: the tower's, for methods that need it (`Method.needs`).
+    """
     method = get_method(plan.input_method)
     if method.phase != "input":
         raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
-    return lambda visual, frame_count: method.function(visual, frame_count, plan)
+
+    def select(visual: jax.Array, frame_count: jax.Array, attention: jax.Array | None = None) -> Selection:
+        if "attention" not in method.needs:
+            chosen = method.function(visual, frame_count, plan)
+        elif attention is None:
+            raise ValueError(f"{method.name} ranks by the tower's attention; encode the frames with attention=True")
+        else:
+            chosen = method.function(visual, frame_count, plan, attention)
+        return chosen if isinstance(chosen, Selection) else Selection(chosen)
+
+    return select
 
 
 def merge_fn(plan: PlanView) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:

@@ -22,9 +22,8 @@ from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptio
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
-from hybridvlm.reduction.evs import evs_keep_count
 from hybridvlm.reduction.schedules import SHARE_ONE
-from hybridvlm.reduction.solver import BudgetSolver, drop_flops, entering_tokens, pooled_tokens
+from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens
 
 MAX_VISUAL_TOKENS = 2**31 - 1  # of an int32, which counts tokens on the device
 Counts = TypeVar("Counts", int, np.ndarray, jax.Array)  # arrays of int32
@@ -46,9 +45,9 @@ class ReductionPlan:
 
     method: as written; `input_method` runs before layer 0 and `decoder_method` inside ("none" where there is none).
     budget: the product budget, of `kind`. input_rule: how many tokens enter layer 0: "share" (`input_share` 1/4096ths
-    of them) or "evs" (its own rule, keeping `input_rate`). relative[l]: share, in 1/4096ths, of the tokens entering
-    layer 0 that enter layer l. pool_factors: (frames, rows, columns) merged into one before the decoder, on a `grid` of
-    rows and columns. sites: where the method may drop. cost, dense_cost: see hybridvlm/reduction/cost.py.
+    of them) or the name of the method whose own rule it is (`Method.count`, keeping `input_rate`). relative[l]: share,
+    in 1/4096ths, of the tokens entering layer 0 that enter layer l. pool_factors: (frames, rows, columns) merged into one before
+    the decoder, on a `grid` of rows and columns. sites: where the method may drop. cost, dense_cost: see hybridvlm/reduction/cost.py.
     """
 
     method: str
@@ -119,7 +118,7 @@ class ReductionPlan:
 
     @property
     def drops_input(self) -> bool:
-        """Whether tokens are dropped before layer 0, by `methods.input_score`, down to keep(0, count)."""
+        """Whether tokens are dropped before layer 0, by `methods.input_selection`, down to keep(0, count)."""
         return self.input_share < SHARE_ONE
 
     @functools.cached_property
@@ -150,18 +149,23 @@ class ReductionPlan:
         `count` is what the decoder is handed: after merging (avgpool), before any drop. The bucket plays no part.
         """
         entering = count
-        if self.input_rule == "evs":
-            entering = self._evs_count(count)
+        if self.input_rule != "share":
+            entering = self._own_count(count)
         elif self.input_share < SHARE_ONE:
             entering = _rounded_share(count, self.input_share)
+        return self.keep_of_entering(layer, entering)
+
+    def keep_of_entering(self, layer: int, entering: Counts) -> Counts:
+        """Visual tokens that enter `layer` of an example of which `entering` entered layer 0."""
         if self.relative[layer] == SHARE_ONE:
             return entering
         return _rounded_share(entering, self.relative[layer])
 
-    def _evs_count(self, count: Counts) -> Counts:
-        m = self.visual_tokens // self.frames
-        # from a table, since the rule truncates float64 products that a device has no way to repeat
-        table = [evs_keep_count(t, m, 1.0 - self.input_rate) for t in range(self.frames + 1)]
+    def _own_count(self, count: Counts) -> Counts:
+        m, rule = self.visual_tokens // self.frames, methods.get_method(self.input_rule).count
+        assert rule is not None  # a plan names a rule only where there is one
+        # from a table, since a rule may truncate float64 products that a device has no way to repeat
+        table = [rule(t, m, self.input_rate) for t in range(self.frames + 1)]
         if isinstance(count, int):
             return table[count // m]
         if isinstance(count, (np.ndarray, np.generic)):
@@ -171,14 +175,29 @@ class ReductionPlan:
         return jnp.take(jnp.asarray(table, jnp.int32), count // m, mode="clip")
 
     @property
+    def retention_input(self) -> float:
+        """Share of the video's tokens that enters layer 0, merging included."""
+        return self._handed * self.input_share / SHARE_ONE
+
+    @property
+    def total_flop_ratio(self) -> float:
+        """Predicted operations of decoder, scoring and vision tower relative to those of a dense pass from pixels."""
+        return self.cost.total / self.dense_cost.total
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it ranks by the tower's attention, which `encode` hands out on request."""
+        return "attention" in methods.get_method(self.input_method).needs
+
+    @property
     def retention_mean(self) -> float:
         """Average over layers of the share of the video's tokens that enters them, merging included."""
-        return self._handed * self.input_share / SHARE_ONE * schedules.mean_share(self.relative)
+        return self.retention_input * schedules.mean_share(self.relative)
 
     @property
     def retention_final(self) -> float:
         """Share of the video's tokens that enters the last layer, merging included."""
-        return self._handed * self.input_share / SHARE_ONE * schedules.final_share(self.relative)
+        return self.retention_input * schedules.final_share(self.relative)
 
     @property
     def _handed(self) -> float:
@@ -278,27 +297,23 @@ def make_plan(
         raise ValueError(f"make_plan: visual_tokens must lie in [0, {MAX_VISUAL_TOKENS}], got {visual_tokens}")
     outer, rate, inner, budget = _split(reduction)
     decoder = methods.get_method(inner)
-    fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size)
+    fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size, outer, decoder)
     pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
     if outer == "avgpool":
         pool, grid = fit.pool(rate)
-    elif outer == "evs":
-        fit.tokens_per_frame("evs")
-        rule, (share, kept) = "evs", fit.evs(rate)
+    elif methods.get_method(outer).count is not None:
+        rule, (share, kept) = outer, fit.own_count(methods.get_method(outer), rate)
     elif outer != "none":
         share = fit.input_share(rate)
     decoder_input = visual_tokens if pool == (1, 1, 1) else pooled_tokens(frames, grid, pool)
     entering = entering_tokens(rule, share, kept, decoder_input, frames)
-    relative, sites = fit.relative(decoder, budget, entering, rate)
+    relative, sites = fit.relative(decoder, budget, entering, rate, share / SHARE_ONE)
     lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
     dense = [visual_tokens] * len(config.pattern)
-    drops = schedules.drop_sites(relative)
-    scoring = sum(drop_flops(decoder, config, i, lengths[i] + text_tokens, text_tokens, reduction.score) for i in drops)
-    if outer != "none" and methods.get_method(outer).reads == methods.FEATURES:
-        scoring += 6 * visual_tokens * config.width  # products with the previous frame and norms, or one sum
-    vision = flops.vision_flops(config.vision, frames, config.width) if config.vision else 0
+    scoring = fit.scoring(relative, entering)
+    vision, dense_vision = fit.vision(share / SHARE_ONE), fit.vision(None)
 
-    def cost(visual: Sequence[int], score: int) -> Cost:
+    def cost(visual: Sequence[int], score: int, vision: int) -> Cost:
         rows = [v + text_tokens for v in visual]
         layers = tuple(flops.layer_flops(config, i, n, chunk_size) for i, n in enumerate(rows))
         return Cost(
@@ -330,8 +345,8 @@ def make_plan(
         schedule=reduction.schedule,
         score=reduction.score,
         seed=reduction.seed,
-        cost=cost(lengths, scoring),
-        dense_cost=cost(dense, 0),
+        cost=cost(lengths, scoring, vision),
+        dense_cost=cost(dense, 0, dense_vision),
     )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from hybridvlm.config import ModelConfig, Reduction, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
-from hybridvlm.reduction.evs import evs_keep_count
 from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
 
 _POOL_TOLERANCE = 0.1  # how far, relative to it, the share that blocks can keep may lie from the budget
@@ -20,8 +19,10 @@ def pooled_tokens(frames: int, grid: tuple[int, int], factors: tuple[int, int, i
 
 
 def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, frames: int) -> int:
-    if rule == "evs":
-        return evs_keep_count(frames, decoder_input // frames, 1.0 - rate)
+    if rule != "share":
+        count = methods.get_method(rule).count
+        assert count is not None  # a plan names a rule only where there is one
+        return count(frames, decoder_input // frames, rate)
     return (decoder_input * share + SHARE_ONE // 2) // SHARE_ONE
 
 
@@ -37,6 +38,8 @@ def drop_flops(
                 "has not; use str"
             )
         return len(coming) * flops.lookahead_flops(config, length, text_tokens)
+    if method.scoring is not None:
+        return method.scoring(length - text_tokens, 0, 0, config.width)
     if method.reads == methods.FEATURES:
         return 3 * length * config.width
     if method.reads == methods.INDEX_ONLY:
@@ -45,20 +48,73 @@ def drop_flops(
 
 
 class BudgetSolver:
-    """The steps of make_plan, over one bucket."""
+    """The steps of make_plan, over one bucket; outer: the method before the decoder ("none"), inner: the one inside it."""
 
     def __init__(
-        self, reduction: Reduction, config: flops.Counted, visual: int, text: int, frames: int, chunk: int | None
+        self,
+        reduction: Reduction,
+        config: flops.Counted,
+        visual: int,
+        text: int,
+        frames: int,
+        chunk: int | None,
+        outer: str,
+        inner: methods.Method,
     ) -> None:
         self.reduction, self.config = reduction, config
         self.visual, self.text, self.frames = visual, text, frames
+        self.outer, self.inner = methods.get_method(outer), inner
         self.layers = len(config.pattern)
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
+        if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
+            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and not m.needs)
+            raise BudgetError(
+                f"{outer} ranks by the attention of the vision tower, and this model's is a convolutional stem without any; "
+                f"of the methods before the decoder it takes {able}",
+                1.0,
+                1.0,
+            )
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether the budget is one of operations."""
+        return self.reduction.kind in ("flops", "total-flops")
 
     def decoder(self, visual: Sequence[int]) -> int:
         rows = (self._flops(layer, n + self.text) for layer, n in enumerate(visual))
         return sum(rows) + flops.head_flops(self.config)
+
+    def scoring(self, relative: Sequence[int], entering: int) -> int:
+        """Operations of all scores, before the decoder and inside it, where `entering` visual tokens enter layer 0."""
+        lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
+        total = sum(
+            drop_flops(self.inner, self.config, i, lengths[i] + self.text, self.text, self.reduction.score)
+            for i in schedules.drop_sites(relative)
+        )
+        if self.outer.scoring is not None:
+            return total + self.outer.scoring(self.visual, entering, self.frames, self.config.width)
+        # products with the previous frame and norms, or one sum
+        return total + (6 * self.visual * self.config.width if self.outer.reads == methods.FEATURES else 0)
+
+    def vision(self, share: float | None) -> int:
+        """Operations of the tower under the method before the decoder, which keeps `share`; None: of a dense pass."""
+        tower = self.config.vision
+        if tower is None:
+            return 0
+        frames = self.frames
+        if share is not None and self.outer.encodes is not None:
+            frames = self.outer.encodes(frames, share)
+        extra = flops.tower_attention_flops(tower, frames) if share is not None and self.outer.needs else 0
+        return flops.vision_flops(tower, frames, self.config.width) + extra
+
+    def work(self, relative: Sequence[int], entering: int, share: float) -> float:
+        """Predicted operations relative to dense, of what the budget's kind counts."""
+        here = self.decoder([(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative])
+        if self.reduction.kind == "flops":
+            return here / self._dense
+        here += self.scoring(relative, entering) + self.vision(share)
+        return here / (self._dense + self.vision(None))
 
     def tokens_per_frame(self, name: str) -> int:
         if self.frames < 1 or self.visual % self.frames:
@@ -67,20 +123,21 @@ class BudgetSolver:
             )
         return self.visual // self.frames
 
-    def evs(self, asked: float) -> tuple[int, float]:
-        """(nominal share in 1/4096ths of the full bucket, rate of the tokens kept) that meet the budget."""
-        m, rate = self.tokens_per_frame("evs"), asked
-        if self.reduction.kind == "flops":
+    def own_count(self, method: methods.Method, asked: float) -> tuple[int, float]:
+        """(nominal share in 1/4096ths of the full bucket, rate) of a method with a count rule of its own."""
+        assert method.count is not None
+        m, rate = self.tokens_per_frame(method.name), asked
+        if self.counts_flops and "+" not in self.reduction.method:
             rate = self.input_share(asked) / SHARE_ONE
-        if rate * self.frames < 1.0 - 1e-9:
-            least = 1 / self.frames
+        least = 0.0 if method.floor is None else method.floor(self.frames, m)
+        if rate < least - 1e-9:
             raise BudgetError(
-                f"evs keeps the first frame whole: of {self.frames} frames it can keep {_up(least)} or more, "
+                f"{method.name} keeps {method.keeps}: of {self.frames} frames it can keep {_up(least)} or more, "
                 f"got {rate:g} of the tokens for a {self.reduction.kind} budget of {asked:g}",
                 least,
                 1.0,
             )
-        kept = evs_keep_count(self.frames, m, 1.0 - rate)
+        kept = method.count(self.frames, m, rate)
         return (kept * SHARE_ONE + self.visual // 2) // self.visual, rate
 
     def input_share(self, rate: float) -> int:
@@ -88,15 +145,16 @@ class BudgetSolver:
 
         In a composition its rate is one of tokens; the decoder's part then makes up what the operations ask for.
         """
-        if self.reduction.kind != "flops" or "+" in self.reduction.method:
+        if not self.counts_flops or "+" in self.reduction.method:
             return max(1, round(rate * SHARE_ONE))
+        everything = (SHARE_ONE,) * self.layers
 
         def ratio(share: int) -> float:
-            return self.decoder([(self.visual * share + SHARE_ONE // 2) // SHARE_ONE] * self.layers) / self._dense
+            return self.work(everything, (self.visual * share + SHARE_ONE // 2) // SHARE_ONE, share / SHARE_ONE)
 
         if rate < ratio(1):
             least = _up(ratio(1))
-            message = f"{self.reduction.method} can meet flops budgets from {least} to 1, got {rate:g}"
+            message = f"{self.reduction.method} can meet {self.reduction.kind} budgets from {least} to 1, got {rate:g}"
             raise BudgetError(message, ratio(1), 1.0)
         return min(range(1, SHARE_ONE + 1), key=lambda share: abs(ratio(share) - rate))
 
@@ -116,8 +174,8 @@ class BudgetSolver:
         ]
 
         def share(f: tuple[int, int, int]) -> float:
-            if self.reduction.kind == "flops" and "+" not in self.reduction.method:
-                return self.decoder([pooled_tokens(self.frames, grid, f)] * self.layers) / self._dense
+            if self.counts_flops and "+" not in self.reduction.method:
+                return self.work((SHARE_ONE,) * self.layers, pooled_tokens(self.frames, grid, f), 1.0)
             return 1.0 / (f[0] * f[1] * f[2])
 
         best = min(options, key=lambda f: (round(abs(share(f) - rate), 9), max(f), f))
@@ -133,12 +191,12 @@ class BudgetSolver:
         return best, grid
 
     def relative(
-        self, method: methods.Method, budget: float, entering: int, rate: float
+        self, method: methods.Method, budget: float, entering: int, rate: float, share: float
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(shares of the tokens entering layer 0, the sites of their drops) for a method inside the decoder.
 
-        rate: what was asked of the part before the decoder. Shares are of what that part left; operations are of dense,
-        so that a composition is solved to the product of both.
+        rate: what was asked of the part before the decoder, share: what it keeps. Shares are of what that part left;
+        operations are of dense, so that a composition is solved to the product of both.
         """
         everything = (SHARE_ONE,) * self.layers
         schedule = self.reduction.schedule
@@ -151,8 +209,8 @@ class BudgetSolver:
             return tuple(schedules.staircase(curve, 0.5, sites, self.layers)), sites  # p = 1/2: the list as written
         if budget == 1.0:
             return everything, sites
-        measure = self._measure(entering)
-        if self.reduction.kind == "flops":
+        measure = self._measure(entering, share)
+        if self.counts_flops:
             budget *= rate
         try:
             shares = schedules.solve(curve, sites, self.layers, budget, measure)
@@ -182,11 +240,10 @@ class BudgetSolver:
                     raise
         raise AssertionError("unreachable")
 
-    def _measure(self, entering: int) -> Callable[[Sequence[int]], float]:
-        kind = self.reduction.kind
-        if kind != "flops":
-            return schedules.mean_share if kind == "mean" else schedules.final_share
-        return lambda shares: self.decoder([(entering * s + SHARE_ONE // 2) // SHARE_ONE for s in shares]) / self._dense
+    def _measure(self, entering: int, share: float) -> Callable[[Sequence[int]], float]:
+        if not self.counts_flops:
+            return schedules.mean_share if self.reduction.kind == "mean" else schedules.final_share
+        return lambda shares: self.work(shares, entering, share)
 
     def _unmet(self, method: methods.Method, budget: float, sites: Sequence[int], error: schedules.BudgetError) -> str:
         kind = self.reduction.kind

@@ -26,7 +26,7 @@ from flax import linen as nn
 from hybridvlm.config import VisionConfig
 from hybridvlm.ops.norms import layer_norm
 from hybridvlm.ops.rope import axial_angles, rotate_pairs
-from hybridvlm.vision.radio import RadioBlocks, normalise, vit_block
+from hybridvlm.vision.radio import RadioBlocks, last_block, normalise, received_attention, vit_block
 
 Params = dict[str, Any]
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
@@ -151,6 +151,14 @@ def qwen_tower(
             f"rows: expected [T,n,R] with n = {grid[0]} * {grid[1]} patches, both multiples of {c.downsample}, and "
             f"R = {patch_values(c)} values, got {rows.shape}"
         )
+    return _run_tower(p, c, rows, grid, dtype, attention=False)[:2]
+
+
+def _run_tower(
+    p: Params, config: VisionConfig, rows: jax.Array, grid: tuple[int, int], dtype: Any, attention: bool
+) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
+    """As `qwen_tower`, and with `attention` what the last block gives each patch [T,n] fp32, in merge order."""
+    c = config
     x = rows.astype(dtype) @ p["patch_embed"].astype(dtype)
     if c.patch_bias:
         x = x + p["patch_bias"].astype(dtype)
@@ -162,14 +170,21 @@ def qwen_tower(
         return vit_block(layer, c, x, rope_fn=lambda heads: rotate_pairs(heads, jnp.asarray(angle))), None
 
     planes: list[jax.Array] = []
+    received: jax.Array | None = None
     at = 0
     for stop in [*(layer + 1 for layer in c.deepstack), c.layers]:
         run = jax.tree.map(lambda a, at=at, stop=stop: a[at:stop], p["blocks"])
-        x, _ = jax.lax.scan(block, x, run)
+        if attention and stop == c.layers and at < stop:
+            run, last = last_block(run)
+            x, _ = jax.lax.scan(block, x, run)
+            received = received_attention(last, c, x, lambda heads: rotate_pairs(heads, jnp.asarray(angle)))
+            x, _ = block(x, last)
+        else:
+            x, _ = jax.lax.scan(block, x, run)
         if len(planes) < len(c.deepstack):
             planes.append(x)
         at = stop
-    return x, planes
+    return x, planes, received
 
 
 def qwen_merge(p: Params, config: VisionConfig, features: jax.Array, planes: list[jax.Array]) -> jax.Array:
@@ -192,9 +207,15 @@ def qwen_merge(p: Params, config: VisionConfig, features: jax.Array, planes: lis
 
 
 def qwen_tokens(
-    vision: Params, projector: Params, config: VisionConfig, pixels: jax.Array, dtype: Any = jnp.float32
-) -> jax.Array:
-    """Tubelets [T,t,h,w,3] in [0,1] -> visual tokens, and planes, as `qwen_merge` gives them. ValueError for another shape."""
+    vision: Params,
+    projector: Params,
+    config: VisionConfig,
+    pixels: jax.Array,
+    dtype: Any = jnp.float32,
+    attention: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Tubelets [T,t,h,w,3] in [0,1] -> visual tokens, and planes, as `qwen_merge` gives them, and with `attention` what the last
+    block gives the patches of each token [T,m] fp32, on average. ValueError for another shape."""
     step = config.patch_size * config.downsample
     if pixels.ndim != 5 or pixels.shape[1] != config.temporal_patch or any(side % step for side in pixels.shape[2:4]):
         raise ValueError(
@@ -203,4 +224,7 @@ def qwen_tokens(
         )
     grid = pixels.shape[2] // config.patch_size, pixels.shape[3] // config.patch_size
     rows = patch_rows(config, normalise(config, pixels))
-    return qwen_merge(projector, config, *qwen_tower(vision, config, rows, grid, dtype))
+    features, planes, received = _run_tower(vision, config, rows, grid, dtype, attention)
+    if received is not None:
+        received = received.reshape(received.shape[0], -1, config.downsample**2).mean(-1)
+    return qwen_merge(projector, config, features, planes), received

@@ -130,6 +130,34 @@ def vit_block(
     return x + linear(h, "fc2", "fc2_bias")
 
 
+def received_attention(
+    p: Params, config: VisionConfig, x: jax.Array, rope_fn: Callable[[jax.Array], jax.Array] = lambda heads: heads
+) -> jax.Array:
+    """How much a block attends to each of its inputs: x [F,S,D] -> [F,S] fp32, each row's weights averaged over heads and rows.
+
+    The softmax of the block's own queries and keys is made once more, a frame at a time, and no values with it. `p`, rope_fn: as
+    of `vit_block`.
+    """
+    f, length, width = x.shape
+    h = layer_norm(x, p["norm1"], p["norm1_bias"], config.norm_eps)
+
+    def heads(name: str) -> jax.Array:
+        h_out = h @ p[f"{name}_proj"].astype(h.dtype) + p[f"{name}_bias"].astype(h.dtype)
+        return rope_fn(h_out.reshape(f, length, config.heads, width // config.heads))
+
+    def one(frame: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, k = frame
+        logits = jnp.einsum("qhp,khp->hqk", q, k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(logits / (q.shape[-1] ** 0.5), axis=-1).mean((0, 1))
+
+    return jax.lax.map(one, (heads("q"), heads("k")))
+
+
+def last_block(blocks: Params) -> tuple[Params, Params]:
+    """Stacked blocks as all but the last, and the last."""
+    return jax.tree.map(lambda a: a[:-1], blocks), jax.tree.map(lambda a: a[-1], blocks)
+
+
 def radio_tower(
     p: Params, config: VisionConfig, pixels: jax.Array, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
@@ -139,6 +167,31 @@ def radio_tower(
     h and w are any multiples of patch_size. There is no final norm; the first of the prefix tokens are the summaries.
     ValueError if the shape does not fit the config.
     """
+    x, _ = jax.lax.scan(
+        lambda h, layer: (vit_block(layer, config, h), None), _embedded(p, config, pixels, dtype), p["blocks"]
+    )
+    return _patches(config, x, pixels), x[:, : config.prefix_tokens]
+
+
+def radio_tower_attention(
+    p: Params, config: VisionConfig, pixels: jax.Array, dtype: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """As `radio_tower`: patch features, and the attention [F,rows,cols] fp32 that the last block gives each patch."""
+    before, last = last_block(p["blocks"])
+    x = _embedded(p, config, pixels, dtype)
+    x, _ = jax.lax.scan(lambda h, layer: (vit_block(layer, config, h), None), x, before)
+    attention = received_attention(last, config, x)
+    return _patches(config, vit_block(last, config, x), pixels), _patches(config, attention[..., None], pixels)[..., 0]
+
+
+def _patches(config: VisionConfig, x: jax.Array, pixels: jax.Array) -> jax.Array:
+    """Rows of the tower [F,S,C] without the prefix, as a grid [F,rows,cols,C]."""
+    rows, cols = (side // config.patch_size for side in pixels.shape[-3:-1])
+    return x[:, config.prefix_tokens :].reshape(x.shape[0], rows, cols, x.shape[-1])
+
+
+def _embedded(p: Params, config: VisionConfig, pixels: jax.Array, dtype: Any) -> jax.Array:
+    """Prefix and patches as the first block sees them: [F,S,D]. ValueError for a shape that does not fit."""
     size, t = config.patch_size, config.temporal_patch
     tubelets = pixels.ndim == 5
     fits = pixels.ndim in (4, 5) and pixels.shape[-1] == 3 and not any(side % size for side in pixels.shape[-3:-1])
@@ -150,6 +203,4 @@ def radio_tower(
     f, rows, cols, _ = patches.shape
     x = patches @ embed + position_table(p["position"], rows, cols).astype(dtype)
     prefix = jnp.broadcast_to(p["prefix"].astype(dtype), (f, config.prefix_tokens, config.width))
-    x = jnp.concatenate([prefix, x.reshape(f, rows * cols, config.width)], axis=1)
-    x, _ = jax.lax.scan(lambda h, layer: (vit_block(layer, config, h), None), x, p["blocks"])
-    return x[:, config.prefix_tokens :].reshape(f, rows, cols, config.width), x[:, : config.prefix_tokens]
+    return jnp.concatenate([prefix, x.reshape(f, rows * cols, config.width)], axis=1)

@@ -464,7 +464,8 @@ BAD = [
     (["--frames", "9"], "--frames 9 is over the most"),
     (["--buckets", "text=2"], "text = 3 is over the largest bucket; the text buckets are (2,)"),
     (["--limit", "-1"], "--limit must be at least 0"),
-    (["--match-flops", "none"], "--match-flops takes a method that drops"),
+    (["--match-flops", "none"], "--match takes a method that drops"),
+    (["--match", "final"], "--match takes mean, flops, total-flops"),
     *(
         (["--prompt", text], "--prompt may name {question} and {options} only")
         for text in (
@@ -792,3 +793,33 @@ def test_an_empty_question_is_refused(world, question, capsys):
         micro_model().ask(np.zeros((4, 16, 16, 3), np.uint8), question)
     assert ask.main(["nowhere.mp4", question, "--model", str(world / "micro")]) == 2
     assert "the question is empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_row_says_its_four_budgets_and_that_it_took_part(world, tmp_path):
+    """Shares, FLOPs by part and time from pixels; `--match` makes one of them equal to that of a method."""
+    methods = "str,frames,vidcom2,evs:0.5+str:0.5"
+    more = ["--methods", methods, "--budgets", "0.5", "--match", "total-flops", "--limit", "6"]
+    run_eval(world, tmp_path / "out", *more, check=0)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    dense, by_str, frames, vidcom2 = results["rows"][:4]
+    assert results["metadata"]["match"] == "total-flops:str"
+    for row in results["rows"]:
+        assert row["decoder_flops"] > 0 and row["vision_flops"] > 0 and row["ttft_ms"] > row["prefill_ms"]
+    assert (dense["retention_input"], dense["changed"], dense["total_flop_speedup"]) == (1, 0, 1)
+    assert frames["vision_flops"] < dense["vision_flops"] == vidcom2["vision_flops"]
+    assert (dense["scoring_flops"], by_str["scoring_flops"] > 0, by_str["retention_input"]) == (0, True, 1)
+    assert vidcom2["total_flop_speedup"] == pytest.approx(by_str["total_flop_speedup"], rel=0.02)
+    assert [row["evs"] for row in results["rows"]] == [None] * 4 + [0.5]
+    changed = [extra["predictions_changed"] / 6 for extra in results["details"]]
+    assert [row["changed"] for row in results["rows"]] == changed
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "EVS is off, in dense too, but in rows that name it: evs:0.5+str:0.5" in report
+
+
+def test_match_takes_a_kind_and_a_method():
+    from hybridvlm.eval.variants import Match
+
+    assert Match.read("mean") == ("mean", "str") and str(Match.read("flops:fastv")) == "flops:fastv"
+    with pytest.raises(ValueError, match="--match takes mean, flops, total-flops"):
+        Match.read("final")

@@ -124,6 +124,33 @@ def test_the_command_runs(world, tmp_path, monkeypatch, capsys, name):
     assert (out / "samples.jsonl").read_bytes() == before and len(seen) == 1
 
 
+RIVALS = {
+    "features": "vidcom2,frames,divprune,divprune-frame,dycoke,tome,prunevid,vidcom2:0.8+str:0.8",
+    "attention": "visionzip,fastvid,holitom,flashvid,flashvid:0.8+oneshot-last@0.7:0.9",
+    "inside": "oneshot,oneshot-max,oneshot-last,dart,sparsevlm,holitom-inner,framefusion,utrc",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", RIVALS)
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "nemotron_nano_vl", "nemotron_omni"])
+def test_every_family_takes_the_methods_that_people_compare_with(world, tmp_path, name, group):
+    """Each at three quarters of the tokens, some composed; what was kept is what the plan says, or the plan says why not."""
+    methods = RIVALS[group].split(",")
+    more = ["--budgets", "0.75", "--limit", "2", "--batch-size", "2", "--methods", RIVALS[group]]
+    assert run(world, name, tmp_path / "out", *more) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    left_out = [note for note in results["metadata"]["notes"] if "was left out" in note]
+    missing = [method for method in methods if method not in rows]
+    assert len(missing) == len(left_out) and (group == "inside" or not missing)
+    assert all("can meet mean budgets from" in note or "have no such site" in note for note in left_out), left_out
+    for name, row in rows.items():
+        # of two or three frames the nearest whole number
+        near = 0.26 if name in ("frames", "dycoke") else 0.08
+        assert row["n"] == 2 and row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=near)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [("nemotron_omni", "evs"), ("qwen3_vl", "avgpool")])
 def test_methods_before_the_decoder(world, tmp_path, name, method):

@@ -146,6 +146,9 @@ CASES = {
     "hybrid dense fsdp=2 tensor=4": ("hybrid", {"fsdp": 2, "tensor": 4}, None, 3, False),
     "hybrid fsdp=4 sequence=2": ("hybrid", {"fsdp": 4, "sequence": 2}, REDUCED, 3, False),
     "hybrid evs": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("evs", 0.5), 3, False),
+    "hybrid tome": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("tome", 0.5), 3, False),
+    "hybrid sparsevlm": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("sparsevlm", 0.7), 3, False),
+    "qwen visionzip": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("visionzip", 0.5), 3, False),
     "hybrid lookahead": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, LOOKAHEAD, 3, False),
     "qwen lookahead": ("qwen", {"sequence": 4, "tensor": 2}, LOOKAHEAD, 2, False),
     "hybrid avgpool": ("hybrid", {"data": 2, "sequence": 4}, Reduction("avgpool", 0.25), 3, False),
@@ -220,7 +223,7 @@ def batch_of(model: Model, rows: int, reduction: Reduction | None):
 def run(model: Model, rows: int, reduction: Reduction | None, memory: bool = False):
     """What a model on one device and on a mesh must agree on: an answer, and what is drawn after a piece of text behind the prompt."""
     batch, plan, pixels = batch_of(model, rows, reduction)
-    visual = model.encode(pixels)
+    visual = model.encode(pixels, attention=plan is not None and plan.needs_attention)
     if memory:
         visual = model.build_video_memory(batch, visual, plan)
     generation = model.generate(batch, visual, plan, max_new=5)

@@ -18,7 +18,7 @@ from hybridvlm.reduction import (
     evs_mask,
     evs_score,
     get_method,
-    input_score,
+    input_selection,
     make_plan,
     mamba_score,
     merge_fn,
@@ -138,12 +138,12 @@ def test_input_scores_do_not_know_the_bucket():
     visual = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16, 4)), jnp.float32)
     count = jnp.array([8, 5])
     for name in ("random-input", "uniform-input", "evs"):
-        score = input_score(plan(name, 0.5))
-        long, short = score(visual, count), score(visual[1:, :5], count[1:])
+        select = input_selection(plan(name, 0.5))
+        long, short = select(visual, count).score, select(visual[1:, :5], count[1:]).score
         assert long.shape == (2, 128) and long.dtype == jnp.float32
         np.testing.assert_allclose(long[1:, :80], short, atol=1e-6)
     with pytest.raises(ValueError, match="drops nothing before layer 0"):
-        input_score(plan("str", 0.5))
+        input_selection(plan("str", 0.5))
     with pytest.raises(ValueError, match="merges nothing"):
         merge_fn(plan("evs", 0.5))
 

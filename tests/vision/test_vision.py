@@ -198,3 +198,53 @@ def test_sizes_of_the_bench_models():
     assert 8192 % config.vision.tokens_per_frame == 0
     _, peers = shapes_of("vs_transformers_56m")
     assert 55e6 < size(peers) < 57e6
+
+
+@pytest.mark.parametrize("kind", [pytest.param("radio", marks=pytest.mark.slow), "qwen"])
+def test_the_towers_attention_is_the_mean_of_its_last_softmax_by_token(kind):
+    """Against all of the last block's probabilities, written out; the features are what they are without it."""
+    from hybridvlm.ops.norms import layer_norm
+    from hybridvlm.ops.rope import axial_angles, rotate_pairs
+    from hybridvlm.vision import qwen_vit, radio
+    from hybridvlm.vision.model import encode_frames
+
+    config = VisionConfig(
+        kind=kind, image_size=(32, 64), patch_size=8, width=16, layers=2, heads=2, mlp_width=16, position_rows=8,
+        prefix_tokens=2, projector_width=8, temporal_patch=2 if kind == "qwen" else 1,
+    )  # fmt: skip
+    shape = (2, 2, 32, 64, 3) if kind == "qwen" else (2, 32, 64, 3)
+    pixels = jnp.asarray(np.random.default_rng(0).uniform(size=shape), jnp.float32)
+    frame = jnp.arange(2)
+    params = VisionModel(config, 6).init(jax.random.key(0), pixels, frame)["params"]
+    params = jax.tree.map(lambda a: a + 0.3 * jnp.asarray(np.random.default_rng(a.size).normal(size=a.shape)), params)
+    tokens = encode_frames(params, config, pixels, frame)
+    both = encode_frames(params, config, pixels, frame, chunk=1, attention=True)
+    assert both.shape == (2, 8, 9)
+    np.testing.assert_allclose(both[..., :6], tokens, atol=1e-5)
+
+    p = params["vision"]
+    first, last = ({name: a[i] for name, a in p["blocks"].items()} for i in (0, 1))
+    if kind == "qwen":
+        rows = qwen_vit.patch_rows(config, radio.normalise(config, pixels))
+        place = qwen_vit.position_rows(p["position"], 4, 8, 2)
+        angle = jnp.asarray(axial_angles(qwen_vit.merge_order(4, 8, 2), 8))
+        x, turn = rows @ p["patch_embed"] + place, lambda heads: rotate_pairs(heads, angle)
+    else:
+        x, turn = radio._embedded(p, config, pixels, jnp.float32), lambda heads: heads
+    h = layer_norm(radio.vit_block(first, config, x, turn), last["norm1"], last["norm1_bias"], config.norm_eps)
+    q, k = (turn((h @ last[f"{n}_proj"] + last[f"{n}_bias"]).reshape(2, -1, 2, 8)) for n in "qk")
+    weights = jax.nn.softmax(jnp.einsum("fqhp,fkhp->fhqk", q, k) / np.sqrt(8), axis=-1).mean((1, 2))
+    if kind == "qwen":
+        expected = weights.reshape(2, 8, 4).mean(-1)
+    else:
+        expected = weights[:, 2:].reshape(2, 2, 2, 4, 2).mean((2, 4)).reshape(2, 8)
+    np.testing.assert_allclose(both[..., 6:].sum(-1), expected, rtol=1e-4)
+    assert np.ptp(np.asarray(expected)) > 1e-3
+
+
+def test_a_stem_has_no_attention():
+    from hybridvlm.vision.model import encode_frames
+
+    config = VisionConfig(kind="stem", image_size=(16, 16), patch_size=8, width=4, downsample=1, max_frames=4)
+    with pytest.raises(ValueError, match="a convolutional stem has none"):
+        encode_frames({}, config, jnp.zeros((1, 16, 16, 3)), jnp.arange(1), attention=True)

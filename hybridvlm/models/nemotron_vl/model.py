@@ -254,12 +254,12 @@ def make_plan(
 # -- the computation ----------------------------------------------------------------------------------------------------
 
 
-def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array) -> jax.Array:
-    """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]."""
+def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array, attention: bool = False) -> jax.Array:
+    """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]; with `attention` also the tower's, see `encode_frames`."""
     b, f = pixels.shape[:2]
     scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
     frame = jnp.tile(frame_numbers(config, f), b)
-    visual = encode_frames(params, config.tower, scaled, frame, dtype=params["embed"].dtype)
+    visual = encode_frames(params, config.tower, scaled, frame, dtype=params["embed"].dtype, attention=attention)
     return gather_frames(config, visual.reshape(b, f, *visual.shape[1:]))
 
 

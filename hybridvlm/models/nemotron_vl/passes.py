@@ -12,7 +12,14 @@ from jax.sharding import Mesh
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions
-from hybridvlm.models.nemotron_vl.rows import assemble, rest_rows, shared_batch, visual_positions
+from hybridvlm.models.nemotron_vl.rows import (
+    assemble,
+    merged,
+    rest_rows,
+    shared_batch,
+    split_attention,
+    visual_positions,
+)
 from hybridvlm.models.prompt import Batch
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
@@ -97,21 +104,35 @@ def enter_decoder(
         )
     if plan is not None and plan.pool_factors != (1, 1, 1):
         visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
-    whole = visual
+    if plan is not None and plan.drops_input:
+        visual, attention = split_attention(config, _needed(plan, visual))
+        chosen = methods.input_selection(plan)(visual[..., : config.width], frame_count, attention)
+        visual = merged(visual, chosen)
     if visual is not None and plan is not None and plan.input_method != "none":
         visual = own_stretch(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
     tokens = assemble_fn(config, params["embed"], batch, visual)
     if question is not None:
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
+    if plan is not None:
+        tokens = _prepared(config, plan, tokens, segments)
     length = tokens.length * sequence_shards(config)
     given = row_total(config, visual_counts(tokens, segments))
     if plan is not None and plan.drops_input:
-        ranks = methods.input_score(plan)(_needed(plan, whole)[..., : config.width], frame_count)
         is_visual, order = visual_positions(batch)
-        ranks = jnp.take_along_axis(ranks, jnp.minimum(order, ranks.shape[1] - 1), axis=1)
+        ranks = jnp.take_along_axis(chosen.score, jnp.minimum(order, chosen.score.shape[1] - 1), axis=1)
         score = own_stretch(config, jnp.where(is_visual, ranks, 0))
         tokens = compact_row(config, tokens, score, plan.keep(0, given), plan.row_length(0))
     return tokens, given, length
+
+
+def _prepared(config: ModelConfig, plan: ReductionPlan, tokens: Tokens, segments: int) -> Tokens:
+    """Tokens with what the plan's method needs to know of layer 0."""
+    prepare = methods.get_method(plan.decoder_method).prepare
+    if prepare is None:
+        return tokens
+    row = jax.tree.map(lambda a: gather_sequence(config, a), tokens)
+    extra = {name: own_stretch(config, array) for name, array in prepare(row, plan, segments).items()}
+    return tokens.replace(extra=tokens.extra | extra)
 
 
 def _score_fn(
@@ -140,9 +161,12 @@ def _needed(plan: ReductionPlan, visual: jax.Array | None) -> jax.Array:
 def memory_serves(plan: ReductionPlan | None) -> bool:
     """Whether `build_video_memory` is for a plan: one that drops inside the decoder, by what the question asks for.
 
-    Under any other, text goes on from the caches of the whole prompt.
+    Under any other, text goes on from the caches of the whole prompt. A method that looks at the question's embeddings before layer 0
+    has to have it there (`Method.prepare`).
     """
-    return plan is not None and plan.depends_on_query and bool(plan.drops)
+    if plan is None or methods.get_method(plan.decoder_method).prepare is not None:
+        return False
+    return plan.depends_on_query and bool(plan.drops)
 
 
 def build_video_memory(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.models.prompt import Batch
+from hybridvlm.ops.fold import Selection, fold
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.sequence import own_stretch, sequence_shards, take_from_shards
 from hybridvlm.parallel.vocab import embed_tokens
@@ -19,6 +20,23 @@ def visual_positions(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Of every token of a batch's prompts [B,L]: whether it is visual, and how many visual tokens come before it."""
     is_visual = (jnp.asarray(batch.frame) >= 0) & (jnp.asarray(batch.segment) > 0)
     return is_visual, jnp.maximum(jnp.cumsum(is_visual, axis=1) - 1, 0)
+
+
+def split_attention(config: ModelConfig, visual: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Visual tokens [B,F,m,C] as `encode` gives them: without the tower's attention, and that [B,F,m] fp32, if it is there."""
+    planes = 0 if config.vision is None else len(config.vision.deepstack)
+    width = config.width * (1 + planes)
+    if visual.shape[-1] == width:
+        return visual, None
+    return visual[..., :width], jnp.sum(visual[..., width:].astype(jnp.float32), axis=-1)
+
+
+def merged(visual: jax.Array, chosen: Selection) -> jax.Array:
+    """Visual tokens [B,F,m,C] with what a method merges written into its anchors."""
+    if chosen.into is None or chosen.weight is None:
+        return visual
+    flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
+    return fold(flat, chosen.into, chosen.weight).reshape(visual.shape)
 
 
 def visual_rows(config: ModelConfig, batch: Batch, visual: jax.Array) -> jax.Array:
@@ -42,7 +60,9 @@ def assemble(config: ModelConfig, embed: jax.Array, batch: Batch, visual: jax.Ar
         batch: prompts of L tokens.
         visual: [B,F,m,D], at least as many as the batch has indices for; None for text alone.
     """
-    return token_rows(config, embed, batch, None if visual is None else visual_rows(config, batch, visual))
+    rows = None if visual is None else visual_rows(config, batch, visual)
+    # what may come after a token's own values is the tower's attention
+    return token_rows(config, embed, batch, None if rows is None else rows[..., : config.width])
 
 
 def token_rows(config: ModelConfig, embed: jax.Array, batch: Batch, visual: jax.Array | None) -> Tokens:

@@ -269,9 +269,9 @@ class QwenCaches:
     position: jax.Array
 
 
-def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array) -> jax.Array:
+def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array, attention: bool = False) -> jax.Array:
     """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes after it."""
-    return nemotron_vl.encode(params, config, pixels)
+    return nemotron_vl.encode(params, config, pixels, attention)
 
 
 def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, VambaConfig
+from hybridvlm.models.nemotron_vl.rows import merged, split_attention
 from hybridvlm.models.vamba.batch import Batch
 from hybridvlm.nn import vamba
 from hybridvlm.nn.caches import AttentionCache
@@ -97,14 +98,17 @@ def prepare(
     whole = visual = gather_sequence(config, visual) if first else visual
     if plan is not None and plan.pool_factors != (1, 1, 1):
         whole, frame_count = methods.merge_fn(plan)(whole, frame_count)
+    if plan is not None and plan.drops_input:
+        whole, attention = split_attention(config, whole)
+        chosen = methods.input_selection(plan)(whole, frame_count, attention)
+        whole = merged(whole, chosen)
     if first:
         visual = own_stretch(config, whole.reshape(whole.shape[0], -1, 1, whole.shape[-1]))
     video = video_stream(config, batch, visual, segments)
     given = row_total(config, visual_counts(video, segments))
     if plan is not None and plan.drops_input:
         length = batch.video_segment.shape[1]
-        ranks = methods.input_score(plan)(whole, frame_count)[:, :length]
-        score = jnp.where(video.visual, own_stretch(config, ranks), 0)
+        score = jnp.where(video.visual, own_stretch(config, chosen.score[:, :length]), 0)
         video = compact_row(config, video, score, plan.keep(0, given), _VideoRows(plan, segments).row_length(0))
     return video, given
 
@@ -115,7 +119,7 @@ def plan_options(
     """What `nn.vamba.prefill` is told of a plan; `config` is that of a device's part where several join their scores."""
     if plan is None:
         return {"segments": segments}
-    score_fn: Callable[..., jax.Array] = methods.score_fn(plan, segments=segments)
+    score_fn: Callable[..., Any] = methods.score_fn(plan, segments=segments)
     if isinstance(config, LocalConfig):
         score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
     return {"plan": _VideoRows(plan, segments), "score_fn": score_fn, "counts": counts, "segments": segments}
