@@ -39,10 +39,15 @@ def shared_part(video: str, layout: Layout) -> Hashable | None:
 
 
 def questions_at_once(counts: Sequence[int], batch_size: int) -> int:
-    """How many questions on one video are answered at once, of videos with so many: the most that does not compute much twice."""
-    asked = sum(counts)
-    fitting = [n for n in range(1, batch_size + 1) if sum(-(-c // n) * n for c in counts) <= PADDED * asked]
-    return max(fitting)
+    """How many questions on one video are answered at once, of videos with so many: in the fewest calls, then in the fewest rows,
+    that do not compute much twice."""
+
+    def calls_and_rows(n: int) -> tuple[int, int]:
+        calls = sum(-(-count // n) for count in counts)
+        return calls, calls * n
+
+    fitting = [n for n in range(1, batch_size + 1) if calls_and_rows(n)[1] <= PADDED * sum(counts)]
+    return min(fitting, key=calls_and_rows)
 
 
 def grouped(samples: Sequence[Sample], shared: Mapping[str, Hashable | None]) -> list[Sample]:
@@ -60,18 +65,21 @@ def whole(samples: Sequence[Sample], batch_size: int) -> list[Call]:
 
 
 def by_video(
-    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, each: int, videos: int
+    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, videos: int
 ) -> list[Call]:
-    """The calls for a batch whose questions go on from memories of their videos.
+    """The calls for a batch whose questions go on from memories of their videos, if any of them share one.
 
     Args:
         samples: of the batch.
-        shared: of every sample of the run by its id, what its prompt has in common with others (`shared_part`).
+        shared: of every sample of this bucket by its id, what its prompt has in common with others (`shared_part`).
         batch_size: rows of whole prompts.
-        each: questions on one video in a call.
-        videos: how many in a call, as many as there are parts of a batch.
+        videos: how many in a call, as many as the parts that a batch is cut into.
     """
     counts = collections.Counter(part for part in shared.values() if part is not None)
+    several = [count for count in counts.values() if count > 1]
+    if not several or batch_size < videos:
+        return whole(samples, batch_size)
+    each = questions_at_once(several, batch_size // videos)
     pieces: list[list[Sample]] = []
     groups: dict[Hashable, list[Sample]] = {}
     alone = [s for s in samples if counts[shared[s.id]] < 2]

@@ -6,6 +6,7 @@ from it anew and written whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -23,6 +24,7 @@ from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan
 from hybridvlm.storage import GrowingFile, is_url
 from hybridvlm.storage import write_atomic as write_atomic
+from hybridvlm.video import VideoError, VideoTimeout
 
 # the keys of a row of results.json, in this order; scripts may rely on them
 ROW_KEYS = (
@@ -63,6 +65,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def digest(value: Any) -> str:
+    """A short text that differs where plain values do."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class SampleStore:
@@ -139,6 +146,15 @@ class SampleStore:
         for record in records:
             self._add(record, record["key"])
 
+    def forget_timeouts(self, seconds: float | None) -> None:
+        """Leave out records of videos that ran out of a time limit below `seconds` (None: below any), to be asked again."""
+        for record in list(self.records):
+            limit = record.get("time_limit")
+            if limit is not None and (seconds is None or limit < seconds):
+                self.records.remove(record)
+                if self._by_key.get(record["key"]) == record:
+                    del self._by_key[record["key"]]
+
     def join(self) -> None:
         """Bring together what all processes hold; every one of them has to call it."""
         if self.process.count > 1:
@@ -153,6 +169,12 @@ class SampleStore:
                 part.unlink(missing_ok=True)
         elif not self.process.first:
             self._file.remove()
+
+
+def failure_of(error: VideoError) -> Record:
+    """What a record holds of a video that cannot be read; with the time limit, for `forget_timeouts`, where it took too long."""
+    late = {"time_limit": error.seconds} if isinstance(error, VideoTimeout) else {}
+    return {"failure": str(error)} | late
 
 
 def achieved(generation: Generation, own: Sequence[int]) -> list[float]:
@@ -263,6 +285,8 @@ def build_row(
         "most_common_reply": max(replies.values()) / len(answers),
         "timing_run": run,
         "timed_batches": len(both),
+        # of the prefill of a question whose video was there already; None where every prompt is run whole
+        "further_ms": statistics.median([batches[b]["further_ms"] for b in both if "further_ms" in batches[b]]),
         "plans": [p.to_dict() for p in different],
         "explained": [p.explain() for p in different],
         "unscored": unscored,

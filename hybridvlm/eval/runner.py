@@ -26,10 +26,10 @@ from hybridvlm.config import to_dict
 from hybridvlm.console import progress as bar_of
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
-from hybridvlm.eval.calls import Call, by_video, grouped, questions_at_once, shared_part, whole
+from hybridvlm.eval.calls import Call, by_video, grouped, shared_part, whole
 from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.layouts import Asking, lay_out
-from hybridvlm.eval.results import SampleStore, achieved, versions
+from hybridvlm.eval.results import SampleStore, achieved, digest, failure_of, versions
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.memories import VideoMemories
@@ -45,10 +45,6 @@ from hybridvlm.reduction import ReductionPlan
 from hybridvlm.video import VideoError
 
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Runner:
@@ -105,9 +101,9 @@ class Runner:
         self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._shared: dict[str, Hashable | None] = {}  # by sample, what its prompt has in common with others
-        self._memories = VideoMemories(max(2, len(variants)))
+        self._memories = VideoMemories()
         self._memory_seconds: dict[Hashable, float] = {}  # that they took
-        self._unread: dict[str, str] = {}  # video -> why it cannot be read
+        self._unread: dict[str, dict[str, Any]] = {}  # video -> why it cannot be read, as a record has it
         self._held = 0
         self.seconds = 0.0  # of `run`
         self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
@@ -145,11 +141,11 @@ class Runner:
         if (variant, sample.id) not in self._keys:
             if sample.id in self.task.unavailable:
                 absent = [self._common, dataclasses.asdict(variant), sample.id, self.task.unavailable[sample.id]]
-                return self._keys.setdefault((variant, sample.id), _digest(absent))
+                return self._keys.setdefault((variant, sample.id), digest(absent))
             bucket = self.buckets[sample.id]
             if (variant, bucket) not in self._settings:
                 _, plan = self.planner(variant, bucket)
-                self._settings[variant, bucket] = _digest(
+                self._settings[variant, bucket] = digest(
                     [self._common, bucket, None if plan is None else plan.to_dict()]
                 )
             fields = dataclasses.asdict(sample) | {"video": ""}
@@ -160,7 +156,7 @@ class Runner:
                 self.task.prompt(sample),
                 "" if self.task.blind else self.task.identity(sample.video),
             ]
-            self._keys[variant, sample.id] = _digest([self._settings[variant, bucket], asked])
+            self._keys[variant, sample.id] = digest([self._settings[variant, bucket], asked])
         return self._keys[variant, sample.id]
 
     def plans(self, variant: Variant) -> dict[str, ReductionPlan | None]:
@@ -196,6 +192,7 @@ class Runner:
         variants = self.variants if variants is None else variants
         self._note_unavailable(variants, progress)
         began = time.perf_counter()
+        self._memories.count = max(1, len(variants))
         for number, (bucket, samples), missing in self._ahead.over(self._missing(variants), self._unseen):
             read, unread, visual = samples, list[Sample](), None
             if not self.task.blind:
@@ -303,14 +300,11 @@ class Runner:
         _, plan = self.planner(variant, bucket)
         family = self.model.family
         shared = family.split_rows is not None or (plan is not None and plan.depends_on_query)
-        if self.task.blind or not shared or not family.memory_serves(plan):
+        if self.task.blind or not (shared and family.memory_serves(plan)):
             return whole(read, self.batch_size)
         parts = 1 if self.model.mesh is None else row_parts(self.model.mesh)
         own = {s.id: self._shared[s.id] for s in self.available if self.buckets[s.id] == bucket}
-        counts = [n for n in collections.Counter(part for part in own.values() if part is not None).values() if n > 1]
-        if not counts or self.batch_size < parts:
-            return whole(read, self.batch_size)
-        return by_video(read, own, self.batch_size, questions_at_once(counts, self.batch_size // parts), parts)
+        return by_video(read, own, self.batch_size, parts)
 
     def _build(self, variant: Variant, bucket: Bucket, call: Call) -> Any:
         """The memory of a call's videos."""
@@ -394,9 +388,7 @@ class Runner:
             clock["further_ms"] = 1e3 * statistics.median(further)
         return [record | clock for record in out]
 
-    def _generate(
-        self, variant: Variant, bucket: Bucket, call: Call, visual: jax.Array | None
-    ) -> tuple[Generation, float]:
+    def _generate(self, variant: Variant, bucket: Bucket, call: Call, visual: Any) -> tuple[Generation, float]:
         """(what a call gives, the seconds that the memory of one of its videos took); its first run is repeated, and not timed."""
         batch, plan = self._batch(variant, bucket, call.rows)
         seconds, length = 0.0, 0
@@ -437,8 +429,9 @@ class Runner:
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
         """The record of a question whose video cannot be read; whether that is wrong is settled by `Task.judged`."""
         nothing = {"prediction": None, "retention": None, "run": self.run_id}
-        failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
-        return self._record(variant, sample) | nothing | {"failure": failure}
+        reason = self.task.unavailable.get(sample.id)
+        failure = {"failure": reason} if reason else self._unread[sample.video]
+        return self._record(variant, sample) | nothing | failure
 
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
@@ -452,16 +445,17 @@ class Runner:
             self._visual.move_to_end((video, bucket.frames))
             return self._visual[video, bucket.frames]
         read: tuple[Clip, Any] | None = None
-        unread = ""
+        unread: dict[str, Any] = {}
         try:
             read = self._ahead.clip(video)
         except VideoError as error:
             if self.task.gone(video):
                 raise
-            unread = str(error)
+            unread = failure_of(error)
         if self.lockstep:
             # what one process cannot read, none of them encodes
-            unread = next((text.decode() for text in gather(unread.encode()) if text), "")
+            told = [json.loads(text) for text in gather(json.dumps(unread).encode())]
+            unread = next(filter(None, told), {})
         if read is None or unread:
             self._unread[video] = unread
             return None

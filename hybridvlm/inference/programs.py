@@ -245,8 +245,8 @@ class ModelPrograms:
         return jax.tree.map(lambda a: placement.fill(a, 0, videos), rest_of(batch, length))
 
     def _placed(self, batch: Batch, visual: Any) -> tuple[Batch, Any]:
-        """A batch and its visual tokens where the mesh needs them, after `_check_visual`."""
-        self._check_visual(batch, visual)
+        """A batch and its visual tokens where the mesh needs them, after `check_visual`."""
+        placement.check_visual(batch, visual, self.mesh)
         if isinstance(visual, Prefix):
             batch = self._questions(batch, visual)
         if self.mesh is None:
@@ -254,27 +254,6 @@ class ModelPrograms:
         if hasattr(visual, "shape"):
             visual = placement.put_visual(visual, self.mesh)
         return placement.put_rows(batch, self.mesh), visual
-
-    def _check_visual(self, batch: Batch, visual: Any) -> None:
-        """ValueError for visual tokens that a batch has no use for, or that it lacks."""
-        frames = int(np.max(placement.to_host(batch.frame_count), initial=0))
-        if visual is None and frames:
-            raise ValueError(f"visual is None, but the batch has visual tokens of {frames} frames; pass encode(frames)")
-        if visual is None or not hasattr(visual, "shape"):
-            return
-        rows = len(batch.input_ids)
-        most = rows if self.mesh is None else rows + -rows % placement.row_parts(self.mesh)
-        if not rows <= visual.shape[0] <= most or visual.shape[1] < frames:
-            raise ValueError(
-                f"visual must be [B,F,m,D] with B = {rows} and at least {frames} frames, as the batch has, "
-                f"got {visual.shape}"
-            )
-        needed = int(np.max(np.sum(placement.to_host(getattr(batch, "frame", -1)) >= 0, axis=-1), initial=0))
-        if needed > visual.shape[1] * visual.shape[2]:
-            raise ValueError(
-                f"the batch has indices for {needed} visual tokens, and visual holds {visual.shape[1]} frames of "
-                f"{visual.shape[2]} tokens; encode frames of the size that the prompt was laid out for"
-            )
 
     def _prefill_program(
         self,

@@ -9,9 +9,11 @@ from helpers.plans import model, plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridvlm.config import ModelConfig, VisionConfig
-from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan
+from hybridvlm.config import ModelConfig, Reduction, Schedule, VisionConfig
+from hybridvlm.pattern import compile_weight
+from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan, schedules
 from hybridvlm.reduction import cost as flops
+from hybridvlm.reduction.methods import named_reduction
 
 NEMOTRON = ModelConfig(
     pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
@@ -179,6 +181,27 @@ def test_start_never_and_stages_are_obeyed():
     assert p.stages[0][0] == 0 and p.stages[-1][1] == p.layers
 
 
+def test_stages_fall_by_like_ratios_and_end_where_least_is_compiled():
+    shares = [4096, 4000, 2900, 2000, 1400, 1000, 700, 500, 350, 250, 180, 130, 90, 64]
+    # two drops by a factor of 8 in the middle of each: 1448 and 181, a quarter of the step off at most (a factor of 1.7)
+    assert schedules.merge_stages(shares, 3) == (2, 8)
+    assert schedules.merge_stages(shares, 3, early=0.5) == (0, 5)
+    assert schedules.merge_stages(shares, 0) == schedules.merge_stages(shares, 1) == ()
+    assert schedules.merge_stages(shares, 99) == tuple(range(13))
+    # "M-" repeats, and a stage that ends after an MLP would leave half of one on each side
+    pattern = "M-M-M-M-M-M-M-"
+    chosen = schedules.merge_stages(shares, 3, pattern)
+    weight = lambda drops: sum(  # noqa: E731
+        compile_weight(pattern, a, b) + compile_weight(pattern, b, b + 1)
+        for a, b in zip([0, *(d + 1 for d in drops)], [*drops, 13], strict=True)
+    )
+    assert weight(chosen) < weight((3, 9)) and all(abs(a - b) <= 1 for a, b in zip(chosen, (3, 9), strict=True))
+    # a small budget leaves no room before the first drop, which then comes earlier
+    for stages in (2, 3, 4):
+        p = plan("str", 0.15, config=NEMOTRON, m=256, stages=stages)
+        assert 2 <= len(p.stages) <= stages and p.retention_mean == pytest.approx(0.15, abs=1e-3)
+
+
 def test_shapes_look_as_their_names_say():
     late = plan("str", 0.5, shape="step", config=model("M" * 40), floor=0.1).relative
     assert set(late[:17]) == {SHARE_ONE} and len(set(late)) <= 3 and late[-1] == round(0.1 * SHARE_ONE)
@@ -300,3 +323,29 @@ def test_a_composition_is_solved_to_the_product_of_operations(method):
 def test_the_budget_of_a_plan_is_the_one_asked_for():
     p = plan("evs", 0.3, "flops")
     assert p.budget == 0.3 and p.flop_ratio == pytest.approx(0.3, abs=2e-3)
+
+
+def test_a_further_question_is_what_the_layers_before_the_first_drop_do_not_see_again():
+    """Its operations and those of the prompt without it through the shared layers are those of a prefill."""
+    config, text = model(), 16
+    for start in (0, 3):
+        p = plan("str", text=text, start=start)
+        shared = p.shared_layers
+        assert shared == p.drops[0] + 1 > start
+        before = sum(flops.layer_flops(config, i, p.visual_tokens, 16) for i in range(shared))
+        whole = sum(flops.layer_flops(config, i, p.visual_tokens + text, 16) for i in range(shared))
+        late = sum(p.cost.layers[shared:]) + p.cost.head
+        assert p.further_flops(config, text, 16) == whole - before + late
+    dense = plan("str", budget=1.0, text=text)
+    assert not dense.depends_on_query and dense.shared_layers == dense.layers == plan("uniform").shared_layers
+    assert dense.further_flops(config, text, 16) < 0.03 * dense.cost.decoder
+
+
+def test_plans_that_agree_before_their_first_drop_can_share_what_is_there():
+    key = plan("str", start=3).prefix_key
+    assert key == plan("str", 0.3, start=3).prefix_key == plan("str-lookahead", text=64, start=3).prefix_key
+    others = [plan("str"), plan("str", start=3, frames=32), plan("evs:0.5+str:0.6", start=3)]
+    assert all(other.prefix_key != key for other in others)
+    assert named_reduction(Reduction(schedule=Schedule(floor=0.1)), "str", first_drop=5).schedule == Schedule(
+        floor=0.1, start=5
+    )

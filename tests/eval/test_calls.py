@@ -1,0 +1,88 @@
+"""Which questions of a batch are answered together."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from helpers.eval_world import build_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridvlm.eval import __main__ as command
+from hybridvlm.eval.calls import PADDED, by_video, grouped, questions_at_once, shared_part, whole
+from hybridvlm.eval.tasks import Sample
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.prompt import Layout
+
+
+def samples(counts):
+    return [Sample(f"{v}-{i}", f"v{v}", "?", "a") for v, count in enumerate(counts) for i in range(count)]
+
+
+def test_what_is_shared_is_the_prompt_up_to_its_last_visual_token():
+    frame = np.asarray([-1, 0, 0, -1, 1, -1, -1], np.int32)
+    one, other = (Layout(np.asarray([5, 0, 0, 6, 0, *rest], np.int32), frame, 2) for rest in ((7, 8), (9, 9)))
+    assert shared_part("v", one) == shared_part("v", other) != shared_part("w", one)
+    before = Layout(one.ids + (frame < 0), frame, 2)
+    assert shared_part("v", before) != shared_part("v", one)
+    assert shared_part("v", Layout(one.ids[:5], frame[:5], 2)) is None
+    assert shared_part("v", Layout(one.ids[5:], frame[5:], 0)) is None
+
+
+def test_questions_at_once_compute_little_twice():
+    assert questions_at_once([4] * 10, 8) == 4 and questions_at_once([16] * 3, 8) == 8
+    assert questions_at_once([3, 3, 3], 8) == 3 and questions_at_once([1, 1, 9], 8) == 1
+    assert questions_at_once([10], 8) == 5
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 3))
+def test_every_question_is_answered_once_in_rows_of_its_video(counts, batch_size, videos):
+    asked = samples(counts)
+    shared = {s.id: s.video for s in asked}
+    order = grouped(asked[::-1], shared)
+    assert sorted(s.id for s in order) == sorted(s.id for s in asked)
+    assert len({s.video for s in asked}) == 1 + sum(a.video != b.video for a, b in itertools.pairwise(order))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        calls = by_video(batch, shared, batch_size, videos)
+        answered = [s.id for call in calls for _, s in call.answered]
+        assert sorted(answered) == sorted(s.id for s in batch)
+        for call in calls:
+            assert all(call.rows[row] == sample for row, sample in call.answered)
+            if not call.videos:
+                assert len(call.rows) == batch_size
+                continue
+            each = len(call.rows) // len(call.videos)
+            assert len(call.videos) == videos and len(call.rows) == each * videos
+            assert all(call.rows[i].video == call.videos[i // each].video for i in range(len(call.rows)))
+            several = [c for c in counts if c > 1]
+            assert sum(-(-c // each) * each for c in several) <= PADDED * sum(several)
+
+
+def test_single_questions_and_those_that_share_nothing_are_asked_whole():
+    asked = samples([1, 1, 2])
+    shared = {s.id: s.video for s in asked}
+    alone, pair = by_video(asked, shared, 4, 1)
+    assert [s.id for _, s in alone.answered] == ["0-0", "1-0"] and not alone.videos and len(alone.rows) == 4
+    assert [s.id for _, s in pair.answered] == ["2-0", "2-1"] and [s.video for s in pair.videos] == ["v2"]
+    assert by_video(asked, dict.fromkeys(shared), 4, 1) == whole(asked, 4)
+    assert by_video(asked, shared, 1, 2) == whole(asked, 1) and whole([], 4) == []
+
+
+@pytest.mark.slow
+def test_an_evaluation_answers_the_same_with_and_without_shared_layers(tmp_path, monkeypatch):
+    """Replies and shares that were kept, of questions on shared videos; a batch that cuts a video's questions in two."""
+    world = build_world(tmp_path)
+    options = ["--model", str(world / "micro"), "--tasks", str(world / "q.jsonl"), "--methods", "str,fastv,uniform"]
+    options += ["--budgets", "0.6", "--limit", "0", "--batch-size", "4"]
+    found = {}
+    for name in ("shared", "whole"):
+        if name == "whole":
+            monkeypatch.setattr(nemotron_vl, "memory_serves", lambda plan: False)
+        assert command.main([*options, "--output", str(tmp_path / name)]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        found[name] = {(r["method"], r["id"]): (r["prediction"], r["retention"]) for r in lines}
+        assert {r["method"] for r in lines if "further_ms" in r} == ({"str", "fastv"} if name == "shared" else set())
+    assert found["shared"] == found["whole"] and len(found["whole"]) == 4 * 18
