@@ -211,7 +211,7 @@ def _batch(work: Workload) -> Any:
     ids, tokens = row.input_ids[:, work.visual_tokens :], row.frame[:, : work.visual_tokens]
     index = np.arange(work.visual_tokens, dtype=np.int32)[None]
     ones = np.ones_like(ids)
-    return VambaBatch(ids, ones, ones > 0, np.ones_like(tokens), tokens, index, row.frame_count)
+    return VambaBatch(ids, ones, ones, ones > 0, np.ones_like(tokens), tokens, index, index, row.frame_count)
 
 
 def random_weights(config: ModelConfig, dtype: str) -> dict[str, Any]:
