@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -55,6 +56,12 @@ def hlo_text(executable: jax.stages.Compiled) -> str:
     if text is None:
         raise RuntimeError("the compiler does not show its program")
     return text
+
+
+def memory_refused(error: Exception) -> int | None:
+    """The bytes that a program would have taken on a device, where a compiler refused it for want of memory; else None."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+    return None if found is None else int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -341,7 +341,7 @@ class Schedule:
         floor: the least share.
         start: no drop before the layer with this index has run.
         never: layers after which nothing is dropped.
-        stages: above 0, neighbouring drops are merged into that many lengths.
+        stages: lengths that rows may have, 0 for any number: each is compiled anew. Of a list, all that it has.
         values: shares of shape "list", one per layer: taken as written where the budget is 1, else raised to the power that
             meets the budget.
         layer_weights: for str-calibrated, how far each layer's score follows the question, one number per layer, 0 for not at all.
@@ -352,7 +352,7 @@ class Schedule:
     floor: float = 0.05
     start: int = 0
     never: tuple[int, ...] = ()
-    stages: int = 0
+    stages: int = 4
     values: tuple[float, ...] = ()
     layer_weights: tuple[float, ...] = ()
 

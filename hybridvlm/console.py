@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import time
@@ -101,14 +102,15 @@ def progress(
         delay: seconds before a bar appears.
         leave: whether a bar stays when it is full.
     """
-    from tqdm import tqdm
-
-    if not shown or sys.stderr.isatty():
-        return tqdm(
-            total=total, initial=done, unit=unit, desc=what or None, disable=not shown, mininterval=0.5, delay=delay,
-            leave=leave,
-        )  # fmt: skip
-    return LogProgress(total, unit, what, done)
+    if shown and not sys.stderr.isatty():
+        return LogProgress(total, unit, what, done)
+    try:
+        from tqdm import tqdm
+    except ImportError:  # `bench device` runs where little is installed
+        return LogProgress(total, unit, what, done, every=LOG_EVERY if shown else math.inf)
+    return tqdm(
+        total=total, initial=done, unit=unit, desc=what or None, disable=not shown, mininterval=0.5, delay=delay, leave=leave
+    )  # fmt: skip
 
 
 def track(items: Sequence[T], unit: str, what: str = "") -> Iterator[T]:

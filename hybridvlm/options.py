@@ -53,6 +53,19 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compilation-cache", default="", metavar="DIR", help=cache)
 
 
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def byte_count(text: str, option: str) -> int:
+    """Bytes of a text such as 500MB, 20GB, 4GiB or 1e9's digits; InputError naming the option for any other, and for none."""
+    match = _BYTES.fullmatch(text.strip())
+    power = "KMGT".find((match.group(2) or " ").upper()) + 1 if match else 0
+    count = int(float(match.group(1)) * (1024 if match.group(3) else 1000) ** power) if match else 0
+    if count < 1:
+        raise InputError(f"{option} takes a size such as 500MB or 20GB, got {text!r}")
+    return count
+
+
 class FieldHelp(NamedTuple):
     """One field of a config: its dotted key, its type and default as texts, and its documentation."""
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from helpers.eval_world import build_world
+from helpers.processes import run_both, start_both
 
 from hybridvlm import distributed
 
@@ -23,38 +24,6 @@ def evaluate(tmp_path_factory):
     world = build_world(tmp_path_factory.mktemp("world"))
     options = ["--model", str(world / "micro"), "--tasks", str(world / "q.jsonl"), "--batch-size", "4"]
     return ["-m", "hybridvlm.eval", *options, "--methods", "str", "--budgets", "0.5", "--output"]
-
-
-def start(args: list[str], address: str, index: int, count: int = 2, devices: int = 4) -> subprocess.Popen:
-    """One process of `count`, with CPU devices of its own."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        distributed.ADDRESS: address,
-        distributed.COUNT: str(count),
-        distributed.INDEX: str(index),
-    }
-    return subprocess.Popen(
-        [sys.executable, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def start_both(args: list[list[str]]) -> list[subprocess.Popen]:
-    """Two processes of one run."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    return [start(own, address, index) for index, own in enumerate(args)]
-
-
-def run_both(args: list[list[str]], timeout: float = 240) -> list[tuple[int, str]]:
-    """(exit code, output) of two processes; both are killed when one does not end."""
-    processes = start_both(args)
-    try:
-        return [(p.returncode, out) for p in processes for out in [p.communicate(timeout=timeout)[0]]]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def test_a_process_alone_gathers_its_own():

@@ -13,8 +13,9 @@ from typing import Any
 from hybridvlm.console import plain_table, print_table
 
 # name -> (module, what it measures). A module has add_arguments(parser) and run(args) -> list of rows, dicts with the
-# same keys; its docstring is its help. It is imported only when it is asked for.
+# same keys (or TABLE = False, and they are not shown as one); its docstring is its help. It is imported only when it is asked for.
 BENCHES = {
+    "device": ("hybridvlm.bench.device", "what an accelerator can tell in minutes: parity, ops, the 12B, VAMBA"),
     "ssd": ("hybridvlm.bench.ssd", "implementations of the SSD op: forward, gradient, memory"),
     "vamba": (
         "hybridvlm.bench.vamba",
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bench {name}: {error}", file=sys.stderr)
         return 2
-    if rows:
+    if rows and getattr(module, "TABLE", True):
         print_table(_texts(rows), keys=_keys(rows), right=True)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

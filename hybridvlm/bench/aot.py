@@ -1,9 +1,11 @@
-"""A whole prefill compiled ahead of time for TPUs: does it fit, how long does compiling take, what does it cost.
+"""Whole inference compiled ahead of time for TPUs: does it fit, how long does compiling take, what does it cost.
 
-Embeddings to last-token logits, dense and under reduction methods, parameters and activations in bf16, on one slice and mesh. The
-compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates seconds and bytes with
-every loop counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in neither). tflops is what
-the plan counts, all devices together. speedup: the dense row's seconds over this row's, with the plan's prediction from FLOPs.
+The prefill (embeddings to last-token logits), a decode step and the tower as models run them, dense and under reduction methods, in
+bf16, on one slice and mesh. The compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates
+seconds and bytes with every loop counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in
+neither: exchanged_gb lists them); of decoding, one step. Beside it what `python -m hybridvlm.plan` counts: counted_gb, least_s by
+its roofline, sent_gb, and tflops of all devices together. speedup: the dense row's seconds over this row's; predicted: the plan's,
+from FLOPs. A program that does not fit is a row as well: needed_gb is then what the compiler says it would have taken.
 
 The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
 static and any frame may keep a token until the last drop, so room for all stamps would stay even where a frame is gone.
@@ -13,12 +15,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from typing import Any
 
 from hybridvlm.bench import timing
 from hybridvlm.bench.prefill import STAMP_TOKENS, bench_plan
-from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
+from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, VambaConfig
 from hybridvlm.config_files import load_model_config
+from hybridvlm.estimates.memory import PROGRAMS
+from hybridvlm.estimates.result import estimate_on
+from hybridvlm.estimates.workload import MeshSizes, Workload
+from hybridvlm.hardware import parse_slice
 from hybridvlm.options import override
 
 
@@ -39,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data=, fsdp=, sequence=, tensor=, comma list; may leave chips out (default: tensor=1)",
     )
     add("--batch", type=int, default=1, help="examples; the data and fsdp axes must divide them (default: 1)")
+    add("--programs", default="prefill", help=f"comma list of {', '.join(PROGRAMS)} (default: prefill)")
+    add("--max-new", type=int, default=256, help="tokens of an answer (default: 256)")
     add("--prompt", choices=("question", "real", "both"), default="both", help="prompts to compile (default: both)")
 
 
@@ -52,8 +61,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     config = load_model_config(args.model)
     if config.vision is None:
         raise ValueError(f"model {args.model!r} has no vision side, and so no visual tokens to reduce")
-    if args.frames < 1 or args.text < 1 or args.batch < 1:
-        raise ValueError(f"--frames, --text, --batch must be at least 1, got {args.frames}, {args.text}, {args.batch}")
+    if isinstance(config, VambaConfig):
+        raise ValueError("--model must be of the families nemotron_vl or qwen_vl; bench vamba compiles VAMBA")
+    sizes = {"--frames": args.frames, "--text": args.text, "--batch": args.batch, "--max-new": args.max_new}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    programs = tuple(dict.fromkeys(args.programs.split(",")))
+    if not set(programs) <= set(PROGRAMS):
+        raise ValueError(f"--programs takes a comma list of {', '.join(PROGRAMS)}, got {args.programs!r}")
     where = aot.target(args.topology)
     if where.platform != "tpu":
         raise ValueError(
@@ -62,86 +78,61 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     mesh = mesh_there(args.mesh, where)
     methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
     stamps = {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]
+    groups = -(-args.frames // config.vision.temporal_patch)
     rows: list[dict[str, Any]] = []
     for stamp in stamps:
-        text = args.text + stamp * args.frames
-        dense = None
+        dense: dict[str, float] = {}
         for method in methods:
             budget = 1.0 if method == "none" else args.budget
             reduction = Reduction(method, budget, args.kind, schedule=override(Schedule(), args.schedule, "--schedule"))
-            plan = plan_there(reduction, config, args.frames, text, where)
-            name = f"{method} {budget:g}, {plan.visual_tokens} visual and {text} text tokens, {args.topology}"
-            timing.say(f"compiling {name}")
-            compiled = compile_prefill(where, mesh, config, None if method == "none" else plan, args, stamp)
-            row = _row(args, mesh, plan, stamp, compiled)
-            dense = dense or row["cost_s"]
-            row["speedup"] = dense / row["cost_s"]
-            row["predicted"] = plan.flop_speedup
-            row["share_of_predicted"] = row["speedup"] / row["predicted"]
-            rows.append(row)
-            timing.say(
-                ", ".join(f"{key} {row[key]:.4g}" for key in ("compile_cpu_s", "needed_gb", "cost_s", "speedup"))
+            work = Workload(
+                config,
+                args.frames,
+                args.text + stamp * groups,
+                args.batch,
+                args.max_new,
+                reduction=None if method == "none" else reduction,
             )
+            # the tower does not know what is dropped later
+            for program in (name for name in programs if not (name == "tower" and (method != "none" or stamp))):
+                row = compiled_row(program, where, mesh, work, stamp)
+                rows.append(row)
+                if row["fits"] and "cost_s" in row:
+                    first = dense.setdefault(program, row["cost_s"])
+                    row["speedup"] = first / row["cost_s"]
+                if program == "prefill" and "speedup" in row:
+                    row["share_of_predicted"] = row["speedup"] / row["predicted"]
+                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup")
+                timing.say(", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row))
     return rows
 
 
-def compile_prefill(where, mesh, config: ModelConfig, plan, args: argparse.Namespace, stamp: int):
-    """The `aot.Compiled` prefill of one bucket, exactly full, under a plan (None: dense)."""
+def compiled_row(program: str, where: Any, mesh: Any, work: Workload, stamp: int = 0) -> dict[str, Any]:
+    """One of `PROGRAMS` of a workload, compiled for a mesh of `where`; the prompt's text is the question's and `stamp` of each frame.
+
+    A program that does not fit is a row as well: needed_gb is then what its compiler says it would have taken.
+    """
     import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
 
-    from hybridvlm import aot, sharding
-    from hybridvlm.inference import functions, placement
-    from hybridvlm.models import nemotron_vl
-    from hybridvlm.models.prompt import Batch
-    from hybridvlm.parallel.mesh import tensor_size
+    from hybridvlm import aot
+    from hybridvlm.bench.inference_programs import InferenceShapes, compile_program
 
-    devices = tensor_size(mesh)
-    params = jax.eval_shape(
-        lambda: sharding.permute_for_tp(nemotron_vl.init(config, jax.random.key(0)), config, devices)
-    )
-    shardings = sharding.INFERENCE_RULES.shardings(mesh, params)
-    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s), params, shardings)
-    part = placement.part_of(config, params, mesh)
-    over_batch = NamedSharding(mesh, P(part.batch_axes))
-    over_frames = NamedSharding(mesh, P(part.batch_axes, part.row_axis))
-
-    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((args.batch, *shape), dtype, sharding=over_batch)
-
-    per_frame = config.tower.tokens_per_frame
-    length = args.frames * (per_frame + stamp) + args.text
-    merged = (
-        (args.frames, per_frame) if plan is None else (plan.decoder_frames, plan.decoder_tokens // plan.decoder_frames)
-    )
-    if merged != (args.frames, per_frame):
-        length = merged[0] * (merged[1] + stamp) + args.text
-    row = struct((length,), jnp.int32)
-    batch = Batch(row, row, row, struct((), jnp.int32))
-    # a video is cut into stretches of whole frames
-    frames = args.frames + -args.frames % part.shards
-    visual = jax.ShapeDtypeStruct((args.batch, frames, per_frame, config.width), jnp.bfloat16, sharding=over_frames)
-
-    def prefill(*given):
-        if mesh.size == 1:
-            out = nemotron_vl.prefill(given[0], config, given[1], given[2], plan, 0)
-        else:
-            out = placement.over_mesh(
-                *given,
-                phase=functions.prefill,
-                results=functions.RESULTS[functions.prefill],
-                mesh=mesh,
-                specs=placement.arguments_specs((params, batch, visual)),
-                family=nemotron_vl,
-                config=part,
-                plan=plan,
-                decode_capacity=0,
-            )
-        return out.logits, out.decoder.caches, out.decoder.survivors, out.decoder.kept
-
-    return aot.compile_for(where, prefill, params, batch, visual)
+    reduction = work.reduction or Reduction("none", 1.0)
+    plan = plan_there(reduction, work.config, work.groups, work.text, where)
+    row = _head(program, where, mesh, work, plan, stamp)
+    timing.say(f"compiling {', '.join(str(row[key]) for key in ('program', 'method', 'budget', 'topology', 'mesh'))}")
+    reduced = plan if work.reduction is not None else None
+    text = work.text - stamp * work.groups
+    shapes = InferenceShapes(work.config, reduced, work.groups, text, work.batch, work.max_new, stamp)
+    start = time.perf_counter()
+    try:
+        return row | _measured(compile_program(program, where, mesh, shapes))
+    except jax.errors.JaxRuntimeError as error:
+        needed = aot.memory_refused(error)
+        if needed is None:
+            raise
+        timing.say(str(error).splitlines()[0])
+        return row | {"compile_s": time.perf_counter() - start, "needed_gb": needed * 1e-9, "fits": False}
 
 
 def mesh_there(text: str, where):
@@ -153,21 +144,6 @@ def mesh_there(text: str, where):
     return make_mesh(**sizes, devices=where.devices[:count])
 
 
-def compiled_prefill_row(topology: str, sizes: dict[str, int], work: Any, name: str) -> dict[str, Any]:
-    """The row of one `hybridvlm.estimates.Workload` on one slice and mesh, its prompt a question after the frames."""
-    from hybridvlm import aot, sharding
-
-    where = aot.target(topology)
-    mesh = sharding.make_mesh(**sizes, devices=where.devices[: math.prod(sizes.values())])
-    args = argparse.Namespace(
-        model=name, frames=work.groups, text=work.text, batch=work.batch, topology=topology, prompt="question"
-    )
-    reduced = work.reduction is not None
-    reduction = work.reduction if reduced else Reduction("none", 1.0)
-    plan = plan_there(reduction, work.config, args.frames, args.text, where)
-    return _row(args, mesh, plan, 0, compile_prefill(where, mesh, work.config, plan if reduced else None, args, 0))
-
-
 def plan_there(reduction: Reduction, config: ModelConfig, frames: int, text: int, where):
     import jax
 
@@ -175,33 +151,50 @@ def plan_there(reduction: Reduction, config: ModelConfig, frames: int, text: int
         return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
 
 
-def _row(args: argparse.Namespace, mesh, plan, stamp: int, compiled) -> dict[str, Any]:
-    from hybridvlm.bench.hlo import program_cost
-
-    cost = program_cost(compiled.executable.as_text(), compiled.target.chip)
-    gb = 1e-9
+def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp: int) -> dict[str, Any]:
+    """What is compiled, and what hybridvlm/estimates counts of it, each on one device."""
+    sizes = MeshSizes.of(mesh)
+    counted = estimate_on(work, parse_slice(where.name), sizes)
+    needed = counted.memory.program(program)
+    if needed > counted.limit:
+        needed = counted.memory.program(program, least=True)
+    phase = counted.phases[program]
     return {
-        "model": args.model,
-        "topology": args.topology,
-        "mesh": "x".join(str(n) for n in mesh.shape.values()),
+        "program": program,
+        "model": work.config.name,
+        "topology": where.name,
+        "mesh": str(sizes),
+        "method": plan.method,
+        "prompt": "time stamps" if stamp else "question",
+        "frames": work.frames,
         "visual_tokens": plan.visual_tokens,
         "text_tokens": plan.text_tokens,
-        "prompt": "time stamps" if stamp else "question",
-        "method": plan.method,
         "budget": plan.budget,
         "stages": len(plan.stages),
-        "trace_s": compiled.trace_seconds,
-        "compile_s": compiled.compile_seconds,
-        "compile_cpu_s": compiled.compile_cpu_seconds,
-        "tflops": args.batch * plan.cost.decoder * 1e-12,
-        "moved_gb": cost.bytes * gb,
-        "exchanged_gb": cost.exchanged * gb,
+        "predicted": plan.flop_speedup,
+        "counted_gb": needed * 1e-9,
+        "hbm_gb": counted.limit * 1e-9,
+        "least_s": phase.seconds,
+        "sent_gb": phase.sent * 1e-9,
+        "tflops": phase.flops * sizes.devices * 1e-12,
+    }
+
+
+def _measured(compiled: Any) -> dict[str, Any]:
+    from hybridvlm.bench.hlo import program_cost
+
+    cost, gb = program_cost(compiled.executable.as_text(), compiled.target.chip), 1e-9
+    return {
+        "needed_gb": compiled.peak_bytes * gb,
         "arguments_gb": compiled.arguments * gb,
         "outputs_gb": compiled.outputs * gb,
         "temporaries_gb": compiled.temporaries * gb,
-        "needed_gb": compiled.peak_bytes * gb,
-        "hbm_gb": compiled.target.chip.hbm_bytes * gb,
         "fits": compiled.fits,
-        "unread_loops": cost.unread_loops,
         "cost_s": cost.seconds,
+        "moved_gb": cost.bytes * gb,
+        "exchanged_gb": cost.exchanged * gb,
+        "unread_loops": cost.unread_loops,
+        "trace_s": compiled.trace_seconds,
+        "compile_s": compiled.compile_seconds,
+        "compile_cpu_s": compiled.compile_cpu_seconds,
     }

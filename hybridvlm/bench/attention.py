@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per shape and implementation."""
     import jax
 
-    from hybridvlm.ops.attention.api import DEFAULTS
+    from hybridvlm.ops.attention.api import DEFAULTS, default_implementations
     from hybridvlm.ops.attention.arg_specs import SPECS
     from hybridvlm.ops.platforms import compiling_for
 
@@ -75,13 +75,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 timing.say(f"{shape}: {reason}")
                 continue
             programs[name] = program
+        lengths = spec.options().get("one_segment", spec.offset is None)
+        with candidates.device_of(target):
+            default = default_implementations(DEFAULTS, *shapes, lengths=lengths)[0]
         begin = {
             name: {
                 "shape": shape,
                 "tokens": spec.keys,
                 "dtype": dtype,
                 "implementation": name,
-                "default": name == DEFAULTS.get(platform, "xla"),
+                "default": name == default,
             }
             for name in programs
         }

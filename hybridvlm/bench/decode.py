@@ -2,7 +2,8 @@
 
 Files are made on the spot, one per codec, every frame with its own number in black and white blocks, so that each frame that comes
 out is told: `exact` is the share that are the ones asked for. A reader starts cold each time: opening the file and finding its
-frames is part of the time. Frames are asked for evenly over the file, at the file's own size.
+frames is part of the time. Frames are asked for evenly over the file, at the file's own size. Readers take turns; seconds are
+the median over --rounds, those of the CPU of all threads together: on a busy machine they say more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import fractions
 import os
 import pathlib
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, default=320, help="of the frames (default: 320)")
     add("--gop", type=int, default=100, help="frames from one key frame to the next (default: 100)")
     add("--readers", nargs="+", default=list(READERS), choices=list(READERS), help="default: all that are installed")
+    add("--rounds", type=int, default=5, help="times that every reader takes its turn (default: 5)")
     add("--folder", type=pathlib.Path, help="where the files are made and kept (default: a temporary folder)")
 
 
@@ -147,6 +150,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per codec, reader and number of frames; a reader that is not installed, or fails, is a row that says so."""
     if args.width // BLOCK < 1 or args.height < -(-BITS // (args.width // BLOCK)) * BLOCK:
         raise ValueError(f"--width and --height are too small for {BITS} blocks of {BLOCK} pixels")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     count = round(args.minutes * 60 * args.fps)
     if not 0 < count < 1 << BITS:
         raise ValueError(f"--minutes times --fps must give 1 to {(1 << BITS) - 1} frames, got {count}")
@@ -163,35 +168,62 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 except ValueError as error:
                     rows.append(_row(codec, "-", 0, str(error)))
                     continue
-            for reader in args.readers:
-                rows += [_measure(codec, path, reader, min(asked, count), count) for asked in args.frames]
+            for asked in args.frames:
+                rows += _measure(codec, path, args.readers, min(asked, count), args.rounds, count)
     return rows
 
 
-def _measure(codec: str, path: pathlib.Path, reader: str, asked: int, count: int) -> dict[str, Any]:
+def _measure(
+    codec: str, path: pathlib.Path, readers: Sequence[str], asked: int, rounds: int, count: int
+) -> list[dict[str, Any]]:
+    """A row per reader, for `asked` of the `count` frames."""
     numbers = np.linspace(0, count - 1, asked).astype(int).tolist()
-    try:
-        READERS[reader](str(path), [0])  # its imports and libraries are loaded
-        os.utime(path)  # what is remembered of a file is remembered by its date
-        start = time.perf_counter()
-        found = READERS[reader](str(path), numbers)
-    except ImportError as error:
-        return _row(codec, reader, asked, f"not installed: {str(error).splitlines()[0]}")
-    except Exception as error:  # each library has exceptions of its own
-        return _row(codec, reader, asked, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    seconds = time.perf_counter() - start
-    exact = float(np.mean([read_number(frame) == number for frame, number in zip(found, numbers, strict=True)]))
-    return _row(codec, reader, asked, "", seconds, exact)
+    seconds: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
+    exact, problems = dict[str, float](), dict[str, str]()
+    for turn in range(rounds):
+        for reader in readers:
+            if reader in problems:
+                continue
+            try:
+                if turn == 0:
+                    READERS[reader](str(path), [0])  # its imports and libraries are loaded
+                os.utime(path)  # what is remembered of a file is remembered by its date
+                start = time.perf_counter(), time.process_time()
+                found = READERS[reader](str(path), numbers)
+            except ImportError as error:
+                problems[reader] = f"not installed: {str(error).splitlines()[0]}"
+                continue
+            except Exception as error:  # each library has exceptions of its own
+                problems[reader] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                continue
+            seconds[reader].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            right = [read_number(frame) == number for frame, number in zip(found, numbers, strict=True)]
+            exact[reader] = min(exact.get(reader, 1.0), float(np.mean(right)))
+    rows = []
+    for reader in readers:
+        if reader in problems:
+            rows.append(_row(codec, reader, asked, problems[reader]))
+        else:
+            wall, cpu = (statistics.median(found) for found in zip(*seconds[reader], strict=True))
+            rows.append(_row(codec, reader, asked, "", wall, cpu, exact[reader]))
+    return rows
 
 
 def _row(
-    codec: str, reader: str, asked: int, problem: str, seconds: float | None = None, exact: float | None = None
+    codec: str,
+    reader: str,
+    asked: int,
+    problem: str,
+    seconds: float | None = None,
+    cpu: float | None = None,
+    exact: float | None = None,
 ) -> dict[str, Any]:
     return {
         "codec": codec,
         "reader": reader,
         "frames": asked,
         "seconds": None if seconds is None else round(seconds, 3),
+        "cpu_s": None if cpu is None else round(cpu, 3),
         "frames/s": None if seconds is None else round(asked / seconds, 1),
         "exact": exact,
         "problem": problem[:80],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -42,6 +43,13 @@ def where(args: argparse.Namespace) -> tuple[Any, str, str]:
     target = aot.target(args.aot) if args.aot else None
     name = target.platform if target else platform()
     return target, name, args.dtype or ("float32" if name == "cpu" else "bfloat16")
+
+
+def device_of(target: Any) -> contextlib.AbstractContextManager[Any]:
+    """What is traced inside chooses as on a target that need not be there; None: here."""
+    import jax
+
+    return contextlib.nullcontext() if target is None else jax.default_device(target.devices[0])
 
 
 def measure(

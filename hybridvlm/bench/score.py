@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per shape and implementation."""
     import jax
 
+    from hybridvlm.ops.attention.api import default_implementations
     from hybridvlm.ops.attention.arg_specs import SPECS
     from hybridvlm.ops.attention.visual import DEFAULTS
 
@@ -54,8 +55,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays),)
             timed = {n: candidates.compiled(n, p, shapes, target, work, dtype) for n, p in programs.items()}
+        with candidates.device_of(target):
+            default_name = default_implementations(DEFAULTS, *_heads(spec, arrays))[0]
         for name in names:
-            default = name == DEFAULTS.get(platform, "xla")
+            default = name == default_name
             begin = {"shape": shape, "tokens": spec.keys, "rows": spec.rows, "dtype": dtype, "implementation": name}
             rows.append(begin | {"default": default} | timed[name])
     return rows
@@ -65,7 +68,11 @@ def _program(spec, rest: dict[str, Any], implementation: str, heads: str):
     from hybridvlm.ops.attention import text_to_visual
 
     def score(arrays):
-        q, k = (x.reshape(*x.shape[:2], -1, spec.width) for x in (arrays["q"], arrays["k"]))
+        q, k = _heads(spec, arrays)
         return text_to_visual(q, k, lse=arrays["lse"], heads=heads, implementation=implementation, **rest)
 
     return score
+
+
+def _heads(spec, arrays):
+    return tuple(arrays[name].reshape(*arrays[name].shape[:2], -1, spec.width) for name in "qk")

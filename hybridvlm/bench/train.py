@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from typing import Any
 
 from hybridvlm.bench import timing
@@ -76,10 +75,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             compiled = compile_step(where, mesh, config, None if method == "none" else plan, args)
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Used ([\d.]+)([GM]) of", str(error))
-            if found is None:
+            needed = aot.memory_refused(error)
+            if needed is None:
                 raise
-            row["needed_gb"] = float(found[1]) * (1 << 30 if found[2] == "G" else 1 << 20) * 1e-9
+            row["needed_gb"] = needed * 1e-9
             row["fits"] = False
             timing.say(str(error).splitlines()[0])
         else:

@@ -7,23 +7,24 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hybridvlm.checkpoints.describe import Description, describe
 from hybridvlm.config import Buckets, Reduction
 from hybridvlm.estimates.choose import DoesNotFit, MeshChoice, check_fits, choose_mesh
 from hybridvlm.estimates.memory import training_memory
 from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import memory_limit
 from hybridvlm.parallel.mesh import make_mesh, mesh_sizes
-from hybridvlm.video import default_frames
+
+if TYPE_CHECKING:
+    from hybridvlm.checkpoints.describe import Description
 
 # of a checkpoint, once it is clear what it is
-FromModel = Callable[[Description], Any]
+FromModel = Callable[["Description"], Any]
 
 
 def refuse_too_large(
@@ -166,6 +167,10 @@ def _works(
     buckets: Buckets | FromModel | None,
 ) -> tuple[Workload, Workload]:
     """Prompts of the bucket of so many frames, with the longest text and with the shortest."""
+    # here, since estimates by themselves take none of the packages that reading a checkpoint takes
+    from hybridvlm.checkpoints.describe import describe
+    from hybridvlm.video import default_frames
+
     found = describe(name_or_path, revision)
     own = _of(buckets, found)
     found = found if own is None else dataclasses.replace(found, buckets=own)

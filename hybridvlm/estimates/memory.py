@@ -76,15 +76,14 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
     if vamba and mesh.sequence * mesh.fsdp > 1:
         raise ValueError(f"{config.name}: VAMBA is cut over the data and tensor axes alone, got mesh {mesh}")
     part = config.mixer if vamba else local_part(config, mesh)
-    shards = mesh.sequence
-    lengths = [-(-work.plan.row_length(layer) // shards) for layer in range(work.plan.layers)]
+    lengths = [-(-work.plan.row_length(layer) // mesh.sequence) for layer in range(work.plan.layers)]
     caches, states = _caches(work, part, lengths, mesh)
     width = config.width * work.planes * item
-    visual = rows * -(-work.visual_tokens // shards) * width
+    visual = rows * -(-work.visual_tokens // mesh.sequence) * width
     inside = _vamba_layer(work, config, mesh) if vamba else _layer(part, item)
     row = max(lengths) * rows
     head = config.vocab_size * config.width * item // mesh.tensor  # turned about for the product
-    keys, drops = _row_exchange(work, part, mesh), _drops(work, lengths, rows * shards)
+    keys, drops = _row_exchange(work, part, mesh), _drops(work, lengths, rows)
     activations, least = (
         head + max(row * (copies * config.width * item + inside) + keys, drops + 2 * row * config.width * item)
         for copies in (RESIDUALS, LEAST_RESIDUALS)
@@ -143,9 +142,9 @@ def _row_exchange(work: Workload, part: ModelConfig, mesh: MeshSizes) -> int:
 
 
 def _drops(work: Workload, lengths: list[int], rows: int) -> int:
-    """What is at hand while tokens are dropped: the shorter row, which of a cut one each device builds whole before it is summed."""
+    """What is at hand while tokens are dropped: the shorter row, and of a cut one as much again that is on its way."""
     after = [lengths[site + 1] for site in work.plan.drops if site + 1 < len(lengths)]
-    return rows * max(after, default=0) * work.config.width * work.itemsize
+    return 2 * rows * max(after, default=0) * work.config.width * work.itemsize
 
 
 def _tower(work: Workload, mesh: MeshSizes) -> int:

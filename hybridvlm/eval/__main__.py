@@ -60,6 +60,7 @@ input, nothing was started; 143 told to end by SIGTERM, 130 by Ctrl-C: what was 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    from hybridvlm.eval import decoding
     from hybridvlm.eval.published import add_arguments
     from hybridvlm.eval.tasks.jsonl import FIELDS
 
@@ -107,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_mesh(parser)
     add_distributed(parser)
     add_compilation_cache(parser)
+    decoding.add_arguments(parser)
     add_arguments(parser)
     rescored = "samples file of this library or of lmms-eval, or a folder with some: parse its replies again, and stop"
     add("--rescore", metavar="FILE", help=rescored)

@@ -31,7 +31,7 @@ class Comparison:
         n: questions of A and of B.
         accuracy: of A and of B.
         delta: B - A.
-        interval: 95%, clustered by video; None with fewer than two videos.
+        interval: 95%, clustered by video (paired: of the differences; else Newcombe's); None with fewer than two videos.
         mcnemar: exact p, of a paired comparison.
         gained: questions that B alone has right.
         lost: questions that A alone has right.
@@ -124,19 +124,13 @@ def _paired(
 
 
 def _apart(first: dict[str, Answer], second: dict[str, Answer]) -> tuple[float, list[float] | None, float]:
-    from scipy import stats
-
-    parts = []
+    variance, found = 0.0, []
     for own in (first, second):
-        right = [bool(x.correct) for x in own.values()]
-        parts.append((*statistics.cluster_se(right, _clusters(own, own, list(own))), len(right)))
-    (m1, se1, g1, n1), (m2, se2, g2, n2) = parts
-    se = math.hypot(se1, se2)
-    variance = n1 * se1**2 + n2 * se2**2
-    if math.isnan(se):
-        return m2 - m1, None, math.nan
-    half = float(stats.t.ppf(0.5 + statistics.LEVEL / 2, min(g1, g2) - 1)) * se
-    return m2 - m1, [m2 - m1 - half, m2 - m1 + half], variance
+        right, clusters = [bool(x.correct) for x in own.values()], _clusters(own, own, list(own))
+        _, se, _ = statistics.cluster_se(right, clusters)
+        variance += len(right) * se**2
+        found.append(statistics.accuracy(right, clusters))
+    return found[1].mean - found[0].mean, statistics.independent_difference(*found), variance
 
 
 def _needed(variance: float) -> int | None:

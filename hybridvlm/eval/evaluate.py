@@ -17,13 +17,13 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
 from hybridvlm.estimates import mesh_option
-from hybridvlm.eval import lmms_eval, published, report, statistics
+from hybridvlm.eval import decoding, lmms_eval, published, report, statistics
 from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.layouts import Asking
 from hybridvlm.eval.results import SampleStore, build_row, compare, versions, write_atomic
 from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.sizes import asked_sizes
-from hybridvlm.eval.tasks import Sample, Task, TaskOptions, load_tasks
+from hybridvlm.eval.tasks import Decoding, Sample, Task, TaskOptions, load_tasks
 from hybridvlm.eval.variants import DENSE, Planner, Variant, expand
 from hybridvlm.inference.model import Model, load
 from hybridvlm.inference.thinking import switch, think_budget
@@ -63,6 +63,7 @@ class Checked:
     variants: Sequence[Variant]
     planner: Planner
     folder: Any
+    decoding: Decoding
 
 
 def prepare(options: argparse.Namespace) -> Checked:
@@ -96,15 +97,15 @@ def prepare(options: argparse.Namespace) -> Checked:
     think_budget(model, options.think_tokens)
     if options.system and not hasattr(model.tokenizer, "chat"):
         raise InputError(f"{model.name} knows no conversation; leave --system out")
-    tasks = _tasks(options, model)
+    tasks, decoded = _tasks(options, model)
     default = pathlib.Path("results") / f"{model.name}-{'+'.join(task.name for task in tasks)}"
     home = as_path(options.output or default)
     if home.exists() and not home.is_dir():
         raise InputError(f"--output {home} is a file; give a folder")
-    return Checked(options, model, tasks, variants, Planner(model, base, options.match_flops), home)
+    return Checked(options, model, tasks, variants, Planner(model, base, options.match_flops), home, decoded)
 
 
-def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
+def _tasks(options: argparse.Namespace, model: Model) -> tuple[list[Task], Decoding]:
     if model.config.vision is None:
         raise InputError(f"{model.name} reads text alone and cannot be asked about videos")
     most = most_frames(model.config, model.buckets)
@@ -114,8 +115,9 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
             f"{model.buckets.frames}, its table of times has {model.config.vision.max_frames or 'no'} rows)"
         )
     settings = TaskOptions(
-        model.config, options.frames, model.buckets, options.split, prompt=options.prompt, sampling=options.sampling
-    )
+        model.config, options.frames, model.buckets, options.split, prompt=options.prompt, sampling=options.sampling,
+        decoding=decoding.build(options),
+    )  # fmt: skip
     names = split(options.tasks)
     if not names:
         raise InputError("--tasks needs at least one task")
@@ -123,13 +125,14 @@ def _tasks(options: argparse.Namespace, model: Model) -> list[Task]:
     published.check(options, names)
     tasks = [task for name in names for task in published.build(name, settings, options)]
     published.refuse_idle(options, tasks)
+    decoding.refuse_idle(options, tasks)
     twice = {task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1}
     if twice:
         raise InputError(f"two tasks are called {sorted(twice)[0]!r}; rename one file or run them apart")
     problems = [line for task in tasks for line in task.check()]
     if problems:
         raise InputError("\n".join(problems))
-    return tasks
+    return tasks, settings.decoding
 
 
 def _together(count: int, model: Model) -> str:
@@ -150,6 +153,7 @@ class Evaluation:
     def __init__(self, checked: Checked, command: str):
         self.options, self.command, self.model, self.tasks = checked.options, command, checked.model, checked.tasks
         self.planner, self.folder, self.notes = checked.planner, checked.folder, list[str]()
+        self.decoding = checked.decoding
         self.unread: list[str] = []  # a line for each task of which no video could be read, once it has run
         options, model, tasks = checked.options, checked.model, checked.tasks
         self.runners: list[Runner] = []
@@ -226,6 +230,7 @@ class Evaluation:
         self._note(*(line for task in self.tasks for line in task.about().get("notes", [])))
         self._note(*(line for task in self.tasks for video in task.videos for line in task.remarks(video)))
         self.store.join()
+        self.store.forget_timeouts(self.decoding.seconds)
         names = json.loads(gather(json.dumps([runner.run_id for runner in self.runners]).encode())[0])
         for runner, name in zip(self.runners, names, strict=True):
             runner.run_id = name  # processes answer as one run
@@ -356,6 +361,7 @@ class Evaluation:
             "think_tokens": self.options.think_tokens,
             "sampling": self.options.sampling or "by task",
             "seed": self.options.seed,
+            **decoding.about(self.decoding),
             "split": self.options.split,
             "limit": self.options.limit,
             "versions": versions(),

@@ -12,6 +12,7 @@ from hybridvlm.eval.benchmarks import MODULES, published
 from hybridvlm.eval.benchmarks.letters import ALPHABET
 from hybridvlm.options import InputError
 
+SHOWN = 8  # folders that a message names
 _LMMS = re.compile(r"(?:\d{8}_\d{6}_)?samples_(\w+)\.jsonl$")
 _OPTION = re.compile(r"^\(?([A-J])[.)]\s*(.*)$", re.MULTILINE)
 
@@ -59,7 +60,7 @@ def lmms_names() -> dict[str, str]:
 
 
 def sample_files(path: Any) -> list[Any]:
-    """The samples files of a folder, or the one file that a path is; InputError where there is none.
+    """The samples files of a folder, or the one file that a path is; InputError where there is none, or those of several runs.
 
     Of a folder of our results only our own, as the logs of lmms-eval that --format writes below hold the same answers.
     """
@@ -69,6 +70,7 @@ def sample_files(path: Any) -> list[Any]:
         raise InputError(f"{path}: there is no such file or folder")
     for where in ("", "**/"):
         if own := sorted({p for name in ("samples.jsonl", "samples-*.jsonl") for p in path.glob(where + name)}):
+            _refuse_several(path, own)
             return own
     found = sorted(path.glob("**/*samples_*.jsonl"))
     if not found:
@@ -77,7 +79,20 @@ def sample_files(path: Any) -> list[Any]:
     for file in found:  # of several stamps of one task in one folder the last one
         match = _LMMS.search(file.name)
         latest[f"{file.parent}/{match.group(1) if match else file.name}"] = file
+    by_task: dict[str, list[Any]] = {}
+    for name, file in latest.items():
+        by_task.setdefault(name.rpartition("/")[2], []).append(file)
+    for files in by_task.values():
+        _refuse_several(path, files)
     return list(latest.values())
+
+
+def _refuse_several(path: Any, files: Iterable[Any]) -> None:
+    """InputError where files lie in more than one folder: answers of one run would stand for those of another."""
+    folders = list(dict.fromkeys(str(file.parent) for file in files))
+    if len(folders) > 1:
+        named = ", ".join(folders[:SHOWN]) + (f" and {len(folders) - SHOWN} more" if len(folders) > SHOWN else "")
+        raise InputError(f"{path} holds {len(folders)} runs: {named}; give the folder of one")
 
 
 def read(path: Any) -> list[Answer]:

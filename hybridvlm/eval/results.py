@@ -24,6 +24,7 @@ from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan
 from hybridvlm.storage import GrowingFile, is_url
 from hybridvlm.storage import write_atomic as write_atomic
+from hybridvlm.video import VideoError, VideoTimeout
 
 # the keys of a row of results.json, in this order; scripts may rely on them
 ROW_KEYS = (
@@ -145,6 +146,15 @@ class SampleStore:
         for record in records:
             self._add(record, record["key"])
 
+    def forget_timeouts(self, seconds: float | None) -> None:
+        """Leave out records of videos that ran out of a time limit below `seconds` (None: below any), to be asked again."""
+        for record in list(self.records):
+            limit = record.get("time_limit")
+            if limit is not None and (seconds is None or limit < seconds):
+                self.records.remove(record)
+                if self._by_key.get(record["key"]) == record:
+                    del self._by_key[record["key"]]
+
     def join(self) -> None:
         """Bring together what all processes hold; every one of them has to call it."""
         if self.process.count > 1:
@@ -159,6 +169,12 @@ class SampleStore:
                 part.unlink(missing_ok=True)
         elif not self.process.first:
             self._file.remove()
+
+
+def failure_of(error: VideoError) -> Record:
+    """What a record holds of a video that cannot be read; with the time limit, for `forget_timeouts`, where it took too long."""
+    late = {"time_limit": error.seconds} if isinstance(error, VideoTimeout) else {}
+    return {"failure": str(error)} | late
 
 
 def achieved(generation: Generation, own: Sequence[int]) -> list[float]:

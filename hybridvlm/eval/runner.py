@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import statistics
 import time
@@ -28,7 +29,7 @@ from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.calls import Call, by_video, grouped, shared_part, whole
 from hybridvlm.eval.deal import deal, weights_fingerprint
 from hybridvlm.eval.layouts import Asking, lay_out
-from hybridvlm.eval.results import SampleStore, achieved, digest, versions
+from hybridvlm.eval.results import SampleStore, achieved, digest, failure_of, versions
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.memories import VideoMemories
@@ -102,7 +103,7 @@ class Runner:
         self._shared: dict[str, Hashable | None] = {}  # by sample, what its prompt has in common with others
         self._memories = VideoMemories()
         self._memory_seconds: dict[Hashable, float] = {}  # that they took
-        self._unread: dict[str, str] = {}  # video -> why it cannot be read
+        self._unread: dict[str, dict[str, Any]] = {}  # video -> why it cannot be read, as a record has it
         self._held = 0
         self.seconds = 0.0  # of `run`
         self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
@@ -423,8 +424,9 @@ class Runner:
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
         """The record of a question whose video cannot be read; whether that is wrong is settled by `Task.judged`."""
         nothing = {"prediction": None, "retention": None, "run": self.run_id}
-        failure = self.task.unavailable.get(sample.id) or self._unread[sample.video]
-        return self._record(variant, sample) | nothing | {"failure": failure}
+        reason = self.task.unavailable.get(sample.id)
+        failure = {"failure": reason} if reason else self._unread[sample.video]
+        return self._record(variant, sample) | nothing | failure
 
     def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
@@ -438,16 +440,17 @@ class Runner:
             self._visual.move_to_end((video, bucket.frames))
             return self._visual[video, bucket.frames]
         read: tuple[Clip, Any] | None = None
-        unread = ""
+        unread: dict[str, Any] = {}
         try:
             read = self._ahead.clip(video)
         except VideoError as error:
             if self.task.gone(video):
                 raise
-            unread = str(error)
+            unread = failure_of(error)
         if self.lockstep:
             # what one process cannot read, none of them encodes
-            unread = next((text.decode() for text in gather(unread.encode()) if text), "")
+            told = [json.loads(text) for text in gather(json.dumps(unread).encode())]
+            unread = next(filter(None, told), {})
         if read is None or unread:
             self._unread[video] = unread
             return None

@@ -69,8 +69,9 @@ def accuracy(correct: Sequence[bool], clusters: Sequence[str]) -> Estimate:
 def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Sequence[str]) -> Estimate:
     """Mean of correct - reference on the same questions, with its paired clustered interval (Student's t).
 
-    Where the two never disagree no spread shows; the interval then reaches as far as the share of clusters with a
-    disagreement may lie that shows in none of them (Clopper-Pearson's upper bound).
+    Where all clusters differ alike (the two never disagree, or always) no spread shows; the interval then reaches as far as
+    it would if the share of clusters that differ otherwise, and show in none of these, were as large as it may be
+    (Clopper-Pearson's upper bound).
     """
     if len(correct) != len(reference):
         raise ValueError(f"both must answer the same questions, got {len(correct)} and {len(reference)}")
@@ -78,8 +79,24 @@ def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Seq
     mean, se, groups = cluster_se(d.tolist(), clusters)
     if math.isnan(se):
         return Estimate(mean, None, None, len(d), groups)
-    half = _quantile(groups) * se if d.any() else 1 - (0.5 - LEVEL / 2) ** (1 / groups)
-    return Estimate(mean, mean - half, mean + half, len(d), groups)
+    if se > 0:
+        half = _quantile(groups) * se
+        return Estimate(mean, mean - half, mean + half, len(d), groups)
+    half = (1 + abs(mean)) * (1 - (0.5 - LEVEL / 2) ** (1 / groups))
+    return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(d), groups)
+
+
+def independent_difference(first: Estimate, second: Estimate) -> list[float] | None:
+    """The interval of second - first, two accuracies of runs that are not paired: Newcombe's, of their own (Wilson's) intervals.
+
+    It stays inside [-1, 1] and has a width where all answers of a run are equal; None where one of the two has no interval.
+    """
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return None
+    delta = second.mean - first.mean
+    down = math.hypot(second.mean - second.low, first.high - first.mean)
+    up = math.hypot(second.high - second.mean, first.mean - first.low)
+    return [delta - down, delta + up]
 
 
 def mcnemar(correct: Sequence[bool], reference: Sequence[bool]) -> float:

@@ -83,9 +83,14 @@ def put(array: Any, mesh: Mesh, spec: P) -> jax.Array:
     return jax.make_array_from_callback(np.shape(array), where, lambda index: np.asarray(array)[index])
 
 
+def filled(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return size + -size % multiple
+
+
 def fill(array: Any, axis: int, multiple: int) -> Any:
     """An array with zeros at the end of an axis, up to a multiple."""
-    spare = -array.shape[axis] % multiple
+    spare = filled(array.shape[axis], multiple) - array.shape[axis]
     if not spare:
         return array
     width = [(0, spare if i == axis else 0) for i in range(array.ndim)]
@@ -127,17 +132,21 @@ def put_visual(visual: Any, mesh: Mesh) -> jax.Array:
     return put(visual, mesh, P(INFERENCE_RULES.batch, INFERENCE_RULES.row))
 
 
-def put_frames(pixels: np.ndarray, mesh: Mesh, local: LocalConfig) -> tuple[jax.Array, LocalConfig]:
-    """Pixels [B,F,...] on the devices that encode them, and what these devices are, for `encode`.
+def frame_dealing(rows: int, mesh: Mesh) -> tuple[int, tuple[str, ...], P]:
+    """How pixels [B,F,...] of `rows` examples are dealt: what B is filled up to a multiple of, the axes that F is cut over, their spec.
 
     A batch with a row for every device along the batch axes is cut by rows; of a smaller one all devices take frames.
     """
     parts = row_parts(mesh)
-    by_row = len(pixels) >= parts
+    by_row = rows >= parts
     axes = (*INFERENCE_RULES.row, *(() if by_row else INFERENCE_RULES.batch), "tensor")
-    pixels = fill(pixels, 0, parts) if by_row else pixels
-    pixels = fill(pixels, 1, math.prod(mesh.shape[axis] for axis in axes))
-    spec = P(INFERENCE_RULES.batch if by_row else None, axes)
+    return (parts if by_row else 1), axes, P(INFERENCE_RULES.batch if by_row else None, axes)
+
+
+def put_frames(pixels: np.ndarray, mesh: Mesh, local: LocalConfig) -> tuple[jax.Array, LocalConfig]:
+    """Pixels [B,F,...] on the devices that encode them, and what these devices are, for `encode`."""
+    multiple, axes, spec = frame_dealing(len(pixels), mesh)
+    pixels = fill(fill(pixels, 0, multiple), 1, math.prod(mesh.shape[axis] for axis in axes))
     return put(pixels, mesh, spec), dataclasses.replace(local, frame_axes=axes)
 
 

@@ -99,11 +99,13 @@ def attention_layer(
     query: jax.Array | None = None,
     query_capacity: int = 0,
     decode_capacity: int = 0,
+    one_segment: bool = False,
 ) -> tuple[jax.Array, AttentionCache, AttentionAux | None]:
     """One residual attention layer over whole rows.
 
     x [B,L,D], segment [B,L]; position [B,L] or [B,L,3] where the config has a rotary embedding (keys are cached turned).
-    `decode_capacity`: empty slots in the cache for tokens to come, of all shards of a row together.
+    `decode_capacity`: empty slots in the cache for tokens to come, of all shards of a row together. `one_segment`: a promise, that of
+    `hybridvlm.ops.attention.attention`.
     With `query` [B,L] bool the rows of the question (at most
     `query_capacity` of them) come back in the aux, for the text-to-visual score. Where rows are cut over devices, the aux has
     the whole row's question, its positions counted from the first token here, and the keys of this stretch alone.
@@ -111,7 +113,8 @@ def attention_layer(
     q, k, v = _qkv(p, c, x, position)
     length, start = segment.shape[1], row_start(c, segment.shape[1])
     if sequence_shards(c) == 1:
-        out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment)
+        scored = query is not None
+        out, lse = attention(q, k, v, q_segment=segment, kv_segment=segment, one_segment=one_segment, return_lse=scored)
     else:
         keys, values, slots = (gather_sequence(c, a) for a in (k, v, segment))
         index_q = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), segment.shape)

@@ -142,6 +142,7 @@ def prefill(
     caches: bool = True,
     straight_through: StraightThrough | None = None,
     prefix: Prefix | None = None,
+    one_segment: bool = False,
 ) -> DecoderOutput[tuple[Cache, ...]]:
     """Run whole prompts through the decoder.
 
@@ -167,6 +168,8 @@ def prefill(
             reach the scores. Without it, scores that only choose carry no gradient; those of `collect` do.
         prefix: of `run_prefix` up to the first layer of plan.drops; `tokens` are then the text behind it, as of `continue_rows`,
             and counts those of its rows.
+        one_segment: a promise that each row is one example from its first token on, padded at its end: what attention may
+            then leave to a library.
 
     Raises:
         ValueError: for a site that is no mixer layer, a missing score_fn, an unknown remat, what a row that is cut over
@@ -194,7 +197,7 @@ def prefill(
     survivors: list[tuple[jax.Array, jax.Array]] = []
     kept, scores, hidden = [initial_counts], {}, {}
     for start, layer in _ranges(num_layers, scored | deepstack | set(hidden_states), first):
-        layer_range = LayerRange(config, start, layer, decode_capacity, remat, caches)
+        layer_range = LayerRange(config, start, layer, decode_capacity, remat, caches, one_segment=one_segment)
         tokens, new = _run_before(layer_range, params, tokens)
         layer_caches += new
         if layer == num_layers:

@@ -21,6 +21,7 @@ from hybridvlm.nn.attention import LOOK_PARAMS, attention_look
 from hybridvlm.nn.layers import LAYER_KINDS
 from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.parallel.tensor import all_gather_params
+from hybridvlm.pattern import repeats
 
 Params = dict[str, Any]
 
@@ -43,6 +44,7 @@ class LayerRange:
         caches: whether caches are returned.
         slice_params: repeated units scan over slices of their parameters instead of reading the stack by index.
         in_scan: these layers are the body of a scan.
+        one_segment: a promise that each row is one segment, padded at its end.
     """
 
     config: ModelConfig
@@ -53,24 +55,7 @@ class LayerRange:
     caches: bool = True
     slice_params: bool = False
     in_scan: bool = False
-
-
-def repeats(pattern: str, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Cut layers start..stop-1 into (first layer, unit length, times): the longest repetitions found from left to right."""
-    runs, at = [], start
-    while at < stop:
-        best = (1, 1)
-        for unit in range(1, (stop - at) // 2 + 1):
-            times = 1
-            while pattern[at : at + unit] == pattern[at + times * unit : at + (times + 1) * unit] and (
-                at + (times + 1) * unit <= stop
-            ):
-                times += 1
-            if times > 1 and (times - 1) * unit > (best[1] - 1) * best[0]:
-                best = (unit, times)
-        runs.append((at, *best))
-        at += best[0] * best[1]
-    return runs
+    one_segment: bool = False
 
 
 def index_params(stack: dict[str, jax.Array], index: int | jax.Array) -> dict[str, jax.Array]:
@@ -92,9 +77,8 @@ def run_layer(layers: LayerRange, layer: int, stack: Params, index, x, segment, 
 
     def run(stack, index, x, segment, position, query):
         p = all_gather_params(config, KINDS[kind], index_params(stack, index), x.dtype)
-        x, cache, aux = LAYER_KINDS[kind].forward(
-            p, config, x, segment, position, query=query, decode_capacity=layers.decode_capacity, **options
-        )
+        static = {"decode_capacity": layers.decode_capacity, "one_segment": layers.one_segment} | options
+        x, cache, aux = LAYER_KINDS[kind].forward(p, config, x, segment, position, query=query, **static)
         return x, cache if layers.caches else None, aux
 
     if REMAT[layers.remat] is None:

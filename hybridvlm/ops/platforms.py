@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 
 KERNELS_NEED = (
     0,
@@ -17,6 +18,7 @@ KERNELS_NEED = (
 )  # the first JAX whose Pallas has what the kernels are written in; XLA's implementations need less
 _told: set[str] = set()
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_capability: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("capability", default=None)
 
 
 def platform() -> str:
@@ -30,19 +32,33 @@ def platform() -> str:
     return _target.get() or ("gpu" if here in ("cuda", "rocm") else here)
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU of the program that is traced: (7, 5) is a T4, (8, 0) an A100, (9, 0) Hopper. None: no GPU, or one of another
+    maker."""
+    if platform() != "gpu":
+        return None
+    if _target.get() is not None:
+        return _capability.get()
+    device = jax.config.values["jax_default_device"]
+    device = device if hasattr(device, "platform") else jax.local_devices(backend=device)[0]
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[None]:
-    """Ops traced inside choose as on this platform ("cpu", "tpu", "gpu"), whatever device is at hand.
+def compiling_for(name: str, capability: tuple[int, int] | None = None) -> Iterator[None]:
+    """Ops traced inside choose as on this platform ("cpu", "tpu", "gpu", of that compute capability), whatever device is at hand.
 
     For kernels in an interpreter. What `jax.jit` has traced before stays as it was: trace a function of its own inside.
     """
     if name not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"compiling_for: expected 'cpu', 'tpu' or 'gpu', got {name!r}")
-    token = _target.set(name)
+    token, kind = _target.set(name), _capability.set(capability)
     try:
         yield
     finally:
         _target.reset(token)
+        _capability.reset(kind)
 
 
 @contextlib.contextmanager
@@ -64,6 +80,19 @@ def _too_old(op: str, name: str) -> str:
     return (
         f"{op}: implementation {name!r} is a kernel that needs jax {needed} or newer, and this is jax {jax.__version__}"
     )
+
+
+def gpu_kernels(*dtypes: jax.typing.DTypeLike, lengths: bool) -> tuple[str, ...]:
+    """The kernels of attention, in order of preference, for operands of these types on the GPU of the program that is traced.
+
+    "cudnn", from Ampere on, of rows that a length describes (`lengths`); "pallas_gpu", in Mosaic, on Hopper alone, for whose tensor
+    cores it is written. A T4 (7.5) has neither, nor has float32.
+    """
+    capability = compute_capability()
+    if capability is None or any(jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) for dtype in dtypes):
+        return ()
+    cudnn = ("cudnn",) if lengths and capability >= (8, 0) else ()
+    return (*cudnn, "pallas_gpu") if capability[0] == 9 else cudnn
 
 
 def default_kernel(op: str, name: str, instead: str) -> str:

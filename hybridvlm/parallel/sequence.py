@@ -8,7 +8,7 @@ Of S shards each holds l tokens of every row [B,S*l], in order, so that padding 
 * an attention layer gathers keys and values, which under grouped queries are small compared with the row (2 K P values a token against
   D), and the rows of the question, which every shard holds against its own keys. Later shards see more keys: work is uneven.
 * a drop gathers scores and the other integers of a token (not x), decides on every device alike over the whole row, and hands on
-  only rows that stay: one reduce-scatter of the shorter row. A device builds the whole shorter row for it, mostly zeros.
+  only rows that stay: the shorter row in a reduce-scatter, a piece of every stretch at a time.
 
 What a prefill leaves, and what comes after it: keys and values stay where their stretch is, the states after the last token are
 sent to every shard. A new token is whole on every shard, which attends to the keys that it holds; parts are joined by
@@ -215,19 +215,34 @@ def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Arra
     start = row_start(c, size)
     mine, real = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in (indices, valid))
     length = tokens.length
-    local = indices - row_start(c, length)
-    held = valid & (local >= 0) & (local < length)
-    local = jnp.clip(local, 0, length - 1)
 
     def take(array: jax.Array, empty: int) -> jax.Array:
         """What is known whole: the positions of this stretch, from anywhere."""
         taken = gather_rows(gather_sequence(c, array), mine)
         return jnp.where(real.reshape(real.shape + (1,) * (array.ndim - 2)), taken, jnp.asarray(empty, array.dtype))
 
+    # a piece of every stretch at a time, so that no device ever holds more of the shorter row than one stretch of it
+    pieces = c.shards
+    piece = -(-size // pieces)
+    local = jnp.where(valid, indices, -1) - row_start(c, length)
+
+    def cut(positions: jax.Array) -> jax.Array:
+        """[B,S*size] -> [pieces,B,S*piece]: the n-th piece of every stretch, one stretch after the other."""
+        by_stretch = positions.reshape(-1, c.shards, size)
+        by_stretch = jnp.pad(by_stretch, ((0, 0), (0, 0), (0, pieces * piece - size)), constant_values=-1)
+        return jnp.moveaxis(by_stretch.reshape(-1, c.shards, pieces, piece), 2, 0).reshape(pieces, -1, c.shards * piece)
+
     def move(array: jax.Array) -> jax.Array:
         """Everybody's rows to their positions, of which each gets its own stretch; a position has one giver or none."""
-        given = jnp.where(held.reshape(held.shape + (1,) * (array.ndim - 2)), gather_rows(array, local), 0)
-        return jax.lax.psum_scatter(given, c.row_axis, scatter_dimension=1, tiled=True)
+
+        def one(_: None, at: jax.Array) -> tuple[None, jax.Array]:
+            held = (at >= 0) & (at < length)
+            rows = gather_rows(array, jnp.clip(at, 0, length - 1))
+            given = jnp.where(held.reshape(held.shape + (1,) * (array.ndim - 2)), rows, 0)
+            return None, jax.lax.psum_scatter(given, c.row_axis, scatter_dimension=1, tiled=True)
+
+        _, moved = jax.lax.scan(one, None, cut(local))
+        return jnp.moveaxis(moved, 0, 1).reshape(array.shape[0], pieces * piece, *array.shape[2:])[:, :size]
 
     def extra(array: jax.Array) -> jax.Array:
         return move(array) if jnp.issubdtype(array.dtype, jnp.floating) else take(array, 0)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hybridvlm.config import VambaConfig
 from hybridvlm.console import plain_table
 from hybridvlm.estimates import DoesNotFit, Estimate, MeshSizes, Workload, choose_mesh
 from hybridvlm.estimates.memory import PROGRAMS
@@ -173,7 +174,7 @@ def _sent(size: float) -> str:
 
 
 def compile_rows(options: argparse.Namespace, works: Mapping[str, Workload], made: Estimate) -> list[dict[str, Any]]:
-    """The compiler's own figures of the prefill on the slice and mesh of an estimate, printed and returned.
+    """The compiler's own figures of the programs on the slice and mesh of an estimate, printed and returned.
 
     Raises:
         ImportError: the compiler is not installed.
@@ -181,27 +182,34 @@ def compile_rows(options: argparse.Namespace, works: Mapping[str, Workload], mad
     """
     from hybridvlm import aot
     from hybridvlm.bench import aot as bench
-    from hybridvlm.models import nemotron_vl
-    from hybridvlm.models.family import family_for
+    from hybridvlm.sharding import make_mesh
 
-    if family_for(made.work.config) is not nemotron_vl:
-        raise ValueError(f"--compile takes models of the family nemotron_vl so far, got {made.work.config.name}")
-    if not made.slice.generation.startswith("v"):
+    if isinstance(made.work.config, VambaConfig):
+        raise ValueError("--compile takes models of the families nemotron_vl and qwen_vl; bench vamba compiles VAMBA")
+    if made.slice.platform != "tpu":
         raise ValueError(
             f"--compile takes a TPU slice, since XLA's GPU compiler estimates no cost, got {made.slice.name}"
         )
     reason = aot.missing("tpu")
     if reason is not None:
         raise ImportError(reason)
+    where = aot.target(made.slice.name)
+    mesh = make_mesh(**vars(made.mesh), devices=where.devices[: made.mesh.devices])
     rows = []
     for name, work in works.items():
-        found = bench.compiled_prefill_row(made.slice.name, vars(made.mesh), work, options.model)
-        rows.append({"method": name, "compiler": True, **found})
-        estimate = estimate_on(work, made.slice, made.mesh).memory
-        needed = estimate.program("prefill", least=estimate.program("prefill") > made.limit)
-        print(
-            f"\ncompiled, {name} on mesh {made.mesh}: prefill {found['needed_gb']:.2f} GB a chip (estimated {_gb(needed)}), "
-            f"{found['cost_s']:.3g} s by its cost model, {found['exchanged_gb']:.3g} GB handed to collectives, "
-            f"{found['compile_s']:.0f} s to compile"
-        )
+        # the tower does not know what is dropped later
+        for program in (p for p in PROGRAMS if work.frames and not (p == "tower" and work.reduction is not None)):
+            found = bench.compiled_row(program, where, mesh, work)
+            rows.append({"compiler": True, **found, "method": name})
+            print(f"compiled, {name} on mesh {made.mesh}: {_compiled(found)}")
     return rows
+
+
+def _compiled(row: Mapping[str, Any]) -> str:
+    needed = f"{row['program']} {row['needed_gb']:.2f} GB a chip (counted {row['counted_gb']:.2f})"
+    if "cost_s" not in row:
+        return f"{needed}: refused by the compiler, {row['compile_s']:.0f} s to compile"
+    return (
+        f"{needed}, {row['cost_s']:.3g} s by its cost model, {row['exchanged_gb']:.3g} GB handed to collectives, "
+        f"{row['compile_s']:.0f} s to compile"
+    )

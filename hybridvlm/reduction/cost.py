@@ -138,7 +138,8 @@ def scoring_flops(config: Counted, layer: int, length: int, queries: int) -> int
 
 def lookahead_flops(config: ModelConfig, length: int, queries: int) -> int:
     """Operations of a score by one attention layer to come: its keys of `length` tokens, its queries of `queries` rows, and
-    their products twice, for the softmax's sums and for its weights."""
+    their products twice, for the softmax's sums and for its weights, as the TPU and GPU kernels work them
+    out; XLA's implementation needs them once."""
     c = config
     heads = c.attention_heads * c.head_dim
     return 2 * c.width * (length * c.kv_heads * c.head_dim + queries * heads) + 4 * length * queries * heads

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from hybridvlm.config import Schedule
+from hybridvlm.pattern import compile_weight
 
 SHARE_ONE = 4096  # the integer share that means "all"
 _LEAST = 1.0 / SHARE_ONE  # floor of the methods that have no schedule of their own
@@ -133,17 +134,48 @@ def solve(
     return tuple(_settle(shares, floor, budget, measure))
 
 
-def merge_stages(shares: Sequence[int], stages: int) -> tuple[int, ...]:
-    """The drops of `shares` that stay where only `stages` lengths may be: each stands for an equal part of them."""
+def merge_stages(shares: Sequence[int], stages: int, pattern: str = "", early: float = 0.0) -> tuple[int, ...]:
+    """The drops of `shares` that stay where only `stages` lengths may be: lengths fall by about the same ratio each time.
+
+    Each may be a quarter of that step off: of those the ones are taken between which the layers of `pattern` take least to compile
+    (the first ones, without a pattern). early: by what part of a step drops come before they would, 0 to 1/2: what comes before
+    the first drop is at full length, and a small budget may leave no room for it.
+    """
     drops = drop_sites(shares)
     wanted = max(0, stages - 1)
     if len(drops) <= wanted:
         return drops
-    total, chosen = SHARE_ONE - shares[-1], []
+    if not wanted:
+        return ()
+    fallen = {site: math.log(SHARE_ONE / max(1, shares[site + 1])) for site in drops}
+    step = fallen[drops[-1]] / wanted
+    # the drops so far that end with each site, after what all before takes to compile
+    best: dict[int, tuple[int, tuple[int, ...]]] = {-1: (0, ())}
     for i in range(wanted):
-        goal = total * (i + 0.5) / wanted
-        chosen.append(next(site for site in drops if SHARE_ONE - shares[site + 1] >= goal))
-    return tuple(sorted(set(chosen)))
+        goal = (i + 0.5 - early) * step
+        # one drop for each goal that is still to come stays over
+        free = [site for n, site in enumerate(drops) if site > min(best) and len(drops) - n >= wanted - i]
+        near = [site for site in free if abs(fallen[site] - goal) <= 0.25 * step]
+        found: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for site in near or [min(free, key=lambda site: abs(fallen[site] - goal))]:
+            before = [
+                (weight + _stage_weight(pattern, last + 1, site), at)
+                for last, (weight, at) in best.items()
+                if last < site
+            ]
+            if before:
+                weight, at = min(before)
+                found[site] = (weight, (*at, site))
+        best = found
+    layers = len(pattern)
+    return min((weight + _stage_weight(pattern, site + 1, layers - 1), at) for site, (weight, at) in best.items())[1]
+
+
+def _stage_weight(pattern: str, first: int, last: int) -> int:
+    """What layers first..last take to compile, the last one, which is scored, by itself."""
+    if not pattern:
+        return 0
+    return compile_weight(pattern, first, last) + compile_weight(pattern, last, last + 1)
 
 
 def drop_sites(shares: Sequence[int]) -> tuple[int, ...]:

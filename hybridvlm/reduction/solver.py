@@ -156,13 +156,31 @@ class BudgetSolver:
             budget *= rate
         try:
             shares = schedules.solve(curve, sites, self.layers, budget, measure)
-            if schedule.stages and method.scheduled:
-                thinned = schedules.merge_stages(shares, schedule.stages)
-                if len(thinned) < len(schedules.drop_sites(shares)):
-                    shares, sites = schedules.solve(curve, thinned, self.layers, budget, measure), thinned
+            if schedule.stages and method.scheduled and schedule.shape != "list":
+                return self._in_stages(shares, sites, curve, budget, measure)
         except schedules.BudgetError as error:
             raise BudgetError(self._unmet(method, budget, sites, error), error.low, error.high) from None
         return shares, sites
+
+    def _in_stages(
+        self,
+        shares: tuple[int, ...],
+        sites: tuple[int, ...],
+        curve: schedules.Curve,
+        budget: float,
+        measure: Callable[[Sequence[int]], float],
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shares that meet the budget with as many lengths as the schedule allows, and the sites of their drops."""
+        for early in (0.0, 0.25, 0.5):
+            thinned = schedules.merge_stages(shares, self.reduction.schedule.stages, self.config.pattern, early)
+            if len(thinned) == len(schedules.drop_sites(shares)):
+                return shares, sites
+            try:
+                return schedules.solve(curve, thinned, self.layers, budget, measure), thinned
+            except schedules.BudgetError:
+                if early == 0.5:
+                    raise
+        raise AssertionError("unreachable")
 
     def _measure(self, entering: int) -> Callable[[Sequence[int]], float]:
         kind = self.reduction.kind

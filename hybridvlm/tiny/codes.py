@@ -31,7 +31,7 @@ def reduction() -> Reduction:
     """`str` at 25% mean, with the schedule that did best on validation videos: nothing is dropped until the first look-up is read,
     that is until the first Mamba layer after the first attention layer has run, and 2% stay to the end."""
     pattern = config().pattern
-    return Reduction("str", 0.25, schedule=Schedule(start=pattern.index("M", pattern.index("*")), floor=0.02))
+    return Reduction("str", 0.25, schedule=Schedule(start=pattern.index("M", pattern.index("*")), floor=0.02, stages=0))
 
 
 def look_ups(config: ModelConfig) -> tuple[int, int]:

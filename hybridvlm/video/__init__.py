@@ -8,7 +8,7 @@ pixels; transparent parts stand on white. Not read: HEIC, playlists, series of p
 
 from hybridvlm.video.clip import read_clip
 from hybridvlm.video.decode import decode_frames, frame_seconds, probe
-from hybridvlm.video.errors import VideoError, VideoWarning
+from hybridvlm.video.errors import VideoError, VideoTimeout, VideoWarning
 from hybridvlm.video.images import read_image
 from hybridvlm.video.index import VideoInfo
 from hybridvlm.video.sampling import RULES, sample_indices
@@ -18,6 +18,7 @@ __all__ = [
     "RULES",
     "VideoError",
     "VideoInfo",
+    "VideoTimeout",
     "VideoWarning",
     "decode_frames",
     "default_frames",

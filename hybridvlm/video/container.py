@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridvlm.video.errors import VideoError
+from hybridvlm.video.errors import VideoError, VideoTimeout, check_time, time_is_limited
 from hybridvlm.video.images import motion_jpeg
 
 if TYPE_CHECKING:
@@ -252,10 +252,15 @@ def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> It
     """
     import av
 
+    limited = time_is_limited()
     try:
         for packet in container.demux(streams):
+            if limited:
+                check_time(container.name)
             if packet.size or packet.dts is None:  # an empty one on the way would end the decoding
                 yield packet
+    except VideoTimeout:
+        raise
     except av.FFmpegError as error:
         if ended is not None:
             ended.append(error.strerror or type(error).__name__)
@@ -267,8 +272,9 @@ def packets(container: Any, *streams: Any, ended: list[str] | None = None) -> It
 class Reader:
     """Decodes one stream of an open video, forward from where it stands.
 
-    strict: the decoder gives up a damaged picture instead of inventing what is missing. threads: 0 lets FFmpeg choose. cut:
-    stamps of damaged packets that are left out; None: all of those that are said to be damaged.
+    strict: the decoder gives up a damaged picture instead of inventing what is missing. threads: of the decoder, 0 lets FFmpeg
+    choose. said: the list to which FFmpeg's messages go; the decoder then runs on one thread, so that it is known which packet
+    an error belongs to. cut: stamps of damaged packets that are left out; None: all of those that are said to be damaged.
     After each frame `trouble` says whether something before it did not decode, since the last key frame; `lost`, how
     many times a picture was given up.
     """
@@ -286,14 +292,14 @@ class Reader:
         self.container, self.stream, self.codec = container, stream, _decoder(stream)
         if strict:
             self.codec.options = {"err_detect": "crccheck+explode"}
-        if threads:
-            self.codec.thread_count = threads
+        # which packet an error belongs to is known where decoding is not spread over threads
+        self.single = said is not None
+        if threads or self.single:
+            self.codec.thread_count = threads or 1
         else:
             self.codec.thread_type = "AUTO"
         self.said, self.strict, self.cut = said, strict, cut
         self.trouble, self.lost = False, 0
-        # which packet an error belongs to is known where decoding is not spread over threads
-        self.single = threads == 1
 
     def frames(self, source: Iterator[av.Packet], floor: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames in display order out of packets; what does not decode is passed over.
@@ -341,6 +347,13 @@ def _decoder(stream: Any) -> Any:
         with contextlib.suppress(av.codec.codec.UnknownCodecError):
             return av.CodecContext.create(other, "r")
     return stream.codec_context
+
+
+def scaler() -> Any:
+    """What turns frames into RGB of a size; it keeps its tables from frame to frame."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
 
 
 def on_white(frame: av.VideoFrame) -> av.VideoFrame:

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from hybridvlm.video import container as films
 
-Row = tuple[int | None, int | None, int, bool, bool, bool]  # of a packet, as `index` keeps them
 _MARKED = ("asf", "nut", "wtv")  # formats that begin with 16 bytes which stand nowhere else
 _STEPS = (188, 192, 204)  # bytes from one transport packet to the next
 _NEAR = 3  # packets around a key frame
 _JOINTS = 64  # damaged positions up to which each is looked at
 
 
-def lead(container: Any, stream: Any, rows: Sequence[Row]) -> float:
-    """Seconds by which a Matroska's index begins ahead of the first picture that can be read."""
+def lead(container: Any, stream: Any, stamps: np.ndarray) -> float:
+    """Seconds by which a Matroska's index begins ahead of the first picture that can be read, by the packets' `stamps`."""
     import av
 
-    stamps = [row[0] for row in rows if row[0] is not None]
-    if not container.format.name.startswith("matroska") or not stamps:
+    if not container.format.name.startswith("matroska") or not len(stamps):
         return 0.0
+    start = int(stamps.min())
     with contextlib.suppress(av.FFmpegError):  # the index stands at the end, and is read when something is sought
-        container.seek(min(stamps), stream=stream)
-    first = min((entry.timestamp for entry in stream.index_entries), default=min(stamps))
-    return (min(stamps) - first) * float(stream.time_base or 0)
+        container.seek(start, stream=stream)
+    first = min((entry.timestamp for entry in stream.index_entries), default=start)
+    return (start - first) * float(stream.time_base or 0)
 
 
 def second_film(path: str, form: str) -> int:
@@ -51,27 +51,27 @@ def second_film(path: str, form: str) -> int:
     return 0
 
 
-def joints(name: str, form: str, number: int, rows: Sequence[Row]) -> frozenset[int]:
-    """Packets that are said to be damaged and are not: next to a key frame, and all around them decodes.
+def joints(name: str, form: str, number: int, key: np.ndarray, damaged: np.ndarray) -> np.ndarray:
+    """[n] packets that are said to be `damaged` [n] and are not: next to a `key` frame [n], and all around them decodes.
 
     Where parts of a broadcast are put one after another its packets' counter leaps, as if some were lost.
     """
-    keys = [position for position, row in enumerate(rows) if row[3]]
-    flagged = [position for position, row in enumerate(rows) if row[5]]
+    keys, flagged = np.flatnonzero(key).tolist(), np.flatnonzero(damaged).tolist()
+    found = np.zeros(len(key), bool)
     near = [position for position in flagged if any(abs(key - position) <= _NEAR for key in keys)]
     if not near or len(flagged) > _JOINTS:
-        return frozenset()
-    sound, begins = [], set[int]()
+        return found
+    sound, begins = list[int](), set[int]()
     with films.listening() as said:
         container, streams = films.open_film(name)
         try:
             stream = next(s for s in streams if s.index == number)
-            reader = films.Reader(container, stream, strict=True, threads=1, said=said, cut=frozenset())
+            reader = films.Reader(container, stream, strict=True, said=said, cut=frozenset())
             packets = list[Any]()
             numbered = enumerate(p for p in films.packets(container, stream) if p.size)
             for position in near:
                 begin = max((key for key in keys if key <= position), default=0)
-                stop = min((key for key in keys if key > position + _NEAR), default=len(rows))
+                stop = min((key for key in keys if key > position + _NEAR), default=len(key))
                 packets = [(n, p) for n, p in packets if n >= begin]
                 for at, packet in numbered:
                     begins.add(packet.pos or 0)
@@ -85,7 +85,8 @@ def joints(name: str, form: str, number: int, rows: Sequence[Row]) -> frozenset[
             films.close(container)
     # where bytes are gone, what follows no longer stands on the grid of the transport packets
     even = any(len({begin % step for begin in begins}) == 1 for step in _STEPS)
-    return frozenset(sound if even or form != "mpegts" else ())
+    found[sound] = even or form != "mpegts"
+    return found
 
 
 def _decodes(reader: films.Reader, packets: list[Any]) -> bool:

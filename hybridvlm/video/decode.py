@@ -1,7 +1,7 @@
 """Frames out of video files, exactly the ones asked for (PyAV), and out of animated pictures (Pillow).
 
-`probe` and `decode_frames` count frames in display order. One pass over the packets, without decoding, gives every
-frame's time stamp and the key frames (`index`); decoding then runs forward through the asked frames and seeks only where a
+`probe` and `decode_frames` count frames in display order. The packets, or the tables of an MP4, give every frame's
+time stamp and the key frames without decoding (`index`); decoding then runs forward through the asked frames and seeks only where a
 key frame lies between the present position and the next asked frame. A frame is recognised by its time stamp, never by
 counting after a seek. Where the clock starts anew in the middle of a file (recordings put one after another), frames come
 in the file's order, their times run on, and the way to a key frame is read, not sought. Files without usable time stamps are
@@ -28,6 +28,7 @@ from hybridvlm.video.errors import VideoError, warn
 from hybridvlm.video.index import Index, VideoInfo, index_of
 
 _NEAR = 4  # frames; a key frame no further ahead is not sought
+_SMALL = 640 * 360  # pixels; frames that one thread decodes
 Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
@@ -120,14 +121,16 @@ class _Task:
         if self.index.pts is None:
             self._pass(self._count)
             return
-        self._walks(strict=True)
+        # the smaller the frames, the sooner one thread has them than several that wait for each other
+        small = self.index.info.width * self.index.info.height <= _SMALL
+        self._walks(strict=True, threads=1 if small else 0)
         if self.found.all():
             return
         with films.listening() as said:
-            self._walks(threads=1, said=said)
+            self._walks(said=said)
             if not self.found.all() and self.keyless:
                 self.from_start = True
-                self._walks(threads=1, said=said)
+                self._walks(said=said)
             self.complaints = films.complaints(said)
 
     def _walks(self, **options: Any) -> None:
@@ -161,13 +164,14 @@ class _Task:
                 self._keep(place_of[number], scaled[0])
 
     def _count(self, reader: films.Reader) -> None:
+        scaler = films.scaler()
         frames = reader.frames(films.packets(reader.container, reader.stream))
         last = -1
         for position in np.flatnonzero(~self.found).tolist():
             for frame in frames:
                 last += 1
                 if last == self.order[position]:
-                    self._keep(position, self._pixels(frame))
+                    self._keep(position, self._pixels(frame, scaler))
                     break
 
     def _walk(self, reader: films.Reader) -> None:
@@ -190,15 +194,20 @@ class _Task:
                 if sought is not None:
                     frames, floor, here = sought, ahead, None
             for frame in frames:
-                if frame.pts is None:
+                stamp = frame.pts
+                if stamp is None:
                     continue
-                self.keyless |= here is None and frame.pts > floor
-                here = int(frame.pts)
+                self.keyless |= here is None and stamp > floor
+                here = int(stamp)
                 asked = place_of.get(here)
                 # a strict pass leaves to the second what comes after something that did not decode
-                sound = here >= floor and not (reader.strict and reader.trouble)
-                if asked is not None and not self.found[asked] and sound:
-                    self._keep(asked, self._pixels(frame))
+                if (
+                    asked is not None
+                    and not self.found[asked]
+                    and here >= floor
+                    and not (reader.strict and reader.trouble)
+                ):
+                    self._keep(asked, self._pixels(frame, way.scaler))
                     self.doubtful += reader.trouble
                 if here >= target:
                     break
@@ -210,17 +219,17 @@ class _Task:
         at, to = np.searchsorted(pts, [here, ahead])
         return bool(to - at > _NEAR)
 
-    def _pixels(self, frame: Any) -> np.ndarray:
+    def _pixels(self, frame: Any, scaler: Any) -> np.ndarray:
         """Frame -> RGB, scaled and turned to fit the output."""
         turn, (height, width) = self.index.turn, self.out.shape[1:3]
         try:
             frame = films.on_white(frame)
             if self.resize is not None:
-                pixels = films.turned(frame.to_ndarray(format="rgb24"), turn)
+                pixels = films.turned(scaler.reformat(frame, format="rgb24", threads=1).to_ndarray(), turn)
                 return self.resize(np.ascontiguousarray(pixels)[None], (height, width))[0]
             if turn[0]:
                 height, width = width, height
-            return films.turned(frame.to_ndarray(format="rgb24", width=width, height=height), turn)
+            return films.turned(scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray(), turn)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise VideoError(
                 f"{self.path}: frames of the format {frame.format.name} cannot be read: {error}"
@@ -235,10 +244,12 @@ class _Way:
     """The way through a video's packets, from key frame to key frame.
 
     reading: every packet up to the key frame is read and passed over, which is quick compared with decoding them; else it is sought.
+    scaler: of the frames on it, one for all, as it takes long to set up.
     """
 
     def __init__(self, reader: films.Reader, index: Index, reading: bool):
         self.reader, self.index, self.reading = reader, index, reading
+        self.scaler = films.scaler()
         plain = films.packets(reader.container, reader.stream)
         self.packets = self._numbered(plain) if reading else plain
         self.number, self.skip = -1, 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridvlm.video.errors import VideoError, warn
+from hybridvlm.video.errors import VideoError, VideoTimeout, check_time, warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,10 +76,13 @@ def lengths(path: str | os.PathLike[str]) -> tuple[list[int], tuple[int, int], s
     with _opened(path) as image:
         try:
             for number in range(_first(image), image.n_frames):
+                check_time(path)
                 image.seek(number)
                 image.load()
                 time = int(image.info.get("duration", 0) or 0)
                 out.append(time if time > _NO_TIME else _USUAL_TIME)
+        except VideoTimeout:
+            raise
         except Exception as error:  # whatever a damaged file makes the decoder raise
             if not out:
                 raise VideoError(f"{path}: not one frame could be decoded: {error}") from error
@@ -92,6 +95,7 @@ def moving_frames(path: str | os.PathLike[str], last: int) -> Iterator[np.ndarra
     with _opened(path) as image, _words(path):
         first = _first(image)
         for number in range(first, first + last + 1):
+            check_time(path)
             image.seek(number)
             image.load()
             yield _rgb(path, image)

@@ -1,4 +1,7 @@
-"""What a video file holds: one pass over its packets, without decoding, gives every frame's time stamp and the key frames."""
+"""What a video file holds: every frame's time stamp and the key frames, without decoding.
+
+They come from one pass over the packets or, of an MP4 whose tables are plain, from these.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import numpy as np
 from hybridvlm.video import container as films
 from hybridvlm.video import damage, images
 from hybridvlm.video.errors import VideoError
+from hybridvlm.video.track import NONE, Track, demuxed, tabled
 
 _CODING_ORDER = ("avi",)  # formats whose time stamps follow the order of coding; with B-frames display differs
 _DECODING_CLOCK = ("mpegts", "mpeg", "flv")  # formats that store when a picture is to be decoded
@@ -86,29 +90,6 @@ def file_status(path: str | os.PathLike[str]) -> os.stat_result:
     return status
 
 
-@dataclasses.dataclass
-class _Seen:
-    """The packets of one stream, in the file's order: (pts, dts, duration, key frame?, hidden?, damaged?)."""
-
-    number: int
-    tick: float
-    indexed: int  # entries of the container's index before anything was read
-    rows: list[tuple[int | None, int | None, int, bool, bool, bool]] = dataclasses.field(default_factory=list)
-
-    def column(self, at: int) -> list[Any]:
-        return [row[at] for row in self.rows]
-
-    @property
-    def count(self) -> int:
-        return sum(not row[4] for row in self.rows)
-
-    @property
-    def span(self) -> float:
-        stamps = [row[0] if row[0] is not None else row[1] for row in self.rows if not row[4]]
-        known = [stamp for stamp in stamps if stamp is not None]
-        return (max(known) - min(known)) * self.tick if known else 0.0
-
-
 @functools.lru_cache(maxsize=16)
 def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
     """name: how the caller calls the file; the path itself, size and mtime make the cache notice another or a changed one."""
@@ -117,23 +98,47 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
         raise VideoError(f"{name} is a still picture, not a video; ask about it as an image")
     if shape == "moving":
         return _moving_picture(name)
+    index = _from_tables(path, name)
+    return _from_packets(path, name, size) if index is None else index
+
+
+def _from_tables(path: str, name: str) -> Index | None:
+    """The index of an MP4 whose tables say all there is; None for any other file."""
+    import av
+
     with films.listening() as said:
         container, streams = films.open_film(name, said)
         try:
-            seen = {s.index: _Seen(s.index, float(s.time_base or 0), len(s.index_entries)) for s in streams}
-            ended, end = [], 0  # type: tuple[list[str], int]
-            for p in films.packets(container, *container.streams, ended=ended):
-                if p.size > 0:
-                    end = max(end, p.size + (p.pos or 0))
-                if p.size > 0 and p.stream_index in seen:
-                    row = p.pts, p.dts, p.duration or 0, p.is_keyframe, p.is_discard, p.is_corrupt
-                    seen[p.stream_index].rows.append(row)
-            found = [seen[s.index] for s in streams]
-            chosen = films.choose(streams, [f.count for f in found], [f.span for f in found])
-            track = found[chosen]
+            if films.complaints(said) or damage.second_film(path, container.format.name):
+                return None
+            track = tabled(path, container, streams)
+            facts = None if track is None else _Facts.of(container, streams[0], track)
+            stamps = None if track is None or facts is None else _stamps(facts, track)
+            if track is None or facts is None or stamps is None:
+                return None
+            container.seek(int(stamps.pts[0]), stream=streams[0], backward=True)
+            first = next(films.Reader(container, streams[0]).frames(films.packets(container, streams[0])), None)
+        except av.FFmpegError:  # of a position that cannot be sought
+            return None
+        finally:
+            films.close(container)
+    if first is None or films.complaints(said, (facts.format,)):
+        return None
+    return _assemble(name, facts, track, stamps, len(stamps.pts), first, [])
+
+
+def _from_packets(path: str, name: str, size: int) -> Index:
+    """The index of any file, by one pass over its packets."""
+    ended: list[str] = []
+    with films.listening() as said:
+        container, streams = films.open_film(name, said)
+        try:
+            tracks, end = demuxed(container, streams, ended)
+            chosen = films.choose(streams, [t.count for t in tracks], [t.span for t in tracks])
+            track = tracks[chosen]
             facts = _Facts.of(container, streams[chosen], track)
             reordered = bool(streams[chosen].codec_context.has_b_frames)
-            lead = damage.lead(container, streams[chosen], track.rows)
+            lead = damage.lead(container, streams[chosen], track.pts[track.pts != NONE])
         finally:
             films.close(container)
     # what the decoders say while the streams are looked at is no matter: a video may begin anywhere
@@ -156,17 +161,15 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
         first = next(decoded, None)
         if first is None:
             raise VideoError(f"{name}: not one frame could be decoded; the file is damaged or cut off")
-        if not 1 <= first.width <= films.MAX_SIDE or not 1 <= first.height <= films.MAX_SIDE:
-            raise VideoError(f"{name}: frames of {first.width}x{first.height} pixels; at most {films.MAX_SIDE} a side")
-        turn = films.turn_of(first)
         frames = len(stamps.pts) if stamps is not None else 1 + sum(1 for _ in decoded)
         if stamps is None and reader.lost:
             complaints.append(f"{reader.lost} of {frames + reader.lost} pictures do not decode")
     finally:
         films.close(container)
-    joints = damage.joints(name, facts.format, track.number, track.rows) if facts.broadcast else frozenset()
-    track.rows = [(*row[:5], row[5] and position not in joints) for position, row in enumerate(track.rows)]
-    return _assemble(name, facts, track, stamps, frames, _shown_size(first, facts.aspect, turn), turn, complaints)
+    if facts.broadcast:
+        sound = damage.joints(name, facts.format, track.number, track.key, track.damaged)
+        track = dataclasses.replace(track, damaged=track.damaged & ~sound)
+    return _assemble(name, facts, track, stamps, frames, first, complaints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,7 @@ class _Facts:
     aspect: float  # of a stored pixel, width to height
 
     @classmethod
-    def of(cls, container: Any, stream: Any, track: _Seen) -> _Facts:
+    def of(cls, container: Any, stream: Any, track: Track) -> _Facts:
         name = container.format.name
         alone = len(container.streams) == 1
         promised, seconds = 0, 0.0
@@ -191,7 +194,8 @@ class _Facts:
             promised = sum(entry.size > 0 and not entry.is_discard for entry in stream.index_entries)
             if name == "avi" and track.indexed < track.count:
                 # no index, or one that does not fit the file, and another was made in reading; every position takes one tick
-                positions = max((row[1] for row in track.rows if row[1] is not None), default=-1) + 1
+                known = track.dts[track.dts != NONE]
+                positions = int(known.max()) + 1 if len(known) else 0
                 promised = track.count + max(0, stream.frames - positions)
         if name.startswith("mov"):
             seconds = 0.0
@@ -236,17 +240,17 @@ class _Stamps:
     cut: frozenset[int]
 
 
-def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
+def _stamps(facts: _Facts, track: Track) -> _Stamps | None:
     """Time stamps on one clock for the whole file; None where packets have none, or share one."""
-    shown = np.array([not row[4] for row in track.rows], bool)
-    whole = len(track.rows)
-    while whole and track.rows[whole - 1][5]:
+    whole = len(track.pts)
+    while whole and track.damaged[whole - 1]:
         whole -= 1
+    shown = ~track.hidden
     shown[whole:] = False
-    if not shown.any() or any(row[0] is None for row, seen in zip(track.rows, shown, strict=True) if seen):
+    if not shown.any() or (track.pts[shown] == NONE).any():
         return None
-    pts = np.array([0 if row[0] is None else row[0] for row in track.rows], np.int64)
-    key = np.array(track.column(3), bool) & shown
+    pts = np.where(track.pts == NONE, 0, track.pts)
+    key = track.key & shown
     starts = [] if facts.format.startswith("mov") else _restarts(facts, track, pts, key, shown)
     bounds = list(zip([0, *starts], [*starts, len(pts)], strict=True))
     parts = [np.sort(pts[begin:stop][shown[begin:stop]]) for begin, stop in bounds]
@@ -263,18 +267,18 @@ def _stamps(facts: _Facts, track: _Seen) -> _Stamps | None:
     if (np.diff(ascending) == 0).any():
         return None
     cut = frozenset(pts[whole:].tolist())
-    length = np.array(track.column(2), np.int64)[shown][order]
+    length = track.length[shown][order]
     keys = np.flatnonzero(key)
     keys = keys[np.argsort(pts[keys], kind="stable")]
     seek = pts[keys]
     if facts.format in _DECODING_CLOCK:  # these are sought by the time of decoding
-        seek = np.array([track.rows[k][1] if track.rows[k][1] is not None else pts[k] for k in keys], np.int64)
+        seek = np.where(track.dts[keys] != NONE, track.dts[keys], pts[keys])
     return _Stamps(ascending, length, pts[keys], seek, keys, tuple(shifts), cut)
 
 
-def _in_order(track: _Seen, reordered: bool) -> bool:
+def _in_order(track: Track, reordered: bool) -> bool:
     """Whether a stream is shown in the order of its packets, as far as can be told without decoding."""
-    return not reordered and all(row[0] is not None and row[0] == row[1] for row in track.rows)
+    return not reordered and bool(((track.pts != NONE) & (track.pts == track.dts)).all())
 
 
 def _gap(pts: np.ndarray) -> int:
@@ -282,10 +286,10 @@ def _gap(pts: np.ndarray) -> int:
     return max(1, int(np.median(np.diff(pts)))) if len(pts) > 1 else 1
 
 
-def _restarts(facts: _Facts, track: _Seen, pts: np.ndarray, key: np.ndarray, shown: np.ndarray) -> list[int]:
+def _restarts(facts: _Facts, track: Track, pts: np.ndarray, key: np.ndarray, shown: np.ndarray) -> list[int]:
     """Packets at which the clock starts anew: parts put one after another, a counter that ran over or was reset."""
-    if facts.format in _DECODING_CLOCK and all(row[1] is not None for row in track.rows):
-        step = np.diff(np.array(track.column(1), np.int64))
+    if facts.format in _DECODING_CLOCK and (track.dts != NONE).all():
+        step = np.diff(track.dts)
         anew = step < 0
         if facts.broadcast:
             anew |= np.multiply(step, facts.tick) > _JUMP
@@ -293,14 +297,16 @@ def _restarts(facts: _Facts, track: _Seen, pts: np.ndarray, key: np.ndarray, sho
     else:
         # a key frame that is to be shown long before what stands ahead of it in the file
         window = _REORDER * _gap(np.unique(pts[shown]))
+        ahead = np.maximum.accumulate(np.where(shown, pts, NONE))
+        if not (key & shown & (ahead > pts + window)).any():
+            return []
         positions, high = [], None
         for position in np.flatnonzero(shown).tolist():
             if high is not None and key[position] and high - pts[position] > window:
                 positions.append(position)
                 high = pts[position]
             high = pts[position] if high is None else max(high, pts[position])
-    # a part of which nothing is shown has no clock to speak of
-    out: list[int] = []
+    out: list[int] = []  # a part of which nothing is shown has no clock to speak of
     for position in (int(p) for p in positions):
         if shown[(out[-1] if out else 0) : position].any() and shown[position:].any():
             out.append(position)
@@ -322,13 +328,16 @@ def _shown_size(frame: Any, aspect: float, turn: tuple[bool, bool, bool]) -> tup
 def _assemble(
     name: str,
     facts: _Facts,
-    track: _Seen,
+    track: Track,
     stamps: _Stamps | None,
     frames: int,
-    size: tuple[int, int],
-    turn: tuple[bool, bool, bool],
+    first: Any,
     complaints: list[str],
 ) -> Index:
+    if not 1 <= first.width <= films.MAX_SIDE or not 1 <= first.height <= films.MAX_SIDE:
+        raise VideoError(f"{name}: frames of {first.width}x{first.height} pixels; at most {films.MAX_SIDE} a side")
+    turn = films.turn_of(first)
+    size = _shown_size(first, facts.aspect, turn)
     pts = seconds = None
     if stamps is not None:
         pts, whole = stamps.pts, not complaints
@@ -337,16 +346,15 @@ def _assemble(
         duration = span + _last(facts, stamps, span, whole)
     else:
         # counted; their times are those of the packets, in ascending order, if every one gave a frame
-        clock = [row[1] for row in track.rows if not row[4]]
-        known = {tick for tick in clock if tick is not None}
-        if len(clock) == len(known) == frames:
-            ticks = np.array(sorted(known), np.int64)
+        clock = track.dts[~track.hidden]
+        ticks = np.unique(clock[clock != NONE])
+        if len(clock) == len(ticks) == frames:
             seconds = (ticks - ticks[0]) * facts.tick
             gap = _gap(ticks) * facts.tick
             duration = float(seconds[-1]) + (gap if frames > 1 or not facts.rate else 1 / facts.rate)
         else:
-            lengths = [row[2] for row in track.rows if row[2]]
-            rate = 1 / (float(np.median(lengths)) * facts.tick) if lengths and facts.tick else facts.rate or 1.0
+            lengths = track.length[track.length != 0]
+            rate = 1 / (float(np.median(lengths)) * facts.tick) if len(lengths) and facts.tick else facts.rate or 1.0
             duration = frames / rate
     fps = frames / duration
     # a declared rate that the stamps bear out, but for their rounding, is the exact one
@@ -390,7 +398,7 @@ def _last(facts: _Facts, stamps: _Stamps, span: float, whole: bool) -> float:
 def _remarks(
     name: str,
     facts: _Facts,
-    track: _Seen,
+    track: Track,
     frames: int,
     duration: float,
     seconds: np.ndarray | None,
@@ -398,7 +406,8 @@ def _remarks(
     stamps: _Stamps | None,
 ) -> tuple[str, ...]:
     remarks = []
-    start = min((row[0] for row in track.rows if row[0] is not None), default=0) * facts.tick
+    known = track.pts[track.pts != NONE]
+    start = float(known.min()) * facts.tick if len(known) else 0.0
     reached = duration + max(0.0, start)  # a promised length counts from 0, or from the first picture
     if facts.promised > frames:
         text = f"the file is incomplete, {frames} of {facts.promised} frames can be read; using those"
@@ -412,11 +421,11 @@ def _remarks(
         remarks.append(f"the file is damaged, {lost}; using {frames} frames{films.quoted(complaints)}")
     else:
         restarts = [position for position, _ in stamps.shifts] if stamps else []
-        near = {position + step for position in restarts for step in range(-_NEAR, _NEAR + 1)}
         # where parts are put together packets look damaged and are not
-        harmed = sum(row[5] for position, row in enumerate(track.rows) if position not in near)
+        near = {position + step for position in restarts for step in range(-_NEAR, _NEAR + 1)}
+        harmed = sum(position not in near for position in np.flatnonzero(track.damaged).tolist())
         if harmed:
-            remarks.append(f"the file is damaged in {harmed} of {len(track.rows)} packets; using {frames} frames")
+            remarks.append(f"the file is damaged in {harmed} of {len(track.pts)} packets; using {frames} frames")
     return tuple(f"{name}: {remark}" for remark in remarks)
 
 

@@ -123,7 +123,7 @@ def vit_block(
         return linear(h, f"{name}_proj", f"{name}_bias").reshape(f, length, config.heads, width // config.heads)
 
     h = layer_norm(x, p["norm1"], p["norm1_bias"], config.norm_eps)
-    mixed, _ = attention(rope_fn(heads(h, "q")), rope_fn(heads(h, "k")), heads(h, "v"), causal=False)
+    mixed, _ = attention(rope_fn(heads(h, "q")), rope_fn(heads(h, "k")), heads(h, "v"), causal=False, return_lse=False)
     x = x + linear(mixed.reshape(f, length, width), "o_proj", "o_bias")
     h = layer_norm(x, p["norm2"], p["norm2_bias"], config.norm_eps)
     h = ACTIVATIONS[config.activation](linear(h, "fc1", "fc1_bias"))

@@ -304,7 +304,7 @@ def test_calibration_weights_layers_that_follow_the_question():
 
 def test_layer_weights_shape_the_plan_and_is_serialised():
     config = load_model_config("tiny")
-    plain = Reduction("str", 0.25, schedule=Schedule(start=4, floor=0.02))
+    plain = Reduction("str", 0.25, schedule=Schedule(start=4, floor=0.02, stages=0))
     mixers = [float(kind in "M*") for kind in config.pattern]
     even = calibrate.calibrated(plain, mixers)
     low = calibrate.calibrated(plain, [0.0 if i == 5 else 0.2 if i == 7 else t for i, t in enumerate(mixers)])

@@ -35,13 +35,15 @@ def test_wrong_frames_are_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(
         decode.READERS, "off", lambda p, n: decode.hybridvlm_frames(p, np.clip(np.asarray(n) + 1, 0, 19))
     )
-    assert decode._measure("h264", path, "off", 4, 20)["exact"] == 0.25  # the last one alone
+    (row,) = decode._measure("h264", path, ["off"], 4, 2, 20)
+    assert row["exact"] == 0.25  # the last one alone
 
     def absent(path, numbers):
         raise ImportError("No module named 'x'")
 
     monkeypatch.setitem(decode.READERS, "absent", absent)
-    assert decode._measure("h264", path, "absent", 4, 20)["problem"].startswith("not installed")
+    gone, there = decode._measure("h264", path, ["absent", "hybridvlm"], 4, 2, 20)
+    assert gone["problem"].startswith("not installed") and (there["exact"], there["problem"]) == (1.0, "")
 
 
 def test_what_is_too_small_is_refused():

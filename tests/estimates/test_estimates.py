@@ -78,6 +78,8 @@ COMPILED = [
     (BIG, "prefill", "v6e:2x2", {"tensor": 4}, 128, None, 12.86),
     (BIG, "prefill", "v6e:2x2", {"tensor": 4}, 128, 0.25, 12.16),
     (BIG, "prefill", "v6e:2x2", {"data": 2, "tensor": 2}, 128, None, 22.26),
+    (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 12.86),
+    (BIG, "decode", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 8.29),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 128, None, 5.88),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 1024, None, 17.12),
     (BIG, "prefill", "v5p:2x2x4", {"tensor": 16}, 1024, None, 21.58),

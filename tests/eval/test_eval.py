@@ -575,6 +575,50 @@ def test_the_needle_tasks_are_the_embedded_benchmark(name):
         build_task(name, dataclasses.replace(shown, config=config))
 
 
+@pytest.mark.parametrize(
+    ("reply", "options", "found"),
+    [
+        ("boot", OPTIONS, ("boot", "text")),
+        ("(C)", OPTIONS, ("sandal", "first")),
+        ("A) boot", OPTIONS, ("boot", "first")),
+        ("A. bag", OPTIONS, (None, "letter and text disagree")),
+        ("A man", OPTIONS, (None, "none")),
+        ("D", OPTIONS, (None, "no such letter")),
+        ("the boot", OPTIONS, (None, "none")),
+        (" ", OPTIONS, (None, "empty")),
+        ("<think>boot", OPTIONS, (None, "thinking not closed")),
+        ("<think>bag</think> boot", OPTIONS, ("boot", "text")),
+        (None, OPTIONS, (None, "thinking not closed")),
+        ("a boot", (), ("a boot", "text")),
+        ("", (), (None, "empty")),
+        ("<think>x", (), (None, "thinking not closed")),
+    ],
+)
+def test_records_say_how_a_reply_was_read(reply, options, found):
+    """Of JSONL files and the embedded benchmark alike, which score by the same function."""
+    from hybridvlm.eval.tasks import Sample, Task
+    from hybridvlm.eval.tasks.jsonl import JsonlTask
+    from hybridvlm.eval.tasks.needle import Needle
+
+    for kind in (JsonlTask, Needle):
+        assert kind.score is Task.score
+        task = object.__new__(kind)
+        record = task.score(reply, Sample("q", "v", "?", "boot", options))
+        assert (record["parsed"], record["how"]) == found and record["correct"] is (found[0] == "boot")
+
+
+def test_a_parser_of_ones_own_is_taken_at_its_word():
+    from hybridvlm.eval.tasks import Sample
+    from hybridvlm.eval.tasks.jsonl import JsonlTask
+
+    class Last(JsonlTask):
+        def parse(self, text, sample):
+            return text.split()[-1]
+
+    task, sample = object.__new__(Last), Sample("q", "v", "?", "boot", OPTIONS)
+    assert [task.score(reply, sample)["how"] for reply in ("the boot", "boot")] == ["own", "text"]
+
+
 # -- damaged videos, reasoning, locks, and what goes wrong on the way --
 
 

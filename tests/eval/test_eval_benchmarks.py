@@ -3,21 +3,19 @@
 import dataclasses
 import json
 import pathlib
-import types
 
 import numpy as np
 import pytest
 from helpers.benchmark_fixtures import TASKS, fixture
 from helpers.benchmark_tasks import UNPACKED
+from helpers.silent_model import silent_model
 
 from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.eval import __main__ as command
-from hybridvlm.eval import report
 from hybridvlm.eval.benchmarks import MODULES
-from hybridvlm.inference.model import Model
 
 FAMILIES = ("nemotron_nano_vl", "nemotron_omni", "qwen2_vl", "qwen3_vl", "vamba")
-NAMES = [name for name in MODULES if name != "nextqa-val"]
+NAMES = list(MODULES)
 ALL = ",".join(NAMES)
 BUCKETS = ["--buckets", "frames=4", "text=1024", "max_new=2"]
 
@@ -35,48 +33,20 @@ def world(tmp_path_factory):
     return root
 
 
-def run(world, output, *more, name="qwen3_vl", tasks=ALL, methods="none"):
+def arguments(world, output, name="qwen3_vl", tasks=ALL, methods="none"):
     argv = ["--model", str(world / name), "--tasks", tasks, "--data", str(world / "data"), "--output", str(output)]
-    argv += [
-        "--methods",
-        methods,
-        "--frames",
-        "4",
-        "--batch-size",
-        "2",
-        "--incomplete",
-        "ok",
-        "--missing",
-        "wrong",
-        *BUCKETS,
-    ]
-    return command.main([*argv, *more])
+    argv += ["--methods", methods, "--frames", "4", "--batch-size", "2", "--incomplete", "ok", "--missing", "wrong"]
+    return [*argv, *BUCKETS]
+
+
+def run(world, output, *more, **given):
+    return command.main([*arguments(world, output, **given), *more])
 
 
 @pytest.fixture
 def mouth(monkeypatch):
-    """A model that computes nothing and says what it is told; `asked` holds how many questions it has heard."""
-    told = types.SimpleNamespace(reply="A", asked=0, most=None)
-
-    def generate(self, batch, visual, plan=None, **options):
-        rows = len(batch.input_ids)
-        if told.most is not None and told.asked >= told.most:
-            raise KeyboardInterrupt
-        told.asked += rows
-        return types.SimpleNamespace(
-            text=[told.reply] * rows,
-            unfinished=[False] * rows,
-            thinking=[""] * rows,
-            timing=types.SimpleNamespace(prefill=0.01, decode=0.01),
-            plan=None,
-            peak_bytes=1,
-        )
-
-    monkeypatch.setattr(report, "picture", lambda rows, axis, label: b"")  # tested with the embedded benchmark
-    monkeypatch.setattr(Model, "generate", generate)
-    monkeypatch.setattr(Model, "verify", lambda self, generation: None)
-    monkeypatch.setattr(Model, "encode", lambda self, pixels: np.zeros((1, pixels.shape[1], 1, 1), np.float32))
-    return told
+    """A model that computes nothing and says what it is told."""
+    return silent_model(monkeypatch)
 
 
 def rows_of(output):
@@ -416,3 +386,42 @@ def test_every_family_answers_every_benchmark(world, tmp_path, capsys, name):
 def test_modules_are_files():
     folder = pathlib.Path(command.__file__).parent / "benchmarks"
     assert all((folder / f"{module}.py").is_file() for module in MODULES.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_killed_and_on_two_processes_answers_the_same(world, tmp_path, monkeypatch, capsys, name):
+    """A run that was killed in its second task and goes on, and one of two processes: the answers of a whole run, each once."""
+    from helpers.processes import run_both
+
+    from hybridvlm.eval.runner import Runner
+
+    tasks = "nextqa-val,tempcompass"
+
+    def answers(output):
+        lines = (output / "samples.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert len({r["key"] for r in records}) == len(records)
+        return {(r["method"], r["task"], r["id"]): (r["prediction"], r["how"], r["retention"]) for r in records}
+
+    assert run(world, tmp_path / "whole", name=name, tasks=tasks, methods="str") == 0, capsys.readouterr().err
+    whole, answer, calls = answers(tmp_path / "whole"), Runner._answer, []
+    assert len(whole) == 2 * (4 + 10)
+
+    def killed(self, *args):
+        calls.append(args)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return answer(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "_answer", killed)
+        assert run(world, tmp_path / "killed", name=name, tasks=tasks, methods="str") == 130
+    kept = answers(tmp_path / "killed")
+    assert 0 < len(kept) < len(whole) and kept.items() <= whole.items()
+    assert run(world, tmp_path / "killed", name=name, tasks=tasks, methods="str") == 0
+    assert answers(tmp_path / "killed") == whole
+    given = arguments(world, tmp_path / "two", name=name, tasks=tasks, methods="str")
+    ended = run_both([["-m", "hybridvlm.eval", *given]] * 2, devices=1)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert answers(tmp_path / "two") == whole

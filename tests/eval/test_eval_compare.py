@@ -80,17 +80,105 @@ def test_paired_interval_is_that_of_statsmodels(pair):
     assert (found.interval[1] - found.delta) / stats.t.ppf(0.975, 19) == pytest.approx(fit.bse[0])
 
 
+def wilson(p, n, z):
+    """Wilson's interval for a share p of n."""
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return middle - half, middle + half
+
+
+def newcombe(first, second):
+    """Newcombe's interval of second - first, each (share, low, high)."""
+    (p, low, high), (q, below, above) = first, second
+    return [q - p - math.hypot(q - below, high - p), q - p + math.hypot(above - q, p - low)]
+
+
 def test_unpaired_numbers_are_those_of_an_independent_computation(pair):
     (a, b), first, second, video, _ = pair
     found = compare.compare(read(a), read(b), paired=False)
-
-    def se(x):
+    sides = []
+    for x in (first, second):
         sums = np.array([(x - x.mean())[video == v].sum() for v in range(20)])
-        return math.sqrt(20 / 19 * (sums**2).sum()) / 60
-
-    half = stats.t.ppf(0.975, 19) * math.hypot(se(first), se(second))
-    assert found.interval == pytest.approx([found.delta - half, found.delta + half]) and found.mcnemar is None
+        n = x.mean() * (1 - x.mean()) / (20 / 19 * (sums**2).sum() / 60**2)
+        assert n < 60
+        sides.append((x.mean(), *wilson(x.mean(), n, stats.t.ppf(0.975, 19))))
+    assert found.interval == pytest.approx(newcombe(*sides)) and found.mcnemar is None
     assert any("--paired" in note for note in found.notes)
+
+
+def sides_of(tmp_path, first, second):
+    """Two runs on questions of their own, each on a video of its own."""
+    out = []
+    for label, rights in (("a", first), ("b", second)):
+        rows = [record("t", f"{label}{i}", bool(r), video=f"{label}{i}") for i, r in enumerate(rights)]
+        out.append(folder(tmp_path / label, rows))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("k1", "k2", "n1", "n2"),
+    [(0, 2000, 2000, 2000), (2000, 2000, 2000, 2000), (0, 0, 900, 2000), (60, 2000, 2000, 2000)],
+)
+def test_runs_that_are_all_right_or_all_wrong_have_a_proper_interval(tmp_path, capsys, k1, k2, n1, n2):
+    """Newcombe's of Wilson's intervals as SciPy has them; of so many videos Student's quantile is the normal one to 1e-3."""
+    a, b = sides_of(tmp_path, np.arange(n1) < k1, np.arange(n2) < k2)
+    sides = []
+    for k, n in ((k1, n1), (k2, n2)):
+        interval = stats.binomtest(k, n).proportion_ci(method="wilson")
+        sides.append((k / n, interval.low, interval.high))
+    low, high = compare.compare(read(a), read(b), paired=False).interval
+    assert [low, high] == pytest.approx(newcombe(*sides), abs=2e-5)
+    assert -1 <= low < high <= 1
+    assert command.main(["compare", str(a), str(b)]) == 0
+    assert f"[{100 * low:+.2f}, {100 * high:+.2f}] points" in capsys.readouterr().out
+
+
+def test_unpaired_interval_is_that_of_statsmodels(tmp_path):
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    a, b = sides_of(tmp_path, np.zeros(1500), np.ones(1500))
+    wanted = proportion.confint_proportions_2indep(1500, 1500, 0, 1500, method="newcomb", compare="diff")
+    assert compare.compare(read(a), read(b), paired=False).interval == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_few_questions_all_right_against_all_wrong_are_not_certain(tmp_path):
+    """Four videos each; paired, too, where every video differs alike."""
+    a, b = sides_of(tmp_path, [0] * 4, [1] * 4)
+    low, high = compare.compare(read(a), read(b), paired=False).interval
+    z = stats.t.ppf(0.975, 3)
+    # of no and of all of 4: the one bound is z^2 / (4 + z^2) from the end
+    assert (low, high) == (pytest.approx(1 - math.sqrt(2) * z**2 / (4 + z**2)), pytest.approx(1.0))
+    same = folder(tmp_path / "c", [record("t", f"a{i}", True, video=f"a{i}") for i in range(4)])
+    found = compare.compare(read(a), read(same), paired=True)
+    share = 1 - 0.025 ** (1 / 4)
+    assert found.interval == [pytest.approx(1 - 2 * share), 1.0] and found.mcnemar == pytest.approx(2 / 16)
+
+
+def test_differences_that_cancel_in_every_video_are_not_certain():
+    from hybridvlm.eval import statistics
+
+    found = statistics.difference([1, 0, 1, 0], [0, 1, 0, 1], list("aabb"))
+    assert (found.mean, found.high) == (0.0, pytest.approx(1 - 0.025**0.5))
+
+
+@pytest.mark.parametrize("kind", ["ours", "stored", "theirs"])
+def test_several_runs_below_one_folder_are_not_read_together(tmp_path, capsys, kind):
+    one = folder(tmp_path / "single", [record("t", "q", True, video="v")])
+    home = tmp_path / "results"
+    home.mkdir()
+    if kind == "theirs":
+        lmms_log(home / "x", ["A"], ["A"])
+        lmms_log(home / "y", ["B"], ["A"])
+    else:
+        folder(home / "x", [record("t", "q", True, video="v")])
+        folder(home / "y", [record("t", "q", False, video="v")])
+        if kind == "stored":  # parts of several processes
+            (home / "y" / "samples.jsonl").rename(home / "y" / "samples-1.jsonl")
+    for argv in (["compare", str(one), str(home)], ["compare", str(home), str(one)], ["--rescore", str(home)]):
+        assert command.main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {home} holds 2 runs: {home / 'x'}, {home / 'y'}; give the folder of one"
+    only = str(home / "x") if kind == "theirs" else str(one)
+    assert command.main(["compare", str(home / "x"), only]) == 0
 
 
 def test_a_hand_worked_case(tmp_path):

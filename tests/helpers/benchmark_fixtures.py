@@ -30,6 +30,7 @@ TASKS = {
     "egoschema": ("egoschema", "full"),
     "egoschema-subset": ("egoschema", "full"),
     "nextqa": ("nextqa", "test"),
+    "nextqa-val": ("nextqa", "val"),
     "mvbench": ("mvbench", "test"),
     "hourvideo": ("hourvideo", "dev"),
     "tempcompass": ("tempcompass", "multi-choice"),

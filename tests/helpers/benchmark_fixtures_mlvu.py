@@ -180,45 +180,51 @@ def egoschema(root: pathlib.Path) -> None:
 
 
 def nextqa(root: pathlib.Path) -> None:
-    """NExT-QA: csv and VidOR folders; HF parquet with numbers as video names; texts with commas and quotes; twins; type TP."""
+    """NExT-QA: csv and VidOR folders; HF parquet with numbers as video names; texts with commas and quotes; twins; type TP.
+
+    The validation split asks about the second video alone.
+    """
     out = Collector(root, {"official": "official", "hf": "hf_home"})
     videos = [(4010069381, "0101"), (2435100235, "1025")]
-    rows, types = [], ["CW", "CH", "TN", "TC", "TP", "DC", "DL", "DO"]
+    types = ["CW", "CH", "TN", "TC", "TP", "DC", "DL", "DO"]
     for seed, (video, folder) in enumerate(videos):
-        write_video(root / "official/NExTVideo" / folder / f"{video}.mp4", 5, 10, seed)
-        copied(
-            root / "official/NExTVideo" / folder / f"{video}.mp4", root / "hf_home/nextqa/NExTVideo" / f"{video}.mp4"
-        )
-        for place in range(4):
-            kind = types[4 * seed + place]
-            question, options, right = choice(seed, place, 5, seed)
-            question = question.lower().rstrip("?")
-            if place == 1:
-                question = 'what happens, "at first", in second 1'
-            if place == 2:
-                options[(right + 1) % 5] = options[(right + 2) % 5]  # twins among the wrong ones
-            rows.append(
-                {
-                    "video": video, "frame_count": 50, "width": SIDE, "height": SIDE, "question": question, "answer": right,
-                    "qid": place, "type": kind,
-                }
-                | {f"a{i}": o for i, o in enumerate(options)}
-            )  # fmt: skip
-            files = {"official": f"NExTVideo/{folder}/{video}.mp4", "hf": f"nextqa/NExTVideo/{video}.mp4"}
-            group = {"C": "C", "T": "T", "D": "D"}[kind[0]]
-            out.add(
-                f"{video}_{place}", "test", str(video), files, question, options, right,
-                type="TN" if kind == "TP" else kind, group=group,
-            )  # fmt: skip
-    path = root / "official/dataset/nextqa"
+        file = root / "official/NExTVideo" / folder / f"{video}.mp4"
+        write_video(file, 5, 10, seed)
+        copied(file, root / "hf_home/nextqa/NExTVideo" / f"{video}.mp4")
+    path, tables = root / "official/dataset/nextqa", {}
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "test.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    for split, name, turn in (("test", "test", 0), ("val", "validation", 1)):
+        rows = []
+        for seed, (video, folder) in list(enumerate(videos))[turn:]:
+            for place in range(4):
+                kind = types[4 * (seed - turn) + place]
+                question, options, right = choice(seed, place, 5, seed + turn)
+                question = question.lower().rstrip("?")
+                if place == 1:
+                    question = 'what happens, "at first", in second 1'
+                if place == 2:
+                    options[(right + 1) % 5] = options[(right + 2) % 5]  # twins among the wrong ones
+                rows.append(
+                    {
+                        "video": video, "frame_count": 50, "width": SIDE, "height": SIDE, "question": question, "answer": right,
+                        "qid": place, "type": kind,
+                    }
+                    | {f"a{i}": o for i, o in enumerate(options)}
+                )  # fmt: skip
+                files = {"official": f"NExTVideo/{folder}/{video}.mp4", "hf": f"nextqa/NExTVideo/{video}.mp4"}
+                out.add(
+                    f"{video}_{place}", split, str(video), files, question, options, right,
+                    type="TN" if kind == "TP" else kind, group=kind[0],
+                )  # fmt: skip
+        with open(path / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        tables[f"MC/{name}-00000-of-00001.parquet"] = root / f"{split}.parquet"
+        parquet(root / f"{split}.parquet", rows)
     dump(path / "map_vid_vidorID.json", {str(video): f"{folder}/{video}" for video, folder in videos})
-    parquet(root / "made.parquet", rows)
-    hub(root / "hf_home", "lmms-lab/NExTQA", {"MC/test-00000-of-00001.parquet": root / "made.parquet"})
-    (root / "made.parquet").unlink()
+    hub(root / "hf_home", "lmms-lab/NExTQA", tables)
+    for table in tables.values():
+        table.unlink()
     out.problems.append("qid counts inside a video: video_qid is the id")
-    out.write(out.always_a("test", "type", "group"))
+    out.write(out.always_a("test", "type", "group") | {"val": out.always_a("val", "type", "group")})

@@ -16,10 +16,11 @@ from hybridvlm.nn.decoder import Decoder
 from hybridvlm.nn.incremental import decode_layers, unstack
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.nn.mlp import mlp_layer
-from hybridvlm.nn.scan import layer_params, repeats
+from hybridvlm.nn.scan import layer_params
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.platforms import compiling_for
 from hybridvlm.ops.tokens import Tokens, text_tokens
+from hybridvlm.pattern import compile_weight, repeats
 from hybridvlm.reduction.methods import score_fn
 from hybridvlm.reduction.plan import make_plan
 
@@ -95,6 +96,11 @@ def test_repeats_covers_every_layer_once():
         assert "".join(pattern[a : a + unit] * times for a, unit, times in runs) == pattern
         assert [a for a, _, _ in runs] == list(np.cumsum([0] + [u * t for _, u, t in runs])[:-1])
     assert repeats("M-M-M-M*-" * 6 + "M-M-M-M-", 0, 62) == [(0, 9, 6), (54, 2, 4)]
+    # the unit turned about, so that an MLP and not a Mamba layer stands alone
+    assert repeats("-M-M*-M-M*-M-M*-", 0, 16) == [(0, 5, 3), (15, 1, 1)]
+    assert (
+        compile_weight("M-M-M-M*-" * 6, 0, 54) == compile_weight("M-M-M-M*-", 0, 9) < compile_weight("M-M*M-*-", 0, 8)
+    )
 
 
 def test_prefill_is_the_layers_one_after_the_other(params):

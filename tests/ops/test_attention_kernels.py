@@ -1,6 +1,7 @@
 """Attention and scores, implementation by implementation: TPU kernels in the TPU interpreter, compiled ahead of time for TPUs."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,19 @@ from helpers.attention_shared import (
     forward,
     outputs_close,
 )
+from helpers.micro_checkpoint import micro_model
+from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 
 from hybridvlm import aot
+from hybridvlm.config import Reduction, Schedule
+from hybridvlm.estimates import Workload
+from hybridvlm.models import nemotron_vl
+from hybridvlm.models.prompt import Batch
 from hybridvlm.ops import traffic
 from hybridvlm.ops.attention import attention, pallas_tpu, pallas_tpu_scores, text_to_visual
+from hybridvlm.ops.attention.api import DEFAULTS, default_implementations
 from hybridvlm.ops.attention.arg_specs import SPECS
 from hybridvlm.ops.platforms import compiling_for, tpu_interpreter
 
@@ -168,17 +176,24 @@ def test_cudnn_says_that_it_is_not_installed():
         attention(*small_arrays(jnp.bfloat16), implementation="cudnn")
 
 
-@pytest.mark.slow
-def test_cudnn_gives_both_results_and_refuses_the_gradient_that_it_would_drop(monkeypatch):
-    """By the same function's XLA code, which has the same results and gradients."""
-    library = jax.nn.dot_product_attention
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """cuDNN's calls, run by the XLA code of the same function, which has the same results and gradients; and what they were given."""
+    library, calls = jax.nn.dot_product_attention, []
 
     def without_cudnn(*arrays, implementation, **options):
         assert implementation == "cudnn"
+        calls.append(options)
         return library(*arrays, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
-    spec = SPECS["12b_plain"].small(64)
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["12b_plain", "tiny"])
+def test_cudnn_gives_both_results_and_refuses_the_gradient_that_it_would_drop(cudnn_by_xla, name):
+    spec = SPECS[name].small(64)
     arrays = spec.arrays(jnp.bfloat16)
 
     def run(arrays, implementation):
@@ -196,6 +211,100 @@ def test_cudnn_gives_both_results_and_refuses_the_gradient_that_it_would_drop(mo
     expected = run(tuple(x.astype(jnp.float32) for x in arrays), "reference")
     for mine, theirs in zip(got, expected, strict=True):
         outputs_close(mine, theirs, SIXTEEN_BIT[1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_one_segment_go_to_cudnn_with_their_lengths(cudnn_by_xla, causal):
+    """By the default, padding full of NaN, one row of nothing else."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 20, heads, 8)), jnp.bfloat16) for heads in (4, 2, 2))
+    segment = (np.arange(20) < np.array([[20], [13], [0]])).astype(np.int32)
+    hole = jnp.where(segment[..., None, None] > 0, 0, jnp.nan).astype(jnp.bfloat16)
+    given = {"q_segment": segment, "kv_segment": segment, "causal": causal}
+    with compiling_for("gpu", (8, 0)):
+        got, lse = attention(q + hole, k + hole, v + hole, **given, one_segment=True, return_lse=False)
+    (options,) = cudnn_by_xla
+    assert lse is None
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        np.testing.assert_array_equal(options[name], [20, 13, 0])
+    expected, _ = attention(*(x.astype(jnp.float32) for x in (q, k, v)), **given, implementation="reference")
+    outputs_close(got, expected, SIXTEEN_BIT[0], "out")
+    assert not got[segment == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "lengths", "chosen"),
+    [
+        ((7, 5), jnp.bfloat16, True, ("xla",)),
+        ((8, 0), jnp.bfloat16, True, ("cudnn", "xla")),
+        ((8, 9), jnp.bfloat16, False, ("xla",)),
+        ((9, 0), jnp.bfloat16, True, ("cudnn", "pallas_gpu", "xla")),
+        ((9, 0), jnp.bfloat16, False, ("pallas_gpu", "xla")),
+        ((9, 0), jnp.float32, True, ("xla",)),
+        ((10, 0), jnp.bfloat16, False, ("xla",)),
+        ((10, 0), jnp.bfloat16, True, ("cudnn", "xla")),
+        (None, jnp.bfloat16, True, ("xla",)),
+    ],
+)
+def test_the_default_on_a_gpu(capability, dtype, lengths, chosen):
+    with compiling_for("gpu", capability):
+        assert default_implementations(DEFAULTS, *small_arrays(dtype), lengths=lengths) == chosen
+        assert default_implementations(DEFAULTS, *small_arrays(dtype, 8), lengths=lengths) == ("xla",)
+
+
+def test_without_cudnn_the_next_one_runs_and_says_why(monkeypatch):
+    def no_cudnn(*_, **__):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", no_cudnn)
+    arrays = small_arrays(jnp.bfloat16)
+    with compiling_for("gpu", (8, 0)), pytest.warns(UserWarning, match="not the platform's 'cudnn': .*not detected"):
+        out, _ = attention(*arrays, return_lse=False)
+    assert out.shape == arrays[0].shape
+    with compiling_for("gpu", (8, 0)), pytest.raises(NotImplementedError, match="not detected"):
+        attention(*arrays, implementation="cudnn")
+
+
+def test_a_prefill_promises_rows_of_one_segment(cudnn_by_xla):
+    """Attention layers of a model's prefill go to cuDNN, but for one that is scored, whose log-sum-exp has to be exact."""
+    model = micro_model()
+    config = dataclasses.replace(model.config, pattern="M*-M-*MM*-")  # nothing that repeats, and is traced once for all
+    work = Workload(config, 4, text=12, reduction=Reduction("str-attention", 0.8, schedule=Schedule(start=2)))
+    drops = work.plan.drops
+    params = jax.eval_shape(lambda: nemotron_vl.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params)
+    row = jax.ShapeDtypeStruct((2, work.visual_tokens + 12), jnp.int32)
+    batch = Batch(row, row, row, jax.ShapeDtypeStruct((2,), jnp.int32))
+    visual = jax.ShapeDtypeStruct((2, 4, config.tower.tokens_per_frame, config.width), jnp.bfloat16)
+
+    def lengths(plan):
+        cudnn_by_xla.clear()
+        with compiling_for("gpu", (8, 0)):
+            jax.eval_shape(lambda p, b, v: nemotron_vl.prefill(p, config, b, v, plan, 1).logits, params, batch, visual)
+        assert all(call["query_seq_lengths"].shape == (2,) for call in cudnn_by_xla)
+        return len(cudnn_by_xla)
+
+    assert 0 < len(drops) < 3 and all(config.pattern[layer] == "*" for layer in drops)
+    assert (lengths(None), lengths(work.plan)) == (3, 3 - len(drops))
+
+
+@pytest.mark.aot("gpu")
+def test_a_program_for_a_gpu_calls_cudnn(monkeypatch):
+    """One call of the library for rows of one segment, the kernel for Hopper where the log-sum-exp is needed or rows are packed."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
+    where = aot.target("H200")
+    spec = SPECS["12b"]
+    shapes = spec.shapes(jnp.bfloat16)
+
+    def calls(**promise):
+        given = spec.options() | promise
+        run = lambda *arrays: attention(*spec.split(*arrays), **given)[0]  # noqa: E731
+        with jax.default_device(where.devices[0]):
+            text = jax.jit(run, in_shardings=where.one).lower(*shapes).compile().as_text()
+        return [name for name in ("__cudnn$fmhaSoftmax", "mosaic_gpu") if name in text]
+
+    assert calls(return_lse=False) == ["__cudnn$fmhaSoftmax"]
+    assert calls() == calls(return_lse=False, one_segment=False) == ["mosaic_gpu"]
 
 
 def test_tpu_kernels_take_one_dtype():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.config import ModelConfig, Reduction, Schedule, VisionConfig
-from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan
+from hybridvlm.pattern import compile_weight
+from hybridvlm.reduction import METHODS, SHARE_ONE, PlanMismatch, ReductionPlan, schedules
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction.methods import named_reduction
 
@@ -178,6 +179,27 @@ def test_start_never_and_stages_are_obeyed():
     assert len(p.stages) == 4 and p.retention_mean == pytest.approx(0.3, abs=1e-4)
     assert [p.relative[start] for start, _ in p.stages] == sorted(set(p.relative), reverse=True)
     assert p.stages[0][0] == 0 and p.stages[-1][1] == p.layers
+
+
+def test_stages_fall_by_like_ratios_and_end_where_least_is_compiled():
+    shares = [4096, 4000, 2900, 2000, 1400, 1000, 700, 500, 350, 250, 180, 130, 90, 64]
+    # two drops by a factor of 8 in the middle of each: 1448 and 181, a quarter of the step off at most (a factor of 1.7)
+    assert schedules.merge_stages(shares, 3) == (2, 8)
+    assert schedules.merge_stages(shares, 3, early=0.5) == (0, 5)
+    assert schedules.merge_stages(shares, 0) == schedules.merge_stages(shares, 1) == ()
+    assert schedules.merge_stages(shares, 99) == tuple(range(13))
+    # "M-" repeats, and a stage that ends after an MLP would leave half of one on each side
+    pattern = "M-M-M-M-M-M-M-"
+    chosen = schedules.merge_stages(shares, 3, pattern)
+    weight = lambda drops: sum(  # noqa: E731
+        compile_weight(pattern, a, b) + compile_weight(pattern, b, b + 1)
+        for a, b in zip([0, *(d + 1 for d in drops)], [*drops, 13], strict=True)
+    )
+    assert weight(chosen) < weight((3, 9)) and all(abs(a - b) <= 1 for a, b in zip(chosen, (3, 9), strict=True))
+    # a small budget leaves no room before the first drop, which then comes earlier
+    for stages in (2, 3, 4):
+        p = plan("str", 0.15, config=NEMOTRON, m=256, stages=stages)
+        assert 2 <= len(p.stages) <= stages and p.retention_mean == pytest.approx(0.15, abs=1e-3)
 
 
 def test_shapes_look_as_their_names_say():

@@ -29,6 +29,7 @@ from hybridvlm.inference.thinking import split_reply
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import PromptStyle, user_message
 from hybridvlm.tokenizers.messages import Message
+from hybridvlm.video.frame_cache import FrameCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,19 @@ class Sample:
     def whole(self) -> str:
         """The video that answers are clustered by."""
         return self.cluster or self.video
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How video files are read.
+
+    Attributes:
+        seconds: that one video may take, None for as long as it takes.
+        cache: of decoded clips.
+    """
+
+    seconds: float | None = None
+    cache: FrameCache | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +121,7 @@ class TaskOptions:
         prompt: template of JSONL questions; another one than the default replaces a protocol's prompt.
         sampling: rule that picks frames of video files (`video.sampling`), "" for the task's own.
         published: what published benchmarks are built with.
+        decoding: how video files are read.
     """
 
     config: ModelConfig
@@ -117,6 +132,7 @@ class TaskOptions:
     prompt: str = "{question}"
     sampling: str = ""
     published: Published = Published()
+    decoding: Decoding = Decoding()
 
 
 class Task(abc.ABC):
@@ -194,9 +210,12 @@ class Task(abc.ABC):
         return parsed is not None and plain(parsed) == plain(sample.answer)
 
     def score(self, text: str | None, sample: Sample) -> dict[str, Any]:
-        """What a record holds of a reply; None for one that never came to an answer. At least `parsed` and `correct`."""
+        """What a record holds of a reply; None for one that never came to an answer.
+
+        At least `parsed`, `how` (the step that gave it, or why there is none) and `correct`.
+        """
         parsed = None if text is None else self.parse(text, sample)
-        return {"parsed": parsed, "correct": self.correct(parsed, sample)}
+        return {"parsed": parsed, "how": _how(text, sample, parsed), "correct": self.correct(parsed, sample)}
 
     def details(self, sample: Sample) -> dict[str, Any]:
         """What a record holds of the question itself, answered or not, beside what it holds for every task."""
@@ -237,25 +256,61 @@ def plain(text: str) -> str:
 _LETTER = re.compile(r"^\(?([A-Za-z])(?:\)|\.|:|\)\.|\):)?(?:\s+(.*))?$", re.DOTALL)
 
 
-def parse_choice(text: str, options: Sequence[str]) -> str | None:
-    """The option that a reply names: exactly its text, or its letter (A is the first; `B`, `(B)`, `B.`, `B) its text`).
+class Choice(NamedTuple):
+    """The option that a reply names, or None, and the step that gave it, or the reason that there is none."""
 
-    What stands before a closing tag of reasoning does not count, and reasoning that never ends holds no answer. Anything else
-    is None: no part of a longer reply is searched and nothing is guessed.
+    option: str | None
+    how: str
+
+
+def choice(text: str, options: Sequence[str]) -> Choice:
+    """The option that a reply names, and how.
+
+    What stands before a closing tag of reasoning does not count, and reasoning that never ends holds no answer. No part of a
+    longer reply is searched and nothing is guessed.
+
+    Args:
+        text: what the model said.
+        options: texts of the options.
+
+    Returns:
+        The option with "text" (the reply is exactly its text) or "first" (its letter, A is the first: `B`, `(B)`, `B.`, `B) its
+        text`), as of `letters.letter`; None with one of the reasons "empty", "no such letter", "thinking not closed", "letter and
+        text disagree", "none".
     """
-    text = split_reply(text).text
-    reply = plain(text)
+    parts = split_reply(text)
+    if parts.unfinished:
+        return Choice(None, "thinking not closed")
+    reply = plain(parts.text)
     for option in options:
         if reply == plain(option):
-            return option
-    match = _LETTER.match(text.strip())
+            return Choice(option, "text")
+    match = _LETTER.match(parts.text.strip())
     if match is None:
-        return None
+        return Choice(None, "none" if reply else "empty")
     number = ord(match.group(1).upper()) - ord("A")
-    if number >= len(options):
-        return None
     rest = match.group(2)
-    return options[number] if rest is None or plain(rest) == plain(options[number]) else None
+    if number >= len(options):
+        # a bare letter before words is a word: "A man"
+        return Choice(None, "no such letter" if rest is None else "none")
+    if rest is None or plain(rest) == plain(options[number]):
+        return Choice(options[number], "first")
+    return Choice(None, "letter and text disagree" if any(plain(rest) == plain(o) for o in options) else "none")
+
+
+def parse_choice(text: str, options: Sequence[str]) -> str | None:
+    """The option that a reply names, None where it names none: as `choice` has it."""
+    return choice(text, options).option
+
+
+def _how(text: str | None, sample: Sample, parsed: str | None) -> str:
+    """The step that parsed a reply. A task with a parser of its own is taken at its word."""
+    if text is None:
+        return "thinking not closed"
+    if not sample.options:
+        return "text" if parsed is not None else "thinking not closed" if split_reply(text).unfinished else "empty"
+    found = choice(text, sample.options)
+    return found.how if found.option == parsed else "own" if parsed is not None else "none"
 
 
 def parse_open(text: str) -> str | None:

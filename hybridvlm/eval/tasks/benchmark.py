@@ -27,7 +27,7 @@ from hybridvlm.tokenizers.messages import Message
 from hybridvlm.video import RULES as VIDEO_RULES
 from hybridvlm.video import VideoError, VideoInfo, most_frames, probe
 from hybridvlm.video.clip import FrameRule
-from hybridvlm.video.errors import heard
+from hybridvlm.video.errors import heard, time_limit
 
 NAMED = 8  # names that a line lists before it counts
 PROBES = 4  # files that are looked at side by side
@@ -54,7 +54,7 @@ class BenchmarkTask(FileTask):
         self.blind, self.dense_only = own.sanity == "no-video", bool(own.sanity)
         most = most_frames(options.config, options.buckets)
         count = min(options.frames or self.protocol.frames, most)
-        super().__init__(family_for(options.config), options.config, count, self.protocol.rule)
+        super().__init__(family_for(options.config), options.config, count, self.protocol.rule, options.decoding)
         if count < self.protocol.frames and options.frames is None:
             self.changed.append(f"{count} frames, the most this model takes, instead of {self.protocol.frames}")
         asked = [q for q in self.listed if q.scored]
@@ -157,7 +157,7 @@ class BenchmarkTask(FileTask):
                 0, len(files), PROBES
             ):  # what was looked at is still at hand when its frames are settled
                 some = files[start : start + PROBES]
-                looked = list(pool.map(_look, some))
+                looked = list(pool.map(functools.partial(_look, seconds=self._decoding.seconds), some))
                 for file, (frames_, reason) in zip(some, looked, strict=True):
                     self._totals[file] = frames_
                     reason = reason or self._settle(by_file[file])
@@ -392,12 +392,12 @@ def scored(text: str | None, question: Question, parser: str) -> dict[str, Any]:
     }
 
 
-def _look(file: pathlib.Path) -> tuple[int, str]:
-    """(frames of a file, why it gives none, "" where it does)."""
+def _look(file: pathlib.Path, seconds: float | None) -> tuple[int, str]:
+    """(frames of a file, why it gives none in so many seconds, "" where it does)."""
     if file.is_dir():
         return sum(1 for _ in file.iterdir()), ""
     try:
-        with heard():  # said once more when the frames are settled, where it is kept
+        with heard(), time_limit(seconds):  # said once more when the frames are settled, where it is kept
             return probe(file).frames, ""
     except (VideoError, OSError) as error:
         return 0, str(error)

@@ -8,12 +8,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from hybridvlm.eval.tasks import Task
+from hybridvlm.eval.tasks import Decoding, Task
 from hybridvlm.models.family import Family
 from hybridvlm.models.media import Clip
 from hybridvlm.video import VideoError, shown_clip
 from hybridvlm.video.clip import FrameRule
-from hybridvlm.video.errors import heard
+from hybridvlm.video.errors import heard, time_limit
 
 
 class FileTask(Task):
@@ -24,10 +24,12 @@ class FileTask(Task):
         config: of the model.
         count: most frames of a video.
         rule: which ones, see `video.sampling`.
+        decoding: how the files are read.
     """
 
-    def __init__(self, family: Family, config: Any, count: int, rule: str):
+    def __init__(self, family: Family, config: Any, count: int, rule: str, decoding: Decoding | None = None):
         self._family, self._config, self._count, self._rule = family, config, count, rule
+        self._decoding = decoding or Decoding()
         self._clips: dict[str, tuple[Clip, Any]] = {}
         self._remarks: dict[str, list[str]] = {}
 
@@ -58,15 +60,19 @@ class FileTask(Task):
         return self._clips[video]
 
     def _shown(self, video: str, pixels: bool) -> tuple[Clip, Any]:
-        with self._listening(video):
-            return shown_clip(
-                self._family,
-                self._config,
-                self.source(video, pixels),
-                frames=self._count,
-                rule=self.frame_rule(video),
-                pixels=pixels,
-            )
+        def read() -> tuple[Clip, Any]:
+            source, rule = self.source(video, pixels), self.frame_rule(video)
+            return shown_clip(self._family, self._config, source, frames=self._count, rule=rule, pixels=pixels)
+
+        cache = self._decoding.cache if pixels else None
+        # what is settled already of its frames is no part of a video's time
+        planned = None if cache is None else self.clip(video, pixels=False)
+        with self._listening(video), time_limit(self._decoding.seconds):
+            if cache is None or planned is None or planned[0].kind != "video" or not self.path(video).is_file():
+                return read()
+            clip, config = planned
+            asked = [clip.numbers, clip.seconds, config.vision.image_size]
+            return cache.clip(self.path(video), asked, lambda: read()[0]), config
 
     @contextlib.contextmanager
     def _listening(self, video: str) -> Iterator[None]:

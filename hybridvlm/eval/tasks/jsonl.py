@@ -43,7 +43,8 @@ class JsonlTask(FileTask):
             raise ValueError(f"{path}: the model has no vision tower, it cannot be asked about videos")
         self.name, self._folder, self._template = path.stem, path.parent, options.prompt
         count = options.frames or default_frames(options.config, options.buckets)
-        super().__init__(family_for(options.config), options.config, count, options.sampling or "uniform")
+        rule = options.sampling or "uniform"
+        super().__init__(family_for(options.config), options.config, count, rule, options.decoding)
         self._digests: dict[str, str] = {}
         first: dict[Any, str] = {}  # file -> how it was written first
         samples = []

@@ -280,7 +280,7 @@ def prefill(
     scores: bool = False,
     hidden_states: bool = False,
 ) -> PrefillOutput[DecoderOutput[tuple[Cache, ...]]]:
-    """Embeddings to last-token logits under a plan (None: dense); arguments as of `decoder_output`.
+    """Embeddings to last-token logits under a plan (None: dense), of one prompt a row; arguments as of `decoder_output`.
 
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
     in `decoder.hidden_states`. With a Prefix for `visual`, of `build_video_memory`, the batch is the rest of the prompts alone.
@@ -295,7 +295,8 @@ def prefill(
     if isinstance(visual, Prefix):
         out, given = continue_prefix(params, config, batch, visual, plan, **options)
     else:
-        out, given = decoder_output(params, config, batch, visual, plan, assemble_fn=assemble_fn, **options)
+        options |= {"assemble_fn": assemble_fn, "one_segment": True}
+        out, given = decoder_output(params, config, batch, visual, plan, **options)
     last = jnp.maximum(row_total(config, jnp.sum(out.tokens.segment > 0, axis=1)) - 1, 0)[:, None]
     x = pick_rows(config, out.tokens.x, last, jnp.ones(last.shape, bool))[:, 0]
     return PrefillOutput(head(params, config, x), out, given)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.attention.xla import FEW_ROWS
-from hybridvlm.ops.platforms import default_kernel, load_kernel, platform
+from hybridvlm.ops.platforms import default_kernel, gpu_kernels, load_kernel, platform
 
 if TYPE_CHECKING:
     from hybridvlm.typing import Array, Float, Int
@@ -33,8 +34,9 @@ IMPLEMENTATIONS = {
 
 KERNELS = ("pallas_tpu", "pallas_gpu", "splash", "cudnn")
 
-# By `python -m hybridvlm.bench attention --aot v5e:2x2` (v5p:2x2x1, v6e:2x2): what the compilers for TPU count. On CPU a kernel
-# cannot run; on GPU none has been timed, so kernels there are asked for by name.
+# By `python -m hybridvlm.bench attention --aot v5e:2x2` (v5p:2x2x1, v6e:2x2): what the compilers for TPU count. Of GPUs `gpu_kernels`
+# tells: XLA's compiler for them estimates no time, and by its accounting (hybridvlm/ops/README.md) its own tiles take five orders
+# of magnitude more kernels than cuDNN. On CPU a kernel cannot run.
 DEFAULTS = {"tpu": "pallas_tpu"}
 
 
@@ -49,8 +51,10 @@ def attention(
     kv_index: Int[Array, "B L"] | None = None,
     causal: bool = True,
     scale: float | None = None,
+    one_segment: bool = False,
+    return_lse: bool = True,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H Q"], Float[Array, "B H T"]]:
+) -> tuple[Float[Array, "B T H Q"], Any]:
     """Grouped-query softmax attention.
 
     Query head h reads kv head h // (H // K), and nothing is repeated in memory. A query sees a key if both are of the same
@@ -63,7 +67,7 @@ def attention(
     | "reference" | any | the whole matrix | |
     | "pallas_tpu", "pallas_gpu" | TPU, NVIDIA | O(T + L) | no forward-mode derivative |
     | "splash" | TPU | O(T + L) | no indices, no gradient of lse |
-    | "cudnn" | NVIDIA | O(T + L) | 16 bit; neither segments nor indices, no gradient of lse |
+    | "cudnn" | NVIDIA, Ampere or later | O(T + L) | 16 bit, lse too; `one_segment` alone, no indices, no gradient of lse |
 
     Args:
         q: [B,T,H,P].
@@ -75,13 +79,17 @@ def attention(
         kv_index: [B,L] int32; None: 0, 1, ...
         causal: whether a query sees only keys up to its own index.
         scale: multiplies q·k (None: P ** -0.5).
-        implementation: one of the table; it runs or raises. None takes the platform's (`DEFAULTS`); "xla" for mixed or other
-            dtypes than float32 and bfloat16 and for up to 8 rows; and "xla", with a warning, where the platform's kernel
-            cannot take the arguments.
+        one_segment: a promise about the segments: of each row there is one, from its first token on, the same for queries and
+            keys, and all after it is padding. Not checked.
+        return_lse: whether lse is needed.
+        implementation: one of the table; it runs or raises. None takes the platform's; "xla" for mixed or other dtypes than
+            float32 and bfloat16 and for up to 8 rows; and "xla", with a warning, where the platform's kernel cannot take the
+            arguments. On a TPU that is "pallas_tpu"; on NVIDIA GPUs since Ampere "cudnn" where `one_segment` holds (or there
+            are no segments), no index is given and lse is not needed; on Hopper else "pallas_gpu".
 
     Returns:
-        out [B,T,H,Q] in q.dtype, and lse [B,H,T] float32, the log-sum-exp of the scaled scores; both differentiable. A row
-        that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by
+        out [B,T,H,Q] in q.dtype, and lse [B,H,T] float32, the log-sum-exp of the scaled scores (None where it is not needed);
+        both differentiable. A row that sees nothing (padding) has out 0 and lse -1e30. Two results over disjoint keys merge by
         lse = logaddexp(lse1, lse2), out = out1 * exp(lse1 - lse) + out2 * exp(lse2 - lse).
 
     Raises:
@@ -98,6 +106,8 @@ def attention(
         kv_index=kv_index,
         causal=causal,
         scale=scale,
+        one_segment=one_segment,
+        return_lse=return_lse,
         implementation=implementation,
     )
     if q_segment is None or kv_segment is None:
@@ -106,7 +116,7 @@ def attention(
     real, kv_real = q_segment > 0, kv_segment > 0
     q, k, v = (jnp.where(mask[..., None, None], x, 0) for x, mask in ((q, real), (k, kv_real), (v, kv_real)))
     out, lse = run(q, k, v)
-    return jnp.where(real[..., None, None], out, 0), jnp.where(real[:, None], lse, EMPTY_LSE)
+    return jnp.where(real[..., None, None], out, 0), None if lse is None else jnp.where(real[:, None], lse, EMPTY_LSE)
 
 
 def attend_unmasked(
@@ -120,10 +130,12 @@ def attend_unmasked(
     kv_index: jax.Array | None = None,
     causal: bool = True,
     scale: float | None = None,
+    one_segment: bool = False,
+    return_lse: bool = True,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     """Like `attention`, of arrays that are finite at padding too, as caches are: the pass that zeroes padding is left out."""
-    options = {
+    options: dict[str, Any] = {
         "q_segment": q_segment,
         "kv_segment": kv_segment,
         "q_index": q_index,
@@ -131,28 +143,52 @@ def attend_unmasked(
         "causal": causal,
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
     }
-    name = implementation or default_implementation(DEFAULTS, q, k, v)
-    try:
-        return load(IMPLEMENTATIONS, name).attention(q, k, v, **options)
-    except NotImplementedError as reason:
-        if implementation is not None or name == "xla":
-            raise
-        warnings.warn(f"attention: 'xla' instead of the platform's {name!r}: {reason}", stacklevel=2)
-        return load(IMPLEMENTATIONS, "xla").attention(q, k, v, **options)
+    by_length = (one_segment or q_segment is None) and q_index is None and kv_index is None
+
+    def run(name: str) -> tuple[jax.Array, Any]:
+        given = dict(options)
+        if name == "cudnn" and by_length and q_segment is not None and kv_segment is not None:
+            pairs = (("q", q_segment), ("kv", kv_segment))
+            given |= {f"{side}_segment": None for side, _ in pairs}
+            given |= {f"{side}_length": jnp.sum(ids > 0, axis=1, dtype=jnp.int32) for side, ids in pairs}
+        out, lse = load(IMPLEMENTATIONS, name).attention(q, k, v, **given)
+        return out, lse if return_lse else None
+
+    if implementation is not None:
+        return run(implementation)
+    # cuDNN's log-sum-exp comes rounded to the type of its operands
+    return first_that_runs(
+        "attention", default_implementations(DEFAULTS, q, k, v, lengths=by_length and not return_lse), run
+    )
 
 
-def default_implementation(defaults: dict[str, str], *operands: jax.Array) -> str:
-    """The implementation used for operands (operands[0] are the queries) on the platform of the program that is traced.
+ResultT = TypeVar("ResultT")
 
-    The platform's kernel; but "xla" for operands of types that no kernel takes, and for a few rows, which are bound by
-    reading the keys where they lie.
+
+def first_that_runs(op: str, names: Sequence[str], run: Callable[[str], ResultT]) -> ResultT:
+    """run(name) of the first of several implementations that takes the arguments; a warning says why others did not."""
+    for name in names[:-1]:
+        try:
+            return run(name)
+        except NotImplementedError as reason:
+            warnings.warn(f"{op}: not the platform's {name!r}: {reason}", stacklevel=4)
+    return run(names[-1])
+
+
+def default_implementations(defaults: dict[str, str], *operands: Any, lengths: bool = False) -> tuple[str, ...]:
+    """The implementations to try for operands (operands[0] are the queries) on the platform of the program that is traced, "xla" last.
+
+    The platform's kernels; none for operands of types that no kernel takes, and for a few rows, which are bound by reading the
+    keys where they lie. lengths: whether a length describes each row.
     """
-    name = defaults.get(platform(), "xla")
     dtypes = {x.dtype for x in operands}
     takes_dtype = len(dtypes) == 1 and dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
-    if name not in KERNELS or not takes_dtype or operands[0].shape[1] <= FEW_ROWS:
-        return "xla"
-    return default_kernel("attention", name, "xla")
+    if not takes_dtype or operands[0].shape[1] <= FEW_ROWS:
+        return ("xla",)
+    here = platform()
+    names = gpu_kernels(*dtypes, lengths=lengths) if here == "gpu" else (defaults.get(here, "xla"),)
+    names = tuple(default_kernel("attention", name, "xla") if name in KERNELS else name for name in names)
+    return tuple(dict.fromkeys((*names, "xla")))
 
 
 def load(implementations: dict[str, str], name: str) -> ModuleType:

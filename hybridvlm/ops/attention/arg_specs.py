@@ -55,6 +55,7 @@ class AttentionSpec:
             kv = np.broadcast_to(row, (self.batch, self.keys))
             start = self.offset or 0
             given |= {"q_segment": kv[:, start : start + self.queries], "kv_segment": kv}
+            given["one_segment"] = len(self.segments) == 1 and self.offset is None and self.queries == self.keys
         if self.offset is not None:
             index = np.arange(self.keys, dtype=np.int32)
             given["q_index"] = np.broadcast_to(index[: self.queries] + self.offset, (self.batch, self.queries))

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.ops.attention.api import attention, check_shapes, default_implementation, load
+from hybridvlm.ops.attention import xla
+from hybridvlm.ops.attention.api import attention, check_shapes, default_implementations, first_that_runs, load
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 from hybridvlm.ops.platforms import platform
 
@@ -48,7 +49,8 @@ def text_to_visual(
     The softmax runs over every key that a row sees (text too), by the rule of `attention`: same nonzero segment, and
     kv_index <= q_index when `causal`. Query rows usually stand late in the row: pass their positions as q_index [B,R]
     (kv_index None counts from 0); without q_index every row is taken to stand after all keys.
-    lse [B,H,R] fp32: the rows' log-sum-exp as `attention` returns it; None computes it in a first pass over k.
+    lse [B,H,R] fp32: the rows' log-sum-exp as `attention` returns it; None computes it in a first pass over k, in "xla" in the
+    same.
 
     heads: "mean" or "max" over the H heads; queries: "mean", "max" or "last" over the rows that are valid, apart for each
     segment: a key is scored only by rows of its own segment. Heads are reduced first, then rows.
@@ -75,34 +77,24 @@ def text_to_visual(
     kv_index = jnp.broadcast_to(jnp.arange(length), (b, length)) if kv_index is None else kv_index
     if q_index is None:
         q_index = jnp.full((b, rows), jnp.iinfo(jnp.int32).max, jnp.int32)
-    if lse is None:
-        lse = log_sum_exp(
-            q,
-            k,
-            q_segment=q_segment,
-            kv_segment=kv_segment,
-            q_index=q_index,
-            kv_index=kv_index,
-            causal=causal,
-            scale=scale,
-        )
-
     row_weight = _row_weights(q_mask, q_segment, queries)
-    score = load(IMPLEMENTATIONS, implementation or default_implementation(DEFAULTS, q, k)).text_to_visual(
-        q,
-        k,
-        lse=jnp.where((q_segment > 0)[:, None], lse.astype(jnp.float32), EMPTY_LSE),
-        row_weight=row_weight,
-        q_segment=q_segment,
-        kv_segment=kv_segment,
-        q_index=q_index,
-        kv_index=kv_index,
-        heads=heads,
-        queries="max" if queries == "max" else "sum",
-        causal=causal,
-        scale=scale,
-    )
-    return jnp.where(visual, score, 0.0)
+    where: dict[str, Any] = {"q_segment": q_segment, "kv_segment": kv_segment, "q_index": q_index, "kv_index": kv_index}
+    how: dict[str, Any] = {
+        "heads": heads,
+        "queries": "max" if queries == "max" else "sum",
+        "causal": causal,
+        "scale": scale,
+    }
+
+    def run(name: str) -> jax.Array:
+        if lse is None and name == "xla":
+            return xla.text_to_visual_once(q, k, row_weight=row_weight, **where, **how)
+        known = log_sum_exp(q, k, **where, causal=causal, scale=scale) if lse is None else lse
+        known = jnp.where((q_segment > 0)[:, None], known.astype(jnp.float32), EMPTY_LSE)
+        return load(IMPLEMENTATIONS, name).text_to_visual(q, k, lse=known, row_weight=row_weight, **where, **how)
+
+    names = (implementation,) if implementation is not None else default_implementations(DEFAULTS, q, k)
+    return jnp.where(visual, first_that_runs("text_to_visual", names, run), 0.0)
 
 
 def log_sum_exp(q: jax.Array, k: jax.Array, **options: Any) -> jax.Array:

@@ -19,6 +19,7 @@ import numpy as np
 
 from hybridvlm.ops.attention.reference import EMPTY_LSE
 
+WHOLE_ROWS = 1 << 20  # weights of a head's rows over all keys that are held at once; fewer rows make slow products
 FEW_ROWS = 8  # up to so many query rows, the whole score matrix is small: stream the keys once, as they lie
 MASK_VALUE = (
     2 * EMPTY_LSE
@@ -316,14 +317,14 @@ def text_to_visual(
 ) -> jax.Array:
     """q [B,R,H,P], k [B,L,K,P], lse [B,H,R], row_weight [B,R] -> score [B,L] fp32. Arguments as in `visual`."""
     b, rows, head_count, _ = q.shape
-    length, kv_heads = k.shape[1], k.shape[2]
+    length = k.shape[1]
 
     # Head by head: weights of one head are all that exists at a time, and both reductions over heads run at matmul speed
     # (a reduction over the leading axis of a whole [H,R,C] is several times slower on CPU).
     head_queries = (
         jnp.moveaxis(q, 2, 0),
+        jnp.arange(head_count) // (head_count // k.shape[2]),
         jnp.moveaxis(lse, 1, 0),
-        jnp.arange(head_count) // (head_count // kv_heads),
     )
 
     def score_block(keys: jax.Array, segment: jax.Array, index: jax.Array) -> jax.Array:
@@ -331,7 +332,7 @@ def text_to_visual(
         keys = jnp.moveaxis(keys, 2, 0)
 
         def add_head(total: jax.Array, head: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            queries_of_head, lse_of_head, kv_head = head
+            queries_of_head, kv_head, lse_of_head = head
             keys_of_head = jax.lax.dynamic_index_in_dim(keys, kv_head, keepdims=False)
             raw = jnp.einsum("brp,bcp->brc", queries_of_head, keys_of_head, preferred_element_type=jnp.float32)
             # The difference is at most 0 for a key that is seen; held there, so that an unseen key cannot overflow.
@@ -361,3 +362,68 @@ def text_to_visual(
         rest = score_block(k[:, whole:], kv_segment[:, whole:], kv_index[:, whole:])
         score = jnp.concatenate([score, rest], axis=1)
     return score
+
+
+def text_to_visual_once(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    row_weight: jax.Array,
+    q_segment: jax.Array,
+    kv_segment: jax.Array,
+    q_index: jax.Array,
+    kv_index: jax.Array,
+    heads: str,
+    queries: str,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    """`text_to_visual` where the rows' log-sum-exp is not known: one product with the keys and one exponential give both.
+
+    A few rows at a time, as the weights of one head over the whole of them are held.
+    """
+    b, rows, head_count, _ = q.shape
+    length = k.shape[1]
+    keys = jnp.moveaxis(k, 2, 0)
+    blocks = -(-rows // max(1, WHOLE_ROWS // (b * length)))
+    size = -(-rows // blocks)
+
+    def split(array: jax.Array, axis: int) -> jax.Array:
+        """A block of rows along a new first axis; rows that fill up the last one see nothing, as their segment is 0."""
+        pad = [(0, blocks * size - rows if at == axis else 0) for at in range(array.ndim)]
+        shape = (*array.shape[:axis], blocks, size, *array.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(array, pad).reshape(shape), axis, 0)
+
+    linear = heads == "mean" and queries == "sum"
+
+    def add_rows(score: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        queries_of_rows, weight_of_row, segment, index = block
+        seen = _visible(segment, kv_segment, index, kv_index, causal)
+
+        def add_head(total: jax.Array, head: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            queries_of_head, kv_head = head
+            keys_of_head = jax.lax.dynamic_index_in_dim(keys, kv_head, keepdims=False)
+            raw = jnp.einsum("brp,bcp->brc", queries_of_head, keys_of_head, preferred_element_type=jnp.float32)
+            raw = jnp.where(seen, raw * scale, MASK_VALUE)
+            top = jax.lax.stop_gradient(jnp.maximum(jnp.max(raw, axis=-1, keepdims=True), EMPTY_LSE))
+            weight = jnp.exp(raw - top)
+            # a row that sees anything has a weight of 1 among its own
+            share = 1 / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)
+            if linear:
+                return total + jnp.einsum("br,brc->bc", weight_of_row * share / head_count, weight), None
+            weight = weight * share[..., None]
+            return (total + weight / head_count if heads == "mean" else jnp.maximum(total, weight)), None
+
+        empty = score if linear else jnp.zeros((b, size, length), jnp.float32)
+        total, _ = jax.lax.scan(
+            add_head, empty, (queries_of_rows, jnp.arange(head_count) // (head_count // k.shape[2]))
+        )
+        if linear:
+            return total, None
+        if queries == "max":
+            return jnp.maximum(score, jnp.max(total * weight_of_row[:, :, None], axis=1)), None
+        return score + jnp.einsum("br,brc->bc", weight_of_row, total), None
+
+    given = split(jnp.moveaxis(q, 2, 0), 2), split(row_weight, 1), split(q_segment, 1), split(q_index, 1)
+    # the backward pass works the weights out again rather than keeping them all
+    return jax.lax.scan(jax.checkpoint(add_rows), jnp.zeros((b, length), jnp.float32), given)[0]
