@@ -213,7 +213,7 @@ class ModelPrograms:
         Args:
             batch: prompts, of `batch`.
             visual: [B,F,m,D] from `encode`, or None for text alone; or of `build_video_memory` under this plan, what the questions
-                of the batch share: Q of them for each of its videos, next to each other.
+                of the batch share: Q of them for each of its videos, next to each other (one, where videos do not fill the mesh).
             plan: what is dropped where.
             decode_capacity: cache slots for new tokens (default: the buckets' max_new).
             return_scores: also the score [B,L] of every mixer layer, in `decoder.scores`: the plan's own, or the one of
@@ -243,12 +243,16 @@ class ModelPrograms:
             raise ValueError(
                 f"batch: expected as many questions for each of the memory's {videos} videos, got {rows} rows"
             )
+        if rows != videos != memory.rows:
+            raise ValueError(
+                f"batch: {rows} questions, and the memory is of {videos} videos in the {memory.rows} rows that this mesh takes: one "
+                "question each; give build_video_memory a video for every row (the last one again) to ask more on each"
+            )
         if isinstance(memory, Prefix):
             if not (longest := rest_length(batch)):
-                raise ValueError("batch: a prompt has no text behind its video, and so nothing to go on from a memory with")
+                raise ValueError("batch: a prompt has no text behind its video, so nothing goes on from a memory")
             batch = rest_of(batch, self.buckets.pick("text", longest))
-        whole = rows // videos * memory.rows
-        return jax.tree.map(lambda a: placement.fill(a, 0, whole), batch)
+        return jax.tree.map(lambda a: placement.fill(a, 0, memory.rows), batch)
 
     def _placed(self, batch: Batch, visual: Any) -> tuple[Batch, Any]:
         """A batch and its visual tokens where the mesh needs them, after `check_visual`."""
