@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=None, help="share of visual tokens under --reduction (default: 0.25)")
     add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
     first = "no drop before this layer has run: later makes further questions cheaper (default: the checkpoint's own schedule; "
-    first += "with --follow-up and none of its own, a sixth of the depth)"
+    first += "with --follow-up and none of its own a sixth of the depth, where further questions then share layers)"
     add("--first-drop", type=int, default=None, metavar="N", help=first)
     add(
         "--allow-special-tokens",
