@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hybridvlm.inference.conversation import Answer
     from hybridvlm.inference.model import Model
     from hybridvlm.models.media import Clip
+    from hybridvlm.reduction import ReductionPlan
 
 DEFAULT = "tiny-reduced"
 GRAMMAR = """The embedded model knows the embedded benchmark alone: 64 frames of 4 x 4 cells, and in each cell an item (a piece of
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=None, help="share of visual tokens under --reduction (default: 0.25)")
     add("--kind", default=None, choices=BUDGET_KINDS, help="how the budget is counted")
     first = "no drop before this layer has run: later makes further questions cheaper (default: the checkpoint's own schedule; "
-    first += "with --follow-up and none of its own, a sixth of the depth)"
+    first += "with --follow-up and none of its own a sixth of the depth, where further questions then share layers)"
     add("--first-drop", type=int, default=None, metavar="N", help=first)
     add(
         "--allow-special-tokens",
@@ -157,7 +158,8 @@ def asked(args: argparse.Namespace) -> tuple[str, float | None, str | None, int 
 
 
 def for_many_questions(model: Model, reduction: Reduction | None) -> Reduction | None:
-    """A reduction that leaves the first layers to all questions on a video, where its budget can then be met."""
+    """A reduction that leaves the first layers to all questions on a video, where it shares them at all and its budget can then be met
+    whenever it can be now."""
     from hybridvlm.reduction import BudgetError
     from hybridvlm.reduction.schedules import SHARED_DEPTH
 
@@ -165,10 +167,20 @@ def for_many_questions(model: Model, reduction: Reduction | None) -> Reduction |
         return None
     start = int(SHARED_DEPTH * len(model.config.pattern))
     late = dataclasses.replace(reduction, schedule=dataclasses.replace(reduction.schedule, start=start))
-    try:
-        model.plan(late, model.buckets.frames[-1], model.buckets.text[-1])
-    except BudgetError:
-        return reduction
+
+    def planned(reduction: Reduction, frames: int, text: int) -> ReductionPlan | None:
+        try:
+            return model.plan(reduction, frames, text)
+        except BudgetError:
+            return None
+
+    # what text adds makes some budgets of few frames impossible
+    for frames, text in itertools.product(model.buckets.frames, model.buckets.text):
+        plan = planned(late, frames, text)
+        if plan is None and planned(reduction, frames, text) is not None:
+            return reduction
+        if plan is not None and not (plan.depends_on_query and model.family.memory_serves(plan)):
+            return reduction
     return late
 
 

@@ -34,7 +34,7 @@ from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import row_parts, to_host
+from hybridvlm.inference.placement import put_visual, row_parts, to_host
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
@@ -218,6 +218,7 @@ class Runner:
                     # what is known already is not answered twice, but for dense and its clock
                     self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
+        self._memories.clear()
         self.seconds += time.perf_counter() - began
 
     @property
@@ -289,7 +290,7 @@ class Runner:
             started = {}
             for (variant, call), (batch, plan) in zip(calls, batches, strict=True):
                 # programs run in this thread alone: of those over several devices two at once could wait for each other
-                given = self._build(variant, bucket, call) if call.videos else visual
+                given = self._build(variant, bucket, call)[0] if call.videos else visual
                 started[pool.submit(compile_one, batch, given, plan)] = variant
             for done in concurrent.futures.as_completed(started):
                 self._compiled[started[done], bucket] = done.result()
@@ -308,11 +309,15 @@ class Runner:
         own = {s.id: self._shared[s.id] for s in self.available if self.buckets[s.id] == bucket}
         return by_video(read, own, self.batch_size, parts)
 
-    def _build(self, variant: Variant, bucket: Bucket, call: Call) -> Any:
-        """The memory of a call's videos."""
+    def _build(self, variant: Variant, bucket: Bucket, call: Call) -> tuple[Any, float]:
+        """(the memory of a call's videos, the seconds that it took from visual tokens on the device, as those of a prefill are)."""
         batch, plan = self._batch(variant, bucket, call.videos)
-        visual = np.stack([self._seen[sample.id] for sample in call.videos])
-        return jax.block_until_ready(self.model.build_video_memory(batch, visual, plan))
+        batch, visual = self._put((batch, np.stack([self._seen[sample.id] for sample in call.videos])))
+        if self.model.mesh is not None:
+            visual = jax.block_until_ready(put_visual(visual, self.model.mesh))
+        start = time.perf_counter()
+        memory = jax.block_until_ready(self.model.build_video_memory(batch, visual, plan))
+        return memory, time.perf_counter() - start
 
     def _memory(self, variant: Variant, bucket: Bucket, call: Call, plan: ReductionPlan | None) -> tuple[Any, float]:
         """(the memory of a call's videos, the seconds that it took for one of them, when it was made)."""
@@ -326,9 +331,8 @@ class Runner:
             if warm not in self._memory_seconds:
                 self._build(variant, bucket, call)
                 self._memory_seconds[warm] = 0.0
-            start = time.perf_counter()
-            memory = self._build(variant, bucket, call)
-            self._memory_seconds[key] = (time.perf_counter() - start) / len(parts)
+            memory, seconds = self._build(variant, bucket, call)
+            self._memory_seconds[key] = seconds / len(parts)
             return memory
 
         memory, _ = self._memories.get(key, make)

@@ -213,7 +213,7 @@ class ModelPrograms:
         Args:
             batch: prompts, of `batch`.
             visual: [B,F,m,D] from `encode`, or None for text alone; or of `build_video_memory` under this plan, what the questions
-                of the batch share: Q of them for each of its videos, next to each other.
+                of the batch share: Q of them for each of its videos, next to each other (one, where videos do not fill the mesh).
             plan: what is dropped where.
             decode_capacity: cache slots for new tokens (default: the buckets' max_new).
             return_scores: also the score [B,L] of every mixer layer, in `decoder.scores`: the plan's own, or the one of
@@ -235,21 +235,30 @@ class ModelPrograms:
             return False
         return not isinstance(batch, Batch) or rest_length(batch) > 0
 
-    def _questions(self, batch: Batch, prefix: Prefix) -> Batch:
-        """What is left of prompts behind a prefix, at the smallest text bucket, and as many rows for each of the prefix's."""
-        rows, videos = len(batch.input_ids), prefix.rows
-        if rows % videos and rows > videos:
+    def _questions(self, batch: Batch, memory: Any) -> Batch:
+        """Questions for a video memory: as many rows for each of its own; of prompts that it is a Prefix of, the text that is left, at
+        the smallest text bucket."""
+        rows, videos = len(batch.input_ids), memory.videos or memory.rows
+        if rows % videos:
             raise ValueError(
                 f"batch: expected as many questions for each of the memory's {videos} videos, got {rows} rows"
             )
-        length = self.buckets.pick("text", max(1, rest_length(batch)))
-        return jax.tree.map(lambda a: placement.fill(a, 0, videos), rest_of(batch, length))
+        if rows != videos != memory.rows:
+            raise ValueError(
+                f"batch: {rows} questions, and the memory is of {videos} videos in the {memory.rows} rows that this mesh takes: one "
+                "question each; give build_video_memory a video for every row (the last one again) to ask more on each"
+            )
+        if isinstance(memory, Prefix):
+            if not (longest := rest_length(batch)):
+                raise ValueError("batch: a prompt has no text behind its video, so nothing goes on from a memory")
+            batch = rest_of(batch, self.buckets.pick("text", longest))
+        return jax.tree.map(lambda a: placement.fill(a, 0, memory.rows), batch)
 
     def _placed(self, batch: Batch, visual: Any) -> tuple[Batch, Any]:
         """A batch and its visual tokens where the mesh needs them, after `check_visual`."""
         placement.check_visual(batch, visual, self.mesh)
-        if isinstance(visual, Prefix):
-            batch = self._questions(batch, visual)
+        if hasattr(visual, "videos"):
+            batch, visual = self._questions(batch, visual), dataclasses.replace(visual, videos=None)
         if self.mesh is None:
             return batch, visual
         if hasattr(visual, "shape"):
@@ -408,8 +417,11 @@ class ModelPrograms:
 
     def build_video_memory(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> Any:
         """What every question needs of these videos under a plan (`shares_video`), to be given to `prefill` as `visual`."""
+        videos = len(batch.input_ids)
         batch, visual = self._placed(batch, visual)
-        return self._run(functions.build_video_memory, self.params, batch, visual, plan=plan)
+        memory = self._run(functions.build_video_memory, self.params, batch, visual, plan=plan)
+        # questions belong to videos, not to the rows that fill a mesh up
+        return dataclasses.replace(memory, videos=videos)
 
     def verify(self, generation: Generation) -> None:
         """Raise PlanMismatch if what the run kept is not what its plan says."""

@@ -165,7 +165,7 @@ class Family(Protocol):
 
         Of a hybrid a `Prefix`, which holds the prompts up to their last visual token: `prefill` then takes the rest of a batch
         alone (`models.prompt.rest_of`). Of VAMBA the video's keys and values. A batch may hold several questions on each video,
-        those on one video next to each other.
+        those on one video next to each other. It is a dataclass with `rows`, and `videos` for how many of them are of videos.
         """
         ...
 

@@ -229,8 +229,7 @@ def make_batch(
 
 def rest_length(batch: Batch[Any]) -> int:
     """Tokens of the longest text behind the last visual token of the prompts; 0 if one of them has no text there (host side)."""
-    segment, frame = np.asarray(batch.segment), np.asarray(batch.frame)
-    rest = np.sum(segment > 0, axis=1) - _shared_length(segment, frame)
+    rest = _rest_lengths(np.asarray(batch.segment), np.asarray(batch.frame))
     return int(rest.max()) if len(rest) and rest.min() else 0
 
 
@@ -241,7 +240,7 @@ def rest_of(batch: BatchT, length: int) -> BatchT:
         ValueError: a prompt has more of it.
     """
     segment, frame = np.asarray(batch.segment), np.asarray(batch.frame)
-    longest = rest_length(batch)
+    longest = int(_rest_lengths(segment, frame).max(initial=0))
     if longest > length:
         raise ValueError(f"length: expected at least {longest}, the text behind the video of one prompt, got {length}")
     index = _shared_length(segment, frame)[:, None] + np.arange(length)
@@ -255,6 +254,11 @@ def rest_of(batch: BatchT, length: int) -> BatchT:
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     rows = {name: cut(array) for name, array in fields.items() if np.ndim(array) > 1}
     return dataclasses.replace(batch, **rows | {"frame": np.full(index.shape, -1, np.int32)})
+
+
+def _rest_lengths(segment: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Tokens of each prompt behind its last visual one [B]."""
+    return np.sum(segment > 0, axis=1) - _shared_length(segment, frame)
 
 
 def _shared_length(segment: np.ndarray, frame: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ class Prefix:
         aux: what layer n-1 tells of its scan, for scores; None where it is attention, whose keys are in its cache.
         given: [V,1], visual tokens that each example came with.
         following: [V] int32, position in the unreduced prompt of what comes next.
+        videos: how many of the rows are of videos, if the last ones only fill a mesh up (None: all).
     """
 
     tokens: Tokens
@@ -43,6 +44,7 @@ class Prefix:
     aux: MambaAux | None
     given: jax.Array
     following: jax.Array
+    videos: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def rows(self) -> int:

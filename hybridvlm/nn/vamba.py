@@ -54,6 +54,7 @@ class VideoMemory:
     stages: one CrossMemory per run of layers that see the same tokens (one for a dense video). state: the Mamba states after
     the last token, stacked over layers (the last layer's stays at 0: it is not run), one MambaCache per stage: what the next piece of
     the video starts from. survivors, kept: as in DecoderOutput. index, visual [B,M]: of the tokens that the last layer reads.
+    videos: how many of the B rows are of videos, if the last ones only fill a mesh up (None: all).
     """
 
     stages: tuple[CrossMemory, ...]
@@ -62,6 +63,11 @@ class VideoMemory:
     kept: jax.Array
     index: jax.Array
     visual: jax.Array
+    videos: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        return self.index.shape[0]
 
 
 class VambaDecoder(nn.Module):

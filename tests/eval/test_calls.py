@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.eval import __main__ as command
-from hybridvlm.eval.calls import PADDED, by_video, grouped, questions_at_once, shared_part, videos_at_once, whole
+from hybridvlm.eval import runner
+from hybridvlm.eval.calls import PADDED, Call, by_video, grouped, questions_at_once, shared_part, videos_at_once, whole
 from hybridvlm.eval.tasks import Sample
+from hybridvlm.eval.variants import DENSE
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Layout
 
@@ -77,6 +80,26 @@ def test_single_questions_and_those_that_share_nothing_are_asked_whole():
     assert [s.id for _, s in pair.answered] == ["2-0", "2-1"] and [s.video for s in pair.videos] == ["v2", "v2"]
     assert by_video(asked, dict.fromkeys(shared), 4, 1) == whole(asked, 4)
     assert by_video(asked, shared, 1, 2) == whole(asked, 1) and whole([], 4) == []
+
+
+def test_a_memory_is_timed_as_a_prefill_is(monkeypatch):
+    """From visual tokens on the device: laying prompts out and sending them there is on no clock."""
+    now = [0.0]
+
+    def takes(seconds, result):
+        def call(*args):
+            now[0] += seconds
+            return result
+
+        return call
+
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    model = types.SimpleNamespace(build_video_memory=takes(2.0, np.zeros(3)), mesh=None)
+    of = types.SimpleNamespace(
+        _batch=takes(5.0, ("batch", None)), _put=takes(7.0, ("batch", "visual")), _seen={"0-0": np.ones(2)}, model=model
+    )
+    _, seconds = runner.Runner._build(of, DENSE, None, Call([], [], tuple(samples([1]))))
+    assert seconds == 2.0 and now[0] == 14.0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -10,13 +11,16 @@ from PIL import Image
 
 from hybridvlm import ask
 from hybridvlm.checkpoints import samples, save_folder
+from hybridvlm.checkpoints.describe import describe
 from hybridvlm.config import Buckets, Reduction, Schedule
 from hybridvlm.eval import __main__ as evaluation
 from hybridvlm.inference.conversation import Conversation
 from hybridvlm.inference.model import Model, load
+from hybridvlm.models.family import family_for
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, tile_count, tile_grid, video_grid
 from hybridvlm.models.nemotron_vl.model import STYLES
 from hybridvlm.models.prompt import Pieces, render, video_pieces
+from hybridvlm.reduction.methods import named_reduction
 from hybridvlm.reduction.scores import spread_score
 from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.train import __main__ as training
@@ -273,6 +277,23 @@ def test_a_slip_does_not_end_the_conversation(nano, tmp_path, capsys, monkeypatc
     said = capsys.readouterr().err
     assert said.count("tokens answered") == 2
     assert "hybridvlm.ask: the question: " in said and "half a surrogate pair" in said
+
+
+def test_further_questions_put_the_first_drop_late_only_where_that_shares_layers():
+    """Plans alone: of a method that looks at the question, of a family that shares its layers, in all buckets that it can meet."""
+
+    def start(name, method, budget, kind=None):
+        found = describe(name)
+        config, family = found.config, family_for(found.config)
+        make = lambda reduction, frames, text: family.make_plan(config, reduction, frames, text)  # noqa: E731
+        model = types.SimpleNamespace(config=config, buckets=found.buckets, family=family, plan=make)
+        return ask.for_many_questions(model, named_reduction(None, method, budget, kind)).schedule.start
+
+    assert start("nemotron_nano_12b_v2_vl", "str", 0.25) == 10
+    assert start("nemotron_nano_12b_v2_vl", "uniform", 0.25) == 0
+    # one frame beside 64 text tokens: 0.383 at least with a late drop
+    assert start("nemotron_nano_12b_v2_vl", "str", 0.35, "flops") == 0
+    assert start("vamba_qwen2_vl_7b", "str-attention", 0.25) == 0
 
 
 def test_stages_of_one_length_are_one_line():

@@ -214,6 +214,27 @@ def test_questions_are_as_many_for_each_video(models):
         model.prefill(three, model.build_video_memory(first, visual, plan), plan)
 
 
+def test_no_question_reads_a_row_that_only_fills_a_mesh_up(models):
+    model, plan, batch, first, visual, _ = draw(models("hybrid"), CASES["attention"][1], 0)
+    memory = model.build_video_memory(first, visual, plan)
+    assert memory.videos == memory.rows == 2
+    # as of one video on a mesh that cuts a batch in two
+    one = dataclasses.replace(memory, videos=1)
+    two = jax.tree.map(lambda a: a[:2], batch)
+    with pytest.raises(ValueError, match="2 questions, and the memory is of 1 videos in the 2 rows"):
+        model.prefill(two, one, plan)
+    alone = model.prefill(jax.tree.map(lambda a: a[:1], batch), one, plan)
+    close_to_largest(alone.logits[:1], model.prefill(batch, memory, plan).logits[:1])
+
+
+def test_every_prompt_goes_on_with_text_behind_its_video(models):
+    model, plan, batch, first, visual, _ = draw(models("hybrid"), CASES["attention"][1], 0)
+    segment = np.asarray(batch.segment).copy()
+    segment[0, np.flatnonzero(batch.frame[0] >= 0)[-1] + 1 :] = 0
+    with pytest.raises(ValueError, match="no text behind its video"):
+        model.prefill(dataclasses.replace(batch, segment=segment), model.build_video_memory(first, visual, plan), plan)
+
+
 def test_the_text_behind_a_video_is_cut_off_its_prompt(models):
     model = models("qwen")
     video = clip(4, 0, QWEN)
@@ -230,6 +251,10 @@ def test_the_text_behind_a_video_is_cut_off_its_prompt(models):
     assert (rest.frame == -1).all() and rest.position.shape == (2, n + 2, 3)
     with pytest.raises(ValueError, match=f"expected at least {n}"):
         rest_of(batch, n - 1)
+    # beside a prompt without any, too
+    bare = np.where(np.arange(len(batch.segment))[:, None] == 0, batch.segment, batch.segment * (batch.frame >= 0))
+    with pytest.raises(ValueError, match=f"expected at least {n}"):
+        rest_of(dataclasses.replace(batch, segment=bare), n - 1)
     seen = np.arange(batch.frame.shape[1]) <= np.flatnonzero(batch.frame[0] >= 0)[-1]
     assert rest_length(dataclasses.replace(batch, segment=batch.segment * seen)) == 0
 
