@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import threading
 import zipfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from hybridvlm.video.errors import heard, warn
 
 VERSION = 1  # of an entry's form; another one reads none of the old
 _ENTRY, _DIGESTS = ".npz", "digests"
+_OWN = re.compile(r"[0-9a-f]{40}\.npz")  # names of entries; what else lies in the folder is somebody's
 
 
 class FrameCache:
@@ -107,6 +109,8 @@ class FrameCache:
         """(last use, bytes, file) of each entry."""
         out = []
         for file in self.folder.glob(f"*{_ENTRY}"):
+            if not _OWN.fullmatch(file.name):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 status = file.stat()
                 out.append((status.st_mtime, status.st_size, file))
@@ -132,5 +136,6 @@ def _load(entry: pathlib.Path) -> tuple[Clip, list[str]] | None:
             tuple(about["seconds"]), frames, about["kind"], tuple(about["size"]), tuple(about["numbers"]), about["fps"]
         )
         return clip, about["remarks"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    # RuntimeError: a zip's header that, damaged, speaks of encryption or of a method that zipfile does not know
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None
