@@ -50,6 +50,12 @@ def questions_at_once(counts: Sequence[int], batch_size: int) -> int:
     return min(fitting, key=calls_and_rows)
 
 
+def videos_at_once(batch_size: int, each: int) -> int:
+    """How many videos a call has, with so many questions on each: as many as leave no call of a full batch half empty."""
+    pieces = -(-batch_size // each)
+    return max(n for n in range(1, batch_size // each + 1) if pieces % n == 0)
+
+
 def grouped(samples: Sequence[Sample], shared: Mapping[str, Hashable | None]) -> list[Sample]:
     """Samples in the order in which what they share first appears, so that the questions on one video are next to each other."""
     places: dict[Hashable, int] = {}
@@ -65,7 +71,7 @@ def whole(samples: Sequence[Sample], batch_size: int) -> list[Call]:
 
 
 def by_video(
-    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, videos: int
+    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, parts: int
 ) -> list[Call]:
     """The calls for a batch whose questions go on from memories of their videos, if any of them share one.
 
@@ -73,13 +79,14 @@ def by_video(
         samples: of the batch.
         shared: of every sample of this bucket by its id, what its prompt has in common with others (`shared_part`).
         batch_size: rows of whole prompts.
-        videos: how many in a call, as many as the parts that a batch is cut into.
+        parts: that a batch is cut into; each has as many videos in a call.
     """
     counts = collections.Counter(part for part in shared.values() if part is not None)
     several = [count for count in counts.values() if count > 1]
-    if not several or batch_size < videos:
+    if not several or batch_size < parts:
         return whole(samples, batch_size)
-    each = questions_at_once(several, batch_size // videos)
+    each = questions_at_once(several, batch_size // parts)
+    videos = parts * videos_at_once(batch_size // parts, each)
     pieces: list[list[Sample]] = []
     groups: dict[Hashable, list[Sample]] = {}
     alone = [s for s in samples if counts[shared[s.id]] < 2]

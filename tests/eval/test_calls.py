@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvlm.eval import __main__ as command
-from hybridvlm.eval.calls import PADDED, by_video, grouped, questions_at_once, shared_part, whole
+from hybridvlm.eval.calls import PADDED, by_video, grouped, questions_at_once, shared_part, videos_at_once, whole
 from hybridvlm.eval.tasks import Sample
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Layout
@@ -36,9 +36,17 @@ def test_questions_at_once_compute_little_twice():
     assert questions_at_once([10], 8) == 5
 
 
+def test_videos_at_once_fill_their_calls():
+    assert [videos_at_once(8, each) for each in (1, 2, 3, 4, 5, 8)] == [8, 4, 1, 2, 1, 1]
+    asked = samples([4, 4, 4])
+    first, second = (by_video(batch, {s.id: s.video for s in asked}, 8, 1) for batch in (asked[:8], asked[8:]))
+    assert [[s.video for s in call.videos] for call in first] == [["v0", "v1"]] and len(first[0].answered) == 8
+    assert [[s.video for s in call.videos] for call in second] == [["v2", "v2"]] and len(second[0].answered) == 4
+
+
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 3))
-def test_every_question_is_answered_once_in_rows_of_its_video(counts, batch_size, videos):
+def test_every_question_is_answered_once_in_rows_of_its_video(counts, batch_size, parts):
     asked = samples(counts)
     shared = {s.id: s.video for s in asked}
     order = grouped(asked[::-1], shared)
@@ -46,7 +54,7 @@ def test_every_question_is_answered_once_in_rows_of_its_video(counts, batch_size
     assert len({s.video for s in asked}) == 1 + sum(a.video != b.video for a, b in itertools.pairwise(order))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        calls = by_video(batch, shared, batch_size, videos)
+        calls = by_video(batch, shared, batch_size, parts)
         answered = [s.id for call in calls for _, s in call.answered]
         assert sorted(answered) == sorted(s.id for s in batch)
         for call in calls:
@@ -55,7 +63,7 @@ def test_every_question_is_answered_once_in_rows_of_its_video(counts, batch_size
                 assert len(call.rows) == batch_size
                 continue
             each = len(call.rows) // len(call.videos)
-            assert len(call.videos) == videos and len(call.rows) == each * videos
+            assert len(call.videos) % parts == 0 and len(call.rows) == each * len(call.videos) <= batch_size
             assert all(call.rows[i].video == call.videos[i // each].video for i in range(len(call.rows)))
             several = [c for c in counts if c > 1]
             assert sum(-(-c // each) * each for c in several) <= PADDED * sum(several)
@@ -66,7 +74,7 @@ def test_single_questions_and_those_that_share_nothing_are_asked_whole():
     shared = {s.id: s.video for s in asked}
     alone, pair = by_video(asked, shared, 4, 1)
     assert [s.id for _, s in alone.answered] == ["0-0", "1-0"] and not alone.videos and len(alone.rows) == 4
-    assert [s.id for _, s in pair.answered] == ["2-0", "2-1"] and [s.video for s in pair.videos] == ["v2"]
+    assert [s.id for _, s in pair.answered] == ["2-0", "2-1"] and [s.video for s in pair.videos] == ["v2", "v2"]
     assert by_video(asked, dict.fromkeys(shared), 4, 1) == whole(asked, 4)
     assert by_video(asked, shared, 1, 2) == whole(asked, 1) and whole([], 4) == []
 
