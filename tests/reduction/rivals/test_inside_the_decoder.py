@@ -1,7 +1,6 @@
 """Rivals that drop inside the decoder: examples worked out by hand, sites, and what a pattern makes impossible."""
 
 import dataclasses
-
 import types
 
 import jax
