@@ -67,7 +67,10 @@ class FrameCache:
             with heard() as told:
                 clip = read()
             found = clip, told
-            self._keep(entry, _bytes(*found))
+            try:
+                self._keep(entry, _bytes(*found))
+            except OSError as error:  # a full disk, a folder that went: the clip itself is there
+                warn(f"{self.folder}: decoded frames cannot be kept there: {error.strerror or error}", stacklevel=2)
         clip, remarks = found
         for text in remarks:
             warn(text, stacklevel=2)
@@ -89,7 +92,8 @@ class FrameCache:
                 return text
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        write_atomic(note, digest)
+        with contextlib.suppress(OSError):  # it is made again where it cannot be kept
+            write_atomic(note, digest)
         return digest
 
     def _keep(self, entry: pathlib.Path, data: bytes) -> None:

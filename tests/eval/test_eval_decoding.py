@@ -213,6 +213,14 @@ def test_what_fails_leaves_nothing_and_times_alone_do_not_matter(tmp_path, films
     assert (cache.clip(films[0], "x", lambda: clip_of(5)).frames == 5).all()
 
 
+def test_a_folder_that_cannot_be_written_costs_no_clip(tmp_path, films):
+    cache = FrameCache(tmp_path / "frames", 1 << 20)
+    shutil.rmtree(cache.folder)
+    with heard() as told:
+        assert (cache.clip(films[0], "x", lambda: clip_of(3)).frames == 3).all()
+    assert len(told) == 1 and "cannot be kept" in told[0]
+
+
 def test_threads_share_it(tmp_path, films):
     cache = FrameCache(tmp_path / "frames", 4000)
     start = threading.Barrier(8)
