@@ -81,7 +81,8 @@ def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Seq
         return Estimate(mean, None, None, len(d), groups)
     if se > 0:
         half = _quantile(groups) * se
-        return Estimate(mean, mean - half, mean + half, len(d), groups)
+        # of a handful of videos Student's quantile reaches beyond what a difference can be
+        return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(d), groups)
     half = (1 + abs(mean)) * (1 - (0.5 - LEVEL / 2) ** (1 / groups))
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(d), groups)
 

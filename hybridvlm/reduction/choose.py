@@ -61,14 +61,28 @@ def apportion(total: jax.Array, counts: jax.Array, group: jax.Array | None = Non
     held = jnp.zeros(parts, jnp.int32).at[group].add(counts)
     wanted = jnp.minimum(total, held)[group]
     whole = jnp.maximum(held[group], 1)
-    floor = wanted * counts // whole
-    fraction = wanted * counts - floor * whole
+    floor, fraction = _scaled(counts, wanted, whole)
     rest = wanted - jnp.zeros(parts, jnp.int32).at[group].add(floor)[group]
     order = jnp.lexsort((jnp.arange(parts), -fraction, group))
     first = jnp.zeros(parts, jnp.int32).at[group].add(1)
     start = jnp.cumsum(first) - first
     rank = jnp.zeros(parts, jnp.int32).at[order].set(jnp.arange(parts, dtype=jnp.int32)) - start[group]
     return floor + ((rank < rest) & (fraction > 0)).astype(jnp.int32)
+
+
+def _scaled(counts: jax.Array, wanted: jax.Array, whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """counts * wanted divided by whole (at least both): (quotient, remainder) int32.
+
+    By long division, bit by bit: the product of two counts of a long video is more than an int32 holds.
+    """
+
+    def bit(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        quotient, rest = carry
+        rest = 2 * rest + jnp.where(counts >> (30 - i) & 1, wanted, 0)
+        return 2 * quotient + rest // whole, rest % whole
+
+    empty = jnp.zeros_like(counts)
+    return jax.lax.fori_loop(0, 31, bit, (empty, empty))
 
 
 def diverse_order(x: jax.Array, real: jax.Array, picks: int, weight: jax.Array | None = None) -> jax.Array:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import threading
 import zipfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from hybridvlm.video.errors import heard, warn
 
 VERSION = 1  # of an entry's form; another one reads none of the old
 _ENTRY, _DIGESTS = ".npz", "digests"
+_OWN = re.compile(r"[0-9a-f]{40}\.npz")  # names of entries; what else lies in the folder is somebody's
 
 
 class FrameCache:
@@ -65,7 +67,10 @@ class FrameCache:
             with heard() as told:
                 clip = read()
             found = clip, told
-            self._keep(entry, _bytes(*found))
+            try:
+                self._keep(entry, _bytes(*found))
+            except OSError as error:  # a full disk, a folder that went: the clip itself is there
+                warn(f"{self.folder}: decoded frames cannot be kept there: {error.strerror or error}", stacklevel=2)
         clip, remarks = found
         for text in remarks:
             warn(text, stacklevel=2)
@@ -87,7 +92,8 @@ class FrameCache:
                 return text
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        write_atomic(note, digest)
+        with contextlib.suppress(OSError):  # it is made again where it cannot be kept
+            write_atomic(note, digest)
         return digest
 
     def _keep(self, entry: pathlib.Path, data: bytes) -> None:
@@ -107,6 +113,8 @@ class FrameCache:
         """(last use, bytes, file) of each entry."""
         out = []
         for file in self.folder.glob(f"*{_ENTRY}"):
+            if not _OWN.fullmatch(file.name):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 status = file.stat()
                 out.append((status.st_mtime, status.st_size, file))
@@ -132,5 +140,6 @@ def _load(entry: pathlib.Path) -> tuple[Clip, list[str]] | None:
             tuple(about["seconds"]), frames, about["kind"], tuple(about["size"]), tuple(about["numbers"]), about["fps"]
         )
         return clip, about["remarks"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    # RuntimeError: a zip's header that, damaged, speaks of encryption or of a method that zipfile does not know
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None

@@ -108,6 +108,10 @@ def test_difference_is_paired():
     assert found.interval == pytest.approx([2 / 6 - half, 2 / 6 + half])
 
 
+def test_a_difference_of_two_videos_lies_in_what_differences_can_be():
+    assert statistics.difference([1, 1, 1, 0], [0, 0, 1, 0], list("aabb")).interval == [-1.0, 1.0]
+
+
 def test_no_disagreement_is_not_certainty():
     low, high = statistics.difference([1, 0, 1, 1], [1, 0, 1, 1], list("abcd")).interval
     assert -low == high and (1 - high) ** 4 == pytest.approx(0.025)  # 0 of 4 is no rarer than 1 in 40 there

@@ -154,7 +154,19 @@ def test_the_oldest_goes_where_there_is_no_room(tmp_path, films):
     assert (cache.hits, cache.misses) == (1, 5)
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "other"])
+def test_files_of_others_in_its_folder_stay(tmp_path, films):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    np.savez(folder / "features.npz", features=np.zeros(999))
+    os.utime(folder / "features.npz", (1, 1))
+    cache = FrameCache(folder, 3000)
+    for path in films[:4]:
+        cache.clip(path, 4, lambda: clip_of(1))
+    assert np.load(folder / "features.npz")["features"].size == 999
+    assert sum(e.stat().st_size for e in entries(folder) if e.stem != "features") <= 3000
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "other", "encrypted", "method"])
 def test_an_entry_that_is_not_whole_is_decoded_anew(tmp_path, films, harm):
     cache = FrameCache(tmp_path / "frames", 1 << 20)
     cache.clip(films[0], "x", lambda: clip_of(7))
@@ -162,7 +174,13 @@ def test_an_entry_that_is_not_whole_is_decoded_anew(tmp_path, films, harm):
     data = bytearray(entry.read_bytes())
     at = data.index(bytes([7] * 50))
     data[at] ^= 1
-    entry.write_bytes({"cut": data[:-40], "flip": data, "empty": b"", "other": b"PK\x03\x04" + b"x" * 99}[harm])
+    # bytes of the zip's directory: a flag says encrypted, a number names the method of compression
+    directory = data.index(b"PK\x01\x02")
+    encrypted, method = bytearray(data), bytearray(data)
+    encrypted[directory + 8] |= 1
+    method[directory + 10] = 77
+    harmed = {"cut": data[:-40], "flip": data, "empty": b"", "other": b"PK\x03\x04" + b"x" * 99}
+    entry.write_bytes((harmed | {"encrypted": encrypted, "method": method})[harm])
     assert (cache.clip(films[0], "x", lambda: clip_of(7)).frames == 7).all() and cache.misses == 2
     assert (cache.clip(films[0], "x", lambda: pytest.fail("is there")).frames == 7).all()
 
@@ -193,6 +211,14 @@ def test_what_fails_leaves_nothing_and_times_alone_do_not_matter(tmp_path, films
     films[0].write_bytes(b"\1" + films[0].read_bytes()[1:])
     os.utime(films[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (cache.clip(films[0], "x", lambda: clip_of(5)).frames == 5).all()
+
+
+def test_a_folder_that_cannot_be_written_costs_no_clip(tmp_path, films):
+    cache = FrameCache(tmp_path / "frames", 1 << 20)
+    shutil.rmtree(cache.folder)
+    with heard() as told:
+        assert (cache.clip(films[0], "x", lambda: clip_of(3)).frames == 3).all()
+    assert len(told) == 1 and "cannot be kept" in told[0]
 
 
 def test_threads_share_it(tmp_path, films):

@@ -35,6 +35,12 @@ def test_apportion():
         assert out.sum() == min(total, counts.sum()) and (out <= counts).all()
 
 
+def test_apportion_of_more_than_the_product_of_two_int32_holds():
+    """A thousand frames of 256 tokens in few scenes, as FlashVID hands its roots out."""
+    for total, counts in ((19456, [216000, 64, 0]), (19456, [100000, 116064, 7]), (262143, [131071, 131072, 5])):
+        assert apportion(total, jnp.array(counts)).tolist() == apportioned(total, counts)
+
+
 def test_apportion_in_groups():
     counts, group = jnp.array([3, 1, 5, 2, 2]), jnp.array([0, 1, 0, 1, 1])
     out = apportion(jnp.array([4, 3, 0, 0, 0]), counts, group)

@@ -1,4 +1,8 @@
-"""Fewer frames: the baseline that costs nothing, and beats many methods (VTC-Bench, arXiv 2510.07143)."""
+"""Fewer frames: the baseline that costs nothing, and beats many methods (VTC-Bench, arXiv 2510.07143).
+
+Predicted FLOPs count the tower on the frames that stay. `encode` is not told of a method and runs on all of them, so
+that `eval`'s time from pixels does not show what is spared: give the loader fewer frames (`--frames`) to measure it.
+"""
 
 from __future__ import annotations
 

@@ -168,8 +168,9 @@ def holitom_inner(layer: int, aux: Aux, tokens: Tokens, plan: PlanView, segments
 
 
 def into_most_alike(x: jax.Array, visual: jax.Array, score: jax.Array, keep: jax.Array) -> jax.Array:
-    """Where visual tokens of x [L,D] go: the `keep` of highest score stay, others to the most alike of those; [L] int32."""
+    """Where visual tokens of x [L,D] go: the `keep` of highest score stay, others to the most alike of those; [L] int32,
+    L (nowhere) where none stays."""
     stays = visual & (ranks(jnp.where(visual, score, -jnp.inf)) < keep)
     y = unit(x)
     best = jax.lax.map(lambda row: jnp.argmax(jnp.where(stays, y @ row, -jnp.inf)), y, batch_size=min(len(y), 256))
-    return jnp.where(stays, jnp.arange(len(y)), best).astype(jnp.int32)
+    return jnp.where(stays, jnp.arange(len(y)), jnp.where(stays.any(), best, len(y))).astype(jnp.int32)

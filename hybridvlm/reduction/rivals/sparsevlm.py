@@ -24,16 +24,21 @@ def released_staircase(schedule: Schedule, layers: int) -> schedules.Curve:
     return lambda layer, ordinal, p: KEPT[min(ordinal, len(KEPT)) - 1] ** ((1.0 - p) / p if p > 0 else 1e9)
 
 
-def raters(visual: jax.Array, is_visual: jax.Array, is_text: jax.Array) -> jax.Array:
-    """Words that the picture is about: x [L,D], is_visual and is_text [L] bool -> [L] bool.
+def raters(x: jax.Array, is_visual: jax.Array, is_text: jax.Array, most: int) -> jax.Array:
+    """Words that the picture is about: x [L,D], is_visual and is_text [L] bool, at most `most` of text -> [L] bool.
 
     Every visual token spreads a softmax of its products with the words; a word that gets more than the mean rates.
     """
-    x = visual.astype(jnp.float32)
-    spread = jax.nn.softmax(jnp.where(is_text[None], x @ x.T, -jnp.inf), axis=-1)
-    spread = jnp.where(is_text[None] & is_visual[:, None], spread, 0.0)
-    weight = spread.sum(0) / jnp.maximum(is_visual.sum(), 1)
-    return is_text & (weight > weight.sum() / jnp.maximum(is_text.sum(), 1))
+    length = len(is_text)
+    # the words alone: products of all tokens with all would be [L,L]
+    (at,) = jnp.nonzero(is_text, size=min(most, length), fill_value=length)
+    word = at < length
+    x = x.astype(jnp.float32)
+    products = x @ jnp.take(x, at, axis=0, mode="fill", fill_value=0).T
+    spread = jax.nn.softmax(jnp.where(word[None], products, -jnp.inf), axis=-1)
+    weight = jnp.where(word[None] & is_visual[:, None], spread, 0.0).sum(0) / jnp.maximum(is_visual.sum(), 1)
+    rates = word & (weight > weight.sum() / jnp.maximum(word.sum(), 1))
+    return jnp.zeros(length, bool).at[at].set(rates, mode="drop")
 
 
 def prepare(tokens: Tokens, plan: PlanView, segments: int) -> dict[str, jax.Array]:
@@ -41,7 +46,9 @@ def prepare(tokens: Tokens, plan: PlanView, segments: int) -> dict[str, jax.Arra
     rates = jnp.zeros(tokens.segment.shape, bool)
     for segment in range(1, segments + 1):
         mine = tokens.segment == segment
-        found = jax.vmap(raters)(tokens.x, mine & tokens.visual, mine & tokens.query)
+        found = jax.vmap(raters, in_axes=(0, 0, 0, None))(
+            tokens.x, mine & tokens.visual, mine & tokens.query, plan.text_tokens
+        )
         rates |= jnp.where(found.any(-1, keepdims=True), found, mine & tokens.query)
     return {RATER: rates}
 

@@ -1,6 +1,7 @@
 """Rivals that drop inside the decoder: examples worked out by hand, sites, and what a pattern makes impossible."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +64,19 @@ def row(visual, text):
 
 def test_sparsevlm_rates_by_the_words_that_the_picture_is_about():
     tokens = row([(1, 0), (0, 1), (1, 1)], [(2, 0), (0, 0), (0, 1)])
-    rates = jax.jit(lambda t: prepare(t, None, 1))(tokens)[RATER][0]
+    rates = jax.jit(lambda t: prepare(t, SHORT, 1))(tokens)[RATER][0]
     assert rates.tolist() == [False] * 3 + [True, False, False]
     x, visual = tokens.x[0], tokens.visual[0]
     spread = jax.nn.softmax(x[:3] @ x[3:].T, axis=-1).mean(0)
     np.testing.assert_allclose(spread, [0.5547, 0.1362, 0.3091], atol=1e-4)
-    assert raters(x * 0, visual, ~visual).any() == False  # noqa: E712
+    assert raters(x * 0, visual, ~visual, 4).any() == False  # noqa: E712
+
+
+def test_sparsevlm_looks_at_no_products_of_visual_tokens_with_each_other():
+    """At the 131,072 tokens of 512 frames they alone would take 64 GiB."""
+    shapes = jax.ShapeDtypeStruct((1 << 17, 8), jnp.float32), *[jax.ShapeDtypeStruct((1 << 17,), bool)] * 2
+    memory = jax.jit(raters, static_argnums=3).lower(*shapes, 64).compile().memory_analysis()
+    assert memory is None or memory.temp_size_in_bytes < 1 << 29
 
 
 def test_sparsevlm_scores_by_the_raters_rows():
@@ -93,6 +101,7 @@ def test_sparsevlm_scores_by_the_raters_rows():
     np.testing.assert_allclose(score[:3], weights[0], atol=1e-4)
 
 
+SHORT = types.SimpleNamespace(text_tokens=4)
 DART = dict(
     x=jnp.asarray([(1, 0), (0.8, 0.6), (0, 1), (-0.6, 0.8), (-1, 0), (0.6, -0.8), (1, 1), (0, -1)], jnp.float32),
     norms=jnp.asarray([1.0, 2, 5, 1, 3, 2, 4, 1]),

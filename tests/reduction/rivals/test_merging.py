@@ -132,6 +132,9 @@ def test_the_inner_merge_of_holitom_is_a_mean():
     into = jax.jit(holitom.into_most_alike)(x, jnp.ones(4, bool), f32([2, 1, 0, 0]), jnp.int32(2))
     assert into.tolist() == [0, 1, 0, 0]
     np.testing.assert_allclose(folded(x, into, mean_weights(into))[0], [13 / 3, 0], rtol=1e-6)
+    # where a budget leaves nothing, nothing is written over the text
+    into = holitom.into_most_alike(x, jnp.arange(4) > 0, f32([0, 1, 2, 3]), jnp.int32(0))
+    assert into[1:].tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
