@@ -247,7 +247,9 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown reduction method {name!r}; {hint}the methods are {', '.join(METHODS)}")
+        raise ValueError(
+            f"unknown reduction method {name!r}; {hint}`python -m hybridvlm.eval --list` says which {len(METHODS)} there are"
+        )
     return METHODS[name]
 
 

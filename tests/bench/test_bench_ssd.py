@@ -78,7 +78,7 @@ def test_a_gradient_without_room_is_skipped_with_a_message(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sdd"], "there is no benchmark 'sdd'; there are: ssd"),
+        (["sdd"], "there is no benchmark 'sdd'; there are: device, ssd"),
         (["ssd", "--shapes", "3,4,2,8"], "a shape is H,P,G,N with G dividing H"),
         (["ssd", "--length", "0"], "at least 1, got '0'"),
         (["ssd", "--json", "nowhere/rows.json"], "nowhere does not exist"),

@@ -65,7 +65,7 @@ def test_frames_are_decoded_once_for_all_runs(world, mouth, decoded, tmp_path, m
     """A second run reads what the first one decoded; its pixels are the same, and a changed video is decoded anew."""
     seen, cache = [], ("--frame-cache", tmp_path / "frames")
 
-    def keep(self, pixels):
+    def keep(self, pixels, attention=False):
         seen.append(np.asarray(pixels).tobytes())
         return np.zeros((1, pixels.shape[1], 1, 1), np.float32)
 

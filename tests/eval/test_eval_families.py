@@ -67,7 +67,7 @@ def asked(model, monkeypatch, path):
     """What ask shows the tower of a file, and the ids of its prompt; nothing is computed."""
     conversation = Conversation(model, path, frames=4)
 
-    def encode(self, pixels):
+    def encode(self, pixels, attention=False):
         raise Shown(np.asarray(pixels))
 
     with monkeypatch.context() as patch, pytest.raises(Shown) as caught:
@@ -89,7 +89,11 @@ def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, name):
         sample = next(s for s in task.samples if s.video == video)
         shown, ids = asked(model, monkeypatch, world / video)
         with monkeypatch.context() as patch, pytest.raises(Shown) as caught:
-            patch.setattr(type(model), "encode", lambda self, pixels: (_ for _ in ()).throw(Shown(np.asarray(pixels))))
+            patch.setattr(
+                type(model),
+                "encode",
+                lambda self, pixels, attention=False: (_ for _ in ()).throw(Shown(np.asarray(pixels))),
+            )
             runner._encoded(video, runner.buckets[sample.id])
         np.testing.assert_array_equal(caught.value.args[0], shown)
         assert runner.layout(sample).ids.tolist() == ids
@@ -108,7 +112,9 @@ def test_the_command_runs(world, tmp_path, monkeypatch, capsys, name):
     seen = []
     encode = type(model).encode
     monkeypatch.setattr(
-        type(model), "encode", lambda self, pixels: seen.append(np.asarray(pixels)) or encode(self, pixels)
+        type(model),
+        "encode",
+        lambda self, pixels, **options: seen.append(np.asarray(pixels)) or encode(self, pixels, **options),
     )
     out = tmp_path / "out"
     code = run(world, name, out, "--methods", "str", "--limit", "2", "--batch-size", "2")

@@ -29,5 +29,7 @@ def silent_model(monkeypatch):
     monkeypatch.setattr(report, "picture", lambda rows, axis, label: b"")  # tested with the embedded benchmark
     monkeypatch.setattr(Model, "generate", generate)
     monkeypatch.setattr(Model, "verify", lambda self, generation: None)
-    monkeypatch.setattr(Model, "encode", lambda self, pixels: np.zeros((1, pixels.shape[1], 1, 1), np.float32))
+    monkeypatch.setattr(
+        Model, "encode", lambda self, pixels, attention=False: np.zeros((1, pixels.shape[1], 1, 1), np.float32)
+    )
     return told

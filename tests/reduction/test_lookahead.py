@@ -180,7 +180,7 @@ def test_its_operations_are_keys_queries_and_two_products():
     near, far = (
         plan("str-lookahead", text=8),
         make_plan(
-            Reduction("str-lookahead", 0.25, score=ScoreOptions(ahead=2)),
+            Reduction("str-lookahead", 0.25, schedule=Schedule(stages=0), score=ScoreOptions(ahead=2)),
             config,
             visual_tokens=1024,
             text_tokens=8,
