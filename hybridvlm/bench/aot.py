@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", default="none,str", help="comma list of methods; dense always comes first (default: none,str)")
     add("--budget", type=float, default=0.25, help="share of visual tokens kept (default: 0.25)")
     add("--kind", choices=BUDGET_KINDS, default="mean", help="how the budget is counted (default: mean)")
-    add("--schedule", nargs="+", default=[f"stages={STAGES}"], metavar="KEY=VALUE", help=f"default: stages={STAGES}")
+    add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the default schedule")
     add("--topology", default="v5p:2x2x1", help="slice to compile for, such as v5e:4x4 or v6e:2x2 (default: v5p:2x2x1)")
     add(
         "--mesh",
@@ -49,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--programs", default="prefill", help=f"comma list of {', '.join(PROGRAMS)} (default: prefill)")
     add("--max-new", type=int, default=256, help="tokens of an answer (default: 256)")
     add("--prompt", choices=("question", "real", "both"), default="both", help="prompts to compile (default: both)")
-
-
-STAGES = 7  # lengths that rows have: every one compiles the layers anew
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

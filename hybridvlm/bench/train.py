@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.bench.aot import STAGES, mesh_there, plan_there
+from hybridvlm.bench.aot import mesh_there, plan_there
 from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.options import override
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", default="none,str", help="comma list of methods, none is dense (default: none,str)")
     add("--budget", type=float, default=0.25, help="share of visual tokens kept (default: 0.25)")
     add("--kind", choices=BUDGET_KINDS, default="mean", help="how the budget is counted (default: mean)")
-    add("--schedule", nargs="+", default=[f"stages={STAGES}"], metavar="KEY=VALUE", help=f"default: stages={STAGES}")
+    add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the default schedule")
     add("--topology", default="v5p:4x4x4", help="slice to compile for, such as v5e:16x16 (default: v5p:4x4x4)")
     add("--mesh", default="fsdp=64", help="data=, fsdp=, sequence=, tensor=, comma list (default: fsdp=64)")
     add("--batch", type=int, default=64, help="examples; the data and fsdp axes must divide them (default: 64)")

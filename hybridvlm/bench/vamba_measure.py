@@ -2,7 +2,8 @@
 
 Both steps are `hybridvlm.train`'s own, with layers rematerialised, the tower frozen and its tokens given; random weights. Calls take
 turns.
-resident_gb: the most that the process held during a call (CPU alone); compiler_gb: what the program needs by its compiler.
+resident_gb: the most that the process, which has both models in memory, held during a call (CPU alone); compiler_gb: what the
+program needs by its compiler.
 exponent: how cost grows with length, d log(seconds) / d log(tokens) between this length and the one before. further_s: another question
 on the same video, from the memory that the first one left.
 """
@@ -68,12 +69,19 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             f"--tokens, --text, --repeats must be at least {FRAME}, 16 and 1, got {args.tokens}, {args.text}, {args.repeats}"
         )
-    configs, rows = pair(args.layers, args.width), []
+    if args.layers < 1 or args.width < 256 or args.width % 256:
+        raise ValueError(
+            f"--layers must be at least 1 and --width a multiple of 256, got {args.layers} and {args.width}"
+        )
     phases = [phase for phase in PHASES if phase in args.phases]
+    if len(phases) < len(set(args.phases)):
+        raise ValueError(f"--measure runs --phases of {', '.join(PHASES)}, got {' '.join(args.phases)}")
+    configs, rows = pair(args.layers, args.width), []
     for phase in phases:
         before: dict[str, dict[str, Any]] = {}
-        for tokens in sorted(args.tokens):
-            found = _measure(phase, configs, -(-tokens // FRAME), args)
+        # whole frames: lengths that come out the same are one, which has no exponent against itself
+        for frames in sorted({-(-tokens // FRAME) for tokens in args.tokens}):
+            found = _measure(phase, configs, frames, args)
             for name, row in found.items():
                 if name in before:
                     longer = math.log(row["visual_tokens"] / before[name]["visual_tokens"])
@@ -93,7 +101,6 @@ def _measure(phase: str, configs: dict[str, QwenConfig], frames: int, args: argp
     calls = {name: own.call for name, own in made.items()}
     calls |= {f"{name} further": own.further for name, own in made.items() if own.further is not None}
     seconds = timing.interleaved(calls, rounds=args.repeats, warmup=0)
-    slowest = seconds["transformer"]
     return {
         name: {
             "phase": phase,
@@ -101,7 +108,7 @@ def _measure(phase: str, configs: dict[str, QwenConfig], frames: int, args: argp
             "visual_tokens": frames * FRAME,
             "parameters": own.parameters,
             "seconds": statistics.median(seconds[name]),
-            "faster": timing.paired_ratio(slowest, seconds[name]),
+            "faster": timing.paired_ratio(seconds["transformer"], seconds[name]),
             "compiler_gb": own.peak * 1e-9,
             "resident_gb": None if (held := resident[name]) is None else held * 1e-9,
             "exponent": None,

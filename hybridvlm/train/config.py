@@ -337,7 +337,7 @@ class Export:
     """The checkpoint folder written at the end.
 
     Attributes:
-        name: of the model (default: the start model's).
+        name: in its config (default: the start model's; a folder that is loaded goes by its own name).
         storage: float32 or float16.
         reduction: under which it says it is to be run (default: the one it was trained under).
     """

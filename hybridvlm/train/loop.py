@@ -115,6 +115,13 @@ class Run:
         ]
         if any(plan is not None and plan.pool_factors != (1, 1, 1) for plan in self.plans):
             raise ValueError("training under avgpool is not supported; train dense, or under a method that drops")
+        first = next(
+            (plan.input_method for plan in self.plans if plan is not None and plan.input_method != "none"), None
+        )
+        if first is not None and d.segments > 1:
+            raise ValueError(
+                f"{first} works on one video a row, and Data.segments packs up to {d.segments} into one; set it to 1"
+            )
         self.trainer = Trainer(config, self.model, self.mesh, self.teacher)
         if d.batch % jax.process_count():
             raise ValueError(f"Data.batch {d.batch} is not a multiple of the {jax.process_count()} processes")
@@ -362,7 +369,7 @@ class Run:
         trained = next((r for r in reductions(self.config.reduction) if r is not None), model.reduction)
         frames, text = _with(model.buckets.frames, d.frames), _with(model.buckets.text, d.text)
         return Model(
-            model.config,
+            dataclasses.replace(model.config, name=e.name) if e.name else model.config,
             params,
             model.tokenizer,
             buckets=Buckets(frames, text, model.buckets.max_new),

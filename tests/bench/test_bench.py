@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridvlm.bench import prefill, vs_transformers
+from hybridvlm.bench import prefill, vamba_measure, vs_transformers
 from hybridvlm.bench.__main__ import main, table
 from hybridvlm.config import Reduction
 from hybridvlm.config_files import load_model_config
@@ -132,6 +132,25 @@ def test_vs_transformers(tmp_path, capfd):
     rows = json.loads(out.read_text())
     assert [row["measure"] for row in rows] == ["prefill"] * 4 + ["prefill str:0.25"] + ["decode"] * 2 + ["machine"] * 2
     assert rows[-1]["logits_error"] < 1e-5
+
+
+def test_lengths_of_as_many_frames_are_measured_once(monkeypatch, capsys):
+    asked = []
+
+    def measured(phase, configs, frames, args):
+        asked.append((phase, frames))
+        return {name: {"seconds": 1.0, "visual_tokens": 64 * frames, "exponent": None} for name in configs}
+
+    monkeypatch.setattr(vamba_measure, "_measure", measured)
+    assert main(["vamba", "--measure", "--phases", "train", "--tokens", "128", "100", "64", "128"]) == 0
+    assert asked == [("train", 1), ("train", 2)]
+    capsys.readouterr()
+    for wrong, said in (
+        (["--phases", "video"], "--measure runs --phases of train, prefill"),
+        (["--width", "100"], "--width"),
+    ):
+        assert main(["vamba", "--measure", *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -226,10 +226,12 @@ def test_the_first_stage_by_the_command(tmp_path, capsys):
     """A Transformer in, a VAMBA out: cross-attention, mixers and shares are trained, everything else comes out as it went in."""
     transformer = micro_transformer()
     path = save_folder(tmp_path / "transformer", transformer)
-    (tmp_path / "c.json").write_text(json.dumps(run_config(tmp_path / "run", path, convert={"to": "vamba"}, steps=2)))
+    told = run_config(tmp_path / "run", path, convert={"to": "vamba"}, steps=2, export={"name": "small-vamba"})
+    (tmp_path / "c.json").write_text(json.dumps(told))
     assert main([str(tmp_path / "c.json")]) == 0, capsys.readouterr()
     made = hv.load(tmp_path / "run" / "export")
     assert isinstance(made.config, VambaConfig) and made.config.pattern == "*-" * 3
+    assert made.config.name == "small-vamba"
     begun = dict(flatten(hv.init_vamba_from(transformer, 0).params))
     changed = {name for name, array in flatten(made.params).items() if not np.array_equal(array, begun[name])}
     assert changed == {name for name in begun if name.startswith(("decoder/cross/", "decoder/mamba/"))}
@@ -310,6 +312,14 @@ def test_what_two_streams_cannot_do_is_refused(model):
         Trainer(vamba_settings(data={"questions": 2}), micro_transformer())
 
 
+def test_a_method_that_looks_at_whole_videos_is_refused_before_a_packed_run_begins(model, tmp_path):
+    packed = {"segments": 2, "text": 2 * TEXT, "frames": 2 * FRAMES, "sample_frames": FRAMES}
+    reduction = {"mode": "fixed", "reduction": {"method": "evs", "budget": 0.5}}
+    with pytest.raises(ValueError, match=r"evs works on one video a row, and Data\.segments packs up to 2"):
+        loop.Run(vamba_settings(tmp_path / "run", data=packed, reduction=reduction), model)
+    assert not (tmp_path / "run").exists()
+
+
 # -- from a Transformer -------------------------------------------------------------------------------------------------
 
 
@@ -363,4 +373,4 @@ def test_both_stages_of_the_embedded_model_by_one_command(tmp_path, monkeypatch,
     names = ["train_tiny_vamba_stage1", "train_tiny_vamba_stage2"]
     assert main([*names, "--set", *few]) == 0, capsys.readouterr()
     made = hv.load(tmp_path / "runs" / "tiny-vamba" / "export")
-    assert made.config.layers == config.count("*") == 16 and made.name == "tiny-vamba"
+    assert made.config.layers == config.count("*") == 16 and made.config.name == "tiny-vamba"
