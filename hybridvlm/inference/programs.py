@@ -49,7 +49,7 @@ class Generation:
         timing: seconds per phase.
         thinking: the reasoning before each answer.
         unfinished: whether the reasoning never ended; `text` then holds the whole reply.
-        peak_bytes: most memory that the two programs need, by the compiler.
+        peak_bytes: most memory that the programs need, by the compiler, that of a video memory which was handed in too.
     """
 
     tokens: list[list[int]]
@@ -258,7 +258,7 @@ class ModelPrograms:
         """A batch and its visual tokens where the mesh needs them, after `check_visual`."""
         placement.check_visual(batch, visual, self.mesh)
         if hasattr(visual, "videos"):
-            batch, visual = self._questions(batch, visual), dataclasses.replace(visual, videos=None)
+            batch, visual = self._questions(batch, visual), dataclasses.replace(visual, videos=None, peak_bytes=0)
         if self.mesh is None:
             return batch, visual
         if hasattr(visual, "shape"):
@@ -306,6 +306,7 @@ class ModelPrograms:
         opened = self.opened(batch)
         rows = len(batch.input_ids)
         drawn = np.zeros(rows, np.int32) if seeds is None else np.asarray(seeds, np.int32)
+        before = getattr(visual, "peak_bytes", 0)
         batch, visual = self._placed(batch, visual)
         timing = Timing()
         start = time.perf_counter()
@@ -326,7 +327,7 @@ class ModelPrograms:
         ids = [row[:n].tolist() for row, n in zip(tokens[:rows], lengths[:rows], strict=True)]
         replies = [read_reply(self.tokenizer, *row) for row in zip(ids, opened, strict=True)]
         text, thinking, unfinished = (list(part) for part in zip(*replies, strict=True))
-        peak = max(peak_bytes(prefill), peak_bytes(decode))
+        peak = max(peak_bytes(prefill), peak_bytes(decode), before)
         return Generation(ids, text, prefilled, plan, timing, thinking, unfinished, peak)
 
     def compile_prefill(
@@ -419,9 +420,10 @@ class ModelPrograms:
         """What every question needs of these videos under a plan (`shares_video`), to be given to `prefill` as `visual`."""
         videos = len(batch.input_ids)
         batch, visual = self._placed(batch, visual)
-        memory = self._run(functions.build_video_memory, self.params, batch, visual, plan=plan)
+        args = (self.params, batch, visual)
+        program = self._program(functions.build_video_memory, *args, plan=plan)
         # questions belong to videos, not to the rows that fill a mesh up
-        return dataclasses.replace(memory, videos=videos)
+        return dataclasses.replace(program(*args), videos=videos, peak_bytes=peak_bytes(program))
 
     def verify(self, generation: Generation) -> None:
         """Raise PlanMismatch if what the run kept is not what its plan says."""

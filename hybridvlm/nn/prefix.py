@@ -37,6 +37,7 @@ class Prefix:
         given: [V,1], visual tokens that each example came with.
         following: [V] int32, position in the unreduced prompt of what comes next.
         videos: how many of the rows are of videos, if the last ones only fill a mesh up (None: all).
+        peak_bytes: that the program which made it needed, by its compiler.
     """
 
     tokens: Tokens
@@ -45,6 +46,7 @@ class Prefix:
     given: jax.Array
     following: jax.Array
     videos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    peak_bytes: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def rows(self) -> int:

@@ -54,7 +54,8 @@ class VideoMemory:
     stages: one CrossMemory per run of layers that see the same tokens (one for a dense video). state: the Mamba states after
     the last token, stacked over layers (the last layer's stays at 0: it is not run), one MambaCache per stage: what the next piece of
     the video starts from. survivors, kept: as in DecoderOutput. index, visual [B,M]: of the tokens that the last layer reads.
-    videos: how many of the B rows are of videos, if the last ones only fill a mesh up (None: all).
+    videos: how many of the B rows are of videos, if the last ones only fill a mesh up (None: all). peak_bytes: that the program which
+    made it needed, by its compiler.
     """
 
     stages: tuple[CrossMemory, ...]
@@ -64,6 +65,7 @@ class VideoMemory:
     index: jax.Array
     visual: jax.Array
     videos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    peak_bytes: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def rows(self) -> int:

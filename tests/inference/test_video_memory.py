@@ -120,6 +120,7 @@ def test_a_memory_goes_on_in_rows_of_any_text_bucket(models):
         got, want = asked.prefill(batch, memory, plan), asked.prefill(batch, repeated, plan)
         close_to_largest(got.logits, want.logits)
         np.testing.assert_array_equal(got.decoder.survivors[-1][0], want.decoder.survivors[-1][0])
+        assert asked.generate(batch, memory, plan).peak_bytes >= memory.peak_bytes > 0
 
 
 @pytest.mark.slow
