@@ -16,6 +16,7 @@ launches        how many kernels run one after the other; one of ours counts its
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 from hybridvlm.bench import op_bench as candidates
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays),)
             timed = {n: candidates.compiled(n, p, shapes, target, work, dtype) for n, p in programs.items()}
         with candidates.device_of(target):
-            default_name = default_implementations(DEFAULTS, *_heads(spec, arrays))[0]
+            default_name = default_implementations(DEFAULTS, *jax.eval_shape(functools.partial(_heads, spec), arrays))[
+                0
+            ]
         for name in names:
             default = name == default_name
             begin = {"shape": shape, "tokens": spec.keys, "rows": spec.rows, "dtype": dtype, "implementation": name}

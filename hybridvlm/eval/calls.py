@@ -71,7 +71,7 @@ def whole(samples: Sequence[Sample], batch_size: int) -> list[Call]:
 
 
 def by_video(
-    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, parts: int
+    samples: Sequence[Sample], shared: Mapping[str, Hashable | None], batch_size: int, parts: int, least: int = 2
 ) -> list[Call]:
     """The calls for a batch whose questions go on from memories of their videos, if any of them share one.
 
@@ -80,18 +80,19 @@ def by_video(
         shared: of every sample of this bucket by its id, what its prompt has in common with others (`shared_part`).
         batch_size: rows of whole prompts.
         parts: that a batch is cut into; each has as many videos in a call.
+        least: questions on a video from which on they share its memory.
     """
     counts = collections.Counter(part for part in shared.values() if part is not None)
-    several = [count for count in counts.values() if count > 1]
+    several = [count for count in counts.values() if count >= least]
     if not several or batch_size < parts:
         return whole(samples, batch_size)
     each = questions_at_once(several, batch_size // parts)
     videos = parts * videos_at_once(batch_size // parts, each)
     pieces: list[list[Sample]] = []
     groups: dict[Hashable, list[Sample]] = {}
-    alone = [s for s in samples if counts[shared[s.id]] < 2]
+    alone = [s for s in samples if counts[shared[s.id]] < least]
     for sample in samples:
-        if counts[shared[sample.id]] > 1:
+        if counts[shared[sample.id]] >= least:
             groups.setdefault(shared[sample.id], []).append(sample)
     for group in groups.values():
         pieces += [group[start : start + each] for start in range(0, len(group), each)]

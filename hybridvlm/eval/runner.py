@@ -45,6 +45,9 @@ from hybridvlm.reduction import ReductionPlan
 from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.video import VideoError
 
+# Questions on a video from which on a hybrid shares the layers before the first drop: with 4, the second program that it takes cost
+# what it saved (the embedded benchmark, dense along with it), with 16 it did not.
+SHARED_FROM = 8
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 
 
@@ -307,7 +310,7 @@ class Runner:
             return whole(read, self.batch_size)
         parts = 1 if self.model.mesh is None else row_parts(self.model.mesh)
         own = {s.id: self._shared[s.id] for s in self.available if self.buckets[s.id] == bucket}
-        return by_video(read, own, self.batch_size, parts)
+        return by_video(read, own, self.batch_size, parts, 2 if family.split_rows is not None else SHARED_FROM)
 
     def _build(self, variant: Variant, bucket: Bucket, call: Call) -> tuple[Any, float]:
         """(the memory of a call's videos, the seconds that it took from visual tokens on the device, as those of a prefill are)."""

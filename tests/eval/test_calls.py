@@ -45,6 +45,8 @@ def test_videos_at_once_fill_their_calls():
     first, second = (by_video(batch, {s.id: s.video for s in asked}, 8, 1) for batch in (asked[:8], asked[8:]))
     assert [[s.video for s in call.videos] for call in first] == [["v0", "v1"]] and len(first[0].answered) == 8
     assert [[s.video for s in call.videos] for call in second] == [["v2", "v2"]] and len(second[0].answered) == 4
+    few = by_video(asked[:8], {s.id: s.video for s in asked}, 8, 1, 5)
+    assert few == whole(asked[:8], 8)
 
 
 @settings(max_examples=60)
@@ -116,6 +118,7 @@ def test_an_evaluation_answers_the_same_with_and_without_shared_layers(tmp_path,
     ]
     options += ["--budgets", "0.6", "--limit", "0", "--batch-size", "4"]
     found = {}
+    monkeypatch.setattr(runner, "SHARED_FROM", 2)
     for name in ("shared", "whole"):
         if name == "whole":
             monkeypatch.setattr(nemotron_vl, "memory_serves", lambda plan: False)
