@@ -54,7 +54,7 @@ def attention(
     one_segment: bool = False,
     return_lse: bool = True,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H Q"], Any]:
+) -> tuple[Float[Array, "B T H Q"], Float[Array, "B H T"] | Any]:
     """Grouped-query softmax attention.
 
     Query head h reads kv head h // (H // K), and nothing is repeated in memory. A query sees a key if both are of the same
