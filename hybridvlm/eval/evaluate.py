@@ -51,6 +51,7 @@ def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduct
         schedule=schedule,
         score=override(own.score, options.score, "--score"),
         seed=options.seed,
+        drop_text=options.drop_text or own.drop_text,
     )
 
 

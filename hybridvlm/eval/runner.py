@@ -126,7 +126,9 @@ class Runner:
             clip, config = self.task.clip(sample.video, pixels=False)
             size = clip.size if clip.kind == "image" else config.tower.image_size
             self._frame_bytes[sample.video] = 3 * len(clip.seconds) * size[0] * size[1]
-            return Bucket(pick("frames", layout.frames), pick("text", layout.text), config.tower.image_size, clip.kind)
+            frames = pick("frames", layout.frames)
+            text = self.model.text_needed([layout], frames, self.planner.base)
+            return Bucket(frames, pick("text", text), config.tower.image_size, clip.kind)
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
 

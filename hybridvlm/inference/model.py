@@ -173,7 +173,7 @@ class Model(ModelPrograms):
             pixels = self.family.pixels(self.config, clips, f)
             visual = self.encode(pixels, attention=needs_attention(reduction))
             for t in self.buckets.text if text is None else text:
-                if self.layout("", stamps).text > t:
+                if self.text_needed([self.layout("", stamps)], f, reduction) > t:
                     continue
                 own = dataclasses.replace(self.buckets, frames=(f,), text=(t,))
                 layouts = lambda factors, stamps=stamps: [self.layout("", stamps, factors)] * batch  # noqa: E731

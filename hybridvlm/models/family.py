@@ -124,9 +124,10 @@ class Family(Protocol):
         ...
 
     def make_plan(
-        self, config: Any, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+        self, config: Any, reduction: Reduction, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
     ) -> ReductionPlan | None:
-        """The plan of a reduction for a bucket; None where there is nothing to reduce."""
+        """The plan of a reduction for a bucket; None where there is nothing to reduce. frame_text: most text tokens that a frame has
+        of its own, for a reduction that drops those."""
         ...
 
     # -- the computation (traced)

@@ -282,15 +282,31 @@ def named_reduction(
     budget: float | None = None,
     kind: str | None = None,
     first_drop: int | None = None,
+    drop_text: str | None = None,
 ) -> Reduction | None:
     """The Reduction of a method's name, with all else as a checkpoint's own has it; see `Model.reduction_for`."""
     parse_method(method)
     if method == "none":
         return None
     own = own or Reduction()
+    if first_drop is not None and not takes_first_drop(method):
+        raise ValueError(f"first_drop {first_drop}: {no_first_drop(method)}; leave it out")
     schedule = own.schedule if first_drop is None else dataclasses.replace(own.schedule, start=first_drop)
     budget = 0.25 if budget is None else budget
-    return dataclasses.replace(own, method=method, budget=budget, kind=kind or own.kind, schedule=schedule)
+    kind, drop_text = kind or own.kind, drop_text or own.drop_text
+    return dataclasses.replace(own, method=method, budget=budget, kind=kind, schedule=schedule, drop_text=drop_text)
+
+
+def takes_first_drop(method: str) -> bool:
+    """Whether `Schedule.start` has a say in where a method, or the last part of a composition, drops."""
+    return get_method(parse_method(method)[-1][0]).scheduled
+
+
+def no_first_drop(method: str) -> str:
+    """Why `Schedule.start` has none."""
+    last = get_method(parse_method(method)[-1][0])
+    where = f"drops after {last.where}" if last.phase == "decoder" else "drops before layer 0"
+    return f"{last.name} {where}, wherever a schedule starts"
 
 
 def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:

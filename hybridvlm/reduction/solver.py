@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from hybridvlm.config import ModelConfig, Reduction, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
+from hybridvlm.reduction.frame_text import FrameText
 from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
 
 _POOL_TOLERANCE = 0.1  # how far, relative to it, the share that blocks can keep may lie from the budget
@@ -27,9 +28,15 @@ def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, fram
 
 
 def drop_flops(
-    method: methods.Method, config: flops.Counted, layer: int, length: int, text_tokens: int, options: ScoreOptions
+    method: methods.Method,
+    config: flops.Counted,
+    layer: int,
+    visual: int,
+    length: int,
+    text_tokens: int,
+    options: ScoreOptions,
 ) -> int:
-    """Operations of a method's score after one layer, over a row of `length` tokens."""
+    """Operations of a method's score after one layer, over a row of `length` tokens, `visual` of them visual."""
     coming = method.ahead(config.pattern, layer, options)
     if coming:
         if not isinstance(config, ModelConfig):
@@ -39,7 +46,7 @@ def drop_flops(
             )
         return len(coming) * flops.lookahead_flops(config, length, text_tokens)
     if method.scoring is not None:
-        return method.scoring(length - text_tokens, 0, 0, config.width)
+        return method.scoring(visual, 0, 0, config.width)
     if method.reads == methods.FEATURES:
         return 3 * length * config.width
     if method.reads == methods.INDEX_ONLY:
@@ -60,9 +67,10 @@ class BudgetSolver:
         chunk: int | None,
         outer: str,
         inner: methods.Method,
+        own_text: FrameText,
     ) -> None:
         self.reduction, self.config = reduction, config
-        self.visual, self.text, self.frames = visual, text, frames
+        self.visual, self.text, self.frames, self.own_text = visual, text, frames, own_text
         self.outer, self.inner = methods.get_method(outer), inner
         self.layers = len(config.pattern)
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
@@ -81,15 +89,20 @@ class BudgetSolver:
         """Whether the budget is one of operations."""
         return self.reduction.kind in ("flops", "total-flops")
 
+    def rows(self, visual: Sequence[int]) -> list[int]:
+        """Lengths of rows that have so many visual tokens at each layer, with what is left of the text."""
+        return [n + self.own_text.text(self.text, n, visual[0]) for n in visual]
+
     def decoder(self, visual: Sequence[int]) -> int:
-        rows = (self._flops(layer, n + self.text) for layer, n in enumerate(visual))
+        rows = (self._flops(layer, n) for layer, n in enumerate(self.rows(visual)))
         return sum(rows) + flops.head_flops(self.config)
 
     def scoring(self, relative: Sequence[int], entering: int) -> int:
         """Operations of all scores, before the decoder and inside it, where `entering` visual tokens enter layer 0."""
         lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
+        rows, options = self.rows(lengths), self.reduction.score
         total = sum(
-            drop_flops(self.inner, self.config, i, lengths[i] + self.text, self.text, self.reduction.score)
+            drop_flops(self.inner, self.config, i, lengths[i], rows[i], self.text, options)
             for i in schedules.drop_sites(relative)
         )
         if self.outer.scoring is not None:

@@ -235,7 +235,7 @@ def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarra
 
 
 def make_plan(
-    config: ModelConfig, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+    config: ModelConfig, reduction: Reduction, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
 ) -> ReductionPlan | None:
     """The static plan of a reduction for a bucket; None when there is nothing to reduce."""
     if reduction.method == "none" or not frames:
@@ -248,6 +248,7 @@ def make_plan(
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,
         itemsize=itemsize,
+        frame_text=frame_text,
     )
 
 

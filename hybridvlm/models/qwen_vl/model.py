@@ -161,7 +161,9 @@ def prompt(
             if times and clip.kind == "video":
                 first, last = starts[number], min(starts[number] + patch, len(clip.seconds)) - 1
                 mean = (clip.seconds[first] + clip.seconds[last]) / 2
-                pieces.text(pending + trusted(f"<{mean:.1f} seconds>") + opening)
+                # of the first frame it is one text with what stands before the video
+                own = pieces.frames if number else None
+                pieces.text(pending + trusted(f"<{mean:.1f} seconds>") + opening, own)
                 pending = closing
             pieces.visual(grid[0] * grid[1], min(factors[0], len(starts) - number))
         pending = closing
@@ -242,7 +244,7 @@ def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray
 
 
 def make_plan(
-    config: QwenConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2
+    config: QwenConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
 ) -> ReductionPlan | None:
     """The static plan for a bucket of `frames` tubelets, of the size in config.vision; None when there is nothing to reduce."""
     if reduction is None or reduction.method == "none" or not frames:
@@ -254,6 +256,7 @@ def make_plan(
         text_tokens=text,
         frames=frames,
         itemsize=itemsize,
+        frame_text=frame_text,
     )
 
 
