@@ -116,7 +116,7 @@ VAMBA = VambaConfig(
 CONFIGS = {
     "small": dataclasses.replace(HYBRID, pattern="M*"),
     "hybrid": HYBRID,
-    "stamped": dataclasses.replace(HYBRID, pattern="M*-M", name="stamped"),  # text around each frame
+    "stamped": dataclasses.replace(HYBRID, pattern="M*-M*-", name="stamped"),  # text around each frame
     "odd vocabulary": dataclasses.replace(HYBRID, pattern="M*", vocab_size=15, tie_embeddings=True),
     "qwen": QWEN,
     "vamba": VAMBA,

@@ -31,7 +31,7 @@ CASES = {
     "after averages": ("hybrid", Reduction("avgpool:0.5+str:0.6")),
     "text of the best frames": ("stamped", Reduction("str", 0.6, schedule=LATE, drop_text="best-frames")),
     "text, after evs": ("stamped", Reduction("evs:0.5+str:0.6", schedule=LATE, drop_text="best-frames")),
-    "text of empty frames": ("stamped", Reduction("str", 0.3, schedule=LATE, drop_text="empty-frames")),
+    "text of empty frames": ("stamped", Reduction("str", 0.4, schedule=LATE, drop_text="empty-frames")),
     "m-rope, text": ("qwen", Reduction("str", 0.6, schedule=LATE, drop_text="best-frames")),
     "m-rope": ("qwen", REDUCED),
     "m-rope, planes before": ("qwen", Reduction("str", 0.6, schedule=dataclasses.replace(LATE, start=2))),
