@@ -13,6 +13,7 @@ size together. All slots hold less than (2 - share) times what the packed rows w
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 
 from hybridvlm.ops.attention.api import attend_unmasked
 
+CHUNK = 128  # frames, or so many rows as they have, that go through a tower at once
 _CLASSES = 6  # sizes of slots at most: each is an attention of its own to compile
 _SHRINK = 0.8  # a slot is at most so much larger than the bound of a frame in it, where that takes no more classes
 
@@ -83,7 +85,8 @@ def pack_sizes(
         raise ValueError(f"pack_sizes: kept must lie in 1..{frames * cells} (frames * cells), got {kept}")
     whole = prefix + patches * cells
     total = patches * kept + prefix * min(frames, kept)
-    chunks = devices * max(1, -(-total // (chunk_frames * whole * devices)))
+    # a little more than a chunk, such as prefixes make of half of the tokens, is no reason for another one
+    chunks = devices * max(1, math.ceil(total / (chunk_frames * whole * devices) - 0.1))
     each = -(-frames // chunks)
     # dealt in turn from the largest on, a chunk has at most its largest frame more than an even share
     rows = min(total, total // chunks + whole * (chunks > 1), each * whole)

@@ -3,8 +3,9 @@
 The parameters are listed at the top of radio.py, stem.py, qwen_vit.py and connector.py.
 """
 
+from hybridvlm.ops.pack import CHUNK
 from hybridvlm.vision.connector import Connector, connect, pixel_shuffle
-from hybridvlm.vision.model import CHUNK, VisionModel, encode_frames
+from hybridvlm.vision.model import VisionModel, encode_frames
 from hybridvlm.vision.packed import encode_chosen, packed_sizes, token_values
 from hybridvlm.vision.qwen_vit import QwenMerger, QwenTower, qwen_merge, qwen_tokens, qwen_tower
 from hybridvlm.vision.radio import RadioTower, radio_tower
