@@ -150,6 +150,12 @@ def put_frames(pixels: np.ndarray, mesh: Mesh, local: LocalConfig) -> tuple[jax.
     return put(pixels, mesh, spec), dataclasses.replace(local, frame_axes=axes)
 
 
+def put_counts(counts: np.ndarray, mesh: Mesh) -> jax.Array:
+    """One number for each example [B], where `put_frames` puts its pixels."""
+    multiple, _, spec = frame_dealing(len(counts), mesh)
+    return put(fill(counts, 0, multiple), mesh, P(spec[0]))
+
+
 def arguments_specs(args: Any) -> tuple[P, ...]:
     """Where the arrays of a program's arguments lie on the mesh, leaf by leaf; plain numbers are the same everywhere."""
 

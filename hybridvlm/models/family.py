@@ -20,6 +20,7 @@ from hybridvlm.models.weights import WeightMap
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.plain import shown
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 
@@ -132,8 +133,19 @@ class Family(Protocol):
 
     # -- the computation (traced)
 
-    def encode(self, params: Params, config: Any, pixels: jax.Array, attention: bool = False) -> jax.Array:
-        """Pixels -> visual tokens [B,F,m,D]; with `attention` also how much the tower attends to each, see `encode_frames`."""
+    def encode(
+        self,
+        params: Params,
+        config: Any,
+        pixels: jax.Array,
+        attention: bool = False,
+        keep: PixelSelection | None = None,
+        frame_count: jax.Array | None = None,
+    ) -> jax.Array:
+        """Pixels -> visual tokens [B,F,m,D]; with `attention` also how much the tower attends to each, see `encode_frames`.
+
+        keep: choose tokens of the frame_count [B] real frames by their pixels, and encode these alone: [B,F,m,D + 1], see `encode_kept`.
+        """
         ...
 
     def prefill(

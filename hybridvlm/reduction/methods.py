@@ -30,6 +30,7 @@ ScoreFn = Callable[[int, Aux, Tokens], jax.Array | Selection]
 Sites = Callable[[str, Schedule], tuple[int, ...]]
 Looks = Callable[[str, int, int], tuple[int, ...]]
 INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
+PIXELS = "pixels"
 NEXT_ATTENTION = "next attention"
 PHASES = ("decoder", "input")
 READS = (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY, NEXT_ATTENTION)
@@ -88,7 +89,8 @@ class Method:
     layer 0, as arrays [B,L,...] for Tokens.extra.
     Before the decoder: count(frames, tokens per frame, share): tokens that it keeps, where that is not the nearest to the share;
     floor(frames, tokens per frame): the least share that it can keep, and keeps, in words, what. needs: "attention" for the
-    tower's attention as a fourth argument [B,F,m]. encodes(frames, share): frames that the tower has to see (None: all).
+    tower's attention as a fourth argument [B,F,m]; "pixels" for one that chooses before the tower, whose function is given the pixel
+    values [B,F,m,V] uint8 of every token in the place of visual tokens, and no plan (hybridvlm/reduction/pixels.py). encodes(frames, share): frames that the tower has to see (None: all).
     scoring(visual tokens, kept, frames, width): operations of its score (None: by `reads`).
     """
 
@@ -411,14 +413,17 @@ def score_fn(plan: PlanView, *, segments: int = 1) -> PlanScore:
 def input_selection(plan: PlanView) -> Callable[..., Selection]:
     """What a plan with `drops_input` keeps: the function (visual [B,F,m,D], frame_count [B], attention) -> Selection of F*m tokens.
 
-    attention [B,F,m] fp32: the tower's, for methods that need it (`Method.needs`).
+    attention [B,F,m] fp32: the tower's, for methods that need it (`Method.needs`); of one that chose by pixels, what it chose, 1.
     """
     method = get_method(plan.input_method)
     if method.phase != "input":
         raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
 
     def select(visual: jax.Array, frame_count: jax.Array, attention: jax.Array | None = None) -> Selection:
-        if "attention" not in method.needs:
+        if "pixels" in method.needs:
+            assert attention is not None  # as the family has checked
+            chosen = attention.reshape(attention.shape[0], -1)
+        elif "attention" not in method.needs:
             chosen = method.function(visual, frame_count, plan)
         elif attention is None:
             raise ValueError(f"{method.name} ranks by the tower's attention; encode the frames with attention=True")

@@ -24,6 +24,7 @@ from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
 from hybridvlm.reduction.frame_text import FrameText
 from hybridvlm.reduction.frame_text import frame_text as settle_frame_text
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.schedules import SHARE_ONE
 from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens
 
@@ -210,6 +211,12 @@ class ReductionPlan:
         return "attention" in methods.get_method(self.input_method).needs
 
     @property
+    def pixel_selection(self) -> PixelSelection | None:
+        """What `encode` has to be told, as `keep`, by a plan whose method chooses before the tower; None for all others."""
+        chooses = "pixels" in methods.get_method(self.input_method).needs and self.drops_input
+        return PixelSelection(self.input_method, self.input_rate) if chooses else None
+
+    @property
     def retention_mean(self) -> float:
         """Average over layers of the share of the video's tokens that enters them, merging included."""
         return self.retention_input * schedules.mean_share(self.relative)
@@ -286,6 +293,9 @@ class ReductionPlan:
             lines.append(f"{label:<28}{here:>14.3f}{dense:>14.3f}")
         speedup = f"  {self.flop_speedup:.2f}x less work"
         lines.append(f"{'decoder FLOPs over dense':<28}{self.flop_ratio:>14.4f}{1:>14.4f}{speedup}")
+        if self.dense_cost.vision:
+            speedup = f"  {1 / self.total_flop_ratio:.2f}x less work"
+            lines.append(f"{'from pixels, over dense':<28}{self.total_flop_ratio:>14.4f}{1:>14.4f}{speedup}")
         return "\n".join(lines)
 
     def _text_cell(self, layer: int) -> str:

@@ -76,7 +76,7 @@ class BudgetSolver:
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
         if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
-            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and not m.needs)
+            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs)
             raise BudgetError(
                 f"{outer} ranks by the attention of the vision tower, and this model's is a convolutional stem without any; "
                 f"of the methods before the decoder it takes {able}",
@@ -118,6 +118,9 @@ class BudgetSolver:
         frames = self.frames
         if share is not None and self.outer.encodes is not None:
             frames = self.outer.encodes(frames, share)
+        if share is not None and "pixels" in self.outer.needs:
+            kept = min(self.visual, max(1, round(self.visual * share)))
+            return flops.packed_vision_flops(tower, frames, kept, self.config.width)
         extra = flops.tower_attention_flops(tower, frames) if share is not None and self.outer.needs else 0
         return flops.vision_flops(tower, frames, self.config.width) + extra
 

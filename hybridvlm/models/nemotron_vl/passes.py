@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions
+from hybridvlm.models.nemotron_vl.pixels import check_kept
 from hybridvlm.models.nemotron_vl.rows import (
     assemble,
     merged,
@@ -96,6 +97,7 @@ def enter_decoder(
 ) -> tuple[Tokens, jax.Array, int]:
     """Arguments as of `decoder_output`: Tokens as they enter layer 0, visual tokens given [B,S], length of the unreduced rows."""
     frame_count = batch.frame_count
+    check_kept(config, visual, plan)
     if visual is not None and plan is not None and plan.input_method != "none":
         # what merges or ranks before the decoder looks at the whole video
         visual = gather_sequence(config, visual)

@@ -39,6 +39,7 @@ from hybridvlm.parallel.sequence import own_stretch
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens
 from hybridvlm.reduction import plan as plans
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
@@ -272,9 +273,16 @@ class QwenCaches:
     position: jax.Array
 
 
-def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array, attention: bool = False) -> jax.Array:
+def encode(
+    params: Mapping[str, Any],
+    config: QwenConfig,
+    pixels: jax.Array,
+    attention: bool = False,
+    keep: PixelSelection | None = None,
+    frame_count: jax.Array | None = None,
+) -> jax.Array:
     """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes after it."""
-    return nemotron_vl.encode(params, config, pixels, attention)
+    return nemotron_vl.encode(params, config, pixels, attention, keep, frame_count)
 
 
 def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:

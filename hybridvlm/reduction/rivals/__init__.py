@@ -9,6 +9,7 @@ renumbered positions of the released codes are left out.
 from hybridvlm.reduction.rivals import dart as dart
 from hybridvlm.reduction.rivals import divprune as divprune
 from hybridvlm.reduction.rivals import dycoke as dycoke
+from hybridvlm.reduction.rivals import evs_pixels as evs_pixels
 from hybridvlm.reduction.rivals import fastvid as fastvid
 from hybridvlm.reduction.rivals import flashvid as flashvid
 from hybridvlm.reduction.rivals import framefusion as framefusion

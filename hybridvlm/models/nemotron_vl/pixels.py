@@ -1,0 +1,67 @@
+"""Encoding the tokens that were chosen by their pixels, on one device and on a mesh; those of the others are not numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybridvlm.config import ModelConfig
+from hybridvlm.ops.pack import CHUNK
+from hybridvlm.parallel.frames import all_frames, own_frames, own_part
+from hybridvlm.reduction.pixels import PixelSelection
+from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.vision import encode_chosen, packed_sizes, token_values
+
+
+def encode_kept(
+    params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array, keep: PixelSelection, frame_count: jax.Array
+) -> jax.Array:
+    """Frames [B,F,h,w,3] uint8, or tubelets, of which frame_count [B] are real -> visual tokens [B,F,m,D + 1] of those that `keep`
+    chooses. The last channel is 1 for these; the others are NaN, and 0 there.
+
+    On a mesh every device looks at all frames of its rows to choose, and encodes an even part of what was chosen.
+    """
+    if pixels.dtype != jnp.uint8:
+        raise ValueError(f"pixels: {keep.method} compares whole values, uint8, got {pixels.dtype}")
+    tower, here = config.tower, pixels.shape[1]
+    pixels = all_frames(config, pixels)
+    b, frames = pixels.shape[:2]
+    index, devices = own_part(config), frames // here
+    values = token_values(tower, pixels.reshape(b * frames, *pixels.shape[2:]))
+    cells, step = values.shape[1], tower.patch_size * tower.downsample
+    chosen = keep.choose(values.reshape(b, frames, cells, -1), frame_count).reshape(b * frames, cells)
+    sizes = packed_sizes(tower, b * frames, cells, b * keep.count(frames, cells), CHUNK, devices)
+    number = jnp.tile(jnp.arange(frames, dtype=jnp.int32), b)
+    grid = pixels.shape[-3] // step, pixels.shape[-2] // step
+    tokens, place = encode_chosen(
+        params, tower, values, chosen, number, grid, sizes, dtype=params["embed"].dtype, part=(index, devices)
+    )
+    tokens, place = (all_frames(config, a[None])[0] for a in (tokens, place))
+    row = jnp.full((b * frames * cells,), len(tokens), jnp.int32)
+    row = row.at[place].set(jnp.arange(len(tokens), dtype=jnp.int32), mode="drop")
+    tokens = jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=1)
+    # what was not encoded must not be taken for a token: a plan that keeps more than this encoding gives no numbers
+    absent = jnp.full((1, tokens.shape[1]), jnp.nan, tokens.dtype).at[0, -1].set(0)
+    visual = jnp.concatenate([tokens, absent])[row].reshape(b, frames, cells, -1)
+    return own_frames(config, visual)
+
+
+def check_kept(config: ModelConfig, visual: jax.Array | None, plan: ReductionPlan | None) -> None:
+    """ValueError for visual tokens that were not encoded for a plan: of chosen tokens alone, or for one that chooses by pixels."""
+    if visual is None:
+        return
+    planes = 0 if config.vision is None else len(config.vision.deepstack)
+    partial = visual.shape[-1] == config.width * (1 + planes) + 1
+    keep = None if plan is None else plan.pixel_selection
+    if partial and keep is None:
+        name = "a dense pass" if plan is None else repr(plan.method)
+        raise ValueError(
+            f"visual: encoded for a method that spares the tower, {name} needs all tokens; encode without `keep`"
+        )
+    if keep is not None and not partial:
+        raise ValueError(
+            f"visual: {keep.method} chooses by pixels, before the tower; encode with keep=plan.pixel_selection"
+        )
