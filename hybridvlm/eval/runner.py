@@ -17,12 +17,12 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hybridvlm.config import Reduction, to_dict
+from hybridvlm.config import to_dict
 from hybridvlm.console import progress as bar_of
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
@@ -42,14 +42,22 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import ReductionPlan
-from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.video import VideoError
 
 # Questions on a video from which on a hybrid shares the layers before the first drop: with 4, the second program that it takes cost
 # what it saved (the embedded benchmark, dense along with it), with 16 it did not.
 SHARED_FROM = 8
-Encodings = dict[PixelSelection | None, np.ndarray]
+
+
+class Encoding(NamedTuple):
+    """What a variant has the tower do: all of a video, or what its plan chooses by pixels; with the tower's attention or without."""
+
+    keep: PixelSelection | None = None
+    attention: bool = False
+
+
+Encodings = dict[Encoding, np.ndarray]
 CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 
 
@@ -82,7 +90,7 @@ class Runner:
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.encode_ms: list[float] = []
-        self._encode_clock: dict[tuple[str, int, PixelSelection | None], float] = {}
+        self._encode_clock: dict[tuple[str, int, Encoding], float] = {}
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
@@ -103,7 +111,7 @@ class Runner:
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket, int]] = set()
         self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
-        self._warm_encode: set[tuple[Bucket, PixelSelection | None]] = set()
+        self._warm_encode: set[tuple[Bucket, Encoding]] = set()
         # visual tokens by what of a video was encoded: of the samples of the batch at hand, and of videos
         self._seen: dict[str, Encodings] = {}
         self._visual: collections.OrderedDict[tuple[Any, ...], Encodings] = collections.OrderedDict()
@@ -206,7 +214,7 @@ class Runner:
         began = time.perf_counter()
         self._memories.count = max(1, len(variants))
         for number, (bucket, samples), missing in self._ahead.over(self._missing(variants), self._unseen):
-            read, unread, visual = samples, list[Sample](), dict[PixelSelection | None, Any]()
+            read, unread, visual = samples, list[Sample](), dict[Encoding, Any]()
             if not self.task.blind:
                 encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
                 seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
@@ -214,7 +222,7 @@ class Runner:
                 read = [sample for sample in samples if sample.id in seen]
             if read and not self.task.blind:
                 self._seen, rows = seen, whole(read, self.batch_size)[0].rows
-                visual = {keep: self._put(np.stack([seen[s.id][keep] for s in rows])) for keep in self._keeps(bucket)}
+                visual = {e: self._put(np.stack([seen[s.id][e] for s in rows])) for e in self._encodings(bucket)}
             if read:
                 self._compile([v for v in variants if missing[v] or v == DENSE], bucket, read, visual)
             for variant in variants:
@@ -222,7 +230,9 @@ class Runner:
                 if missing[variant] or variant == DENSE:
                     records = [self._unanswered(variant, sample) for sample in unread]
                     if read:
-                        records += self._answer(variant, bucket, number, read, visual.get(self._keep(variant, bucket)))
+                        records += self._answer(
+                            variant, bucket, number, read, visual.get(self._encoding(variant, bucket))
+                        )
                     # what is known already is not answered twice, but for dense and its clock
                     self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
@@ -238,8 +248,8 @@ class Runner:
         """The videos of a batch that have to be decoded."""
         _, (bucket, samples), _ = item
         videos = [] if self.task.blind else dict.fromkeys(sample.video for sample in samples)
-        keeps = self._keeps(bucket)
-        return [v for v in videos if v not in self._unread and (v, bucket.frames, keeps) not in self._visual]
+        held = self._encodings(bucket)
+        return [v for v in videos if v not in self._unread and (v, bucket.frames, held) not in self._visual]
 
     def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
         """Records of the samples that cannot be asked, made by the first process."""
@@ -281,7 +291,7 @@ class Runner:
         variants: Sequence[Variant],
         bucket: Bucket,
         read: Sequence[Sample],
-        visual: Mapping[PixelSelection | None, Any],
+        visual: Mapping[Encoding, Any],
     ) -> None:
         """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""
         cold = [variant for variant in variants if not any((variant, bucket) == warm[:2] for warm in self._warm)]
@@ -303,7 +313,7 @@ class Runner:
             started = {}
             for (variant, call), (batch, plan) in zip(calls, batches, strict=True):
                 # programs run in this thread alone: of those over several devices two at once could wait for each other
-                own = visual.get(self._keep(variant, bucket))
+                own = visual.get(self._encoding(variant, bucket))
                 given = self._build(variant, bucket, call)[0] if call.videos else own
                 started[pool.submit(compile_one, batch, given, plan)] = variant
             for done in concurrent.futures.as_completed(started):
@@ -326,8 +336,8 @@ class Runner:
     def _build(self, variant: Variant, bucket: Bucket, call: Call) -> tuple[Any, float]:
         """(the memory of a call's videos, the seconds that it took from visual tokens on the device, as those of a prefill are)."""
         batch, plan = self._batch(variant, bucket, call.videos)
-        keep = self._keep(variant, bucket)
-        batch, visual = self._put((batch, np.stack([self._seen[sample.id][keep] for sample in call.videos])))
+        encoding = self._encoding(variant, bucket)
+        batch, visual = self._put((batch, np.stack([self._seen[sample.id][encoding] for sample in call.videos])))
         if self.model.mesh is not None:
             visual = jax.block_until_ready(put_visual(visual, self.model.mesh))
         start = time.perf_counter()
@@ -391,7 +401,7 @@ class Runner:
                     "prediction": generation.text[row],
                     **self.task.score(text, sample),
                     "retention": shares[row],
-                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames, self._keep(variant, bucket))),
+                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames, self._encoding(variant, bucket))),
                 }
                 if generation.thinking[row]:
                     record["thinking"] = generation.thinking[row]
@@ -455,29 +465,24 @@ class Runner:
         failure = {"failure": reason} if reason else self._unread[sample.video]
         return self._record(variant, sample) | nothing | failure
 
-    @property
-    def _attention(self) -> bool:
-        """Whether a method of these variants ranks by the tower's attention."""
-        return any(needs_attention(Reduction(variant.method)) for variant in self.variants)
-
-    def _keep(self, variant: Variant, bucket: Bucket) -> PixelSelection | None:
-        """What of a video a variant has encoded: all of it (None), or what its plan chooses before the tower."""
+    def _encoding(self, variant: Variant, bucket: Bucket) -> Encoding:
+        """What a variant has the tower do, and would if it ran alone."""
         _, plan = self.planner(variant, bucket)
-        return None if plan is None else plan.pixel_selection
+        return Encoding() if plan is None else Encoding(plan.pixel_selection, plan.needs_attention)
 
-    def _keeps(self, bucket: Bucket) -> tuple[PixelSelection | None, ...]:
-        """The same of all variants, each once; dense is among them."""
-        return tuple(dict.fromkeys(self._keep(variant, bucket) for variant in self.variants))
+    def _encodings(self, bucket: Bucket) -> tuple[Encoding, ...]:
+        """The same of all variants, each once; that of dense is among them."""
+        return tuple(dict.fromkeys(self._encoding(variant, bucket) for variant in self.variants))
 
     def _encoded(self, video: str, bucket: Bucket) -> Encodings | None:
-        """Visual tokens [F,m,D] of a video, F the bucket's frames, by `_keeps`; what is after its own frames is never looked at.
+        """Visual tokens [F,m,D] of a video, F the bucket's frames, by `_encodings`; what is after its own frames is never looked at.
 
         None for a video that turns out damaged: its reason is kept, and its questions are not answered. A file that has gone
         meanwhile raises VideoError.
         """
         if video in self._unread:
             return None
-        held = video, bucket.frames, self._keeps(bucket)
+        held = video, bucket.frames, self._encodings(bucket)
         if held in self._visual:
             self._visual.move_to_end(held)
             return self._visual[held]
@@ -499,17 +504,17 @@ class Runner:
         clip, config = read
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
         tokens = {}
-        for keep in self._keeps(bucket):
-            options: dict[str, Any] = {"attention": self._attention}
-            if keep is not None:
-                options = {"keep": keep, "frame_count": [self._frames[video]]}
+        for encoding in self._encodings(bucket):
+            options: dict[str, Any] = {"attention": encoding.attention}
+            if encoding.keep is not None:
+                options = {"keep": encoding.keep, "frame_count": [self._frames[video]]}
             start = time.perf_counter()
-            tokens[keep] = to_host(self.model.encode(pixels, **options))[0]
-            if (bucket, keep) in self._warm_encode:
-                self._encode_clock[video, bucket.frames, keep] = 1e3 * (time.perf_counter() - start)
-                if keep is None:
-                    self.encode_ms.append(self._encode_clock[video, bucket.frames, keep])
-            self._warm_encode.add((bucket, keep))
+            tokens[encoding] = to_host(self.model.encode(pixels, **options))[0]
+            if (bucket, encoding) in self._warm_encode:
+                self._encode_clock[video, bucket.frames, encoding] = 1e3 * (time.perf_counter() - start)
+                if encoding == Encoding():
+                    self.encode_ms.append(self._encode_clock[video, bucket.frames, encoding])
+            self._warm_encode.add((bucket, encoding))
         self._visual[held] = tokens
         self._held += _nbytes(tokens)
         while self._held > self.cache_bytes and len(self._visual) > self.batch_size:

@@ -211,11 +211,15 @@ class ModelPrograms:
 
     def _encode_kept(self, pixels: Any, keep: PixelSelection, frame_count: Any, attention: bool) -> Any:
         if attention:
-            raise ValueError("encode: no method reads the tower's attention and chooses before the tower; leave out one")
+            raise ValueError(
+                "encode: no method reads the tower's attention and chooses before the tower; leave out one"
+            )
         rows, real = pixels.shape[:2]
         count = np.full(rows, real, np.int32) if frame_count is None else np.asarray(frame_count, np.int32)
         if count.shape != (rows,) or count.min() < 0 or count.max() > real:
-            raise ValueError(f"encode: frame_count must be [B] = [{rows}] of 0 to {real} (the frames of pixels), got {count}")
+            raise ValueError(
+                f"encode: frame_count must be [B] = [{rows}] of 0 to {real} (the frames of pixels), got {count}"
+            )
         pixels = self._bucketed(pixels)
         if self.mesh is None:
             return self._run(functions.encode, self.params, pixels, count, keep=keep)

@@ -104,9 +104,7 @@ def _slots(bounds: list[int], patches: int, prefix: int) -> tuple[tuple[int, int
         if bound < shrink * bounds[edges[-1]]:
             edges.append(place)
     stops = [*edges[1:], len(bounds)]
-    return tuple(
-        (first, stop, prefix + patches * bounds[first]) for first, stop in zip(edges, stops, strict=True)
-    )
+    return tuple((first, stop, prefix + patches * bounds[first]) for first, stop in zip(edges, stops, strict=True))
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +162,9 @@ def pack(chosen: jax.Array, sizes: PackSizes) -> Packing:
     index = first[frame] + ordinal
     inside = s.prefix + s.patches * ordinal
     patch = jnp.arange(s.patches, dtype=jnp.int32)
-    token = jnp.full((n, s.tokens), s.frames * s.cells, jnp.int32).at[where, index].set(flat.astype(jnp.int32), mode="drop")
+    token = (
+        jnp.full((n, s.tokens), s.frames * s.cells, jnp.int32).at[where, index].set(flat.astype(jnp.int32), mode="drop")
+    )
     rows_of = jnp.zeros((n, s.tokens), jnp.int32).at[where, index].set(start[frame] + inside, mode="drop")
     source = jnp.full((n, s.rows), s.tokens * s.patches + s.prefix, jnp.int32)
     back = jnp.zeros((n, s.rows), jnp.int32)

@@ -15,7 +15,7 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -71,11 +71,19 @@ class PlanView(Protocol):
     def keep_of_entering(self, layer: int, entering: Any) -> Any: ...
 
 
+class Pair(NamedTuple):
+    """Two stages that are published as one method: one before the decoder, one inside, which keeps the share `kept` of what it gets."""
+
+    outer: str
+    inner: str
+    kept: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One entry of the registry.
 
-    position: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
+    phase: "none", "input" (drops before layer 0), "merge" (merges before the decoder), "decoder" or "pair" (see `Pair`). sites(pattern,
     schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
     reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
     token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
@@ -90,7 +98,8 @@ class Method:
     Before the decoder: count(frames, tokens per frame, share): tokens that it keeps, where that is not the nearest to the share;
     floor(frames, tokens per frame): the least share that it can keep, and keeps, in words, what. needs: "attention" for the
     tower's attention as a fourth argument [B,F,m]; "pixels" for one that chooses before the tower, whose function is given the pixel
-    values [B,F,m,V] uint8 of every token in the place of visual tokens, and no plan (hybridvlm/reduction/pixels.py). encodes(frames, share): frames that the tower has to see (None: all).
+    values [B,F,m,V] uint8 of every token in the place of visual tokens, and a PixelSelection in that of the plan (pixels.py).
+    encodes(frames, share): of a method that keeps whole frames, how many, and no other enters the tower.
     scoring(visual tokens, kept, frames, width): operations of its score (None: by `reads`).
     """
 
@@ -114,6 +123,7 @@ class Method:
     needs: tuple[str, ...] = ()
     encodes: Callable[[int, float], int] | None = None
     scoring: Callable[[int, int, int, int], int] | None = None
+    pair: Pair | None = None
 
     def __post_init__(self) -> None:
         if self.phase == "decoder" and (self.sites is None or self.curve is None):
@@ -307,7 +317,8 @@ def takes_first_drop(method: str) -> bool:
 def no_first_drop(method: str) -> str:
     """Why `Schedule.start` has none."""
     last = get_method(parse_method(method)[-1][0])
-    where = f"drops after {last.where}" if last.phase == "decoder" else "drops before layer 0"
+    inner = get_method(last.pair.inner) if last.pair is not None else last
+    where = f"drops after {inner.where}" if inner.phase == "decoder" else "drops before layer 0"
     return f"{last.name} {where}, wherever a schedule starts"
 
 
@@ -331,7 +342,7 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
         parts.append((name, rate))
     if len(parts) > 1:
         inside = [get_method(name).phase == "decoder" for name, _ in parts]
-        if len(parts) > 2 or inside != [False, True] or get_method(parts[0][0]).phase == "none":
+        if len(parts) > 2 or inside != [False, True] or get_method(parts[0][0]).phase in ("none", "pair"):
             raise ValueError(
                 f"method {text!r}: a composition is one method before the decoder "
                 f"({', '.join(m.name for m in METHODS.values() if m.phase in ('input', 'merge'))}) + one inside it "
@@ -360,6 +371,8 @@ class AttentionMethods(Collection[str]):
         method = METHODS.get(str(name).partition("@")[0])
         if method is None or method.reads == NEXT_ATTENTION or method.merges or method.prepare or method.all_heads:
             return False
+        if method.pair is not None:
+            return method.pair.outer in self and method.pair.inner in self
         return method.phase != "decoder" or ATTENTION in method.where
 
 

@@ -31,13 +31,24 @@ class PixelSelection:
         assert rule is not None  # as every method that needs pixels has one
         return rule(frames, cells, self.rate)
 
+    @property
+    def whole_frames(self) -> bool:
+        """Whether it keeps whole frames, of which `frames` says how many."""
+        return methods.get_method(self.method).encodes is not None
+
+    def frames(self, count: int) -> int:
+        """Whole frames that are kept of a video of `count`."""
+        rule = methods.get_method(self.method).encodes
+        assert rule is not None  # `whole_frames` has been asked
+        return rule(count, self.rate)
+
     def choose(self, values: jax.Array, frame_count: jax.Array) -> jax.Array:
         """The tokens to keep: values [B,F,m,V] of their pixels, frame_count [B] real frames -> bool [B,F,m].
 
         Of each video as many as `count` says of its own frames, the highest scores, ties to the earlier token.
         """
         b, frames, cells, _ = values.shape
-        score = methods.get_method(self.method).function(values, frame_count, None)
+        score = methods.get_method(self.method).function(values, frame_count, self)
         real = jnp.repeat(frames_of(frame_count, frames), cells, axis=1)
         table = jnp.asarray([self.count(n, cells) for n in range(frames + 1)], jnp.int32)
         order = ranks(jnp.where(real, score, -jnp.inf))

@@ -25,8 +25,8 @@ from hybridvlm.reduction.cost import Cost
 from hybridvlm.reduction.frame_text import FrameText
 from hybridvlm.reduction.frame_text import frame_text as settle_frame_text
 from hybridvlm.reduction.pixels import PixelSelection
-from hybridvlm.reduction.schedules import SHARE_ONE
-from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens
+from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
+from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens, split_pair
 
 MAX_VISUAL_TOKENS = 2**31 - 1  # of an int32, which counts tokens on the device
 Counts = TypeVar("Counts", int, np.ndarray, jax.Array)  # arrays of int32
@@ -277,9 +277,8 @@ class ReductionPlan:
         for i, kind in enumerate(self.pattern):
             share = self._handed * self.input_share * self.relative[i] / SHARE_ONE**2
             mark, work = "  drop after" if i in self.drops else "", self.cost.layers[i] / 1e9
-            lines.append(
-                f"{i:>5}  {KINDS[kind]:<9}  {share:>7.2%}  {self.capacities[i]:>7}  {work:>11.3f}{self._text_cell(i)}{mark}"
-            )
+            text = "" if self.drop_text == "none" else f"  {self.text_left(i):>6}"
+            lines.append(f"{i:>5}  {KINDS[kind]:<9}  {share:>7.2%}  {self.capacities[i]:>7}  {work:>11.3f}{text}{mark}")
         lines.append("")
         lines.append(f"{'':<28}{'plan':>14}{'dense':>14}")
         lines.append(f"{'retention, mean of layers':<28}{self.retention_mean:>14.2%}{1:>14.2%}")
@@ -297,9 +296,6 @@ class ReductionPlan:
             speedup = f"  {1 / self.total_flop_ratio:.2f}x less work"
             lines.append(f"{'from pixels, over dense':<28}{self.total_flop_ratio:>14.4f}{1:>14.4f}{speedup}")
         return "\n".join(lines)
-
-    def _text_cell(self, layer: int) -> str:
-        return "" if self.drop_text == "none" else f"  {self.text_left(layer):>6}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` reads them back."""
@@ -337,7 +333,11 @@ def make_plan(
     """
     if not 0 <= visual_tokens <= MAX_VISUAL_TOKENS:
         raise ValueError(f"make_plan: visual_tokens must lie in [0, {MAX_VISUAL_TOKENS}], got {visual_tokens}")
-    outer, rate, inner, budget = _split(reduction)
+    pair = methods.get_method(methods.parse_method(reduction.method)[0][0]).pair
+    if pair is not None and reduction.kind in ("flops", "total-flops"):
+        sizes = {"visual_tokens": visual_tokens, "text_tokens": text_tokens, "frames": frames, "frame_text": frame_text}
+        return _pair_by_operations(reduction, config, chunk_size=chunk_size, itemsize=itemsize, **sizes)
+    outer, rate, inner, budget = _split(reduction, config.pattern)
     decoder = methods.get_method(inner)
     own_text = settle_frame_text(
         reduction.drop_text,
@@ -404,14 +404,44 @@ def make_plan(
     )
 
 
-def _split(reduction: Reduction) -> tuple[str, float, str, float]:
+def _pair_by_operations(reduction: Reduction, config: flops.Counted, **sizes: Any) -> ReductionPlan:
+    """The plan of a pair at the mean share with which it meets a budget of operations, its inner stage as published."""
+    ((name, rate),) = methods.parse_method(reduction.method)
+    goal = reduction.budget if rate is None else rate
+    field = "flop_ratio" if reduction.kind == "flops" else "total_flop_ratio"
+
+    def at(budget: float) -> ReductionPlan:
+        return make_plan(dataclasses.replace(reduction, method=name, kind="mean", budget=budget), config, **sizes)
+
+    low, high, best = 1 / SHARE_ONE, 1.0, at(1.0)
+    if getattr(best, field) > goal:
+        try:
+            best = at(0.999)
+        except BudgetError as error:
+            high = error.high
+            best = at(high)
+        least = at(low)
+        if not getattr(least, field) <= goal <= getattr(best, field):
+            ends = getattr(least, field), getattr(best, field)
+            text = f"{name} can meet {reduction.kind} budgets from {ends[0]:.4f} to {ends[1]:.4f} on these layers, or 1; got {goal:g}"
+            raise BudgetError(text, *ends)
+        for _ in range(14):
+            tried = at(0.5 * (low + high))
+            low, high = (tried.budget, high) if getattr(tried, field) < goal else (low, tried.budget)
+            best = min(best, tried, key=lambda plan: abs(getattr(plan, field) - goal))
+    return dataclasses.replace(best, method=reduction.method, kind=reduction.kind, budget=goal)
+
+
+def _split(reduction: Reduction, pattern: str) -> tuple[str, float, str, float]:
     """(input method, its rate, decoder method, its budget); a part without a rate takes the reduction's budget."""
     parts = [
         (name, reduction.budget if rate is None else rate) for name, rate in methods.parse_method(reduction.method)
     ]
     outer, inner = ("none", 1.0), ("none", 1.0)
     for name, rate in parts:
-        phase = methods.get_method(name).phase
+        phase, pair = methods.get_method(name).phase, methods.get_method(name).pair
+        if pair is not None:
+            return split_pair(pair, name, pattern, reduction.schedule, rate, reduction.kind)
         if phase == "decoder":
             inner = (name, rate)
         elif phase != "none":

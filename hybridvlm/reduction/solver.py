@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from hybridvlm.config import ModelConfig, Reduction, ScoreOptions
+from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.frame_text import FrameText
@@ -25,6 +25,35 @@ def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, fram
         assert count is not None  # a plan names a rule only where there is one
         return count(frames, decoder_input // frames, rate)
     return (decoder_input * share + SHARE_ONE // 2) // SHARE_ONE
+
+
+def split_pair(
+    pair: methods.Pair, name: str, pattern: str, schedule: Schedule, budget: float, kind: str
+) -> tuple[str, float, str, float]:
+    """(outer method, its rate, inner method, its budget) by which a pair meets a budget of kind "mean" or "final", the inner stage
+    keeping its published share. BudgetError where that alone keeps less."""
+    inner = methods.get_method(pair.inner)
+    assert inner.sites is not None  # it drops inside the decoder
+    sites = inner.sites(pattern, schedule)
+    if budget == 1.0:
+        return pair.outer, 1.0, pair.inner, 1.0
+    if not sites:
+        raise BudgetError(
+            f"{name}: {inner.name} drops after {inner.where}, and these {len(pattern)} layers have no such site: "
+            f"only budget 1 can be met, got {budget:g}",
+            1.0,
+            1.0,
+        )
+    before = (sites[0] + 1) / len(pattern)
+    share = pair.kept if kind == "final" else before + pair.kept * (1 - before)
+    if budget > share:
+        raise BudgetError(
+            f"{name} can meet {kind} budgets up to {math.floor(share * 1e4) / 1e4:g} on these {len(pattern)} layers, since "
+            f"{inner.name} keeps {pair.kept:g} after layer {sites[0]}, or 1; got {budget:g}",
+            0.0,
+            share,
+        )
+    return pair.outer, budget / share, pair.inner, share
 
 
 def drop_flops(
@@ -76,7 +105,9 @@ class BudgetSolver:
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
         if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
-            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs)
+            able = ", ".join(
+                m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs
+            )
             raise BudgetError(
                 f"{outer} ranks by the attention of the vision tower, and this model's is a convolutional stem without any; "
                 f"of the methods before the decoder it takes {able}",
@@ -118,10 +149,11 @@ class BudgetSolver:
         frames = self.frames
         if share is not None and self.outer.encodes is not None:
             frames = self.outer.encodes(frames, share)
-        if share is not None and "pixels" in self.outer.needs:
+        if share is not None and "pixels" in self.outer.needs and self.outer.encodes is None:
             kept = min(self.visual, max(1, round(self.visual * share)))
             return flops.packed_vision_flops(tower, frames, kept, self.config.width)
-        extra = flops.tower_attention_flops(tower, frames) if share is not None and self.outer.needs else 0
+        attends = share is not None and "attention" in self.outer.needs
+        extra = flops.tower_attention_flops(tower, frames) if attends else 0
         return flops.vision_flops(tower, frames, self.config.width) + extra
 
     def work(self, relative: Sequence[int], entering: int, share: float) -> float:

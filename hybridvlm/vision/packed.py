@@ -50,9 +50,7 @@ def token_values(config: VisionConfig, pixels: Any) -> Any:
 def packed_sizes(config: VisionConfig, frames: int, cells: int, kept: int, chunk: int, devices: int = 1) -> PackSizes:
     """How `kept` of the tokens of `frames` frames of `cells` tokens are packed for a tower; see `pack_sizes`."""
     patches, prefix = rows_of_tower(config)
-    return pack_sizes(
-        frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=chunk, devices=devices
-    )
+    return pack_sizes(frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=chunk, devices=devices)
 
 
 def rows_of_tower(config: VisionConfig) -> tuple[int, int]:

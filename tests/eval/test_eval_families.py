@@ -131,8 +131,8 @@ def test_the_command_runs(world, tmp_path, monkeypatch, capsys, name):
 
 
 RIVALS = {
-    "features": "vidcom2,frames,divprune,divprune-frame,dycoke,tome,prunevid,vidcom2:0.8+str:0.8",
-    "attention": "visionzip,fastvid,holitom,flashvid,flashvid:0.8+oneshot-last@0.7:0.9",
+    "features": "vidcom2,frames,divprune,divprune-frame,dycoke,tome,prunevid-outer,prunevid:0.5,vidcom2:0.8+str:0.8",
+    "attention": "visionzip,fastvid,holitom-outer,flashvid-outer,holitom:0.6,flashvid:0.6,flashvid-outer:0.8+oneshot-last@0.7:0.9",
     "inside": "oneshot,oneshot-max,oneshot-last,dart,sparsevlm,holitom-inner,framefusion,utrc",
 }
 

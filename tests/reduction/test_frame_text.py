@@ -175,7 +175,8 @@ def test_an_example_loses_the_same_text_by_hand_in_a_batch_and_in_any_bucket(mod
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule", "method"), [
-    ("stamped", BEST, "str"), ("stamped", EMPTY, "str"), ("qwen", BEST, "str"), ("qwen", EMPTY, "str"), ("stamped", BEST, "pyramiddrop"),
+    ("stamped", BEST, "str"), ("stamped", EMPTY, "str"), ("qwen", BEST, "str"), ("qwen", EMPTY, "str"),
+    ("stamped", BEST, "pyramiddrop"),
     ("stamped", BEST, "random"), ("qwen", BEST, "str-lookahead"),
 ])  # fmt: skip
 def test_it_does_under_every_rule_and_family(models, name, rule, method):

@@ -102,7 +102,9 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", ["radio", "qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("radio of tubelets", "qwen2"))])
+@pytest.mark.parametrize(
+    "name", ["radio", "qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("radio of tubelets", "qwen2"))]
+)
 def test_chosen_patches_see_those_of_their_own_frame(name):
     """However much each frame keeps, and in however many chunks: as the frame by itself with the others masked out."""
     config, params, pixels, scaled = world(name)

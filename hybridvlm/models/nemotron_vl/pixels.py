@@ -13,7 +13,7 @@ from hybridvlm.ops.pack import CHUNK
 from hybridvlm.parallel.frames import all_frames, own_frames, own_part
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
-from hybridvlm.vision import encode_chosen, packed_sizes, token_values
+from hybridvlm.vision import encode_chosen, encode_frames, packed_sizes, token_values
 
 
 def encode_kept(
@@ -30,6 +30,8 @@ def encode_kept(
     pixels = all_frames(config, pixels)
     b, frames = pixels.shape[:2]
     index, devices = own_part(config), frames // here
+    if keep.whole_frames:
+        return own_frames(config, _whole_frames(params, config, pixels, keep, frame_count, (index, devices)))
     values = token_values(tower, pixels.reshape(b * frames, *pixels.shape[2:]))
     cells, step = values.shape[1], tower.patch_size * tower.downsample
     chosen = keep.choose(values.reshape(b, frames, cells, -1), frame_count).reshape(b * frames, cells)
@@ -47,6 +49,36 @@ def encode_kept(
     absent = jnp.full((1, tokens.shape[1]), jnp.nan, tokens.dtype).at[0, -1].set(0)
     visual = jnp.concatenate([tokens, absent])[row].reshape(b, frames, cells, -1)
     return own_frames(config, visual)
+
+
+def _whole_frames(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    pixels: jax.Array,
+    keep: PixelSelection,
+    frame_count: jax.Array,
+    part: tuple[jax.Array | int, int],
+) -> jax.Array:
+    """`encode_kept` of whole frames, all pixels [B,F,...] given: those that stay go through the tower as they are, an even part of them
+    on each of the devices of `part` (which, how many)."""
+    tower, (index, devices) = config.tower, part
+    b, frames = pixels.shape[:2]
+    # of every frame one value: what is chosen does not depend on pixels
+    chosen = keep.choose(jnp.zeros((b, frames, 1, 0), jnp.uint8), frame_count)[..., 0]
+    order = jnp.argsort(~chosen, axis=1, stable=True)[:, : keep.frames(frames)]
+    number = jnp.arange(b, dtype=order.dtype)[:, None] * frames + order
+    real = jnp.take_along_axis(chosen, order, axis=1).reshape(-1)
+    spare = -real.shape[0] % devices
+    number, real = jnp.pad(number.reshape(-1), (0, spare)), jnp.pad(real, (0, spare))
+    size = number.shape[0] // devices
+    own = jax.lax.dynamic_slice_in_dim(number, index * size, size)
+    shown = pixels.reshape(b * frames, *pixels.shape[2:])[own].astype(jnp.float32) / 255
+    tokens = encode_frames(params, tower, shown, own % frames, dtype=params["embed"].dtype)
+    tokens = all_frames(config, tokens[None])[0]
+    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+    absent = jnp.full((b * frames, *tokens.shape[1:]), jnp.nan, tokens.dtype).at[..., -1].set(0)
+    visual = absent.at[jnp.where(real, number, b * frames)].set(tokens, mode="drop")
+    return visual.reshape(b, frames, *tokens.shape[1:])
 
 
 def check_kept(config: ModelConfig, visual: jax.Array | None, plan: ReductionPlan | None) -> None:

@@ -22,3 +22,6 @@ from hybridvlm.reduction.rivals import tome as tome
 from hybridvlm.reduction.rivals import utrc as utrc
 from hybridvlm.reduction.rivals import vidcom2 as vidcom2
 from hybridvlm.reduction.rivals import visionzip as visionzip
+
+# after the stages that they are made of
+from hybridvlm.reduction.rivals import pairs as pairs  # isort: skip

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.reduction.evs import evs_keep_count
-from hybridvlm.reduction.methods import PIXELS, PlanView, _register
+from hybridvlm.reduction.methods import PIXELS, _register
+from hybridvlm.reduction.pixels import PixelSelection
 
 
 @_register(
@@ -29,7 +30,7 @@ from hybridvlm.reduction.methods import PIXELS, PlanView, _register
     keeps="the first frame whole",
     needs=("pixels",),
 )
-def evs_pixels(values: jax.Array, frame_count: jax.Array, plan: PlanView | None) -> jax.Array:
+def evs_pixels(values: jax.Array, frame_count: jax.Array, keep: PixelSelection) -> jax.Array:
     """before the tower, the tokens whose pixels changed most since the previous frame; the first frame whole"""
     whole = values.astype(jnp.int16)
     change = jnp.sum(jnp.abs(whole[:, 1:] - whole[:, :-1]).astype(jnp.int32), axis=-1).astype(jnp.float32)
