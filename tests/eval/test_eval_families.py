@@ -158,6 +158,30 @@ def test_every_family_takes_the_methods_that_people_compare_with(world, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["nemotron_nano_vl", "nemotron_omni", "qwen3_vl"])
+def test_text_of_frames_is_dropped_from_the_command_line(world, tmp_path, capsys, name):
+    """Time stamps go with their frames; replies are those of ask; models without any, and methods that merge frames, say so."""
+    methods = ["--methods", "str:0.6,frames:0.5,avgpool:0.5", "--limit", "2", "--batch-size", "2"]
+    assert run(world, name, tmp_path / "out", *methods, "--drop-text", "best-frames") == 0
+    assert "drop_text='best-frames' goes with methods that drop, and avgpool merges frames" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["n"] for row in results["rows"]] == [2, 2, 2]
+    for extra in results["details"][1:]:
+        (plan,) = extra["plans"]
+        assert plan["drop_text"] == "best-frames" and plan["frame_text"] > 2
+    model = load(world / name)
+    model = dataclasses.replace(model, buckets=override(model.buckets, BUCKETS[1:], "--buckets"))
+    said = {line["prediction"] for line in lines_of(tmp_path / "out") if line["method"] == "str:0.6"}
+    reduction = model.reduction_for("str", 0.6, drop_text="best-frames")
+    conversation = Conversation(model, world / "a.mp4", frames=4, reduction=reduction)
+    prompt = json.loads((world / "q.jsonl").read_text().splitlines()[0])["question"]
+    answer = conversation.ask(prompt)
+    assert answer.plan.drop_text == "best-frames" and said
+    ran = run(world, "qwen2_vl", tmp_path / "none", *methods, "--drop-text", "empty-frames")
+    assert ran == 2 and "prompt has none between its frames" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [("nemotron_omni", "evs"), ("qwen3_vl", "avgpool")])
 def test_methods_before_the_decoder(world, tmp_path, name, method):
     assert (
