@@ -4,8 +4,9 @@ The prefill (embeddings to last-token logits), a decode step and the tower as mo
 bf16, on one slice and mesh. The compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates
 seconds and bytes with every loop counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in
 neither: exchanged_gb lists them); of decoding, one step. Beside it what `python -m hybridvlm.plan` counts: counted_gb, least_s by
-its roofline, sent_gb, and tflops of all devices together. speedup: the dense row's seconds over this row's; predicted: the plan's,
-from FLOPs. With tower and prefill among the programs, pixels_s is both together, pixels_speedup and pixels_predicted the same of it. A program that does not fit is a row as well: needed_gb is then what the compiler says it would have taken.
+its roofline, sent_gb, and tflops of all devices together. speedup: the dense row's seconds over this row's; predicted: the
+plan's, from FLOPs. pixels_s, pixels_speedup, pixels_predicted: the same of tower and prefill together, where both are compiled.
+A program that does not fit is a row as well: needed_gb is then what the compiler says it would have taken.
 
 The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
 static and any frame may keep a token until the last drop, so room for all stamps would stay even where a frame is gone.
@@ -107,7 +108,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     row["pixels_s"] = towers.get(method, towers.get("none", math.nan)) + row["cost_s"]
                     row["pixels_speedup"] = dense.setdefault("pixels", row["pixels_s"]) / row["pixels_s"]
                     row["pixels_predicted"] = 1 / work.plan.total_flop_ratio
-                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup", "pixels_s", "pixels_speedup", "pixels_predicted")
+                shown = (
+                    "compile_cpu_s",
+                    "needed_gb",
+                    "counted_gb",
+                    "cost_s",
+                    "speedup",
+                    "pixels_s",
+                    "pixels_speedup",
+                    "pixels_predicted",
+                )
                 timing.say(", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row))
     return rows
 

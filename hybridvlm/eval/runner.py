@@ -28,13 +28,14 @@ from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.calls import Call, by_video, grouped, shared_part, whole
 from hybridvlm.eval.deal import deal, weights_fingerprint
+from hybridvlm.eval.encodings import CACHE_BYTES, EncodedVideos, Encodings
 from hybridvlm.eval.layouts import Asking, lay_out
 from hybridvlm.eval.results import SampleStore, achieved, digest, failure_of, versions
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import put_visual, row_parts, to_host
+from hybridvlm.inference.placement import put_visual, row_parts
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
@@ -49,8 +50,6 @@ from hybridvlm.video import VideoError
 # Questions on a video from which on a hybrid shares the layers before the first drop: with 4, the second program that it takes cost
 # what it saved (the embedded benchmark, dense along with it), with 16 it did not.
 SHARED_FROM = 8
-Encodings = dict[PixelSelection | None, np.ndarray]
-CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 
 
 class Runner:
@@ -74,15 +73,13 @@ class Runner:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.task, self.planner, self.store = model, task, planner, store
         self.variants = [DENSE, *(v for v in variants if v != DENSE)]
-        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.batch_size = batch_size
         # a model over the devices of all processes: each of them takes part in every batch, else each has videos of its own
         self.lockstep = spans_processes(model.mesh)
         self.share = Process(0, 1) if self.lockstep else store.process
         self.asking, self._switch = asking, switch(model, asking.thinking)
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        self.encode_ms: list[float] = []
-        self._encode_clock: dict[tuple[str, int, PixelSelection | None], float] = {}
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
@@ -103,16 +100,13 @@ class Runner:
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket, int]] = set()
         self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
-        self._warm_encode: set[tuple[Bucket, PixelSelection | None]] = set()
-        # visual tokens by what of a video was encoded: of the samples of the batch at hand, and of videos
-        self._seen: dict[str, Encodings] = {}
-        self._visual: collections.OrderedDict[tuple[Any, ...], Encodings] = collections.OrderedDict()
+        self._videos = EncodedVideos(model, cache_bytes, batch_size)
+        self._seen: dict[str, Encodings] = {}  # visual tokens of the samples of the batch at hand
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._shared: dict[str, Hashable | None] = {}  # by sample, what its prompt has in common with others
         self._memories = VideoMemories()
         self._memory_seconds: dict[Hashable, float] = {}  # that they took
         self._unread: dict[str, dict[str, Any]] = {}  # video -> why it cannot be read, as a record has it
-        self._held = 0
         self.seconds = 0.0  # of `run`
         self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
         self._frames: dict[str, int] = {}  # of a video, as prompts have them
@@ -228,6 +222,11 @@ class Runner:
         self.seconds += time.perf_counter() - began
 
     @property
+    def encode_ms(self) -> list[float]:
+        """Milliseconds of the tower for every video, whole, without first calls of a program."""
+        return self._videos.whole_ms
+
+    @property
     def waited(self) -> float:
         """Seconds of `run` in which the devices waited for videos to be decoded."""
         return self._ahead.waited
@@ -237,7 +236,7 @@ class Runner:
         _, (bucket, samples), _ = item
         videos = [] if self.task.blind else dict.fromkeys(sample.video for sample in samples)
         keeps = self._keeps(bucket)
-        return [v for v in videos if v not in self._unread and (v, bucket.frames, keeps) not in self._visual]
+        return [v for v in videos if v not in self._unread and self._videos.get(v, bucket, keeps) is None]
 
     def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
         """Records of the samples that cannot be asked, made by the first process."""
@@ -389,7 +388,7 @@ class Runner:
                     "prediction": generation.text[row],
                     **self.task.score(text, sample),
                     "retention": shares[row],
-                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames, self._keep(variant, bucket))),
+                    "encode_ms": self._videos.ms(sample.video, bucket, self._keep(variant, bucket)),
                 }
                 if generation.thinking[row]:
                     record["thinking"] = generation.thinking[row]
@@ -475,10 +474,9 @@ class Runner:
         """
         if video in self._unread:
             return None
-        held = video, bucket.frames, self._keeps(bucket)
-        if held in self._visual:
-            self._visual.move_to_end(held)
-            return self._visual[held]
+        held = self._videos.get(video, bucket, self._keeps(bucket))
+        if held is not None:
+            return held
         read: tuple[Clip, Any] | None = None
         unread: dict[str, Any] = {}
         try:
@@ -496,24 +494,4 @@ class Runner:
             return None
         clip, config = read
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
-        tokens = {}
-        for keep in self._keeps(bucket):
-            options: dict[str, Any] = {"attention": self._attention}
-            if keep is not None:
-                options = {"keep": keep, "frame_count": [self._frames[video]]}
-            start = time.perf_counter()
-            tokens[keep] = to_host(self.model.encode(pixels, **options))[0]
-            if (bucket, keep) in self._warm_encode:
-                self._encode_clock[video, bucket.frames, keep] = 1e3 * (time.perf_counter() - start)
-                if keep is None:
-                    self.encode_ms.append(self._encode_clock[video, bucket.frames, keep])
-            self._warm_encode.add((bucket, keep))
-        self._visual[held] = tokens
-        self._held += _nbytes(tokens)
-        while self._held > self.cache_bytes and len(self._visual) > self.batch_size:
-            self._held -= _nbytes(self._visual.popitem(last=False)[1])
-        return tokens
-
-
-def _nbytes(tokens: Encodings) -> int:
-    return sum(array.nbytes for array in tokens.values())
+        return self._videos.encode(video, bucket, self._keeps(bucket), pixels, self._frames[video], self._attention)

@@ -88,9 +88,10 @@ class Method:
     merges: inside the decoder it returns a Selection that merges tokens. prepare(tokens, plan, segments): what its score needs of
     layer 0, as arrays [B,L,...] for Tokens.extra.
     Before the decoder: count(frames, tokens per frame, share): tokens that it keeps, where that is not the nearest to the share;
-    floor(frames, tokens per frame): the least share that it can keep, and keeps, in words, what. needs: "attention" for the
-    tower's attention as a fourth argument [B,F,m]; "pixels" for one that chooses before the tower, whose function is given the pixel
-    values [B,F,m,V] uint8 of every token in the place of visual tokens, and no plan (hybridvlm/reduction/pixels.py). encodes(frames, share): frames that the tower has to see (None: all).
+    floor(frames, tokens per frame): the least share that it can keep, and keeps, in words, what. needs: "attention" for
+    the tower's attention as a fourth argument [B,F,m]; "pixels" for one that chooses before the tower: its function is given the
+    pixel values [B,F,m,V] uint8 of every token in the place of visual tokens, and no plan (hybridvlm/reduction/pixels.py).
+    encodes(frames, share): frames that the tower has to see (None: all).
     scoring(visual tokens, kept, frames, width): operations of its score (None: by `reads`).
     """
 

@@ -68,7 +68,9 @@ class BudgetSolver:
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
         if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
-            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs)
+            able = ", ".join(
+                m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs
+            )
             raise BudgetError(
                 f"{outer} ranks by the attention of the vision tower, and this model's is a convolutional stem without any; "
                 f"of the methods before the decoder it takes {able}",

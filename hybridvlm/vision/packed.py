@@ -1,7 +1,8 @@
 """Tower and connector over chosen tokens alone: the patches of the others never enter.
 
-Of a transformer the patches that are kept of many frames run packed (`hybridvlm.ops.pack`), each among those of its own frame and
-with the frame's class and register tokens, where the tower has them. A convolutional stem sees every patch by itself anyway.
+Of a transformer, the patches that are kept of many frames run packed (`hybridvlm.ops.pack`), each among those of its
+own frame and with the frame's class and register tokens, where the tower has them. A convolutional stem sees every
+patch by itself anyway.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def token_values(config: VisionConfig, pixels: Any) -> Any:
 def packed_sizes(config: VisionConfig, frames: int, cells: int, kept: int, chunk: int, devices: int = 1) -> PackSizes:
     """How `kept` of the tokens of `frames` frames of `cells` tokens are packed for a tower; see `pack_sizes`."""
     patches, prefix = rows_of_tower(config)
-    return pack_sizes(
-        frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=chunk, devices=devices
-    )
+    return pack_sizes(frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=chunk, devices=devices)
 
 
 def rows_of_tower(config: VisionConfig) -> tuple[int, int]:
