@@ -4,8 +4,9 @@ The prefill (embeddings to last-token logits), a decode step and the tower as mo
 bf16, on one slice and mesh. The compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates
 seconds and bytes with every loop counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in
 neither: exchanged_gb lists them); of decoding, one step. Beside it what `python -m hybridvlm.plan` counts: counted_gb, least_s by
-its roofline, sent_gb, and tflops of all devices together. speedup: the dense row's seconds over this row's; predicted: the plan's,
-from FLOPs. A program that does not fit is a row as well: needed_gb is then what the compiler says it would have taken.
+its roofline, sent_gb, and tflops of all devices together. speedup: the dense row's seconds over this row's; predicted: the
+plan's, from FLOPs. pixels_s, pixels_speedup, pixels_predicted: the same of tower and prefill together, where both are compiled.
+A program that does not fit is a row as well: needed_gb is then what the compiler says it would have taken.
 
 The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
 static and any frame may keep a token until the last drop, so room for all stamps would stay even where a frame is gone.
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     stamps = {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]
     groups = -(-args.frames // config.vision.temporal_patch)
     rows: list[dict[str, Any]] = []
+    towers: dict[str, float] = {}
     for stamp in stamps:
         dense: dict[str, float] = {}
         for method in methods:
@@ -90,8 +92,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 args.max_new,
                 reduction=None if method == "none" else reduction,
             )
-            # the tower does not know what is dropped later
-            for program in (name for name in programs if not (name == "tower" and (method != "none" or stamp))):
+            # the tower does not know what is dropped later, unless tokens are chosen before it
+            own_tower = not stamp and (method == "none" or work.plan.pixel_selection is not None)
+            for program in (name for name in programs if name != "tower" or own_tower):
                 row = compiled_row(program, where, mesh, work, stamp)
                 rows.append(row)
                 if row["fits"] and "cost_s" in row:
@@ -99,7 +102,22 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     row["speedup"] = first / row["cost_s"]
                 if program == "prefill" and "speedup" in row:
                     row["share_of_predicted"] = row["speedup"] / row["predicted"]
-                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup")
+                if program == "tower" and "cost_s" in row:
+                    towers[method] = row["cost_s"]
+                if program == "prefill" and "cost_s" in row and towers:
+                    row["pixels_s"] = towers.get(method, towers.get("none", math.nan)) + row["cost_s"]
+                    row["pixels_speedup"] = dense.setdefault("pixels", row["pixels_s"]) / row["pixels_s"]
+                    row["pixels_predicted"] = 1 / work.plan.total_flop_ratio
+                shown = (
+                    "compile_cpu_s",
+                    "needed_gb",
+                    "counted_gb",
+                    "cost_s",
+                    "speedup",
+                    "pixels_s",
+                    "pixels_speedup",
+                    "pixels_predicted",
+                )
                 timing.say(", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row))
     return rows
 
@@ -168,7 +186,7 @@ def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp:
         "text_tokens": plan.text_tokens,
         "budget": plan.budget,
         "stages": len(plan.stages),
-        "predicted": plan.flop_speedup,
+        "predicted": plan.dense_cost.vision / plan.cost.vision if program == "tower" else plan.flop_speedup,
         "counted_gb": needed * 1e-9,
         "hbm_gb": counted.limit * 1e-9,
         "least_s": phase.seconds,

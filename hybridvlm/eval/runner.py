@@ -17,7 +17,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,13 +28,14 @@ from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.calls import Call, by_video, grouped, shared_part, whole
 from hybridvlm.eval.deal import deal, weights_fingerprint
+from hybridvlm.eval.encodings import CACHE_BYTES, EncodedVideos, Encoding, Encodings
 from hybridvlm.eval.layouts import Asking, lay_out
 from hybridvlm.eval.results import SampleStore, achieved, digest, failure_of, versions
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import put_visual, row_parts, to_host
+from hybridvlm.inference.placement import put_visual, row_parts
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
@@ -42,23 +43,11 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import ReductionPlan
-from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.video import VideoError
 
 # Questions on a video from which on a hybrid shares the layers before the first drop: with 4, the second program that it takes cost
 # what it saved (the embedded benchmark, dense along with it), with 16 it did not.
 SHARED_FROM = 8
-
-
-class Encoding(NamedTuple):
-    """What a variant has the tower do: all of a video, or what its plan chooses by pixels; with the tower's attention or without."""
-
-    keep: PixelSelection | None = None
-    attention: bool = False
-
-
-Encodings = dict[Encoding, np.ndarray]
-CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 
 
 class Runner:
@@ -82,15 +71,13 @@ class Runner:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.task, self.planner, self.store = model, task, planner, store
         self.variants = [DENSE, *(v for v in variants if v != DENSE)]
-        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.batch_size = batch_size
         # a model over the devices of all processes: each of them takes part in every batch, else each has videos of its own
         self.lockstep = spans_processes(model.mesh)
         self.share = Process(0, 1) if self.lockstep else store.process
         self.asking, self._switch = asking, switch(model, asking.thinking)
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        self.encode_ms: list[float] = []
-        self._encode_clock: dict[tuple[str, int, Encoding], float] = {}
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
@@ -111,16 +98,13 @@ class Runner:
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket, int]] = set()
         self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
-        self._warm_encode: set[tuple[Bucket, Encoding]] = set()
-        # visual tokens by what of a video was encoded: of the samples of the batch at hand, and of videos
-        self._seen: dict[str, Encodings] = {}
-        self._visual: collections.OrderedDict[tuple[Any, ...], Encodings] = collections.OrderedDict()
+        self._videos = EncodedVideos(model, cache_bytes, batch_size)
+        self._seen: dict[str, Encodings] = {}  # visual tokens of the samples of the batch at hand
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._shared: dict[str, Hashable | None] = {}  # by sample, what its prompt has in common with others
         self._memories = VideoMemories()
         self._memory_seconds: dict[Hashable, float] = {}  # that they took
         self._unread: dict[str, dict[str, Any]] = {}  # video -> why it cannot be read, as a record has it
-        self._held = 0
         self.seconds = 0.0  # of `run`
         self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
         self._frames: dict[str, int] = {}  # of a video, as prompts have them
@@ -240,6 +224,11 @@ class Runner:
         self.seconds += time.perf_counter() - began
 
     @property
+    def encode_ms(self) -> list[float]:
+        """Milliseconds of the tower for every video, whole, without first calls of a program."""
+        return self._videos.whole_ms
+
+    @property
     def waited(self) -> float:
         """Seconds of `run` in which the devices waited for videos to be decoded."""
         return self._ahead.waited
@@ -248,8 +237,8 @@ class Runner:
         """The videos of a batch that have to be decoded."""
         _, (bucket, samples), _ = item
         videos = [] if self.task.blind else dict.fromkeys(sample.video for sample in samples)
-        held = self._encodings(bucket)
-        return [v for v in videos if v not in self._unread and (v, bucket.frames, held) not in self._visual]
+        encodings = self._encodings(bucket)
+        return [v for v in videos if v not in self._unread and self._videos.get(v, bucket, encodings) is None]
 
     def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
         """Records of the samples that cannot be asked, made by the first process."""
@@ -401,7 +390,7 @@ class Runner:
                     "prediction": generation.text[row],
                     **self.task.score(text, sample),
                     "retention": shares[row],
-                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames, self._encoding(variant, bucket))),
+                    "encode_ms": self._videos.ms(sample.video, bucket, self._encoding(variant, bucket)),
                 }
                 if generation.thinking[row]:
                     record["thinking"] = generation.thinking[row]
@@ -482,10 +471,9 @@ class Runner:
         """
         if video in self._unread:
             return None
-        held = video, bucket.frames, self._encodings(bucket)
-        if held in self._visual:
-            self._visual.move_to_end(held)
-            return self._visual[held]
+        held = self._videos.get(video, bucket, self._encodings(bucket))
+        if held is not None:
+            return held
         read: tuple[Clip, Any] | None = None
         unread: dict[str, Any] = {}
         try:
@@ -503,24 +491,4 @@ class Runner:
             return None
         clip, config = read
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
-        tokens = {}
-        for encoding in self._encodings(bucket):
-            options: dict[str, Any] = {"attention": encoding.attention}
-            if encoding.keep is not None:
-                options = {"keep": encoding.keep, "frame_count": [self._frames[video]]}
-            start = time.perf_counter()
-            tokens[encoding] = to_host(self.model.encode(pixels, **options))[0]
-            if (bucket, encoding) in self._warm_encode:
-                self._encode_clock[video, bucket.frames, encoding] = 1e3 * (time.perf_counter() - start)
-                if encoding == Encoding():
-                    self.encode_ms.append(self._encode_clock[video, bucket.frames, encoding])
-            self._warm_encode.add((bucket, encoding))
-        self._visual[held] = tokens
-        self._held += _nbytes(tokens)
-        while self._held > self.cache_bytes and len(self._visual) > self.batch_size:
-            self._held -= _nbytes(self._visual.popitem(last=False)[1])
-        return tokens
-
-
-def _nbytes(tokens: Encodings) -> int:
-    return sum(array.nbytes for array in tokens.values())
+        return self._videos.encode(video, bucket, self._encodings(bucket), pixels, self._frames[video])

@@ -199,42 +199,23 @@ class ModelPrograms:
         Raises:
             ValueError: for `attention` together with `keep`.
         """
-        if keep is not None:
-            return self._encode_kept(pixels, keep, frame_count, attention)
-        pixels = self._bucketed(pixels)
-        if self.mesh is None:
-            return self._run(functions.encode, self.params, pixels, attention=attention)
-        if isinstance(pixels, dict | tuple | list):
-            raise TypeError(f"encode: on a mesh pixels are one array [B,F,...], got {type(pixels).__name__}")
-        dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
-        return self._run(functions.encode, self.params, dealt, config=part, frames=pixels.shape[1], attention=attention)
-
-    def _encode_kept(self, pixels: Any, keep: PixelSelection, frame_count: Any, attention: bool) -> Any:
-        if attention:
-            raise ValueError(
-                "encode: no method reads the tower's attention and chooses before the tower; leave out one"
-            )
-        rows, real = pixels.shape[:2]
-        count = np.full(rows, real, np.int32) if frame_count is None else np.asarray(frame_count, np.int32)
-        if count.shape != (rows,) or count.min() < 0 or count.max() > real:
-            raise ValueError(
-                f"encode: frame_count must be [B] = [{rows}] of 0 to {real} (the frames of pixels), got {count}"
-            )
-        pixels = self._bucketed(pixels)
-        if self.mesh is None:
-            return self._run(functions.encode, self.params, pixels, count, keep=keep)
-        dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
-        count = placement.put_counts(count, self.mesh)
-        return self._run(functions.encode, self.params, dealt, count, config=part, frames=pixels.shape[1], keep=keep)
-
-    def _bucketed(self, pixels: Any) -> Any:
-        """Pixels, filled up with black frames to their bucket."""
+        if keep is not None and attention:
+            raise ValueError("encode: attention is of no use to a plan that chooses before the tower; leave out one")
+        counts = () if keep is None else (placement.frame_counts(pixels, frame_count),)
         if not isinstance(pixels, dict | tuple | list):
             spare = self.buckets.pick("frames", pixels.shape[1]) - pixels.shape[1]
             if spare:
                 # on the host: on the device every number of frames would compile a padding of its own
                 pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
-        return pixels
+        options: dict[str, Any] = {"attention": attention, "keep": keep}
+        if self.mesh is None:
+            return self._run(functions.encode, self.params, pixels, *counts, **options)
+        if isinstance(pixels, dict | tuple | list):
+            raise TypeError(f"encode: on a mesh pixels are one array [B,F,...], got {type(pixels).__name__}")
+        dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
+        given = [placement.put_counts(count, self.mesh) for count in counts]
+        options |= {"config": part, "frames": pixels.shape[1]}
+        return self._run(functions.encode, self.params, dealt, *given, **options)
 
     def prefill(
         self,

@@ -1,13 +1,15 @@
-"""Parts of many frames packed into rows that a vision transformer runs over as over whole frames, with attention inside each frame.
+"""Parts of many frames packed into rows that a vision transformer runs over as over whole frames.
 
-Of every frame some tokens are kept, `kept` of all frames together; which and how many of each is data, all sizes are static. A kept
-token brings `patches` rows, a frame of which any is kept `prefix` rows before them (class and register tokens). Frames are
-sorted by how much is kept of them and dealt to `chunks` in turn, so that every chunk gets nearly the same number of rows, and inside a
-chunk they lie one behind the other: projections and MLPs run over these rows, and little is computed that nobody asked for.
+Some tokens of every frame are kept, `kept` of all frames together. Which ones, and how many of each frame, is data; all
+sizes are static. A kept token brings `patches` rows; a frame of which any is kept brings `prefix` rows before them
+(class and register tokens). Frames are sorted by how much is kept of them and dealt to `chunks` in turn, so that every
+chunk gets nearly the same number of rows. Inside a chunk they lie one behind the other: projections and MLPs run over
+these rows, and little is computed that nobody asked for.
 
-Attention wants one frame at a time. The frame at place i of a chunk is the (i * chunks + 1)-th largest or smaller, so that no more
-than kept // (i * chunks + 1) of its tokens can be there: its queries and keys are put into a slot of that size, slots of about one
-size together. All slots hold less than (2 - share) times what the packed rows would need if every frame kept the same.
+Attention stays inside each frame. The frame at place i of a chunk has at least i * chunks others that are as large, so
+that no more than kept // (i * chunks + 1) of its tokens can be there: its queries, keys and values are put into a slot
+of that size, slots of about one size together. If a share s is kept, all slots take less than about 2 - s times the
+products that frames would take which keep all or nothing.
 """
 
 from __future__ import annotations
@@ -110,13 +112,13 @@ def _slots(bounds: list[int], patches: int, prefix: int) -> tuple[tuple[int, int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where everything lies, a leading axis of chunks on all; of one chunk (`jax.tree.map(lambda a: a[i], packing)`) without it.
+    """Where everything lies. All arrays have a leading axis of chunks, but in what is made of one chunk.
 
     Attributes:
         token: [n,tokens] which token of all frames (frame * cells + cell) stands here; frames * cells: none.
         first: [n,tokens] the row of its first patch; the others follow.
-        source: [n,C] what a row is: patch `i` of the chunk's own tokens, tokens * patches + j the j-th row of a prefix, and
-            tokens * patches + prefix nothing.
+        source: [n,C] what a row is: a patch of the chunk's own tokens; tokens * patches + j, the j-th row of a prefix; or
+            tokens * patches + prefix, nothing.
         start: [n,places] the first row of each frame.
         size: [n,places] its rows.
         back: [n,C] where a row is among all slots, one slot behind the other.
@@ -147,30 +149,25 @@ def pack(chosen: jax.Array, sizes: PackSizes) -> Packing:
 
     (own_size, own_start), (_, own_first) = before(size), before(count)
     start, first = own_start[chunk, place], own_first[chunk, place]
-    offsets = np.zeros(own_size.shape[1], np.int32)
-    at = 0
-    for low, high, rows in s.slots:
-        offsets[low:high] = at + rows * np.arange(high - low)
-        at += rows * (high - low)
-    slot = jnp.asarray(offsets)[place]
+    slot = jnp.asarray(_offsets(own_size.shape[1], s.slots))[place]
 
     (flat,) = jnp.nonzero(chosen.reshape(-1), size=s.kept, fill_value=s.frames * s.cells)
     real = flat < s.frames * s.cells
     frame = jnp.minimum(flat // s.cells, s.frames - 1)
-    ordinal = (jnp.cumsum(chosen, axis=1, dtype=jnp.int32) - 1).reshape(-1)[jnp.minimum(flat, s.frames * s.cells - 1)]
+    ordinals = (jnp.cumsum(chosen, axis=1, dtype=jnp.int32) - 1).reshape(-1)
+    ordinal = ordinals[jnp.minimum(flat, s.frames * s.cells - 1)]
     where = jnp.where(real, chunk[frame], n)  # what is no token is dropped
     index = first[frame] + ordinal
     inside = s.prefix + s.patches * ordinal
     patch = jnp.arange(s.patches, dtype=jnp.int32)
-    token = (
-        jnp.full((n, s.tokens), s.frames * s.cells, jnp.int32).at[where, index].set(flat.astype(jnp.int32), mode="drop")
-    )
+    token = jnp.full((n, s.tokens), s.frames * s.cells, jnp.int32)
+    token = token.at[where, index].set(flat.astype(jnp.int32), mode="drop")
     rows_of = jnp.zeros((n, s.tokens), jnp.int32).at[where, index].set(start[frame] + inside, mode="drop")
     source = jnp.full((n, s.rows), s.tokens * s.patches + s.prefix, jnp.int32)
     back = jnp.zeros((n, s.rows), jnp.int32)
-    rows = (start[frame] + inside)[:, None] + patch
-    source = source.at[where[:, None], rows].set(index[:, None] * s.patches + patch, mode="drop")
-    back = back.at[where[:, None], rows].set((slot[frame] + inside)[:, None] + patch, mode="drop")
+    of_token = (start[frame] + inside)[:, None] + patch
+    source = source.at[where[:, None], of_token].set(index[:, None] * s.patches + patch, mode="drop")
+    back = back.at[where[:, None], of_token].set((slot[frame] + inside)[:, None] + patch, mode="drop")
     if s.prefix:
         extra = jnp.arange(s.prefix, dtype=jnp.int32)
         any_kept = jnp.where(count > 0, chunk, n)[:, None]
@@ -179,8 +176,16 @@ def pack(chosen: jax.Array, sizes: PackSizes) -> Packing:
     return Packing(token, rows_of, source, own_start[:, : s.places], own_size[:, : s.places], back)
 
 
+def _offsets(places: int, slots: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    """Of every place of a chunk, the first row of its slot, all slots lying one behind the other: [places] int32."""
+    rows = np.zeros(places, np.int32)
+    for low, high, size in slots:
+        rows[low:high] = size
+    return np.cumsum(rows, dtype=np.int32) - rows
+
+
 def attend_in_frames(packing: Packing, sizes: PackSizes) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The attention of one chunk: a function of q, k and v [1,C,H,P], each row among those of its own frame -> [1,C,H,P]."""
+    """The attention of one chunk: a function of q, k and v [1,C,H,P] -> [1,C,H,P], every row among those of its frame."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         _, length, heads, width = q.shape

@@ -26,14 +26,14 @@ def own_part(c: ModelConfig) -> jax.Array | int:
 
 
 def all_frames(c: ModelConfig, array: jax.Array) -> jax.Array:
-    """[B,f,...] of a device's frames, or of its part of something else -> [B,F,...] of all devices that they are dealt over."""
+    """[B,f,...] of a device's frames, or of its part of something else -> [B,F,...] of all that frames are dealt over."""
     if not isinstance(c, LocalConfig) or not c.frame_axes:
         return array
     return jax.lax.all_gather(array, c.frame_axes, axis=1, tiled=True)
 
 
 def own_frames(c: ModelConfig, visual: jax.Array) -> jax.Array:
-    """Visual tokens [B,F,m,D] of all frames, whole on every device -> those of its rows, and its stretch of the video where rows are cut."""
+    """Visual tokens [B,F,m,D] of all frames, whole on every device -> what `gather_frames` gives of them."""
     if not isinstance(c, LocalConfig):
         return visual
     if c.row_axis and c.row_axis in c.frame_axes:

@@ -13,9 +13,10 @@ from hybridvlm.reduction.choose import frames_of, ranks
 
 @dataclasses.dataclass(frozen=True)
 class PixelSelection:
-    """Which tokens enter the tower: what `encode` is told by a plan whose method chooses by pixels (`ReductionPlan.pixel_selection`).
+    """Which tokens enter the tower: what `encode` is told, as `keep`, by a plan whose method chooses by pixels.
 
-    It says all that the encoding depends on, so that plans and questions which agree in it share one.
+    `ReductionPlan.pixel_selection` makes it. It says all that the encoding depends on, so that plans and questions which
+    agree in it share one.
 
     Attributes:
         method: of the registry, one that needs "pixels".

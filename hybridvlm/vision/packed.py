@@ -1,7 +1,8 @@
 """Tower and connector over chosen tokens alone: the patches of the others never enter.
 
-Of a transformer the patches that are kept of many frames run packed (`hybridvlm.ops.pack`), each among those of its own frame and
-with the frame's class and register tokens, where the tower has them. A convolutional stem sees every patch by itself anyway.
+Of a transformer, the patches that are kept of many frames run packed (`hybridvlm.ops.pack`), each among those of its
+own frame and with the frame's class and register tokens, where the tower has them. A convolutional stem sees every
+patch by itself anyway.
 """
 
 from __future__ import annotations

@@ -127,6 +127,7 @@ REDUCED = Reduction("str", 0.25, schedule=Schedule(floor=0.05))
 LOOKAHEAD = Reduction("str-lookahead", 0.25, schedule=Schedule(floor=0.05))
 AFTER_ATTENTION = Reduction("str-attention", 0.6, schedule=Schedule(floor=0.05))
 BEST_FRAMES = dataclasses.replace(REDUCED, drop_text="best-frames")
+EVS_PIXELS = Reduction("evs-pixels:0.5+str:0.6")
 # name -> (config, sizes of the mesh, reduction, questions in a batch, whether conversations are held); those that begin with
 # "memory" go on from a video memory on the mesh, and are compared with whole prompts on one device
 CASES = {
@@ -180,6 +181,9 @@ CASES = {
     "vamba fsdp=4 sequence=2": ("vamba", {"fsdp": 4, "sequence": 2}, None, 3, False),
     "vamba data=2 sequence=2 tensor=2": ("vamba", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED_TEXT, 3, True),
     "vamba dense sequence=4 tensor=2": ("vamba", {"sequence": 4, "tensor": 2}, None, 1, True),
+    "hybrid evs-pixels": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, EVS_PIXELS, 3, False),
+    "qwen evs-pixels": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, EVS_PIXELS, 1, True),
+    "vamba evs-pixels": ("vamba", {"data": 2, "sequence": 4}, Reduction("evs-pixels", 0.5), 3, False),
     "vamba evs": ("vamba", {"data": 2, "sequence": 4}, Reduction("evs", 0.5), 3, False),
     "vamba avgpool": ("vamba", {"data": 2, "sequence": 4}, Reduction("avgpool", 0.25), 3, False),
 }
@@ -230,7 +234,10 @@ def batch_of(model: Model, rows: int, reduction: Reduction | None):
 def run(model: Model, rows: int, reduction: Reduction | None, memory: bool = False):
     """What a model on one device and on a mesh must agree on: an answer, and what is drawn after a piece of text behind the prompt."""
     batch, plan, pixels = batch_of(model, rows, reduction)
-    visual = model.encode(pixels, attention=plan is not None and plan.needs_attention)
+    if plan is not None and plan.pixel_selection is not None:
+        visual = model.encode(pixels, keep=plan.pixel_selection, frame_count=batch.frame_count)
+    else:
+        visual = model.encode(pixels, attention=plan is not None and plan.needs_attention)
     if memory:
         visual = model.build_video_memory(batch, visual, plan)
     generation = model.generate(batch, visual, plan, max_new=5)

@@ -1,6 +1,7 @@
 """Towers over chosen tokens alone, against each frame by itself with all other patches masked out."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.config import VisionConfig
-from hybridvlm.ops.pack import attend_in_frames, pack, pack_sizes
+from hybridvlm.ops.pack import pack, pack_sizes
 from hybridvlm.ops.rope import axial_angles, rotate_pairs
 from hybridvlm.vision import VisionModel, encode_chosen, encode_frames, packed_sizes, token_values
 from hybridvlm.vision.connector import connect
@@ -41,8 +42,8 @@ def world(name, frames=FRAMES):
     shape = (frames, *((config.temporal_patch,) if config.temporal_patch > 1 else ()), *config.image_size, 3)
     pixels = rng.integers(0, 256, shape, np.uint8)
     scaled = jnp.asarray(pixels, jnp.float32) / 255
-    params = VisionModel(config, WIDTH).init(jax.random.key(0), scaled, jnp.arange(frames))["params"]
-    params = jax.tree.map(lambda a: a + 0.3 * jnp.asarray(np.random.default_rng(a.size).normal(size=a.shape)), params)
+    shapes = jax.eval_shape(VisionModel(config, WIDTH).init, jax.random.key(0), scaled, jnp.arange(frames))["params"]
+    params = jax.tree.map(lambda a: (0.3 * rng.standard_normal(a.shape)).astype(np.float32), shapes)
     return config, params, pixels, scaled
 
 
@@ -64,7 +65,7 @@ def one_frame(params, config, frame, chosen, number):
         x = (x + position_table(p["position"], rows, cols)).reshape(rows * cols, -1)
         x = jnp.concatenate([p["prefix"], x])
         row_token = (np.arange(rows)[:, None] // d * (cols // d) + np.arange(cols) // d).reshape(-1)
-        turn, seen = lambda h: h, np.concatenate([np.ones(config.prefix_tokens, bool), chosen[row_token]])
+        turn, seen = lambda h: h, jnp.concatenate([jnp.ones(config.prefix_tokens, bool), chosen[row_token]])
 
     def attend(q, k, v):
         score = jnp.einsum("fqhp,fkhp->fhqk", q, k) / np.sqrt(q.shape[-1])
@@ -80,61 +81,69 @@ def one_frame(params, config, frame, chosen, number):
     return connect(params["projector"], config, x, jnp.asarray([number]))[0]
 
 
-def run(config, params, pixels, chosen, kept, chunk=128, part=None):
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "part"))
+def encoded(params, config, values, chosen, sizes, part=(0, 1)):
+    frame = jnp.arange(len(values))
+    return encode_chosen(params, config, values, chosen, frame, config.grid, sizes, part=part)
+
+
+def run(config, params, pixels, chosen, kept, chunk=128, part=(0, 1)):
     """The tokens that `encode_chosen` gives, by place: [N,m,D], NaN where there is none."""
-    values = jnp.asarray(token_values(config, pixels))
-    sizes = packed_sizes(config, len(pixels), CELLS, kept, chunk, 1 if part is None else part[1])
-    grid = config.grid
-    tokens, at = encode_chosen(
-        params, config, values, jnp.asarray(chosen), jnp.arange(len(pixels)), grid, sizes, part=part or (0, 1)
-    )
+    values = token_values(config, pixels)
+    sizes = packed_sizes(config, len(pixels), CELLS, kept, chunk, part[1])
+    tokens, at = map(np.asarray, encoded(params, config, values, np.asarray(chosen), sizes, part))
     out = np.full((len(pixels) * CELLS, tokens.shape[-1]), np.nan, np.float32)
-    real = np.asarray(at) < len(out)
-    out[np.asarray(at)[real]] = np.asarray(tokens)[real]
+    out[at[at < len(out)]] = tokens[at < len(out)]
     return out.reshape(len(pixels), CELLS, -1)
 
 
 CHOICES = {
     "first frame and a few": [6, 0, 2, 5, 1, 0],
-    "all of some": [6, 6, 6, 0, 0, 0],
+    "all of some": [6, 6, 2, 0, 0, 0],
     "alike": [2, 2, 2, 2, 2, 2],
     "fewer than there is room": [6, 1, 0, 0, 0, 0],
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["radio", "qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("radio of tubelets", "qwen2"))]
+    "name", ["radio", *(pytest.param(n, marks=pytest.mark.slow) for n in ("radio of tubelets", "qwen2", "qwen3"))]
 )
 def test_chosen_patches_see_those_of_their_own_frame(name):
-    """However much each frame keeps, and in however many chunks: as the frame by itself with the others masked out."""
+    """However much each frame keeps: as the frame by itself, with the others masked out."""
     config, params, pixels, scaled = world(name)
+    reference = jax.jit(one_frame, static_argnums=1)
     for choice, counts in CHOICES.items():
         rng = np.random.default_rng(1)
         chosen = np.stack([np.isin(np.arange(CELLS), rng.permutation(CELLS)[:n]) for n in counts])
-        kept = max(chosen.sum(), 9)
-        for chunk in (128, 1) if choice == "first frame and a few" else (128,):
-            got = run(config, params, pixels, chosen, kept, chunk)
-            assert np.array_equal(np.isfinite(got).all(-1), chosen), choice
-            for i in np.flatnonzero(chosen.any(1)):
-                want = np.asarray(one_frame(params, config, scaled[i], chosen[i], i))
-                np.testing.assert_allclose(got[i][chosen[i]], want[chosen[i]], atol=1e-5 * np.abs(want).max())
+        got = run(config, params, pixels, chosen, 14)
+        assert np.array_equal(np.isfinite(got).all(-1), chosen), choice
+        for i in np.flatnonzero(chosen.any(1)):
+            want = np.asarray(reference(params, config, scaled[i], chosen[i], i))
+            np.testing.assert_allclose(got[i][chosen[i]], want[chosen[i]], atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name", ["qwen3", "stem", *(pytest.param(n, marks=pytest.mark.slow) for n in ("radio", "qwen2"))]
+)
 def test_all_tokens_are_the_whole_tower(name):
     config, params, pixels, scaled = world(name)
-    want = np.asarray(encode_frames(params, config, scaled, jnp.arange(FRAMES)))
+    whole = jax.jit(encode_frames, static_argnums=1)
+    want = np.asarray(whole(params, config, scaled, jnp.arange(FRAMES)))
     got = run(config, params, pixels, np.ones((FRAMES, CELLS), bool), FRAMES * CELLS)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-def test_parts_of_the_chunks_together_are_the_whole():
-    config, params, pixels, _ = world("radio")
-    chosen = np.random.default_rng(2).random((FRAMES, CELLS)) < 0.5
-    whole = run(config, params, pixels, chosen, chosen.sum())
-    parts = np.stack([run(config, params, pixels, chosen, chosen.sum(), part=(i, 3)) for i in range(3)])
+@pytest.mark.parametrize("name", ["radio", pytest.param("stem", marks=pytest.mark.slow)])
+def test_chunks_and_parts_of_them_are_the_whole(name):
+    """A few frames' rows at a time, as a long video has them, and a device's part of them, as a mesh has them."""
+    config, params, pixels, _ = world(name)
+    chosen = np.random.default_rng(2).random((FRAMES, CELLS)) < 0.4
+    whole = run(config, params, pixels, chosen, 14)
+    near = 1e-5 * np.nanmax(np.abs(whole))
+    np.testing.assert_allclose(run(config, params, pixels, chosen, 14, chunk=1), whole, atol=near)
+    parts = np.stack([run(config, params, pixels, chosen, 14, part=(i, 2)) for i in range(2)])
     assert np.array_equal(np.isfinite(parts).all(-1).sum(0), chosen)
-    np.testing.assert_allclose(np.nansum(parts, axis=0), np.nan_to_num(whole), atol=1e-5 * np.nanmax(np.abs(whole)))
+    np.testing.assert_allclose(np.nansum(parts, axis=0), np.nan_to_num(whole), atol=near)
 
 
 def test_packing_holds_whatever_is_chosen():
@@ -146,7 +155,7 @@ def test_packing_holds_whatever_is_chosen():
         sizes = pack_sizes(frames, cells, kept, patches=4, prefix=3, chunk_frames=chunk, devices=devices)
         assert sizes.chunks % devices == 0
         fn = jax.jit(pack, static_argnums=1)
-        for _ in range(20):
+        for _ in range(10):
             skew = rng.random((frames, 1)) ** rng.integers(1, 8)
             flat = np.argsort(-(skew * rng.random((frames, cells)) ** 0.3).reshape(-1))[:kept]
             chosen = np.zeros(frames * cells, bool)
@@ -167,15 +176,6 @@ def test_sizes_are_near_what_is_kept():
     assert sizes.chunks == 1 and sizes.rows / (64 * sizes.whole) < 1.01 and len(sizes.slots) <= 6
     assert sum((high - low) * rows**2 for low, high, rows in sizes.slots) / (64 * sizes.whole**2) < 1.7
     long = pack_sizes(1024, 256, 1024 * 128, patches=4, prefix=10, chunk_frames=128)
-    assert long.chunks == 5 and long.chunks * long.rows / (512 * long.whole) < 1.03
+    assert long.chunks == 4 and long.chunks * long.rows / (512 * long.whole) < 1.03
     with pytest.raises(ValueError, match=r"kept must lie in 1\.\.12"):
         pack_sizes(2, 6, 13, patches=4, prefix=0, chunk_frames=128)
-
-
-def test_attention_gradients_reach_what_was_chosen():
-    sizes = pack_sizes(3, 4, 6, patches=1, prefix=0, chunk_frames=128)
-    chosen = jnp.asarray([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]], bool)
-    packing = jax.tree.map(lambda a: a[0], pack(chosen, sizes))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, sizes.rows, 1, 4)), jnp.float32)
-    grad = jax.grad(lambda v: attend_in_frames(packing, sizes)(x, x, v)[0, 0].sum())(x)
-    assert np.array_equal(np.abs(np.asarray(grad))[0, :, 0].sum(-1) > 0, np.asarray(packing.source) < 4)

@@ -1,4 +1,4 @@
-"""Encoding the tokens that were chosen by their pixels, on one device and on a mesh; those of the others are not numbers."""
+"""Encoding the tokens that were chosen by their pixels, and those alone, on one device and on a mesh."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hybridvlm.vision import encode_chosen, encode_frames, packed_sizes, token_v
 def encode_kept(
     params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array, keep: PixelSelection, frame_count: jax.Array
 ) -> jax.Array:
-    """Frames [B,F,h,w,3] uint8, or tubelets, of which frame_count [B] are real -> visual tokens [B,F,m,D + 1] of those that `keep`
-    chooses. The last channel is 1 for these; the others are NaN, and 0 there.
+    """Visual tokens [B,F,m,D + 1], those that `keep` chooses: their last channel is 1; the others are NaN, and 0 there.
 
+    pixels [B,F,h,w,3] uint8, or tubelets [B,F,t,h,w,3], of which frame_count [B] are real.
     On a mesh every device looks at all frames of its rows to choose, and encodes an even part of what was chosen.
     """
     if pixels.dtype != jnp.uint8:
@@ -82,7 +82,7 @@ def _whole_frames(
 
 
 def check_kept(config: ModelConfig, visual: jax.Array | None, plan: ReductionPlan | None) -> None:
-    """ValueError for visual tokens that were not encoded for a plan: of chosen tokens alone, or for one that chooses by pixels."""
+    """ValueError for visual tokens that were encoded for a plan of another kind: chosen ones alone, or all."""
     if visual is None:
         return
     planes = 0 if config.vision is None else len(config.vision.deepstack)

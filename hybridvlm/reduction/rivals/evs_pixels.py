@@ -1,14 +1,14 @@
 """EVS as its paper has it (Efficient Video Sampling, arXiv 2510.14624): by pixels, so that the tower is spared, too.
 
-The score of a token is the sum of absolute differences between the pixels of its patches (the 2x2 of a pixel shuffle or a merger
-together) and those at the same place one frame earlier; where a patch holds several frames (Qwen, Nemotron 3 Omni), one tubelet
-earlier. The first frame is whole. The released code, and `evs` here, scores features after the tower instead, which then sees
-every frame.
+The score of a token is the sum of absolute differences between the pixels of its patches (the 2x2 of a pixel shuffle or
+a merger together) and those at the same place one frame earlier; where a patch holds several frames (Qwen, Nemotron 3
+Omni), one tubelet earlier. The first frame is whole. The released code, and `evs` here, scores features after the
+tower, which then sees every frame.
 
-Of the paper's choices, the count is static here, as in the released code: the largest changes of the video, not those above a
-threshold; and positions are kept. Pixels are whole numbers, so that their differences are exact: a still camera gives ties, which go
-to the earlier token. Of a token that is not kept nothing enters the tower, so that the others of its frame do not see it either:
-features are not those that `evs` would keep.
+The count is static here, as in the released code: the largest changes of the video, not those above a threshold.
+Positions are kept. Pixels are whole numbers, so that their differences are exact: where nothing moves they are ties,
+which go to the earlier token. Of a token that is not kept nothing enters the tower, so that the others of its frame do
+not see it either: their features are not those that `evs` would keep.
 """
 
 from __future__ import annotations
