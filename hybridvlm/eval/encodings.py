@@ -18,7 +18,7 @@ CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the q
 
 
 class Encoding(NamedTuple):
-    """What a method has the tower do: all of a video, or what its plan keeps before the tower; with the tower's attention or without."""
+    """What a method has the tower do: all of a video, or what its plan keeps of it; with the tower's attention or without."""
 
     keep: PixelSelection | None = None
     attention: bool = False
