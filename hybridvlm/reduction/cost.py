@@ -171,6 +171,16 @@ def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
     return frames * (embed + v.layers * block + connect)
 
 
+def shrunk_vision_flops(vision: VisionConfig, frames: int, share: float, width: int) -> int:
+    """Operations of the tower and its connector over frames that are scaled down to a share of their area."""
+    side = (vision.image_size[0], round(vision.image_size[1] * share))
+    if side[1] % (vision.patch_size * vision.downsample):
+        # the same number of patches in any shape of a frame
+        step = vision.patch_size * vision.downsample
+        side = (step, round(share * vision.tokens_per_frame) * step)
+    return vision_flops(dataclasses.replace(vision, image_size=side), frames, width)
+
+
 def packed_vision_flops(vision: VisionConfig, frames: int, kept: int, width: int) -> int:
     """Operations of the tower and its connector where `kept` of the tokens of `frames` frames enter, chosen by their pixels.
 

@@ -68,9 +68,7 @@ def frame_text(
             "leave it out"
         )
     if pools:
-        raise BudgetError(
-            f"{name}: drop_text={rule!r} goes with methods that drop, and avgpool merges frames", 1.0, 1.0
-        )
+        raise BudgetError(f"{name}: drop_text={rule!r} goes with methods that drop, and this one merges", 1.0, 1.0)
     if frames * size > text_tokens:
         raise BudgetError(
             f"drop_text={rule!r}: {frames} frames with up to {size} text tokens of their own do not fit a text bucket of "

@@ -21,10 +21,12 @@ class PixelSelection:
     Attributes:
         method: of the registry, one that needs "pixels".
         rate: share of the tokens that it keeps, by its own rule of counting.
+        shrinks: (rows, columns) of a frame's tokens that become one, by pixels that are averaged before the tower.
     """
 
     method: str
     rate: float
+    shrinks: tuple[int, int] = (1, 1)
 
     def count(self, frames: int, cells: int) -> int:
         """Tokens that are kept of a video of `frames` frames of `cells` tokens."""

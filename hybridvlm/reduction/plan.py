@@ -213,8 +213,16 @@ class ReductionPlan:
     @property
     def pixel_selection(self) -> PixelSelection | None:
         """What `encode` has to be told, as `keep`, by a plan whose method chooses before the tower; None for all others."""
-        chooses = "pixels" in methods.get_method(self.input_method).needs and self.drops_input
-        return PixelSelection(self.input_method, self.input_rate) if chooses else None
+        if "pixels" not in methods.get_method(self.input_method).needs:
+            return None
+        if self.pool_factors != (1, 1, 1):
+            return PixelSelection(self.input_method, 1.0, self.pool_factors[1:])
+        return PixelSelection(self.input_method, self.input_rate) if self.drops_input else None
+
+    @property
+    def merges(self) -> bool:
+        """Whether visual tokens are merged behind the tower, by `methods.merge_fn`."""
+        return self.pool_factors != (1, 1, 1) and self.pixel_selection is None
 
     @property
     def retention_mean(self) -> float:
@@ -347,11 +355,11 @@ def make_plan(
         frames=frames,
         size=frame_text,
         whole=methods.get_method(outer).encodes is not None,
-        pools=outer == "avgpool",
+        pools=methods.get_method(outer).phase == "merge",
     )
     fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size, outer, decoder, own_text)
     pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
-    if outer == "avgpool":
+    if methods.get_method(outer).phase == "merge":
         pool, grid = fit.pool(rate)
     elif methods.get_method(outer).count is not None:
         rule, (share, kept) = outer, fit.own_count(methods.get_method(outer), rate)
@@ -363,7 +371,8 @@ def make_plan(
     lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
     dense = [visual_tokens] * len(config.pattern)
     scoring = fit.scoring(relative, entering)
-    vision, dense_vision = fit.vision(share / SHARE_ONE), fit.vision(None)
+    handed = share / SHARE_ONE if pool == (1, 1, 1) else decoder_input / visual_tokens
+    vision, dense_vision = fit.vision(handed), fit.vision(None)
 
     def cost(visual: Sequence[int], score: int, vision: int) -> Cost:
         rows = fit.rows(visual)

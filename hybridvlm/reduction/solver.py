@@ -104,6 +104,15 @@ class BudgetSolver:
         self.layers = len(config.pattern)
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
+        if (
+            self.outer.phase == "merge"
+            and "pixels" in self.outer.needs
+            and config.vision
+            and config.vision.kind == "stem"
+        ):
+            raise BudgetError(
+                f"{outer} scales frames down, and this model's stem has one size; take frames or avgpool", 1.0, 1.0
+            )
         if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
             able = ", ".join(
                 m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs
@@ -149,6 +158,8 @@ class BudgetSolver:
         frames = self.frames
         if share is not None and self.outer.encodes is not None:
             frames = self.outer.encodes(frames, share)
+        if share is not None and self.outer.phase == "merge" and "pixels" in self.outer.needs:
+            return flops.shrunk_vision_flops(tower, frames, share, self.config.width)
         if share is not None and "pixels" in self.outer.needs and self.outer.encodes is None:
             kept = min(self.visual, max(1, round(self.visual * share)))
             return flops.packed_vision_flops(tower, frames, kept, self.config.width)
@@ -207,15 +218,16 @@ class BudgetSolver:
         return min(range(1, SHARE_ONE + 1), key=lambda share: abs(ratio(share) - rate))
 
     def pool(self, rate: float) -> tuple[tuple[int, int, int], tuple[int, int]]:
-        """(pool_factors, grid): the smallest blocks whose size is nearest 1/rate."""
-        m = self.tokens_per_frame("avgpool")
+        """(pool_factors, grid): the smallest blocks whose size is nearest 1/rate; of a method by pixels, blocks inside a frame."""
+        name, by_pixels = self.outer.name, "pixels" in self.outer.needs
+        m = self.tokens_per_frame(name)
         vision = self.config.vision
         grid = vision.grid if vision is not None else (math.isqrt(m), math.isqrt(m))
         if grid[0] * grid[1] != m:
-            raise ValueError(f"avgpool needs the grid of a frame: {m} tokens per frame do not fill one of {grid}")
+            raise ValueError(f"{name} needs the grid of a frame: {m} tokens per frame do not fill one of {grid}")
         options = [
             (t, h, w)
-            for t in range(1, self.frames + 1)
+            for t in range(1, 2 if by_pixels else self.frames + 1)
             for h in range(1, grid[0] + 1)
             for w in range(1, grid[1] + 1)
             if not (grid[0] % h or grid[1] % w)
@@ -223,7 +235,8 @@ class BudgetSolver:
 
         def share(f: tuple[int, int, int]) -> float:
             if self.counts_flops and "+" not in self.reduction.method:
-                return self.work((SHARE_ONE,) * self.layers, pooled_tokens(self.frames, grid, f), 1.0)
+                entering = pooled_tokens(self.frames, grid, f)
+                return self.work((SHARE_ONE,) * self.layers, entering, entering / self.visual if by_pixels else 1.0)
             return 1.0 / (f[0] * f[1] * f[2])
 
         best = min(options, key=lambda f: (round(abs(share(f) - rate), 9), max(f), f))
@@ -231,7 +244,7 @@ class BudgetSolver:
             shares = sorted(round(share(f), 4) for f in options)
             near = sorted(set(shares), key=lambda s: abs(s - rate))[:4]
             raise BudgetError(
-                f"avgpool merges whole blocks of a {grid[0]}x{grid[1]} grid and cannot keep {rate:g}; "
+                f"{name} merges whole blocks of a {grid[0]}x{grid[1]} grid and cannot keep {rate:g}; "
                 f"the nearest budgets it can are {', '.join(f'{s:g}' for s in sorted(near))}",
                 shares[0],
                 shares[-1],

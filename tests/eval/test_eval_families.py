@@ -131,7 +131,7 @@ def test_the_command_runs(world, tmp_path, monkeypatch, capsys, name):
 
 
 RIVALS = {
-    "features": "vidcom2,frames,divprune,divprune-frame,dycoke,tome,prunevid-outer,prunevid:0.5,vidcom2:0.8+str:0.8",
+    "features": "vidcom2,frames,resolution:0.5,divprune,divprune-frame,dycoke,tome,prunevid-outer,prunevid:0.5,vidcom2:0.8+str:0.8",
     "attention": "visionzip,fastvid,holitom-outer,flashvid-outer,holitom:0.6,flashvid:0.6,flashvid-outer:0.8+oneshot-last@0.7:0.9",
     "inside": "oneshot,oneshot-max,oneshot-last,dart,sparsevlm,holitom-inner,framefusion,utrc",
 }
@@ -163,7 +163,7 @@ def test_text_of_frames_is_dropped_from_the_command_line(world, tmp_path, capsys
     """Time stamps go with their frames; replies are those of ask; models without any, and methods that merge frames, say so."""
     methods = ["--methods", "str:0.6,frames:0.5,avgpool:0.5", "--limit", "2", "--batch-size", "2"]
     assert run(world, name, tmp_path / "out", *methods, "--drop-text", "best-frames") == 0
-    assert "drop_text='best-frames' goes with methods that drop, and avgpool merges frames" in capsys.readouterr().err
+    assert "drop_text='best-frames' goes with methods that drop, and this one merges" in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["n"] for row in results["rows"]] == [2, 2, 2]
     for extra in results["details"][1:]:

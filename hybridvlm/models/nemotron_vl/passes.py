@@ -105,7 +105,7 @@ def enter_decoder(
         raise ValueError(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
-    if plan is not None and plan.pool_factors != (1, 1, 1):
+    if plan is not None and plan.merges:
         visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
     if plan is not None and plan.drops_input:
         visual, attention = split_attention(config, _needed(plan, visual))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.ops.pack import CHUNK
-from hybridvlm.parallel.frames import all_frames, own_frames, own_part
+from hybridvlm.parallel.frames import all_frames, frame_numbers, gather_frames, own_frames, own_part
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.vision import encode_chosen, encode_frames, packed_sizes, token_values
@@ -26,6 +26,8 @@ def encode_kept(
     """
     if pixels.dtype != jnp.uint8:
         raise ValueError(f"pixels: {keep.method} compares whole values, uint8, got {pixels.dtype}")
+    if keep.shrinks != (1, 1):
+        return _shrunk(params, config, pixels, keep.shrinks)
     tower, here = config.tower, pixels.shape[1]
     pixels = all_frames(config, pixels)
     b, frames = pixels.shape[:2]
@@ -49,6 +51,17 @@ def encode_kept(
     absent = jnp.full((1, tokens.shape[1]), jnp.nan, tokens.dtype).at[0, -1].set(0)
     visual = jnp.concatenate([tokens, absent])[row].reshape(b, frames, cells, -1)
     return own_frames(config, visual)
+
+
+def _shrunk(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array, by: tuple[int, int]) -> jax.Array:
+    """Visual tokens [B,F,m',D + 1] of frames whose pixels are averaged over blocks of by[0] x by[1]; the last channel is 1."""
+    b, f, *inner, height, width, channels = pixels.shape
+    shown = pixels.reshape(b * f, *inner, height // by[0], by[0], width // by[1], by[1], channels)
+    shown = jnp.mean(shown.astype(jnp.float32), axis=(-4, -2)) / 255
+    frame = jnp.tile(frame_numbers(config, f), b)
+    tokens = encode_frames(params, config.tower, shown, frame, dtype=params["embed"].dtype)
+    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+    return gather_frames(config, tokens.reshape(b, f, *tokens.shape[1:]))
 
 
 def _whole_frames(
@@ -97,3 +110,10 @@ def check_kept(config: ModelConfig, visual: jax.Array | None, plan: ReductionPla
         raise ValueError(
             f"visual: {keep.method} chooses by pixels, before the tower; encode with keep=plan.pixel_selection"
         )
+    if keep is not None and keep.shrinks != (1, 1):
+        assert plan is not None
+        m = plan.decoder_tokens // plan.decoder_frames
+        if visual.shape[2] != m:
+            raise ValueError(
+                f"visual: {keep.method} has {m} tokens of a frame here, got {visual.shape[2]}; encode for this plan"
+            )

@@ -17,6 +17,7 @@ from hybridvlm.reduction.rivals import frames as frames
 from hybridvlm.reduction.rivals import holitom as holitom
 from hybridvlm.reduction.rivals import oneshot as oneshot
 from hybridvlm.reduction.rivals import prunevid as prunevid
+from hybridvlm.reduction.rivals import resolution as resolution
 from hybridvlm.reduction.rivals import sparsevlm as sparsevlm
 from hybridvlm.reduction.rivals import tome as tome
 from hybridvlm.reduction.rivals import utrc as utrc
