@@ -144,7 +144,8 @@ class Family(Protocol):
     ) -> jax.Array:
         """Pixels -> visual tokens [B,F,m,D]; with `attention` also how much the tower attends to each, see `encode_frames`.
 
-        keep: choose tokens of the frame_count [B] real frames by their pixels, and encode these alone: [B,F,m,D + 1], see `encode_kept`.
+        keep: choose tokens of the frame_count [B] real frames by their pixels, and encode these alone: [B,F,m,D + 1], see
+        `encode_kept`.
         """
         ...
 

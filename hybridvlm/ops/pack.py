@@ -67,7 +67,15 @@ class PackSizes:
 
 
 def pack_sizes(
-    frames: int, cells: int, kept: int, *, patches: int, prefix: int, chunk_frames: int, devices: int = 1
+    frames: int,
+    cells: int,
+    kept: int,
+    *,
+    patches: int,
+    prefix: int,
+    chunk_frames: int,
+    devices: int = 1,
+    align: int = 1,
 ) -> PackSizes:
     """The sizes of a packing.
 
@@ -79,6 +87,7 @@ def pack_sizes(
         prefix: rows of a frame besides.
         chunk_frames: a chunk has about the rows of so many whole frames at most.
         devices: among which chunks are dealt; their number is a multiple.
+        align: the rows of a slot are a multiple, as kernels want them: a slot of another size would be copied into one.
 
     Raises:
         ValueError: unless 1 <= kept <= frames * cells.
@@ -94,11 +103,11 @@ def pack_sizes(
     rows = min(total, total // chunks + whole * (chunks > 1), each * whole)
     tokens = min(kept, kept // chunks + cells * (chunks > 1), each * cells)
     bounds = [min(cells, kept // (place * chunks + 1)) for place in range(each)]
-    slots = _slots([bound for bound in bounds if bound], patches, prefix)
+    slots = _slots([bound for bound in bounds if bound], patches, prefix, align)
     return PackSizes(frames, cells, kept, patches, prefix, chunks, tokens, rows, slots)
 
 
-def _slots(bounds: list[int], patches: int, prefix: int) -> tuple[tuple[int, int, int], ...]:
+def _slots(bounds: list[int], patches: int, prefix: int, align: int) -> tuple[tuple[int, int, int], ...]:
     """Falling bounds of tokens by place, as slots of few sizes."""
     shrink = min(_SHRINK, (bounds[-1] / bounds[0]) ** (1 / _CLASSES))
     edges = [0]
@@ -106,7 +115,10 @@ def _slots(bounds: list[int], patches: int, prefix: int) -> tuple[tuple[int, int
         if bound < shrink * bounds[edges[-1]]:
             edges.append(place)
     stops = [*edges[1:], len(bounds)]
-    return tuple((first, stop, prefix + patches * bounds[first]) for first, stop in zip(edges, stops, strict=True))
+    needed = [prefix + patches * bounds[first] for first in edges]
+    return tuple(
+        (first, stop, -(-rows // align) * align) for first, stop, rows in zip(edges, stops, needed, strict=True)
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ import numpy as np
 
 from hybridvlm.config import VisionConfig
 from hybridvlm.ops.pack import Packing, PackSizes, attend_in_frames, pack, pack_sizes
+from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.rope import axial_angles, rotate_pairs
 from hybridvlm.vision.connector import connect_tokens
 from hybridvlm.vision.qwen_vit import merge_order, position_rows, qwen_merge
@@ -51,7 +52,10 @@ def token_values(config: VisionConfig, pixels: Any) -> Any:
 def packed_sizes(config: VisionConfig, frames: int, cells: int, kept: int, chunk: int, devices: int = 1) -> PackSizes:
     """How `kept` of the tokens of `frames` frames of `cells` tokens are packed for a tower; see `pack_sizes`."""
     patches, prefix = rows_of_tower(config)
-    return pack_sizes(frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=chunk, devices=devices)
+    align = 128 if platform() == "tpu" else 1
+    return pack_sizes(
+        frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=chunk, devices=devices, align=align
+    )
 
 
 def rows_of_tower(config: VisionConfig) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def test_the_plan_counts_the_tower_by_what_enters():
     assert "from pixels, over dense" in half.explain()
     assert plan("evs-pixels:0.25").cost.vision < 0.3 * half.dense_cost.vision
     with pytest.raises(
-        ValueError, match="evs-pixels keeps the first frame whole: of 4 frames it can keep 0.25 or more"
+        ValueError, match=r"evs-pixels keeps the first frame whole: of 4 frames it can keep 0\.25 or more"
     ):
         plan("evs-pixels:0.1", frames=4)
 

@@ -31,7 +31,7 @@ from hybridvlm.reduction.pixels import PixelSelection
     needs=("pixels",),
 )
 def evs_pixels(values: jax.Array, frame_count: jax.Array, keep: PixelSelection) -> jax.Array:
-    """before the tower, the tokens whose pixels changed most since the previous frame; the first frame whole"""
+    """before the tower, tokens whose pixels changed most since the last frame; the first frame whole"""
     whole = values.astype(jnp.int16)
     change = jnp.sum(jnp.abs(whole[:, 1:] - whole[:, :-1]).astype(jnp.int32), axis=-1).astype(jnp.float32)
     first = jnp.full((values.shape[0], 1, values.shape[2]), jnp.inf, jnp.float32)
