@@ -86,7 +86,17 @@ def _asked(works: Mapping[str, Workload]) -> str:
     work = next(iter(works.values()))
     c, count = work.config, f"{work.frames:,} frames ({work.visual_tokens:,} visual tokens)"
     batch = f"{work.batch} prompt{'s' * (work.batch > 1)} at once"
-    return f"{c.name or 'model'}: {count}, {work.text:,} text tokens, {batch}, {work.max_new} new tokens, {work.dtype}"
+    lines = [
+        f"{c.name or 'model'}: {count}, {work.text:,} text tokens, {batch}, {work.max_new} new tokens, {work.dtype}"
+    ]
+    for name, other in works.items():
+        if other.reduction is not None:
+            plan = other.plan
+            said = (
+                f"{plan.flop_speedup:.2f}x fewer decoder FLOPs than dense, {1 / plan.total_flop_ratio:.2f}x from pixels"
+            )
+            lines.append(f"{name}: {said}")
+    return "\n".join(lines)
 
 
 def survey_text(works: Mapping[str, Workload], tables: Mapping[str, list[dict[str, Any]]]) -> str:
