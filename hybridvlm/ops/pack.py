@@ -116,7 +116,9 @@ def _slots(bounds: list[int], patches: int, prefix: int, align: int) -> tuple[tu
             edges.append(place)
     stops = [*edges[1:], len(bounds)]
     needed = [prefix + patches * bounds[first] for first in edges]
-    return tuple((first, stop, -(-rows // align) * align) for first, stop, rows in zip(edges, stops, needed, strict=True))
+    return tuple(
+        (first, stop, -(-rows // align) * align) for first, stop, rows in zip(edges, stops, needed, strict=True)
+    )
 
 
 @jax.tree_util.register_dataclass
