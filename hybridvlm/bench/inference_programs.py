@@ -163,7 +163,7 @@ class _OnMesh:
         plan, length = self.shapes.plan, self.shapes.question
         build, given = self.memory()
         shared = jax.eval_shape(build, *given)
-        if self.mesh.size > 1:
+        if isinstance(self.part, LocalConfig):
             shared = self.laid_out(shared, self.family.memory_specs(self.part, plan))
         row = self.over_rows(length)
         batch = Batch(row, row, row, self.over_rows())
