@@ -125,6 +125,8 @@ class Run:
         first = next(
             (plan.input_method for plan in self.plans if plan is not None and plan.input_method != "none"), None
         )
+        if any(plan is not None and plan.pixel_selection is not None for plan in self.plans):
+            raise ValueError(f"training under {first} is not supported: it encodes whole videos; train under evs, say")
         if first is not None and d.segments > 1:
             raise ValueError(
                 f"{first} works on one video a row, and Data.segments packs up to {d.segments} into one; set it to 1"

@@ -109,13 +109,13 @@ CHOICES = {
     "name", ["radio", *(pytest.param(n, marks=pytest.mark.slow) for n in ("radio of tubelets", "qwen2", "qwen3"))]
 )
 def test_chosen_patches_see_those_of_their_own_frame(name):
-    """However much each frame keeps: as the frame by itself, with the others masked out."""
+    """However much each frame keeps, a few frames' rows at a time: as the frame by itself, with the others masked out."""
     config, params, pixels, scaled = world(name)
     reference = jax.jit(one_frame, static_argnums=1)
     for choice, counts in CHOICES.items():
         rng = np.random.default_rng(1)
         chosen = np.stack([np.isin(np.arange(CELLS), rng.permutation(CELLS)[:n]) for n in counts])
-        got = run(config, params, pixels, chosen, 14)
+        got = run(config, params, pixels, chosen, 14, chunk=1)
         assert np.array_equal(np.isfinite(got).all(-1), chosen), choice
         for i in np.flatnonzero(chosen.any(1)):
             want = np.asarray(reference(params, config, scaled[i], chosen[i], i))
@@ -133,7 +133,7 @@ def test_all_tokens_are_the_whole_tower(name):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["radio", pytest.param("stem", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["stem", pytest.param("radio", marks=pytest.mark.slow)])
 def test_chunks_and_parts_of_them_are_the_whole(name):
     """A few frames' rows at a time, as a long video has them, and a device's part of them, as a mesh has them."""
     config, params, pixels, _ = world(name)

@@ -74,7 +74,7 @@ def block_of(length: int, most: int) -> tuple[int, int]:
 
     Where all add much, the largest of those that add least: of 1,034 rows three blocks of 384, as many as nine of 128.
     """
-    sizes = [size for size in range(most // LANES * LANES, 0, -LANES)] or [LANES]
+    sizes = list(range(most // LANES * LANES, 0, -LANES)) or [LANES]
     rows = {size: -(-length // size) * size for size in sizes}
     size = next((size for size in sizes if rows[size] <= 1.04 * length), min(sizes, key=lambda size: rows[size]))
     return size, rows[size] // size
