@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hybridvlm.config import BUDGET_KINDS
 from hybridvlm.errors import said
-from hybridvlm.options import THINKING, add_compilation_cache, add_mesh, add_thinking
+from hybridvlm.options import THINKING, add_compilation_cache, add_drop_text, add_mesh, add_thinking
 
 if TYPE_CHECKING:
     from hybridvlm.checkpoints.describe import Description
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     first = "no drop before this layer has run: later makes further questions cheaper (default: the checkpoint's own schedule; "
     first += "with --follow-up and none of its own a sixth of the depth, where further questions then share layers)"
     add("--first-drop", type=int, default=None, metavar="N", help=first)
+    add_drop_text(parser)
     add(
         "--allow-special-tokens",
         action="store_true",
@@ -152,9 +153,9 @@ def foreign(model: Model, clips: Sequence[Clip]) -> str:
     )
 
 
-def asked(args: argparse.Namespace) -> tuple[str, float | None, str | None, int | None]:
+def asked(args: argparse.Namespace) -> tuple[str, float | None, str | None, int | None, str | None]:
     """The options of `Model.reduction_for`."""
-    return args.reduction, args.budget, args.kind, args.first_drop
+    return args.reduction, args.budget, args.kind, args.first_drop, args.drop_text
 
 
 def for_many_questions(model: Model, reduction: Reduction | None) -> Reduction | None:
@@ -234,8 +235,8 @@ def _answer(args: argparse.Namespace) -> int:
     keep_compiled(args.compilation_cache)
     if args.show_kept is not None and not pathlib.Path(args.show_kept).absolute().parent.is_dir():
         raise FileNotFoundError(f"--show-kept {args.show_kept}: its folder does not exist")
-    if args.reduction is None and any(option is not None for option in (args.budget, args.kind, args.first_drop)):
-        raise ValueError("--budget, --kind and --first-drop go with --reduction, such as --reduction str")
+    if args.reduction is None and any(option is not None for option in asked(args)[1:]):
+        raise ValueError("--budget, --kind, --first-drop and --drop-text go with --reduction, such as --reduction str")
     sizes = {"frames": lambda found: looked_at(args, found), "dtype": args.dtype, "revision": args.revision}
     if args.reduction is not None:
         sizes["reduction"] = lambda found: named_reduction(found.reduction, *asked(args))

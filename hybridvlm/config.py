@@ -50,10 +50,7 @@ class VisionConfig:
     prefix_tokens: int = 10  # cls + register tokens, dropped after the tower
     temporal_patch: int = 1  # frames per video patch (2 in Nemotron-3-Omni)
     max_tiles: int = 0  # an image is cut into up to this many tiles of image_size and a thumbnail; 0: it is one frame
-    image_patches: tuple[int, int] = (
-        0,
-        0,
-    )  # least and most patches of an image that keeps its aspect; 0: image_size instead
+    image_patches: tuple[int, int] = (0, 0)  # least and most of an image that keeps its aspect; 0: image_size instead
     video_patches: int = 0  # patches of a video frame that keeps its aspect; 0: image_size instead
     norm_eps: float = 1e-6
     downsample: int = 2  # pixel shuffle: side of the neighbourhood merged into one token
@@ -419,6 +416,7 @@ class ScoreOptions:
 
 
 BUDGET_KINDS = ("mean", "final", "flops", "total-flops")
+DROP_TEXT = ("none", "empty-frames", "best-frames")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,6 +431,7 @@ class Reduction:
         schedule: how the share falls with depth.
         score: how a layer's scores are made.
         seed: of the random methods.
+        drop_text: which text of frames' own (time stamps) goes at a drop, a value of DROP_TEXT: see reduction/frame_text.py.
     """
 
     method: str = "none"
@@ -441,9 +440,11 @@ class Reduction:
     schedule: Schedule = Schedule()
     score: ScoreOptions = ScoreOptions()
     seed: int = 0
+    drop_text: str = DROP_TEXT[0]
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, float)) or not 0.0 < self.budget <= 1.0:
             raise ValueError(f"Reduction.budget must lie in (0, 1], got {self.budget!r}")
-        if self.kind not in BUDGET_KINDS:
-            raise ValueError(f"Reduction.kind must be one of {BUDGET_KINDS}, got {self.kind!r}")
+        for name, allowed in (("kind", BUDGET_KINDS), ("drop_text", DROP_TEXT)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Reduction.{name} must be one of {allowed}, got {getattr(self, name)!r}")

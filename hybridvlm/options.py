@@ -12,6 +12,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from hybridvlm.config import DROP_TEXT
+
 MODES = ("auto", "on", "off")
 THINKING = {"auto": None, "on": True, "off": False}
 
@@ -26,6 +28,15 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
     budget = "most tokens of reasoning; then it is ended, and the answer has its own (default: one limit for both)"
     parser.add_argument("--thinking", default="auto", choices=tuple(THINKING), help=switch)
     parser.add_argument("--think-tokens", type=int, metavar="N", help=budget)
+
+
+def add_drop_text(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that make plans: what happens to the text around frames that lose their tokens."""
+    text = (
+        "text of a frame's own (time stamp, separators) that goes at a drop: none, empty-frames (of frames without a visual token "
+        "left), best-frames (of all but the best frames, as many as the tokens left would fill, so that text falls as tokens do)"
+    )
+    parser.add_argument("--drop-text", choices=DROP_TEXT, help=text + " (default: the checkpoint's own, or none)")
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:

@@ -282,6 +282,7 @@ def _own(text: str, base: Reduction) -> Cell:
     if not colon or not name.strip():
         raise InputError(f"--cell takes 'NAME: key=value …', got {text!r}")
     fields: dict[str, Any] = {"method": base.method, "budget": base.budget, "kind": base.kind, "seed": base.seed}
+    fields["drop_text"] = base.drop_text
     schedule, score, match = [], [], None
     for part in rest.split():
         key, _, value = part.partition("=")

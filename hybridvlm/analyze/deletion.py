@@ -49,6 +49,7 @@ class Deletion:
     layer: int
     count: int
     length: int
+    frames: int = FRAMES
 
     @property
     def drops(self) -> tuple[int, ...]:
@@ -59,6 +60,9 @@ class Deletion:
 
     def row_length(self, layer: int) -> int:
         return self.length - self.count
+
+    def most_frames(self, kept: jax.Array) -> None:
+        return None
 
 
 def separate(hop1: np.ndarray, hop2: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ compiler is the real one; nothing runs. Per device: memory, and by the compiler'
 counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in neither: exchanged_gb lists them); of
 decoding, one step. Beside it what `python -m hybridvlm.plan` counts: counted_gb, least_s by its roofline, sent_gb, and tflops of
 all devices together. speedup: the dense row's seconds over this row's; predicted: the plan's, from FLOPs. of_first: a further
-question's seconds over those of the method's own prefill; predicted_of_first: by FLOPs. A program that does not fit is a row as
+question's seconds over those of the method's own prefill; predicted_of_first: by FLOPs. pixels_s, pixels_speedup, pixels_predicted:
+as seconds, speedup and predicted, of tower and prefill together, where both are compiled. A program that does not fit is a row as
 well: needed_gb is then what the compiler says it would have taken.
 
 The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     stamps = {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]
     groups = -(-args.frames // config.vision.temporal_patch)
     rows: list[dict[str, Any]] = []
+    towers: dict[str, float] = {}
     for stamp in stamps:
         dense: dict[str, float] = {}
         for method in methods:
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 question=args.question,
             )
             own: dict[str, float] = {}
-            for program in (name for name in programs if _differs(name, method, stamp)):
+            for program in (name for name in programs if _differs(name, work, stamp)):
                 row = compiled_row(program, where, mesh, work, stamp)
                 rows.append(row)
                 if "cost_s" in row:
@@ -111,17 +113,30 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     row["speedup"] = first / row["cost_s"]
                 if program == "prefill" and "speedup" in row:
                     row["share_of_predicted"] = row["speedup"] / row["predicted"]
-                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup", "of_first")
+                if program == "tower" and "cost_s" in row:
+                    towers[method] = row["cost_s"]
+                if program == "prefill" and "cost_s" in row and towers:
+                    row |= _from_pixels(row["cost_s"], towers.get(method, towers.get("none")), dense, work.plan)
+                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup", "of_first", "pixels_speedup")
                 timing.say(", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row))
     return rows
 
 
-def _differs(program: str, method: str, stamp: int) -> bool:
-    """Whether a program is another one under this method and prompt: the tower does not know what is dropped later, and after a
-    dense prefill a further question goes on from its caches."""
+def _differs(program: str, work: Workload, stamp: int) -> bool:
+    """Whether a program is another one under this method and prompt: the tower does not know what is dropped later, but what was
+    chosen before it; and after a dense prefill a further question goes on from its caches."""
     if program == "tower":
-        return method == "none" and not stamp
-    return program in PROGRAMS or method != "none"
+        return not stamp and (work.reduction is None or work.plan.pixel_selection is not None)
+    return program in PROGRAMS or work.reduction is not None
+
+
+def _from_pixels(prefill: float, tower: float | None, dense: dict[str, float], plan: Any) -> dict[str, float]:
+    """Columns of tower and prefill together; {} where the tower was not compiled, or does not fit."""
+    if tower is None:
+        return {}
+    seconds = tower + prefill
+    speedup = dense.setdefault("pixels", seconds) / seconds
+    return {"pixels_s": seconds, "pixels_speedup": speedup, "pixels_predicted": 1 / plan.total_flop_ratio}
 
 
 def compiled_row(program: str, where: Any, mesh: Any, work: Workload, stamp: int = 0) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp:
         "text_tokens": plan.text_tokens,
         "budget": plan.budget,
         "stages": len(plan.stages),
-        "predicted": plan.flop_speedup,
+        "predicted": plan.dense_cost.vision / plan.cost.vision if program == "tower" else plan.flop_speedup,
         "hbm_gb": counted.limit * 1e-9,
     } | known
 

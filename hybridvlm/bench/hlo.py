@@ -3,9 +3,10 @@
 `compiled.cost_analysis()` counts the body of a loop once, and so a decoder whose layers are scanned at a fraction of its
 cost. Here the optimised HLO is read instead: every instruction of a TPU program carries the cycles that the compiler
 estimates for it (by which it chose its tiles), a loop multiplies its body by its trip count, a conditional counts as its
-dearest branch. Kernels of our own count by their declared `cost_estimate`, as the larger of FLOPs over peak and bytes
-over bandwidth. Bytes are those between instructions, to and from HBM: operands and results, a slice of a larger
-array as the slice alone, what lives in VMEM not at all. Transfers between chips are listed apart, and not in the seconds.
+dearest branch. Of a gather the compiler estimates nothing, and its bytes count. Kernels of our own count by their declared
+`cost_estimate`, as the larger of FLOPs over peak and bytes over bandwidth. Bytes are those between instructions, to and
+from HBM: operands and results, a slice of a larger array as the slice alone, what lives in VMEM not at all. Transfers
+between chips are listed apart, and not in the seconds.
 
 XLA's compiler for GPUs writes no estimate of time into its programs: there bytes and the number of kernels are what can be read.
 """
@@ -158,7 +159,9 @@ class _Program:
             return max(flops / self.chip.flops, read / self.chip.bandwidth)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         if cycles is None:
-            return 0.0
+            # of a gather it says nothing: what it moves takes its time
+            gathers = i.opcode == "gather" or (i.opcode == "fusion" and "kind=kCustom" in i.attributes)
+            return moved / self.chip.bandwidth if gathers else 0.0
         # of a scatter that it hands on the compiler knows no time, and says the largest number there is
         return int(cycles[1]) / self.chip.clock if int(cycles[1]) < 1 << 62 else moved / self.chip.bandwidth
 

@@ -110,8 +110,11 @@ class _OnMesh:
         patch = (v.temporal_patch,) if v.temporal_patch > 1 else ()
         pixels = self.struct((rows, frames, *patch, *v.image_size, 3), jnp.uint8, *spec)
         part = dataclasses.replace(self.part, frame_axes=axes) if isinstance(self.part, LocalConfig) else self.part
-        args = (self.params, pixels)
-        return self.program(functions.encode, args, part, frames=shapes.frames), args
+        args: tuple[Any, ...] = (self.params, pixels)
+        keep = None if shapes.plan is None else shapes.plan.pixel_selection
+        if keep is not None:
+            args = (*args, self.struct((rows,), jnp.int32, spec[0]))
+        return self.program(functions.encode, args, part, frames=shapes.frames, keep=keep), args
 
     def prompt(self) -> tuple[Any, jax.ShapeDtypeStruct]:
         """A full bucket of prompts, and their visual tokens."""
@@ -127,6 +130,8 @@ class _OnMesh:
             batch = QwenBatch(row, row, row, self.over_rows(), position=self.over_rows(length, 3))
         stretches = placement.filled(shapes.frames, self.mesh.shape["sequence"])
         width = config.width * (1 + len(config.tower.deepstack))
+        if plan is not None and plan.pixel_selection is not None:
+            width += 1  # which tokens were encoded
         lies = (sharding.INFERENCE_RULES.batch, sharding.INFERENCE_RULES.row)
         return batch, self.struct((self.rows, stretches, per_frame, width), jnp.bfloat16, *lies)
 
@@ -158,7 +163,7 @@ class _OnMesh:
         plan, length = self.shapes.plan, self.shapes.question
         build, given = self.memory()
         shared = jax.eval_shape(build, *given)
-        if self.mesh.size > 1:
+        if isinstance(self.part, LocalConfig):
             shared = self.laid_out(shared, self.family.memory_specs(self.part, plan))
         row = self.over_rows(length)
         batch = Batch(row, row, row, self.over_rows())

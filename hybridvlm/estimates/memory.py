@@ -12,9 +12,9 @@ import dataclasses
 
 from hybridvlm.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, VambaConfig, VisionConfig
 from hybridvlm.estimates.workload import MeshSizes, Workload, dealt_frames, local_batch, local_part, weight_bytes
+from hybridvlm.ops.pack import CHUNK
 from hybridvlm.reduction import cost as flops
 from hybridvlm.sharding import DEFAULT_RULES
-from hybridvlm.vision.model import CHUNK
 
 RESIDUALS, LEAST_RESIDUALS = 5, 3  # copies of the residual stream, with memory to spare and without
 PROGRAMS = ("tower", "prefill", "decode")

@@ -72,6 +72,7 @@ class Workload:
         reduction: what is dropped (None: nothing).
         platform: "tpu" or "gpu", where decoding copies the decoder's weights before it starts.
         question: text tokens of a further question on the same video.
+        frame_text: of `text`, most tokens that each frame (as patches have them) has of its own, for a reduction that drops those.
     """
 
     config: Any
@@ -83,6 +84,7 @@ class Workload:
     reduction: Reduction | None = None
     platform: str = "tpu"
     question: int = 64
+    frame_text: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 0), ("text", 1), ("batch", 1), ("max_new", 1), ("question", 1)):
@@ -124,7 +126,7 @@ class Workload:
 
         family, c = family_for(self.config), self.config
         if self.reduction is not None and self.reduction.method != "none" and self.frames:
-            plan = family.make_plan(c, self.reduction, self.groups, self.text, self.itemsize)
+            plan = family.make_plan(c, self.reduction, self.groups, self.text, self.itemsize, self.frame_text)
             assert plan is not None  # of frames and a method there is one
             return plan
         sizes = {"visual_tokens": self.visual_tokens, "text_tokens": self.text, "frames": self.groups}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Schedule, ScoreOptions
-from hybridvlm.options import add_compilation_cache, add_distributed, add_mesh, add_thinking
+from hybridvlm.options import add_compilation_cache, add_distributed, add_drop_text, add_mesh, add_thinking
 
 STOPPED = "stopped; what was answered is kept, and the same command goes on from there"
 METHODS = "none,str-lookahead,str,uniform-input"
@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="shares over depth: " + _keys(Schedule))
     first = "no drop before this layer has run, as --schedule start=N: later makes further questions on a video cheaper"
     add("--first-drop", type=int, metavar="N", help=first)
+    add_drop_text(parser)
     add("--compare", metavar="METHOD", help="method that all others are paired with (default: str, if it runs)")
     add("--prompt", default="{question}", metavar="TEXT", help=prompt)
     add(

@@ -32,6 +32,7 @@ from hybridvlm.options import THINKING, InputError, override, split
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import BudgetError
 from hybridvlm.reduction.cost import Cost
+from hybridvlm.reduction.methods import no_first_drop, takes_first_drop
 from hybridvlm.storage import as_path, make_folder
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.video import most_frames
@@ -51,6 +52,7 @@ def base_reduction(options: argparse.Namespace, own: Reduction | None) -> Reduct
         schedule=schedule,
         score=override(own.score, options.score, "--score"),
         seed=options.seed,
+        drop_text=options.drop_text or own.drop_text,
     )
 
 
@@ -94,6 +96,9 @@ def prepare(options: argparse.Namespace) -> Checked:
         raise InputError("--match-flops METHOD is --match flops:METHOD; give one of them")
     named = options.match if options.match_flops is None else f"flops:{options.match_flops}"
     match = None if named is None else Match.read(named)
+    reduced = [method for method in methods if method != "none"]
+    if options.first_drop is not None and reduced and not any(map(takes_first_drop, reduced)):
+        raise InputError(f"--first-drop {options.first_drop}: {'; '.join(map(no_first_drop, reduced))}; leave it out")
     if options.compare is not None and options.compare not in methods:
         raise InputError(f"--compare {options.compare!r} is not among --methods {options.methods}")
 
@@ -183,6 +188,11 @@ class Evaluation:
             if not task.dense_only:
                 runner.variants += self._possible(runner, checked.variants)
             self.runners.append(runner)
+        if options.first_drop is not None:
+            idle = dict.fromkeys(v.method for v in checked.variants if v != DENSE and not takes_first_drop(v.method))
+            self._note(
+                *(f"--first-drop {options.first_drop} changes nothing for {m}: {no_first_drop(m)}" for m in idle)
+            )
 
     def _possible(self, runner: Runner, variants: Sequence[Variant]) -> list[Variant]:
         """The variants whose plans can be settled; the others are named. InputError if none but dense is left."""

@@ -16,25 +16,26 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from hybridvlm.config import Reduction, to_dict
+from hybridvlm.config import to_dict
 from hybridvlm.console import progress as bar_of
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval.ahead import Ahead
 from hybridvlm.eval.calls import Call, by_video, grouped, shared_part, whole
 from hybridvlm.eval.deal import deal, weights_fingerprint
+from hybridvlm.eval.encodings import CACHE_BYTES, EncodedVideos, Encoding, Encodings
 from hybridvlm.eval.layouts import Asking, lay_out
 from hybridvlm.eval.results import SampleStore, achieved, digest, failure_of, versions
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
 from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
-from hybridvlm.inference.placement import put_visual, row_parts, to_host
+from hybridvlm.inference.placement import put_visual, row_parts
 from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, switch, think_budget
@@ -42,13 +43,11 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
 from hybridvlm.reduction import ReductionPlan
-from hybridvlm.reduction.methods import needs_attention
 from hybridvlm.video import VideoError
 
 # Questions on a video from which on a hybrid shares the layers before the first drop: with 4, the second program that it takes cost
 # what it saved (the embedded benchmark, dense along with it), with 16 it did not.
 SHARED_FROM = 8
-CACHE_BYTES = 1 << 29  # visual tokens of encoded videos that are held for the questions to come
 
 
 class Runner:
@@ -72,15 +71,13 @@ class Runner:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.task, self.planner, self.store = model, task, planner, store
         self.variants = [DENSE, *(v for v in variants if v != DENSE)]
-        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.batch_size = batch_size
         # a model over the devices of all processes: each of them takes part in every batch, else each has videos of its own
         self.lockstep = spans_processes(model.mesh)
         self.share = Process(0, 1) if self.lockstep else store.process
         self.asking, self._switch = asking, switch(model, asking.thinking)
         think_budget(model, asking.think_tokens)
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        self.encode_ms: list[float] = []
-        self._encode_clock: dict[tuple[str, int], float] = {}
         template = getattr(model.tokenizer, "template", None) or getattr(model.family, "CHAT", "")
         self._common = {
             "model": to_dict(model.config) | {"name": ""},  # a folder's name is no part of what was asked
@@ -101,17 +98,16 @@ class Runner:
         self._settings: dict[tuple[Variant, Bucket], str] = {}
         self._warm: set[tuple[Variant, Bucket, int]] = set()
         self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
-        self._warm_encode: set[Bucket] = set()
-        self._seen: dict[str, np.ndarray] = {}  # visual tokens of the samples of the batch at hand
-        self._visual: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
+        self._videos = EncodedVideos(model, cache_bytes, batch_size)
+        self._seen: dict[str, Encodings] = {}  # visual tokens of the samples of the batch at hand
         self._layouts: dict[tuple[str, tuple[int, int, int]], Layout] = {}  # of the batch at hand
         self._shared: dict[str, Hashable | None] = {}  # by sample, what its prompt has in common with others
         self._memories = VideoMemories()
         self._memory_seconds: dict[Hashable, float] = {}  # that they took
         self._unread: dict[str, dict[str, Any]] = {}  # video -> why it cannot be read, as a record has it
-        self._held = 0
         self.seconds = 0.0  # of `run`
         self._frame_bytes: dict[str, int] = {}  # of a video's decoded frames
+        self._frames: dict[str, int] = {}  # of a video, as prompts have them
         self._ahead = Ahead(task, lambda video: self._frame_bytes.get(video, 0))
         self.available = [sample for sample in task.samples if sample.id not in task.unavailable]
         self.buckets = {sample.id: self._bucket(sample) for sample in self.available}
@@ -125,8 +121,11 @@ class Runner:
                 return Bucket(0, pick("text", layout.text), kind="text")
             clip, config = self.task.clip(sample.video, pixels=False)
             size = clip.size if clip.kind == "image" else config.tower.image_size
+            self._frames[sample.video] = layout.frames
             self._frame_bytes[sample.video] = 3 * len(clip.seconds) * size[0] * size[1]
-            return Bucket(pick("frames", layout.frames), pick("text", layout.text), config.tower.image_size, clip.kind)
+            frames = pick("frames", layout.frames)
+            text = self.model.text_needed([layout], frames, self.planner.base)
+            return Bucket(frames, pick("text", text), config.tower.image_size, clip.kind)
         except ValueError as error:
             raise ValueError(f"{self.task.name}, question {sample.id}: {error}") from error
 
@@ -199,17 +198,15 @@ class Runner:
         began = time.perf_counter()
         self._memories.count = max(1, len(variants))
         for number, (bucket, samples), missing in self._ahead.over(self._missing(variants), self._unseen):
-            read, unread, visual = samples, list[Sample](), None
+            read, unread, visual = samples, list[Sample](), dict[Encoding, Any]()
             if not self.task.blind:
                 encoded = {sample.id: self._encoded(sample.video, bucket) for sample in samples}
                 seen = {id: tokens for id, tokens in encoded.items() if tokens is not None}
                 unread = [sample for sample in samples if sample.id not in seen]
                 read = [sample for sample in samples if sample.id in seen]
             if read and not self.task.blind:
-                self._seen, visual = (
-                    seen,
-                    self._put(np.stack([seen[s.id] for s in whole(read, self.batch_size)[0].rows])),
-                )
+                self._seen, rows = seen, whole(read, self.batch_size)[0].rows
+                visual = {e: self._put(np.stack([seen[s.id][e] for s in rows])) for e in self._encodings(bucket)}
             if read:
                 self._compile([v for v in variants if missing[v] or v == DENSE], bucket, read, visual)
             for variant in variants:
@@ -217,12 +214,19 @@ class Runner:
                 if missing[variant] or variant == DENSE:
                     records = [self._unanswered(variant, sample) for sample in unread]
                     if read:
-                        records += self._answer(variant, bucket, number, read, visual)
+                        records += self._answer(
+                            variant, bucket, number, read, visual.get(self._encoding(variant, bucket))
+                        )
                     # what is known already is not answered twice, but for dense and its clock
                     self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                     progress(len(missing[variant]), variant.label)
         self._memories.clear()
         self.seconds += time.perf_counter() - began
+
+    @property
+    def encode_ms(self) -> list[float]:
+        """Milliseconds of the tower for every video, whole, without first calls of a program."""
+        return self._videos.whole_ms
 
     @property
     def waited(self) -> float:
@@ -233,7 +237,8 @@ class Runner:
         """The videos of a batch that have to be decoded."""
         _, (bucket, samples), _ = item
         videos = [] if self.task.blind else dict.fromkeys(sample.video for sample in samples)
-        return [v for v in videos if v not in self._unread and (v, bucket.frames) not in self._visual]
+        encodings = self._encodings(bucket)
+        return [v for v in videos if v not in self._unread and self._videos.get(v, bucket, encodings) is None]
 
     def _note_unavailable(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
         """Records of the samples that cannot be asked, made by the first process."""
@@ -271,7 +276,11 @@ class Runner:
         ]
 
     def _compile(
-        self, variants: Sequence[Variant], bucket: Bucket, read: Sequence[Sample], visual: jax.Array | None
+        self,
+        variants: Sequence[Variant],
+        bucket: Bucket,
+        read: Sequence[Sample],
+        visual: Mapping[Encoding, Any],
     ) -> None:
         """Compile what a bucket's first batch needs, methods side by side: half of a compilation is the work of one thread."""
         cold = [variant for variant in variants if not any((variant, bucket) == warm[:2] for warm in self._warm)]
@@ -293,7 +302,8 @@ class Runner:
             started = {}
             for (variant, call), (batch, plan) in zip(calls, batches, strict=True):
                 # programs run in this thread alone: of those over several devices two at once could wait for each other
-                given = self._build(variant, bucket, call)[0] if call.videos else visual
+                own = visual.get(self._encoding(variant, bucket))
+                given = self._build(variant, bucket, call)[0] if call.videos else own
                 started[pool.submit(compile_one, batch, given, plan)] = variant
             for done in concurrent.futures.as_completed(started):
                 self._compiled[started[done], bucket] = done.result()
@@ -315,7 +325,8 @@ class Runner:
     def _build(self, variant: Variant, bucket: Bucket, call: Call) -> tuple[Any, float]:
         """(the memory of a call's videos, the seconds that it took from visual tokens on the device, as those of a prefill are)."""
         batch, plan = self._batch(variant, bucket, call.videos)
-        batch, visual = self._put((batch, np.stack([self._seen[sample.id] for sample in call.videos])))
+        encoding = self._encoding(variant, bucket)
+        batch, visual = self._put((batch, np.stack([self._seen[sample.id][encoding] for sample in call.videos])))
         if self.model.mesh is not None:
             visual = jax.block_until_ready(put_visual(visual, self.model.mesh))
         start = time.perf_counter()
@@ -379,7 +390,7 @@ class Runner:
                     "prediction": generation.text[row],
                     **self.task.score(text, sample),
                     "retention": shares[row],
-                    "encode_ms": self._encode_clock.get((sample.video, bucket.frames)),
+                    "encode_ms": self._videos.ms(sample.video, bucket, self._encoding(variant, bucket)),
                 }
                 if generation.thinking[row]:
                     record["thinking"] = generation.thinking[row]
@@ -443,22 +454,26 @@ class Runner:
         failure = {"failure": reason} if reason else self._unread[sample.video]
         return self._record(variant, sample) | nothing | failure
 
-    @property
-    def _attention(self) -> bool:
-        """Whether a method of these variants ranks by the tower's attention."""
-        return any(needs_attention(Reduction(variant.method)) for variant in self.variants)
+    def _encoding(self, variant: Variant, bucket: Bucket) -> Encoding:
+        """What a variant has the tower do, and would if it ran alone."""
+        _, plan = self.planner(variant, bucket)
+        return Encoding() if plan is None else Encoding(plan.pixel_selection, plan.needs_attention)
 
-    def _encoded(self, video: str, bucket: Bucket) -> np.ndarray | None:
-        """Visual tokens [F,m,D] of a video, F the bucket's frames; what is after its own frames is never looked at.
+    def _encodings(self, bucket: Bucket) -> tuple[Encoding, ...]:
+        """The same of all variants, each once; that of dense is among them."""
+        return tuple(dict.fromkeys(self._encoding(variant, bucket) for variant in self.variants))
+
+    def _encoded(self, video: str, bucket: Bucket) -> Encodings | None:
+        """Visual tokens [F,m,D] of a video, F the bucket's frames, by `_encodings`; what is after its own frames is never looked at.
 
         None for a video that turns out damaged: its reason is kept, and its questions are not answered. A file that has gone
         meanwhile raises VideoError.
         """
         if video in self._unread:
             return None
-        if (video, bucket.frames) in self._visual:
-            self._visual.move_to_end((video, bucket.frames))
-            return self._visual[video, bucket.frames]
+        held = self._videos.get(video, bucket, self._encodings(bucket))
+        if held is not None:
+            return held
         read: tuple[Clip, Any] | None = None
         unread: dict[str, Any] = {}
         try:
@@ -476,14 +491,4 @@ class Runner:
             return None
         clip, config = read
         pixels = self.model.family.pixels(config, [clip], bucket.frames)
-        start = time.perf_counter()
-        tokens = to_host(self.model.encode(pixels, attention=self._attention))[0]
-        if bucket in self._warm_encode:
-            self.encode_ms.append(1e3 * (time.perf_counter() - start))
-            self._encode_clock[video, bucket.frames] = self.encode_ms[-1]
-        self._warm_encode.add(bucket)
-        self._visual[video, bucket.frames] = tokens
-        self._held += tokens.nbytes
-        while self._held > self.cache_bytes and len(self._visual) > self.batch_size:
-            self._held -= self._visual.popitem(last=False)[1].nbytes
-        return tokens
+        return self._videos.encode(video, bucket, self._encodings(bucket), pixels, self._frames[video])

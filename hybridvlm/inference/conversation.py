@@ -27,6 +27,7 @@ from hybridvlm.inference.thinking import opens, read_reply, switch, think_budget
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Layout, user_message
 from hybridvlm.reduction import methods
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import check_tokenizer
@@ -146,7 +147,7 @@ class Conversation:
         if video is not None:
             with self._timed("video"):
                 self._read(video, frames, rule, clock)
-        self._visual: Any = None
+        self._visual: tuple[PixelSelection | None, Any] | None = None  # what of the video was encoded, and its tokens
         self._memories = VideoMemories()
         self._shared_seconds = 0.0  # that the memory held took
         self._held: CachedTurn | None = None
@@ -270,14 +271,11 @@ class Conversation:
     def _prefill(self, batch: Any, layout: Layout, plan: ReductionPlan | None, max_new: int) -> tuple[Any, Any, Answer]:
         model, visual = self.model, None
         if self.clips:
-            if self._visual is None:
+            keep = None if plan is None else plan.pixel_selection
+            if self._visual is None or self._visual[0] != keep:
                 with self._timed("encode"):
-                    bucket = model.buckets.pick("frames", layout.frames)
-                    pixels = model.family.pixels(self.config, self.clips, bucket)
-                    self._visual = jax.block_until_ready(
-                        model.encode(pixels, attention=methods.needs_attention(self.reduction))
-                    )
-            visual = self._visual
+                    self._visual = keep, jax.block_until_ready(self._encode(layout, keep))
+            visual = self._visual[1]
         saved = 0.0
         if visual is not None and model.shares_video(batch, plan):
             before = self.seconds.get("prefill", 0.0)
@@ -309,6 +307,14 @@ class Conversation:
             saved=saved,
         )
         return prefilled.logits, prefilled.decoder.caches, answer
+
+    def _encode(self, layout: Layout, keep: PixelSelection | None) -> Any:
+        """Visual tokens of the clip, all or those that a plan chooses before the tower."""
+        bucket = self.model.buckets.pick("frames", layout.frames)
+        pixels = self.model.family.pixels(self.config, self.clips, bucket)
+        if keep is None:
+            return self.model.encode(pixels, attention=methods.needs_attention(self.reduction))
+        return self.model.encode(pixels, keep=keep, frame_count=[layout.frames])
 
     def _memory_key(self, layout: Layout, plan: ReductionPlan | None) -> tuple[Any, ...]:
         """What a video memory depends on: of a hybrid the prompt as far as it is in it, and how long rows are where they are cut."""

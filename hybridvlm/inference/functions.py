@@ -17,13 +17,22 @@ from hybridvlm.models.family import Family
 from hybridvlm.nn.decoder import with_specs
 from hybridvlm.parallel.sequence import sequence_shards
 from hybridvlm.parallel.tensor import LocalConfig
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 
 
 def encode(
-    params: Any, pixels: Any, *, family: Family, config: Any, frames: int | None = None, attention: bool = False
+    params: Any,
+    pixels: Any,
+    frame_count: Any = None,
+    *,
+    family: Family,
+    config: Any,
+    frames: int | None = None,
+    attention: bool = False,
+    keep: PixelSelection | None = None,
 ) -> Any:
-    visual = family.encode(params, config, pixels, attention)
+    visual = family.encode(params, config, pixels, attention, keep, frame_count)
     # frames that only made the dealing come out even are of no use but to cut the video into even stretches
     return visual if sequence_shards(config) > 1 else jax.tree.map(lambda a: a[:, :frames], visual)
 

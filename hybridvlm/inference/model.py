@@ -24,6 +24,7 @@ from hybridvlm.models.media import Clip
 from hybridvlm.models.vamba import convert
 from hybridvlm.parallel.mesh import full_mesh
 from hybridvlm.reduction.methods import needs_attention
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.sharding import sharding_of
 
 
@@ -171,14 +172,18 @@ class Model(ModelPrograms):
             stamps = tuple(float(t) for t in range(f * group))
             clips = [Clip(stamps, np.zeros((f * group, height, width, 3), np.uint8))] * batch
             pixels = self.family.pixels(self.config, clips, f)
-            visual = self.encode(pixels, attention=needs_attention(reduction))
+            encoded: dict[PixelSelection | None, Any] = {}
             for t in self.buckets.text if text is None else text:
-                if self.layout("", stamps).text > t:
+                if self.text_needed([self.layout("", stamps)], f, reduction) > t:
                     continue
                 own = dataclasses.replace(self.buckets, frames=(f,), text=(t,))
                 layouts = lambda factors, stamps=stamps: [self.layout("", stamps, factors)] * batch  # noqa: E731
                 rows, plan = self.batch_of(layouts, reduction, buckets=own)
-                self.generate(rows, visual, plan, sampling=sampling, think_tokens=think_tokens)
+                keep = None if plan is None else plan.pixel_selection
+                if keep not in encoded:
+                    attention = needs_attention(reduction) and keep is None
+                    encoded[keep] = self.encode(pixels, attention=attention, keep=keep)
+                self.generate(rows, encoded[keep], plan, sampling=sampling, think_tokens=think_tokens)
         return self.programs.compile_seconds - before
 
 

@@ -150,6 +150,21 @@ def put_frames(pixels: np.ndarray, mesh: Mesh, local: LocalConfig) -> tuple[jax.
     return put(pixels, mesh, spec), dataclasses.replace(local, frame_axes=axes)
 
 
+def frame_counts(pixels: Any, given: Any = None) -> np.ndarray:
+    """The real frames [B] of pixels [B,F,...]; all of them where none are given. ValueError where they do not fit."""
+    rows, frames = pixels.shape[:2]
+    counts = np.full(rows, frames, np.int32) if given is None else np.asarray(given, np.int32)
+    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > frames:
+        raise ValueError(f"frame_count: expected [B] = [{rows}] of 0 to {frames}, the frames of pixels, got {counts}")
+    return counts
+
+
+def put_counts(counts: np.ndarray, mesh: Mesh) -> jax.Array:
+    """One number for each example [B], where `put_frames` puts its pixels."""
+    multiple, _, spec = frame_dealing(len(counts), mesh)
+    return put(fill(counts, 0, multiple), mesh, P(spec[0]))
+
+
 def arguments_specs(args: Any) -> tuple[P, ...]:
     """Where the arrays of a program's arguments lie on the mesh, leaf by leaf; plain numbers are the same everywhere."""
 

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from hybridvlm.config import Buckets, Reduction
-from hybridvlm.inference import functions, placement
+from hybridvlm.inference import frame_text, functions, placement
+from hybridvlm.inference.generation import Generation as Generation
+from hybridvlm.inference.generation import Timing
 from hybridvlm.inference.program_cache import ProgramCache, peak_bytes
 from hybridvlm.inference.sampling import DecodeState, Sampling
 from hybridvlm.inference.thinking import ThinkBudget, opens, read_reply, think_budget
@@ -25,41 +27,8 @@ from hybridvlm.nn.caches import check_capacity
 from hybridvlm.nn.prefix import Prefix
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.reduction.methods import named_reduction
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
-
-
-@dataclasses.dataclass
-class Timing:
-    """Seconds of one generate(), device work awaited: compile (0 where the programs were there), prefill, decode."""
-
-    compile: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-
-
-@dataclasses.dataclass
-class Generation:
-    """What generate() gives.
-
-    Attributes:
-        tokens: ids of each reply.
-        text: the answers, without reasoning.
-        prefilled: what the prefill gave.
-        plan: what was dropped.
-        timing: seconds per phase.
-        thinking: the reasoning before each answer.
-        unfinished: whether the reasoning never ended; `text` then holds the whole reply.
-        peak_bytes: most memory that the programs need, by the compiler, that of a video memory which was handed in too.
-    """
-
-    tokens: list[list[int]]
-    text: list[str]
-    prefilled: PrefillOutput
-    plan: ReductionPlan | None
-    timing: Timing
-    thinking: list[str] = dataclasses.field(default_factory=list)
-    unfinished: list[bool] = dataclasses.field(default_factory=list)
-    peak_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -115,7 +84,25 @@ class ModelPrograms:
         if reduction is None:
             return None
         config = self.config if config is None else config
-        return self.family.make_plan(config, reduction, frames, text, self.params["embed"].dtype.itemsize)
+        own = self.frame_text(frames, reduction)
+        return self.family.make_plan(config, reduction, frames, text, self.params["embed"].dtype.itemsize, own)
+
+    def frame_text(self, frames: int, reduction: Reduction | None) -> int:
+        """Most text tokens that one of so many frames of a video has of its own; 0 under a reduction that drops none of it."""
+        if reduction is None or reduction.drop_text == "none" or not frames or self.config.vision is None:
+            return 0
+        if frames not in self._frame_text:
+            stamps = frame_text.late_stamps(frames * self.config.vision.temporal_patch)
+            self._frame_text[frames] = self.layout("", stamps).frame_text
+        return self._frame_text[frames]
+
+    @functools.cached_property
+    def _frame_text(self) -> dict[int, int]:
+        return {}
+
+    def text_needed(self, layouts: Sequence[Layout], frames: int, reduction: Reduction | None) -> int:
+        """Text tokens that a bucket of `frames` has to have room for, for prompts under a reduction."""
+        return frame_text.bucket_needed(layouts, frames, self.frame_text(frames, reduction))
 
     def layout(self, question: str, seconds: Sequence[float], factors: tuple[int, int, int] = (1, 1, 1)) -> Layout:
         """One prompt of this model's style: frames at these time stamps, then the question."""
@@ -148,7 +135,11 @@ class ModelPrograms:
         """
         config = self.config if config is None else config
         buckets = self.buckets if buckets is None else buckets
-        batch, frames, text = self.family.make_batch(config, layouts((1, 1, 1)), buckets)
+        whole = layouts((1, 1, 1))
+        batch, frames, text = self.family.make_batch(config, whole, buckets)
+        if (needed := self.text_needed(whole, frames, reduction)) > text:
+            buckets = dataclasses.replace(buckets, text=(buckets.pick("text", needed),))
+            batch, frames, text = self.family.make_batch(config, whole, buckets)
         plan = self.plan(reduction, frames, text, config=config)
         if plan is not None and plan.pool_factors != (1, 1, 1):
             buckets = dataclasses.replace(buckets, text=(text,))
@@ -156,7 +147,12 @@ class ModelPrograms:
         return batch, plan
 
     def reduction_for(
-        self, method: str, budget: float | None = None, kind: str | None = None, first_drop: int | None = None
+        self,
+        method: str,
+        budget: float | None = None,
+        kind: str | None = None,
+        first_drop: int | None = None,
+        drop_text: str | None = None,
     ) -> Reduction | None:
         """The Reduction of a method's name, under the checkpoint's own schedule, score options and seed; None for "none".
 
@@ -165,11 +161,12 @@ class ModelPrograms:
             budget: share of the visual tokens (default: 0.25).
             kind: how it is counted, of `BUDGET_KINDS` (default: the checkpoint's own).
             first_drop: the schedule's `start`: no drop before that layer has run (default: the checkpoint's own).
+            drop_text: which text of frames' own goes at a drop, of `DROP_TEXT` (default: the checkpoint's own).
 
         Raises:
             ValueError: for an unknown method (with near names) or a budget outside (0, 1].
         """
-        return named_reduction(self.reduction, method, budget, kind, first_drop)
+        return named_reduction(self.reduction, method, budget, kind, first_drop, drop_text)
 
     def opened(self, batch: Batch) -> list[bool]:
         """Of each prompt, whether it ends inside reasoning that the reply has to end."""
@@ -180,23 +177,45 @@ class ModelPrograms:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def encode(self, pixels: Any, *, attention: bool = False) -> Any:
+    def encode(
+        self,
+        pixels: Any,
+        *,
+        attention: bool = False,
+        keep: PixelSelection | None = None,
+        frame_count: Any = None,
+    ) -> Any:
         """What the family's `pixels` gives (frames [B,F,h,w,3] uint8) -> visual tokens [B,F,m,D].
 
-        Frames are filled up with black ones to their bucket: no prompt has an index for those. attention: the tokens carry the tower's,
-        for plans that rank by it (`ReductionPlan.needs_attention`); other plans pass over it.
+        Frames are filled up with black ones to their bucket: no prompt has an index for those.
+
+        Args:
+            pixels: of every example.
+            attention: the tokens carry the tower's, for plans that rank by it (`ReductionPlan.needs_attention`); other plans pass
+                over it.
+            keep: of a plan that chooses before the tower, its `pixel_selection`: these tokens alone are encoded, for that plan.
+            frame_count: with `keep`, the real frames [B] of each example, as its batch has them (default: all of pixels).
+
+        Raises:
+            ValueError: for `attention` together with `keep`.
         """
+        if keep is not None and attention:
+            raise ValueError("encode: attention is of no use to a plan that chooses before the tower; leave out one")
+        counts = () if keep is None else (placement.frame_counts(pixels, frame_count),)
         if not isinstance(pixels, dict | tuple | list):
             spare = self.buckets.pick("frames", pixels.shape[1]) - pixels.shape[1]
             if spare:
                 # on the host: on the device every number of frames would compile a padding of its own
                 pixels = np.pad(np.asarray(pixels), ((0, 0), (0, spare)) + ((0, 0),) * (pixels.ndim - 2))
+        options: dict[str, Any] = {"attention": attention, "keep": keep}
         if self.mesh is None:
-            return self._run(functions.encode, self.params, pixels, attention=attention)
+            return self._run(functions.encode, self.params, pixels, *counts, **options)
         if isinstance(pixels, dict | tuple | list):
             raise TypeError(f"encode: on a mesh pixels are one array [B,F,...], got {type(pixels).__name__}")
         dealt, part = placement.put_frames(np.asarray(pixels), self.mesh, self._part)
-        return self._run(functions.encode, self.params, dealt, config=part, frames=pixels.shape[1], attention=attention)
+        given = [placement.put_counts(count, self.mesh) for count in counts]
+        options |= {"config": part, "frames": pixels.shape[1]}
+        return self._run(functions.encode, self.params, dealt, *given, **options)
 
     def prefill(
         self,
@@ -224,7 +243,7 @@ class ModelPrograms:
         Raises:
             ValueError: where visual tokens do not fit the batch, or the family has no such scores or states.
         """
-        batch, visual = self._placed(batch, visual)
+        batch, visual = self._placed(batch, visual, plan)
         return self._prefill_program(batch, visual, plan, decode_capacity, return_scores, return_hidden_states)(
             self.params, batch, visual
         )
@@ -254,9 +273,11 @@ class ModelPrograms:
             batch = rest_of(batch, self.buckets.pick("text", longest))
         return jax.tree.map(lambda a: placement.fill(a, 0, memory.rows), batch)
 
-    def _placed(self, batch: Batch, visual: Any) -> tuple[Batch, Any]:
-        """A batch and its visual tokens where the mesh needs them, after `check_visual`."""
+    def _placed(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> tuple[Batch, Any]:
+        """A batch and its visual tokens where the mesh needs them, once they have proved to fit each other and the plan."""
         placement.check_visual(batch, visual, self.mesh)
+        if plan is not None and plan.drop_text != "none":
+            frame_text.check(batch, plan)
         if hasattr(visual, "videos"):
             batch, visual = self._questions(batch, visual), dataclasses.replace(visual, videos=None, peak_bytes=0)
         if self.mesh is None:
@@ -307,7 +328,7 @@ class ModelPrograms:
         rows = len(batch.input_ids)
         drawn = np.zeros(rows, np.int32) if seeds is None else np.asarray(seeds, np.int32)
         before = getattr(visual, "peak_bytes", 0)
-        batch, visual = self._placed(batch, visual)
+        batch, visual = self._placed(batch, visual, plan)
         timing = Timing()
         start = time.perf_counter()
         most = self._decode_capacity(budget)
@@ -337,7 +358,7 @@ class ModelPrograms:
 
         Several threads may call this at once, for batches that differ in shape or plan.
         """
-        batch, visual = self._placed(batch, visual)
+        batch, visual = self._placed(batch, visual, plan)
         self._prefill_program(batch, visual, plan, self._decode_capacity(think_budget(self, think_tokens)))
 
     def _decode_capacity(self, budget: ThinkBudget | None) -> int:
@@ -419,7 +440,7 @@ class ModelPrograms:
     def build_video_memory(self, batch: Batch, visual: Any, plan: ReductionPlan | None) -> Any:
         """What every question needs of these videos under a plan (`shares_video`), to be given to `prefill` as `visual`."""
         videos = len(batch.input_ids)
-        batch, visual = self._placed(batch, visual)
+        batch, visual = self._placed(batch, visual, plan)
         args = (self.params, batch, visual)
         program = self._program(functions.build_video_memory, *args, plan=plan)
         # questions belong to videos, not to the rows that fill a mesh up

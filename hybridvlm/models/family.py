@@ -20,6 +20,7 @@ from hybridvlm.models.weights import WeightMap
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.plain import shown
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 
@@ -124,15 +125,28 @@ class Family(Protocol):
         ...
 
     def make_plan(
-        self, config: Any, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+        self, config: Any, reduction: Reduction, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
     ) -> ReductionPlan | None:
-        """The plan of a reduction for a bucket; None where there is nothing to reduce."""
+        """The plan of a reduction for a bucket; None where there is nothing to reduce. frame_text: most text tokens that a frame has
+        of its own, for a reduction that drops those."""
         ...
 
     # -- the computation (traced)
 
-    def encode(self, params: Params, config: Any, pixels: jax.Array, attention: bool = False) -> jax.Array:
-        """Pixels -> visual tokens [B,F,m,D]; with `attention` also how much the tower attends to each, see `encode_frames`."""
+    def encode(
+        self,
+        params: Params,
+        config: Any,
+        pixels: jax.Array,
+        attention: bool = False,
+        keep: PixelSelection | None = None,
+        frame_count: jax.Array | None = None,
+    ) -> jax.Array:
+        """Pixels -> visual tokens [B,F,m,D]; with `attention` also how much the tower attends to each, see `encode_frames`.
+
+        keep: choose tokens of the frame_count [B] real frames by their pixels, and encode these alone: [B,F,m,D + 1], see
+        `encode_kept`.
+        """
         ...
 
     def prefill(

@@ -26,8 +26,8 @@ class Batch(Generic[ArrayT]):
     """Prompts as arrays of one bucket.
 
     input_ids [B,L] int32, with any id at visual positions; segment [B,L] int32 (0 = padding, at the end); frame [B,L] int32, the
-    video frame of a visual position and -1 elsewhere; frame_count [B] int32, real frames of each example (the rest of the
-    frame bucket is padding).
+    video frame of a visual position, -1 at text, and `own_text(f)` at the text that frame f has of its own; frame_count [B] int32,
+    real frames of each example (the rest of the frame bucket is padding).
     """
 
     input_ids: ArrayT
@@ -97,9 +97,14 @@ def _check_form(where: str, form: str, values: Mapping[str, Any]) -> None:
         ) from error
 
 
+def own_text(frame: Any) -> Any:
+    """What stands for text of a frame's own (time stamp, separators) in the `frame` of a Layout or Batch; its own inverse."""
+    return -2 - frame
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One prompt before padding: ids [L], the frame [L] of every visual position (-1 for text), and how many frames there are."""
+    """One prompt before padding: ids [L], the frame [L] of every position (of text below 0, as of `Batch`), and how many frames."""
 
     ids: np.ndarray
     frame: np.ndarray
@@ -108,6 +113,16 @@ class Layout:
     @property
     def text(self) -> int:
         return int((self.frame < 0).sum())
+
+    @property
+    def other_text(self) -> int:
+        """Text tokens that are no frame's own."""
+        return int((self.frame == -1).sum())
+
+    @property
+    def frame_text(self) -> int:
+        """Most text tokens that one frame has of its own."""
+        return int(np.bincount(own_text(self.frame[self.frame < -1])).max(initial=0))
 
 
 class Pieces:
@@ -119,11 +134,14 @@ class Pieces:
         self.frame: list[int] = []
         self.frames = 0
 
-    def text(self, piece: str) -> None:
-        """Add text, tokenised by itself; nothing for an empty one. Control tokens in a `Text` count where they are trusted."""
+    def text(self, piece: str, of: int | None = None) -> None:
+        """Add text, tokenised by itself; nothing for an empty one. Control tokens in a `Text` count where they are trusted.
+
+        of: the frame whose own it is, which may be dropped with it.
+        """
         new = self.tokenizer.encode(piece) if piece else []
         self.ids.extend(new)
-        self.frame.extend([-1] * len(new))
+        self.frame.extend([-1 if of is None else own_text(of)] * len(new))
 
     def visual(self, tokens: int, frames: int = 1) -> None:
         """Add one run of visual tokens, which stands for `frames` of the frames that the tower gives."""
@@ -132,7 +150,12 @@ class Pieces:
         self.frames += frames
 
     def layout(self) -> Layout:
-        return Layout(np.asarray(self.ids, np.int32), np.asarray(self.frame, np.int32), self.frames)
+        frame = np.asarray(self.frame, np.int32)
+        seen = np.flatnonzero(frame >= 0)
+        # behind the last visual token is what all methods take for the question
+        rest = frame[seen[-1] + 1 :] if len(seen) else frame
+        rest[:] = -1
+        return Layout(np.asarray(self.ids, np.int32), frame, self.frames)
 
 
 def video_pieces(
@@ -141,16 +164,15 @@ def video_pieces(
     """Add a video: `tokens` per run, a run being `group` patches (pooling over time) of `patch` frames each (Omni: 2)."""
     pieces.text(style.before)
     for start in range(0, len(seconds), patch * group):
+        number = pieces.frames
         if start:
-            pieces.text(style.between)
+            pieces.text(style.between, number)
         shown = range(start, min(start + patch, len(seconds)))
         labels = [style.frame] + [style.also] * (len(shown) - 1)
-        label = "".join(
-            form.format(number=number + 1, seconds=seconds[number]) for form, number in zip(labels, shown, strict=True)
-        )
-        pieces.text(label + style.opening)
+        label = "".join(form.format(number=at + 1, seconds=seconds[at]) for form, at in zip(labels, shown, strict=True))
+        pieces.text(label + style.opening, number)
         pieces.visual(tokens, min(group, -(-(len(seconds) - start) // patch)))
-        pieces.text(style.after_frame)
+        pieces.text(style.after_frame, number)
     pieces.text(style.after)
 
 

@@ -53,6 +53,15 @@ class DropPlan(Protocol):
         """Static row length (visual and text) from `layer` on."""
         ...
 
+    @property
+    def frames(self) -> int:
+        """Frames that a row has at most."""
+        ...
+
+    def most_frames(self, kept: jax.Array) -> jax.Array | None:
+        """How many frames keep text of their own at most [B,S], where `kept` [B,S] visual tokens are left; None: all."""
+        ...
+
 
 CachesT = TypeVar("CachesT")
 
@@ -230,7 +239,8 @@ def prefill(
                 tokens = fold_tokens(tokens, chosen, DEEPSTACK)
             if straight_through is not None:
                 tokens = straight_through(tokens, score, keep)
-            tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1))
+            most = plan.most_frames(keep)
+            tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1), most, plan.frames)
             survivors.append((tokens.index, tokens.visual))
             kept.append(row_total(config, visual_counts(tokens, segments)))
     tokens = tokens.replace(x=rms_norm(tokens.x, params["norm_f"], config.norm_eps))

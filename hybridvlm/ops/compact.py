@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from hybridvlm.ops.frame_text import FrameTextRule, ranked_frames
 from hybridvlm.ops.platforms import platform
 from hybridvlm.ops.tokens import Tokens
 
@@ -26,6 +27,7 @@ def compact_indices(
     keep: Int[Array, "B S"],
     capacity: int,
     implementation: str | None = None,
+    frame_text: FrameTextRule | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Positions of the survivors, in order.
 
@@ -33,6 +35,8 @@ def compact_indices(
     stay in each segment; capacity: length of the compacted row. The rule is that of `compact`.
     implementation: "sort" (one stable sort of the row) or "threshold" (the score of the last to stay, found digit by digit
     by counting; O(L) a digit, nothing sorted or scattered); equal results; None takes the platform's.
+    frame_text: text of a frame's own goes where the frame has no visual token left, or is not among the `most` of its segment whose
+    best token scores highest (ties to the earlier frame). None: all text stays.
 
     Returns indices [B,capacity] int32 into the row and valid [B,capacity] bool; a position that is not valid has index 0.
     Raises ValueError for shapes that do not fit together, a capacity below 1 or an unknown implementation.
@@ -52,7 +56,14 @@ def compact_indices(
         raise ValueError(f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
     chosen, select = IMPLEMENTATIONS[implementation]
     score = jax.lax.stop_gradient(score).astype(jnp.float32)
-    survives = (segment > 0) & (~visual | chosen(segment, visual, score, keep.astype(jnp.int32)))
+    stays = chosen(segment, visual, score, keep.astype(jnp.int32))
+    survives = (segment > 0) & (~visual | stays)
+    if frame_text is not None:
+        owner, rivals, best = ranked_frames(frame_text, segment, visual & stays & (segment > 0), score)
+        kept = chosen(owner, rivals, best, frame_text.most.astype(jnp.int32)) & rivals
+        # the first entry is for text of no frame
+        kept = jnp.pad(kept, ((0, 0), (1, 0)), constant_values=True)
+        survives &= visual | jnp.take_along_axis(kept, jnp.clip(frame_text.owner, 0, frame_text.frames), axis=1)
     count = jnp.cumsum(survives, axis=1, dtype=jnp.int32)
     valid = jnp.arange(capacity) < count[:, -1:]
     return jnp.where(valid, select(survives, count, capacity), 0), valid
@@ -147,11 +158,13 @@ def compact(
     keep: Int[Array, "B S"],
     capacity: int,
     implementation: str | None = None,
+    frame_text: FrameTextRule | None = None,
 ) -> Tokens:
     """The tokens that survive, in their order, in rows of `capacity`.
 
-    Text always survives and padding never. The visual tokens of segment s compete among themselves: the keep[b,s-1] with
-    the highest score [B,L] stay (all of them if there are fewer), ties go to the earlier, NaN ranks below everything.
+    Text always survives, but for what `frame_text` says (see `compact_indices`), and padding never. The visual tokens of segment s
+    compete among themselves: the keep[b,s-1] with the highest score [B,L] stay (all of them if there are fewer), ties go to the
+    earlier, NaN ranks below everything.
     keep [B,S] int32; a segment beyond S keeps no visual token. Every field of `Tokens`, `extra` too, is gathered along. Positions
     that stay free become padding: segment 0, visual and query False, index and frame -1, position, x and extra 0.
 
@@ -163,7 +176,7 @@ def compact(
 
     Raises ValueError for shapes that do not fit together, a capacity below 1 or an unknown implementation.
     """
-    indices, valid = compact_indices(tokens.segment, tokens.visual, score, keep, capacity, implementation)
+    indices, valid = compact_indices(tokens.segment, tokens.visual, score, keep, capacity, implementation, frame_text)
 
     def take(array: jax.Array, empty: int) -> jax.Array:
         taken = gather_rows(array, indices)

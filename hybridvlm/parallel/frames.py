@@ -20,12 +20,39 @@ def frame_numbers(c: ModelConfig, frames: int) -> jax.Array:
     return first + jnp.arange(frames, dtype=jnp.int32)
 
 
+def own_part(c: ModelConfig) -> jax.Array | int:
+    """Which of the devices that the frames of a row are dealt over this one is."""
+    return jax.lax.axis_index(c.frame_axes) if isinstance(c, LocalConfig) and c.frame_axes else 0
+
+
+def all_frames(c: ModelConfig, array: jax.Array) -> jax.Array:
+    """[B,f,...] of a device's frames, or of its part of something else -> [B,F,...] of all that frames are dealt over."""
+    if not isinstance(c, LocalConfig) or not c.frame_axes:
+        return array
+    return jax.lax.all_gather(array, c.frame_axes, axis=1, tiled=True)
+
+
+def own_frames(c: ModelConfig, visual: jax.Array) -> jax.Array:
+    """Visual tokens [B,F,m,D] of all frames, whole on every device -> what `gather_frames` gives of them."""
+    if not isinstance(c, LocalConfig):
+        return visual
+    if c.row_axis and c.row_axis in c.frame_axes:
+        stretch = visual.shape[1] // c.shards
+        start = jax.lax.axis_index(c.row_axis) * stretch
+        visual = jax.lax.dynamic_slice_in_dim(visual, start, stretch, axis=1)
+    return _own_row(c, visual)
+
+
 def gather_frames(c: ModelConfig, visual: jax.Array) -> jax.Array:
     """Visual tokens [B,f,m,D] of a device's frames -> [B,F,m,D] of its rows, of its stretch of the video where rows are cut."""
     if not isinstance(c, LocalConfig):
         return visual
     together = tuple(axis for axis in c.frame_axes if axis != c.row_axis)
     visual = jax.lax.all_gather(visual, together, axis=1, tiled=True) if together else visual
+    return _own_row(c, visual)
+
+
+def _own_row(c: LocalConfig, visual: jax.Array) -> jax.Array:
     if not set(c.batch_axes) & set(c.frame_axes):
         return visual
     # every device had frames of all rows, and keeps the row that is its own

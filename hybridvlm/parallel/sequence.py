@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ModelConfig
 from hybridvlm.ops.compact import compact, compact_indices, gather_rows
+from hybridvlm.ops.frame_text import FRAME_TEXT, FrameTextRule
 from hybridvlm.ops.segments import segment_runs
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
@@ -207,18 +208,31 @@ def merge_lse(c: ModelConfig, lse: jax.Array) -> jax.Array:
     return largest + jnp.log(jax.lax.psum(jnp.exp(lse - largest), c.row_axis))
 
 
-def compact_row(c: ModelConfig, tokens: Tokens, score: jax.Array, keep: jax.Array, capacity: int) -> Tokens:
+def compact_row(
+    c: ModelConfig,
+    tokens: Tokens,
+    score: jax.Array,
+    keep: jax.Array,
+    capacity: int,
+    most_frames: jax.Array | None = None,
+    frames: int = 0,
+) -> Tokens:
     """`hybridvlm.ops.compact.compact`, of stretches: score [B,l]; the row that is left is cut evenly again.
 
     Whole, it is of `capacity` tokens or, where that leaves a remainder (or less than a convolution's taps), a few more of padding.
+    most_frames [B,S], of `frames` that a row has at most: where text of frames' own may be dropped, as tokens.extra[FRAME_TEXT] has it.
     """
+    rule = None
+    if most_frames is not None:
+        owner, frame = (gather_sequence(c, a) for a in (tokens.extra[FRAME_TEXT], tokens.frame))
+        rule = FrameTextRule(owner, frame, most_frames, frames)
     if not row_is_cut(c):
-        return compact(tokens, score, keep, capacity)
+        return compact(tokens, score, keep, capacity, frame_text=rule)
     size = shard_length(c, capacity, c.shards)
     segment, visual, ranks = (
         gather_sequence(c, a) for a in (tokens.segment, tokens.visual, jax.lax.stop_gradient(score))
     )
-    indices, valid = compact_indices(segment, visual, ranks, keep, capacity)
+    indices, valid = compact_indices(segment, visual, ranks, keep, capacity, frame_text=rule)
     filled = ((0, 0), (0, size * c.shards - capacity))
     indices, valid = jnp.pad(indices, filled), jnp.pad(valid, filled)
 

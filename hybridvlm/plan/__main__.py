@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridvlm.config import BUDGET_KINDS, Reduction, Schedule
-from hybridvlm.options import InputError, override
+from hybridvlm.options import InputError, add_drop_text, override
 
 EXAMPLES = """\
 examples:
@@ -55,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="no drop before this layer has run: further questions share what is before",
+    )
+    add_drop_text(parser)
+    add(
+        "--frame-text",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --drop-text: of --text, tokens that each frame has of its own, such as its time stamp",
     )
     add("--question", type=int, default=64, help="text tokens of a further question (default: 64)")
     add("--topology", help="a slice such as v5e:4x4, v5p:2x2x1, H200:8 (default: a table of the usual ones)")
@@ -116,6 +124,7 @@ def workloads(options: argparse.Namespace) -> dict[str, Any]:
     """What is compared, by name: dense, and the reduction that the options name."""
     from hybridvlm.estimates import Workload
     from hybridvlm.models.family import family_for
+    from hybridvlm.reduction.methods import no_first_drop, takes_first_drop
 
     config = _config(options.model)
     if config.vision is None and options.frames:
@@ -131,9 +140,16 @@ def workloads(options: argparse.Namespace) -> dict[str, Any]:
         schedule = override(Schedule(), options.schedule, "--schedule")
         if options.first_drop is not None:
             schedule = dataclasses.replace(schedule, start=options.first_drop)
-        reduction = Reduction(options.method, options.budget, options.kind, schedule=schedule)
+            if not takes_first_drop(options.method):
+                raise InputError(f"--first-drop {options.first_drop}: {no_first_drop(options.method)}; leave it out")
+        drop_text = options.drop_text or "none"
+        if (drop_text != "none") != bool(options.frame_text):
+            raise InputError(
+                "--drop-text and --frame-text go together: which text of frames' own goes, and how long it is"
+            )
+        reduction = Reduction(options.method, options.budget, options.kind, schedule=schedule, drop_text=drop_text)
         works[f"{options.method} at {options.budget:.0%}"] = Workload(
-            config, *sizes, reduction=reduction, question=options.question
+            config, *sizes, reduction=reduction, question=options.question, frame_text=options.frame_text
         )
     for work in works.values():
         _ = work.plan  # a budget that cannot be met is refused here

@@ -86,7 +86,17 @@ def _asked(works: Mapping[str, Workload]) -> str:
     work = next(iter(works.values()))
     c, count = work.config, f"{work.frames:,} frames ({work.visual_tokens:,} visual tokens)"
     batch = f"{work.batch} prompt{'s' * (work.batch > 1)} at once"
-    return f"{c.name or 'model'}: {count}, {work.text:,} text tokens, {batch}, {work.max_new} new tokens, {work.dtype}"
+    lines = [
+        f"{c.name or 'model'}: {count}, {work.text:,} text tokens, {batch}, {work.max_new} new tokens, {work.dtype}"
+    ]
+    for name, other in works.items():
+        if other.reduction is not None:
+            plan = other.plan
+            said = (
+                f"{plan.flop_speedup:.2f}x fewer decoder FLOPs than dense, {1 / plan.total_flop_ratio:.2f}x from pixels"
+            )
+            lines.append(f"{name}: {said}")
+    return "\n".join(lines)
 
 
 def survey_text(works: Mapping[str, Workload], tables: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -144,6 +154,9 @@ def slice_text(works: Mapping[str, Workload], estimates: Mapping[str, Estimate])
     for phase, label in phases.items():
         cells = {name: _phase(one, phase) for name, one in estimates.items()}
         rows.append({"on each chip": f"{label}, least time", **cells})
+    if made.work.frames:
+        cells = {name: _seconds(one.seconds()) for name, one in estimates.items()}
+        rows.append({"on each chip": "pixels to the first token, least time", **cells})
     for phase, label in (("prefill", "prefill"), ("decode", "a decoded token")):
         cells = {name: _sent(one.phases[phase].sent) for name, one in estimates.items()}
         rows.append({"on each chip": f"{label}, sent", **cells})
@@ -197,8 +210,9 @@ def compile_rows(options: argparse.Namespace, works: Mapping[str, Workload], mad
     mesh = make_mesh(**vars(made.mesh), devices=where.devices[: made.mesh.devices])
     rows = []
     for name, work in works.items():
-        # the tower does not know what is dropped later
-        for program in (p for p in PROGRAMS if work.frames and not (p == "tower" and work.reduction is not None)):
+        # the tower does not know what is dropped later, unless tokens are chosen before it
+        own_tower = work.reduction is None or work.plan.pixel_selection is not None
+        for program in (p for p in PROGRAMS if work.frames and (p != "tower" or own_tower)):
             found = bench.compiled_row(program, where, mesh, work)
             rows.append({"compiler": True, **found, "method": name})
             print(f"compiled, {name} on mesh {made.mesh}: {_compiled(found)}")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hybridvlm.config import ATTENTION, MAMBA, MOE, ModelConfig, VisionConfig
+from hybridvlm.ops.pack import CHUNK, pack_sizes
 
 
 class OwnCounts(Protocol):
@@ -168,6 +169,35 @@ def vision_flops(vision: VisionConfig, frames: int, width: int) -> int:
     shuffled = tokens // v.downsample**2
     connect = 2 * shuffled * v.projector_width * (v.width * v.downsample**2 + width) * (1 + len(v.deepstack))
     return frames * (embed + v.layers * block + connect)
+
+
+def shrunk_vision_flops(vision: VisionConfig, frames: int, share: float, width: int) -> int:
+    """Operations of the tower and its connector over frames that are scaled down to a share of their area."""
+    side = (vision.image_size[0], round(vision.image_size[1] * share))
+    if side[1] % (vision.patch_size * vision.downsample):
+        # the same number of patches in any shape of a frame
+        step = vision.patch_size * vision.downsample
+        side = (step, round(share * vision.tokens_per_frame) * step)
+    return vision_flops(dataclasses.replace(vision, image_size=side), frames, width)
+
+
+def packed_vision_flops(vision: VisionConfig, frames: int, kept: int, width: int) -> int:
+    """Operations of the tower and its connector where `kept` of the tokens of `frames` frames enter, chosen by their pixels.
+
+    As they run, packed (hybridvlm/ops/pack.py): rows that fill a chunk up, and slots, are counted.
+    """
+    v = vision
+    cells, patches = v.tokens_per_frame, v.downsample**2
+    compared = 2 * frames * 3 * v.temporal_patch * v.image_size[0] * v.image_size[1]
+    if v.kind == "stem":
+        return compared + vision_flops(v, frames, width) * kept // (frames * cells)
+    prefix = v.prefix_tokens if v.kind == "radio" else 0
+    sizes = pack_sizes(frames, cells, kept, patches=patches, prefix=prefix, chunk_frames=CHUNK)
+    embed = 2 * sizes.tokens * patches * 3 * v.temporal_patch * v.patch_size**2 * v.width
+    slots = sum((high - low) * rows * rows for low, high, rows in sizes.slots)
+    block = 2 * sizes.rows * v.width * (4 * v.width + 2 * v.mlp_width) + 4 * slots * v.width
+    connect = 2 * sizes.tokens * v.projector_width * (v.width * patches + width) * (1 + len(v.deepstack))
+    return compared + sizes.chunks * (embed + v.layers * block + connect)
 
 
 def tower_attention_flops(vision: VisionConfig, frames: int) -> int:

@@ -15,7 +15,7 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -30,6 +30,7 @@ ScoreFn = Callable[[int, Aux, Tokens], jax.Array | Selection]
 Sites = Callable[[str, Schedule], tuple[int, ...]]
 Looks = Callable[[str, int, int], tuple[int, ...]]
 INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY = "index", "features", "queries", "last query"
+PIXELS = "pixels"
 NEXT_ATTENTION = "next attention"
 PHASES = ("decoder", "input")
 READS = (INDEX_ONLY, FEATURES, QUERIES, LAST_QUERY, NEXT_ATTENTION)
@@ -70,11 +71,19 @@ class PlanView(Protocol):
     def keep_of_entering(self, layer: int, entering: Any) -> Any: ...
 
 
+class Pair(NamedTuple):
+    """Two stages that are published as one method: one before the decoder, one inside, which keeps the share `kept` of what it gets."""
+
+    outer: str
+    inner: str
+    kept: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One entry of the registry.
 
-    position: "none", "input" (drops before layer 0), "merge" (merges before the decoder) or "decoder". sites(pattern,
+    phase: "none", "input" (drops before layer 0), "merge" (merges before the decoder), "decoder" or "pair" (see `Pair`). sites(pattern,
     schedule): the layers after which it may drop. curve(schedule, layers): its shares; None for a method without.
     reads: what its score looks at, for the predicted cost of scoring. where: its sites in words, for errors.
     token_local: after an attention layer, the score of a token depends on the question and that token alone, so that each
@@ -88,7 +97,9 @@ class Method:
     layer 0, as arrays [B,L,...] for Tokens.extra.
     Before the decoder: count(frames, tokens per frame, share): tokens that it keeps, where that is not the nearest to the share;
     floor(frames, tokens per frame): the least share that it can keep, and keeps, in words, what. needs: "attention" for the
-    tower's attention as a fourth argument [B,F,m]. encodes(frames, share): frames that the tower has to see (None: all).
+    tower's attention as a fourth argument [B,F,m]; "pixels" for one that chooses before the tower, whose function is given the pixel
+    values [B,F,m,V] uint8 of every token in the place of visual tokens, and a PixelSelection in that of the plan (pixels.py).
+    encodes(frames, share): of a method that keeps whole frames, how many, and no other enters the tower.
     scoring(visual tokens, kept, frames, width): operations of its score (None: by `reads`).
     """
 
@@ -112,6 +123,7 @@ class Method:
     needs: tuple[str, ...] = ()
     encodes: Callable[[int, float], int] | None = None
     scoring: Callable[[int, int, int, int], int] | None = None
+    pair: Pair | None = None
 
     def __post_init__(self) -> None:
         if self.phase == "decoder" and (self.sites is None or self.curve is None):
@@ -282,15 +294,32 @@ def named_reduction(
     budget: float | None = None,
     kind: str | None = None,
     first_drop: int | None = None,
+    drop_text: str | None = None,
 ) -> Reduction | None:
     """The Reduction of a method's name, with all else as a checkpoint's own has it; see `Model.reduction_for`."""
     parse_method(method)
     if method == "none":
         return None
     own = own or Reduction()
+    if first_drop is not None and not takes_first_drop(method):
+        raise ValueError(f"first_drop {first_drop}: {no_first_drop(method)}; leave it out")
     schedule = own.schedule if first_drop is None else dataclasses.replace(own.schedule, start=first_drop)
     budget = 0.25 if budget is None else budget
-    return dataclasses.replace(own, method=method, budget=budget, kind=kind or own.kind, schedule=schedule)
+    kind, drop_text = kind or own.kind, drop_text or own.drop_text
+    return dataclasses.replace(own, method=method, budget=budget, kind=kind, schedule=schedule, drop_text=drop_text)
+
+
+def takes_first_drop(method: str) -> bool:
+    """Whether `Schedule.start` has a say in where a method, or the last part of a composition, drops."""
+    return get_method(parse_method(method)[-1][0]).scheduled
+
+
+def no_first_drop(method: str) -> str:
+    """Why `Schedule.start` has none."""
+    last = get_method(parse_method(method)[-1][0])
+    inner = get_method(last.pair.inner) if last.pair is not None else last
+    where = f"drops after {inner.where}" if inner.phase == "decoder" else "drops before layer 0"
+    return f"{last.name} {where}, wherever a schedule starts"
 
 
 def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
@@ -313,7 +342,7 @@ def parse_method(text: str) -> tuple[tuple[str, float | None], ...]:
         parts.append((name, rate))
     if len(parts) > 1:
         inside = [get_method(name).phase == "decoder" for name, _ in parts]
-        if len(parts) > 2 or inside != [False, True] or get_method(parts[0][0]).phase == "none":
+        if len(parts) > 2 or inside != [False, True] or get_method(parts[0][0]).phase in ("none", "pair"):
             raise ValueError(
                 f"method {text!r}: a composition is one method before the decoder "
                 f"({', '.join(m.name for m in METHODS.values() if m.phase in ('input', 'merge'))}) + one inside it "
@@ -342,6 +371,8 @@ class AttentionMethods(Collection[str]):
         method = METHODS.get(str(name).partition("@")[0])
         if method is None or method.reads == NEXT_ATTENTION or method.merges or method.prepare or method.all_heads:
             return False
+        if method.pair is not None:
+            return method.pair.outer in self and method.pair.inner in self
         return method.phase != "decoder" or ATTENTION in method.where
 
 
@@ -395,14 +426,17 @@ def score_fn(plan: PlanView, *, segments: int = 1) -> PlanScore:
 def input_selection(plan: PlanView) -> Callable[..., Selection]:
     """What a plan with `drops_input` keeps: the function (visual [B,F,m,D], frame_count [B], attention) -> Selection of F*m tokens.
 
-    attention [B,F,m] fp32: the tower's, for methods that need it (`Method.needs`).
+    attention [B,F,m] fp32: the tower's, for methods that need it (`Method.needs`); of one that chose by pixels, what it chose, 1.
     """
     method = get_method(plan.input_method)
     if method.phase != "input":
         raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
 
     def select(visual: jax.Array, frame_count: jax.Array, attention: jax.Array | None = None) -> Selection:
-        if "attention" not in method.needs:
+        if "pixels" in method.needs:
+            assert attention is not None  # as the family has checked
+            chosen = attention.reshape(attention.shape[0], -1)
+        elif "attention" not in method.needs:
             chosen = method.function(visual, frame_count, plan)
         elif attention is None:
             raise ValueError(f"{method.name} ranks by the tower's attention; encode the frames with attention=True")

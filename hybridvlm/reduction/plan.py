@@ -22,8 +22,11 @@ from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptio
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
-from hybridvlm.reduction.schedules import SHARE_ONE
-from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens
+from hybridvlm.reduction.frame_text import FrameText
+from hybridvlm.reduction.frame_text import frame_text as settle_frame_text
+from hybridvlm.reduction.pixels import PixelSelection
+from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
+from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens, split_pair
 
 MAX_VISUAL_TOKENS = 2**31 - 1  # of an int32, which counts tokens on the device
 Counts = TypeVar("Counts", int, np.ndarray, jax.Array)  # arrays of int32
@@ -48,6 +51,7 @@ class ReductionPlan:
     of them) or the name of the method whose own rule it is (`Method.count`, keeping `input_rate`). relative[l]: share,
     in 1/4096ths, of the tokens entering layer 0 that enter layer l. pool_factors: (frames, rows, columns) merged into one before
     the decoder, on a `grid` of rows and columns. sites: where the method may drop. cost, dense_cost: see hybridvlm/reduction/cost.py.
+    drop_text, frame_text: the rule by which frames lose their own text, and most tokens that one has of it (frame_text.py).
     """
 
     method: str
@@ -71,6 +75,8 @@ class ReductionPlan:
     seed: int
     cost: Cost
     dense_cost: Cost
+    drop_text: str = "none"
+    frame_text: int = 0
 
     @property
     def layers(self) -> int:
@@ -100,7 +106,8 @@ class ReductionPlan:
     def prefix_key(self) -> tuple[Any, ...]:
         """What the layers before the first drop depend on, besides the prompt: plans that agree in it can share them."""
         before = (self.input_method, self.input_rule, self.input_share, self.input_rate, self.pool_factors, self.grid)
-        return (self.pattern, self.visual_tokens, self.frames, *before, self.seed, self.drops[:1])
+        text = (self.drop_text, self.frame_text)
+        return (self.pattern, self.visual_tokens, self.frames, *before, self.seed, self.drops[:1], *text)
 
     @property
     def shared_layers(self) -> int:
@@ -112,7 +119,7 @@ class ReductionPlan:
 
         It goes through the shared layers by itself and on with the video after them.
         """
-        lengths = [visual + self.text_tokens for visual in self.capacities[: self.shared_layers]]
+        lengths = [self.row_length(layer) for layer in range(self.shared_layers)]
         alone = (flops.continued_flops(config, i, max(0, n - text), text, chunk_size) for i, n in enumerate(lengths))
         return sum(alone) + sum(self.cost.layers[self.shared_layers :]) + self.cost.head
 
@@ -140,8 +147,22 @@ class ReductionPlan:
         return pooled_tokens(self.frames, self.grid, self.pool_factors)
 
     def row_length(self, layer: int) -> int:
-        """Length of a row on the device at `layer`: visual capacity and text bucket."""
-        return self.capacities[layer] + self.text_tokens
+        """Length of a row on the device at `layer`: visual capacity, and what is left of the text bucket."""
+        return self.capacities[layer] + self.text_left(layer)
+
+    @functools.cached_property
+    def _frame_text(self) -> FrameText:
+        whole = methods.get_method(self.input_method).encodes is not None
+        per_frame = max(1, self.visual_tokens // max(1, self.frames))
+        return FrameText(self.drop_text, self.frames, per_frame, self.frame_text, whole)
+
+    def text_left(self, layer: int) -> int:
+        """Text tokens of the bucket that a row has room for at `layer`."""
+        return self._frame_text.text(self.text_tokens, self.capacities[layer], self.capacities[0])
+
+    def most_frames(self, kept: Counts) -> Counts | None:
+        """The most frames with text of their own, of an example of which `kept` visual tokens are left; None: no text is dropped."""
+        return None if self.drop_text == "none" else self._frame_text.most_frames(kept)
 
     def keep(self, layer: int, count: Counts) -> Counts:
         """Visual tokens that enter `layer` of an example that has `count` (int, or int32 array of numpy or jax).
@@ -188,6 +209,20 @@ class ReductionPlan:
     def needs_attention(self) -> bool:
         """Whether it ranks by the tower's attention, which `encode` hands out on request."""
         return "attention" in methods.get_method(self.input_method).needs
+
+    @property
+    def pixel_selection(self) -> PixelSelection | None:
+        """What `encode` has to be told, as `keep`, by a plan whose method chooses before the tower; None for all others."""
+        if "pixels" not in methods.get_method(self.input_method).needs:
+            return None
+        if self.pool_factors != (1, 1, 1):
+            return PixelSelection(self.input_method, 1.0, self.pool_factors[1:])
+        return PixelSelection(self.input_method, self.input_rate) if self.drops_input else None
+
+    @property
+    def merges(self) -> bool:
+        """Whether visual tokens are merged behind the tower, by `methods.merge_fn`."""
+        return self.pool_factors != (1, 1, 1) and self.pixel_selection is None
 
     @property
     def retention_mean(self) -> float:
@@ -244,10 +279,14 @@ class ReductionPlan:
             f"{self.visual_tokens} visual tokens in {self.frames} frames, {self.text_tokens} text tokens",
             f"{'layer':>5}  {'kind':<9}  {'share':>7}  {'visual':>7}  {'GFLOPs':>11}",
         ]
+        if self.drop_text != "none":
+            lines[0] += f", of which {self.frames} x {self.frame_text} are frames' own (drop_text {self.drop_text})"
+            lines[1] += f"  {'text':>6}"
         for i, kind in enumerate(self.pattern):
             share = self._handed * self.input_share * self.relative[i] / SHARE_ONE**2
             mark, work = "  drop after" if i in self.drops else "", self.cost.layers[i] / 1e9
-            lines.append(f"{i:>5}  {KINDS[kind]:<9}  {share:>7.2%}  {self.capacities[i]:>7}  {work:>11.3f}{mark}")
+            text = "" if self.drop_text == "none" else f"  {self.text_left(i):>6}"
+            lines.append(f"{i:>5}  {KINDS[kind]:<9}  {share:>7.2%}  {self.capacities[i]:>7}  {work:>11.3f}{text}{mark}")
         lines.append("")
         lines.append(f"{'':<28}{'plan':>14}{'dense':>14}")
         lines.append(f"{'retention, mean of layers':<28}{self.retention_mean:>14.2%}{1:>14.2%}")
@@ -261,6 +300,9 @@ class ReductionPlan:
             lines.append(f"{label:<28}{here:>14.3f}{dense:>14.3f}")
         speedup = f"  {self.flop_speedup:.2f}x less work"
         lines.append(f"{'decoder FLOPs over dense':<28}{self.flop_ratio:>14.4f}{1:>14.4f}{speedup}")
+        if self.dense_cost.vision:
+            speedup = f"  {1 / self.total_flop_ratio:.2f}x less work"
+            lines.append(f"{'from pixels, over dense':<28}{self.total_flop_ratio:>14.4f}{1:>14.4f}{speedup}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -287,19 +329,37 @@ def make_plan(
     frames: int,
     chunk_size: int | None = None,
     itemsize: int = 2,
+    frame_text: int = 0,
 ) -> ReductionPlan:
     """Settle `reduction` for a model and a bucket: `visual_tokens` in `frames` frames, `text_tokens` of text.
 
     chunk_size: the SSD chunk that runs (default: the config's). itemsize: bytes of a value in KV and convolution
-    caches. Raises ValueError, with what the method can do, where the budget cannot be met.
+    caches. frame_text: most text tokens that a frame has of its own, for `Reduction.drop_text`.
+
+    Raises:
+        ValueError: the budget cannot be met (the message says what the method can do), or no text can be dropped here.
     """
     if not 0 <= visual_tokens <= MAX_VISUAL_TOKENS:
         raise ValueError(f"make_plan: visual_tokens must lie in [0, {MAX_VISUAL_TOKENS}], got {visual_tokens}")
-    outer, rate, inner, budget = _split(reduction)
+    pair = methods.get_method(methods.parse_method(reduction.method)[0][0]).pair
+    if pair is not None and reduction.kind in ("flops", "total-flops"):
+        sizes = {"visual_tokens": visual_tokens, "text_tokens": text_tokens, "frames": frames, "frame_text": frame_text}
+        return _pair_by_operations(reduction, config, chunk_size=chunk_size, itemsize=itemsize, **sizes)
+    outer, rate, inner, budget = _split(reduction, config.pattern)
     decoder = methods.get_method(inner)
-    fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size, outer, decoder)
+    own_text = settle_frame_text(
+        reduction.drop_text,
+        reduction.method,
+        visual_tokens=visual_tokens,
+        text_tokens=text_tokens,
+        frames=frames,
+        size=frame_text,
+        whole=methods.get_method(outer).encodes is not None,
+        pools=methods.get_method(outer).phase == "merge",
+    )
+    fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size, outer, decoder, own_text)
     pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
-    if outer == "avgpool":
+    if methods.get_method(outer).phase == "merge":
         pool, grid = fit.pool(rate)
     elif methods.get_method(outer).count is not None:
         rule, (share, kept) = outer, fit.own_count(methods.get_method(outer), rate)
@@ -311,10 +371,11 @@ def make_plan(
     lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
     dense = [visual_tokens] * len(config.pattern)
     scoring = fit.scoring(relative, entering)
-    vision, dense_vision = fit.vision(share / SHARE_ONE), fit.vision(None)
+    handed = share / SHARE_ONE if pool == (1, 1, 1) else decoder_input / visual_tokens
+    vision, dense_vision = fit.vision(handed), fit.vision(None)
 
     def cost(visual: Sequence[int], score: int, vision: int) -> Cost:
-        rows = [v + text_tokens for v in visual]
+        rows = fit.rows(visual)
         layers = tuple(flops.layer_flops(config, i, n, chunk_size) for i, n in enumerate(rows))
         return Cost(
             layers,
@@ -347,17 +408,49 @@ def make_plan(
         seed=reduction.seed,
         cost=cost(lengths, scoring, vision),
         dense_cost=cost(dense, 0, dense_vision),
+        drop_text=own_text.rule,
+        frame_text=own_text.size,
     )
 
 
-def _split(reduction: Reduction) -> tuple[str, float, str, float]:
+def _pair_by_operations(reduction: Reduction, config: flops.Counted, **sizes: Any) -> ReductionPlan:
+    """The plan of a pair at the mean share with which it meets a budget of operations, its inner stage as published."""
+    ((name, rate),) = methods.parse_method(reduction.method)
+    goal = reduction.budget if rate is None else rate
+    field = "flop_ratio" if reduction.kind == "flops" else "total_flop_ratio"
+
+    def at(budget: float) -> ReductionPlan:
+        return make_plan(dataclasses.replace(reduction, method=name, kind="mean", budget=budget), config, **sizes)
+
+    low, high, best = 1 / SHARE_ONE, 1.0, at(1.0)
+    if getattr(best, field) > goal:
+        try:
+            best = at(0.999)
+        except BudgetError as error:
+            high = error.high
+            best = at(high)
+        least = at(low)
+        if not getattr(least, field) <= goal <= getattr(best, field):
+            ends = getattr(least, field), getattr(best, field)
+            text = f"{name} can meet {reduction.kind} budgets from {ends[0]:.4f} to {ends[1]:.4f} on these layers, or 1; got {goal:g}"
+            raise BudgetError(text, *ends)
+        for _ in range(14):
+            tried = at(0.5 * (low + high))
+            low, high = (tried.budget, high) if getattr(tried, field) < goal else (low, tried.budget)
+            best = min(best, tried, key=lambda plan: abs(getattr(plan, field) - goal))
+    return dataclasses.replace(best, method=reduction.method, kind=reduction.kind, budget=goal)
+
+
+def _split(reduction: Reduction, pattern: str) -> tuple[str, float, str, float]:
     """(input method, its rate, decoder method, its budget); a part without a rate takes the reduction's budget."""
     parts = [
         (name, reduction.budget if rate is None else rate) for name, rate in methods.parse_method(reduction.method)
     ]
     outer, inner = ("none", 1.0), ("none", 1.0)
     for name, rate in parts:
-        phase = methods.get_method(name).phase
+        phase, pair = methods.get_method(name).phase, methods.get_method(name).pair
+        if pair is not None:
+            return split_pair(pair, name, pattern, reduction.schedule, rate, reduction.kind)
         if phase == "decoder":
             inner = (name, rate)
         elif phase != "none":

@@ -6,9 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from hybridvlm.config import ModelConfig, Reduction, ScoreOptions
+from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
+from hybridvlm.reduction.frame_text import FrameText
 from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
 
 _POOL_TOLERANCE = 0.1  # how far, relative to it, the share that blocks can keep may lie from the budget
@@ -26,10 +27,45 @@ def entering_tokens(rule: str, share: int, rate: float, decoder_input: int, fram
     return (decoder_input * share + SHARE_ONE // 2) // SHARE_ONE
 
 
+def split_pair(
+    pair: methods.Pair, name: str, pattern: str, schedule: Schedule, budget: float, kind: str
+) -> tuple[str, float, str, float]:
+    """(outer method, its rate, inner method, its budget) by which a pair meets a budget of kind "mean" or "final", the inner stage
+    keeping its published share. BudgetError where that alone keeps less."""
+    inner = methods.get_method(pair.inner)
+    assert inner.sites is not None  # it drops inside the decoder
+    sites = inner.sites(pattern, schedule)
+    if budget == 1.0:
+        return pair.outer, 1.0, pair.inner, 1.0
+    if not sites:
+        raise BudgetError(
+            f"{name}: {inner.name} drops after {inner.where}, and these {len(pattern)} layers have no such site: "
+            f"only budget 1 can be met, got {budget:g}",
+            1.0,
+            1.0,
+        )
+    before = (sites[0] + 1) / len(pattern)
+    share = pair.kept if kind == "final" else before + pair.kept * (1 - before)
+    if budget > share:
+        raise BudgetError(
+            f"{name} can meet {kind} budgets up to {math.floor(share * 1e4) / 1e4:g} on these {len(pattern)} layers, since "
+            f"{inner.name} keeps {pair.kept:g} after layer {sites[0]}, or 1; got {budget:g}",
+            0.0,
+            share,
+        )
+    return pair.outer, budget / share, pair.inner, share
+
+
 def drop_flops(
-    method: methods.Method, config: flops.Counted, layer: int, length: int, text_tokens: int, options: ScoreOptions
+    method: methods.Method,
+    config: flops.Counted,
+    layer: int,
+    visual: int,
+    length: int,
+    text_tokens: int,
+    options: ScoreOptions,
 ) -> int:
-    """Operations of a method's score after one layer, over a row of `length` tokens."""
+    """Operations of a method's score after one layer, over a row of `length` tokens, `visual` of them visual."""
     coming = method.ahead(config.pattern, layer, options)
     if coming:
         if not isinstance(config, ModelConfig):
@@ -39,7 +75,7 @@ def drop_flops(
             )
         return len(coming) * flops.lookahead_flops(config, length, text_tokens)
     if method.scoring is not None:
-        return method.scoring(length - text_tokens, 0, 0, config.width)
+        return method.scoring(visual, 0, 0, config.width)
     if method.reads == methods.FEATURES:
         return 3 * length * config.width
     if method.reads == methods.INDEX_ONLY:
@@ -60,15 +96,27 @@ class BudgetSolver:
         chunk: int | None,
         outer: str,
         inner: methods.Method,
+        own_text: FrameText,
     ) -> None:
         self.reduction, self.config = reduction, config
-        self.visual, self.text, self.frames = visual, text, frames
+        self.visual, self.text, self.frames, self.own_text = visual, text, frames, own_text
         self.outer, self.inner = methods.get_method(outer), inner
         self.layers = len(config.pattern)
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
+        if (
+            self.outer.phase == "merge"
+            and "pixels" in self.outer.needs
+            and config.vision
+            and config.vision.kind == "stem"
+        ):
+            raise BudgetError(
+                f"{outer} scales frames down, and this model's stem has one size; take frames or avgpool", 1.0, 1.0
+            )
         if "attention" in self.outer.needs and config.vision is not None and config.vision.kind == "stem":
-            able = ", ".join(m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and not m.needs)
+            able = ", ".join(
+                m.name for m in methods.METHODS.values() if m.phase in ("input", "merge") and "attention" not in m.needs
+            )
             raise BudgetError(
                 f"{outer} ranks by the attention of the vision tower, and this model's is a convolutional stem without any; "
                 f"of the methods before the decoder it takes {able}",
@@ -81,15 +129,20 @@ class BudgetSolver:
         """Whether the budget is one of operations."""
         return self.reduction.kind in ("flops", "total-flops")
 
+    def rows(self, visual: Sequence[int]) -> list[int]:
+        """Lengths of rows that have so many visual tokens at each layer, with what is left of the text."""
+        return [n + self.own_text.text(self.text, n, visual[0]) for n in visual]
+
     def decoder(self, visual: Sequence[int]) -> int:
-        rows = (self._flops(layer, n + self.text) for layer, n in enumerate(visual))
+        rows = (self._flops(layer, n) for layer, n in enumerate(self.rows(visual)))
         return sum(rows) + flops.head_flops(self.config)
 
     def scoring(self, relative: Sequence[int], entering: int) -> int:
         """Operations of all scores, before the decoder and inside it, where `entering` visual tokens enter layer 0."""
         lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
+        rows, options = self.rows(lengths), self.reduction.score
         total = sum(
-            drop_flops(self.inner, self.config, i, lengths[i] + self.text, self.text, self.reduction.score)
+            drop_flops(self.inner, self.config, i, lengths[i], rows[i], self.text, options)
             for i in schedules.drop_sites(relative)
         )
         if self.outer.scoring is not None:
@@ -105,7 +158,13 @@ class BudgetSolver:
         frames = self.frames
         if share is not None and self.outer.encodes is not None:
             frames = self.outer.encodes(frames, share)
-        extra = flops.tower_attention_flops(tower, frames) if share is not None and self.outer.needs else 0
+        if share is not None and self.outer.phase == "merge" and "pixels" in self.outer.needs:
+            return flops.shrunk_vision_flops(tower, frames, share, self.config.width)
+        if share is not None and "pixels" in self.outer.needs and self.outer.encodes is None:
+            kept = min(self.visual, max(1, round(self.visual * share)))
+            return flops.packed_vision_flops(tower, frames, kept, self.config.width)
+        attends = share is not None and "attention" in self.outer.needs
+        extra = flops.tower_attention_flops(tower, frames) if attends else 0
         return flops.vision_flops(tower, frames, self.config.width) + extra
 
     def work(self, relative: Sequence[int], entering: int, share: float) -> float:
@@ -159,15 +218,16 @@ class BudgetSolver:
         return min(range(1, SHARE_ONE + 1), key=lambda share: abs(ratio(share) - rate))
 
     def pool(self, rate: float) -> tuple[tuple[int, int, int], tuple[int, int]]:
-        """(pool_factors, grid): the smallest blocks whose size is nearest 1/rate."""
-        m = self.tokens_per_frame("avgpool")
+        """(pool_factors, grid): the smallest blocks whose size is nearest 1/rate; of a method by pixels, blocks inside a frame."""
+        name, by_pixels = self.outer.name, "pixels" in self.outer.needs
+        m = self.tokens_per_frame(name)
         vision = self.config.vision
         grid = vision.grid if vision is not None else (math.isqrt(m), math.isqrt(m))
         if grid[0] * grid[1] != m:
-            raise ValueError(f"avgpool needs the grid of a frame: {m} tokens per frame do not fill one of {grid}")
+            raise ValueError(f"{name} needs the grid of a frame: {m} tokens per frame do not fill one of {grid}")
         options = [
             (t, h, w)
-            for t in range(1, self.frames + 1)
+            for t in range(1, 2 if by_pixels else self.frames + 1)
             for h in range(1, grid[0] + 1)
             for w in range(1, grid[1] + 1)
             if not (grid[0] % h or grid[1] % w)
@@ -175,7 +235,8 @@ class BudgetSolver:
 
         def share(f: tuple[int, int, int]) -> float:
             if self.counts_flops and "+" not in self.reduction.method:
-                return self.work((SHARE_ONE,) * self.layers, pooled_tokens(self.frames, grid, f), 1.0)
+                entering = pooled_tokens(self.frames, grid, f)
+                return self.work((SHARE_ONE,) * self.layers, entering, entering / self.visual if by_pixels else 1.0)
             return 1.0 / (f[0] * f[1] * f[2])
 
         best = min(options, key=lambda f: (round(abs(share(f) - rate), 9), max(f), f))
@@ -183,7 +244,7 @@ class BudgetSolver:
             shares = sorted(round(share(f), 4) for f in options)
             near = sorted(set(shares), key=lambda s: abs(s - rate))[:4]
             raise BudgetError(
-                f"avgpool merges whole blocks of a {grid[0]}x{grid[1]} grid and cannot keep {rate:g}; "
+                f"{name} merges whole blocks of a {grid[0]}x{grid[1]} grid and cannot keep {rate:g}; "
                 f"the nearest budgets it can are {', '.join(f'{s:g}' for s in sorted(near))}",
                 shares[0],
                 shares[-1],

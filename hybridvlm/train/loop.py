@@ -107,17 +107,26 @@ class Run:
             _taken(model, reduction)
         d = config.data
         vision = model.config.vision
-        self.shape = Shape(d.frames, d.text, d.segments, vision.tokens_per_frame if vision else 0)
+        asked = reductions(config.reduction)
+        own = max(model.frame_text(d.frames, r) for r in asked)
+        if own and d.segments > 1:
+            raise ValueError(
+                f"drop_text counts with the frames of one sample a row, and Data.segments packs up to {d.segments} into one; "
+                "set it to 1"
+            )
+        self.shape = Shape(d.frames, d.text, d.segments, vision.tokens_per_frame if vision else 0, own)
         itemsize = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
         self.plans = [
-            None if r is None else model.family.make_plan(model.config, r, d.frames, d.text, itemsize)
-            for r in reductions(config.reduction)
+            None if r is None else model.family.make_plan(model.config, r, d.frames, d.text, itemsize, own)
+            for r in asked
         ]
         if any(plan is not None and plan.pool_factors != (1, 1, 1) for plan in self.plans):
             raise ValueError("training under avgpool is not supported; train dense, or under a method that drops")
         first = next(
             (plan.input_method for plan in self.plans if plan is not None and plan.input_method != "none"), None
         )
+        if any(plan is not None and plan.pixel_selection is not None for plan in self.plans):
+            raise ValueError(f"training under {first} is not supported: it encodes whole videos; train under evs, say")
         if first is not None and d.segments > 1:
             raise ValueError(
                 f"{first} works on one video a row, and Data.segments packs up to {d.segments} into one; set it to 1"

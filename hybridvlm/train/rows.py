@@ -32,6 +32,7 @@ class Shape:
     text: int
     segments: int
     per_frame: int
+    frame_text: int = 0  # most text tokens of a frame's own, where a plan drops those
 
     @property
     def length(self) -> int:
@@ -113,6 +114,9 @@ def arrange(ids: np.ndarray, frame: np.ndarray, said: np.ndarray, position: np.n
 def check(row: Example, shape: Shape, answer: int, frames: int, name: str) -> None:
     """TooLong, with the sample's name and sizes, where it does not fit."""
     text, label = int((row["frame"] < 0).sum()), row["label"] > 0
+    if shape.frame_text:
+        # a plan that drops text of frames' own counts with so many tokens of each frame that a row may have
+        text = int((row["frame"] == -1).sum()) + shape.frames * shape.frame_text
     said = int(np.bincount(row["part"][label]).max()) if "part" in row else int(label.sum())
     for what, got, most in (
         ("text tokens (Data.text)", text, shape.own_text),
@@ -153,7 +157,8 @@ def packed(row: Example, shape: Shape) -> Example:
     owner = row[f"{visual[0]}_segment_ids"] if visual else np.zeros(0, np.int32)
     before = np.asarray([(owner[owner > 0] < s).sum() for s in range(shape.segments + 1)], np.int32)
     frame = np.where(segment > 0, row["frame"], -1)
-    out["frame"] = np.where(frame >= 0, frame + before[segment], -1).astype(np.int32)
+    counted_on = np.where(frame < -1, frame - before[segment], -1)  # text of a frame's own, by the number of its frame
+    out["frame"] = np.where(frame >= 0, frame + before[segment], counted_on).astype(np.int32)
     out["segment"] = segment
     out["frame_count"] = np.asarray((owner > 0).sum(), np.int32)
     return out

@@ -65,13 +65,29 @@ def connect(p: Params, config: VisionConfig, features: jax.Array, frame: jax.Arr
 
     `frame`, the position of each frame in its video, matters for kind "stem" alone; a negative one (no frame) counts as 0.
     """
-    dtype = features.dtype
     if config.kind == "radio":
         x = pixel_shuffle(features, config.downsample)
-        x = rms_norm(x, p["norm"], config.projector_norm_eps)
-        x = jnp.square(jax.nn.relu(x @ p["up_proj"].astype(dtype))) @ p["down_proj"].astype(dtype)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        return connect_tokens(p, config, x.reshape(x.shape[0], -1, x.shape[-1]))
     x = features.reshape(features.shape[0], -1, features.shape[-1])
-    x = x @ p["proj"].astype(dtype) + p["proj_bias"].astype(dtype)
+    return connect_tokens(p, config, x, jnp.arange(x.shape[1]), frame[:, None])
+
+
+def connect_tokens(
+    p: Params,
+    config: VisionConfig,
+    merged: jax.Array,
+    cell: jax.Array | None = None,
+    frame: jax.Array | None = None,
+) -> jax.Array:
+    """Features of tokens wherever they stand, of kind "radio" after the pixel shuffle: merged [...,C] -> visual tokens [...,D].
+
+    cell and frame, int32 that broadcast to [...]: where each stands, for kind "stem".
+    """
+    dtype = merged.dtype
+    if config.kind == "radio":
+        x = rms_norm(merged, p["norm"], config.projector_norm_eps)
+        return jnp.square(jax.nn.relu(x @ p["up_proj"].astype(dtype))) @ p["down_proj"].astype(dtype)
+    assert cell is not None and frame is not None  # as its callers have it
+    x = merged @ p["proj"].astype(dtype) + p["proj_bias"].astype(dtype)
     time = jnp.take(p["time"], jnp.clip(frame, 0, config.max_frames - 1), axis=0)
-    return x + p["cell"].astype(dtype) + time.astype(dtype)[:, None]
+    return x + jnp.take(p["cell"], cell, axis=0).astype(dtype) + time.astype(dtype)

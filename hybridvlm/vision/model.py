@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hybridvlm.config import VisionConfig
+from hybridvlm.ops.pack import CHUNK
 from hybridvlm.vision.connector import Connector, connect
 from hybridvlm.vision.qwen_vit import QwenMerger, QwenTower, qwen_tokens
 from hybridvlm.vision.radio import RadioTower, radio_tower, radio_tower_attention
 from hybridvlm.vision.stem import StemTower, stem_tower
 
 Params = dict[str, Any]
-CHUNK = 128  # frames that go through the tower at once
 TOWERS: dict[str, type[nn.Module]] = {"radio": RadioTower, "stem": StemTower, "qwen": QwenTower}
 CONNECTORS: dict[str, type[nn.Module]] = {"radio": Connector, "stem": Connector, "qwen": QwenMerger}
 

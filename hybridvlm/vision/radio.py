@@ -107,12 +107,22 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def whole_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Every row of a frame sees every other: q, k, v [F,S,H,P] -> [F,S,H,P]."""
+    return attention(q, k, v, causal=False, return_lse=False)[0]
+
+
 def vit_block(
-    p: Params, config: VisionConfig, x: jax.Array, rope_fn: Callable[[jax.Array], jax.Array] = lambda heads: heads
+    p: Params,
+    config: VisionConfig,
+    x: jax.Array,
+    rope_fn: Callable[[jax.Array], jax.Array] = lambda heads: heads,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = whole_attention,
 ) -> jax.Array:
     """One pre-norm block, full attention inside each frame: x [F,S,D] -> [F,S,D]. `p` holds one layer's parameters.
 
-    rope_fn: what is done to queries and keys [F,S,H,P], a rotary embedding for towers that have one.
+    rope_fn: what is done to queries and keys [F,S,H,P], a rotary embedding for towers that have one. attend: the attention, where rows
+    are not those of one whole frame each (`hybridvlm.ops.pack`).
     """
     f, length, width = x.shape
 
@@ -123,7 +133,7 @@ def vit_block(
         return linear(h, f"{name}_proj", f"{name}_bias").reshape(f, length, config.heads, width // config.heads)
 
     h = layer_norm(x, p["norm1"], p["norm1_bias"], config.norm_eps)
-    mixed, _ = attention(rope_fn(heads(h, "q")), rope_fn(heads(h, "k")), heads(h, "v"), causal=False, return_lse=False)
+    mixed = attend(rope_fn(heads(h, "q")), rope_fn(heads(h, "k")), heads(h, "v"))
     x = x + linear(mixed.reshape(f, length, width), "o_proj", "o_bias")
     h = layer_norm(x, p["norm2"], p["norm2_bias"], config.norm_eps)
     h = ACTIVATIONS[config.activation](linear(h, "fc1", "fc1_bias"))

@@ -55,10 +55,16 @@ def stem_tower(p: Params, config: VisionConfig, pixels: jax.Array, dtype: Any = 
         raise ValueError(f"pixels must be [F,h,w,3] with h and w multiples of {size}, got {pixels.shape}")
     f, rows, cols = pixels.shape[0], pixels.shape[1] // size, pixels.shape[2] // size
     x = einops.rearrange(normalise(config, pixels).astype(dtype), "f (r p) (c q) ch -> (f r c) p q ch", p=size, q=size)
+    return stem_features(p, config, x).reshape(f, rows, cols, -1)
+
+
+def stem_features(p: Params, config: VisionConfig, x: jax.Array) -> jax.Array:
+    """Cells by themselves: x [n,p,p,3], normalised -> features [n,width]."""
+    dtype = x.dtype
     for i in range(len(config.stem_channels)):
         x = jax.lax.conv_general_dilated(
             x, p[f"conv{i}"].astype(dtype), (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         x = jax.nn.relu(x + p[f"conv{i}_bias"].astype(dtype))
-    x = x.reshape(f, rows, cols, -1)
+    x = x.reshape(x.shape[0], -1)
     return x @ p["proj"].astype(dtype) + p["proj_bias"].astype(dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import math
 import os
@@ -484,6 +485,8 @@ BAD = [
         )
     ),
     (["--compare", "fastv"], "--compare 'fastv' is not among"),
+    (["--methods", "evs,fastv", "--first-drop", "2"], "--first-drop 2: evs drops before layer 0, wherever a schedule"),
+    (["--drop-text", "best-frames"], "this model's prompt has none between its frames"),
 ]
 
 
@@ -532,6 +535,27 @@ def test_match_flops_solves_all_to_one_cost(world, tmp_path):
 def test_a_method_that_does_nothing_is_called_out(world, tmp_path):
     run_eval(world, tmp_path / "out", "--methods", "uniform", "--budgets", "1", "--limit", "6", check=0)
     assert "the same 6 replies as dense" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_frames_that_are_left_out_never_enter_the_tower(world, tmp_path, monkeypatch, capsys):
+    """Each row is encoded, and timed, as it would be alone; of a method that no first drop moves it is said."""
+    through = []
+    for name in ("model", "pixels"):
+        module = importlib.import_module(f"hybridvlm.models.nemotron_vl.{name}")
+        real = module.encode_frames
+
+        def counting(params, config, shown, *rest, real=real, **options):
+            through.append((len(shown), options.get("attention", False)))
+            return real(params, config, shown, *rest, **options)
+
+        monkeypatch.setattr(module, "encode_frames", counting)
+    more = ["--methods", "frames,uniform", "--budgets", "0.5", "--limit", "3", "--first-drop", "0"]
+    run_eval(world, tmp_path / "out", *more, check=0)
+    # traced once each: four frames for dense and uniform, two for the other; one frame is that of a model's shapes
+    assert sorted(seen for seen in through if seen[0] > 1) == [(2, False), (4, False)]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["retention_achieved"] for row in rows] == [1, 0.5, pytest.approx(0.5, abs=0.1)]
+    assert "--first-drop 0 changes nothing for frames: frames drops before layer 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["mean", "final"])

@@ -116,6 +116,7 @@ VAMBA = VambaConfig(
 CONFIGS = {
     "small": dataclasses.replace(HYBRID, pattern="M*"),
     "hybrid": HYBRID,
+    "stamped": dataclasses.replace(HYBRID, pattern="M*-M*-", name="stamped"),  # text around each frame
     "odd vocabulary": dataclasses.replace(HYBRID, pattern="M*", vocab_size=15, tie_embeddings=True),
     "qwen": QWEN,
     "vamba": VAMBA,
@@ -125,6 +126,8 @@ REDUCED_TEXT = Reduction("str-attention", 0.6)
 REDUCED = Reduction("str", 0.25, schedule=Schedule(floor=0.05))
 LOOKAHEAD = Reduction("str-lookahead", 0.25, schedule=Schedule(floor=0.05))
 AFTER_ATTENTION = Reduction("str-attention", 0.6, schedule=Schedule(floor=0.05))
+BEST_FRAMES = dataclasses.replace(REDUCED, drop_text="best-frames")
+EVS_PIXELS = Reduction("evs-pixels:0.5+str:0.6")
 # name -> (config, sizes of the mesh, reduction, questions in a batch, whether conversations are held); those that begin with
 # "memory" go on from a video memory on the mesh, and are compared with whole prompts on one device
 CASES = {
@@ -146,6 +149,9 @@ CASES = {
     "hybrid dense fsdp=2 tensor=4": ("hybrid", {"fsdp": 2, "tensor": 4}, None, 3, False),
     "hybrid fsdp=4 sequence=2": ("hybrid", {"fsdp": 4, "sequence": 2}, REDUCED, 3, False),
     "hybrid evs": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("evs", 0.5), 3, False),
+    "stamped best-frames": ("stamped", {"data": 2, "sequence": 2, "tensor": 2}, BEST_FRAMES, 3, True),
+    "stamped sequence=8": ("stamped", {"sequence": 8}, BEST_FRAMES, 1, False),
+    "memory stamped": ("stamped", {"sequence": 4, "tensor": 2}, BEST_FRAMES, 2, False),
     "hybrid tome": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("tome", 0.5), 3, False),
     "hybrid sparsevlm": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("sparsevlm", 0.7), 3, False),
     "qwen visionzip": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, Reduction("visionzip", 0.5), 3, False),
@@ -175,6 +181,9 @@ CASES = {
     "vamba fsdp=4 sequence=2": ("vamba", {"fsdp": 4, "sequence": 2}, None, 3, False),
     "vamba data=2 sequence=2 tensor=2": ("vamba", {"data": 2, "sequence": 2, "tensor": 2}, REDUCED_TEXT, 3, True),
     "vamba dense sequence=4 tensor=2": ("vamba", {"sequence": 4, "tensor": 2}, None, 1, True),
+    "hybrid evs-pixels": ("hybrid", {"data": 2, "sequence": 2, "tensor": 2}, EVS_PIXELS, 3, False),
+    "qwen evs-pixels": ("qwen", {"data": 2, "sequence": 2, "tensor": 2}, EVS_PIXELS, 1, True),
+    "vamba evs-pixels": ("vamba", {"data": 2, "sequence": 4}, Reduction("evs-pixels", 0.5), 3, False),
     "vamba evs": ("vamba", {"data": 2, "sequence": 4}, Reduction("evs", 0.5), 3, False),
     "vamba avgpool": ("vamba", {"data": 2, "sequence": 4}, Reduction("avgpool", 0.25), 3, False),
 }
@@ -196,6 +205,8 @@ def random_model(config: ModelConfig) -> Model:
     words = WORDS[: config.vocab_size - 3]
     tokenizer = Words.from_words(words, special=("<pad>", "<eos>"))
     style = PromptStyle(question="what {question} ?") if family.NAME == "nemotron_vl" else family.style_for(config)
+    if config.name == "stamped":
+        style = dataclasses.replace(style, before="f", frame="a {number} b", after_frame="c", between="d")
     params = jax.tree.map(jax.numpy.asarray, folder.unflatten(flat))
     return Model(config, params, tokenizer, buckets=BUCKETS, style=style, family=family)
 
@@ -223,7 +234,10 @@ def batch_of(model: Model, rows: int, reduction: Reduction | None):
 def run(model: Model, rows: int, reduction: Reduction | None, memory: bool = False):
     """What a model on one device and on a mesh must agree on: an answer, and what is drawn after a piece of text behind the prompt."""
     batch, plan, pixels = batch_of(model, rows, reduction)
-    visual = model.encode(pixels, attention=plan is not None and plan.needs_attention)
+    if plan is not None and plan.pixel_selection is not None:
+        visual = model.encode(pixels, keep=plan.pixel_selection, frame_count=batch.frame_count)
+    else:
+        visual = model.encode(pixels, attention=plan is not None and plan.needs_attention)
     if memory:
         visual = model.build_video_memory(batch, visual, plan)
     generation = model.generate(batch, visual, plan, max_new=5)

@@ -307,6 +307,17 @@ def test_a_program_for_a_gpu_calls_cudnn(monkeypatch):
     assert calls() == calls(return_lse=False, one_segment=False) == ["mosaic_gpu"]
 
 
+@pytest.mark.parametrize(
+    ("length", "blocks"),
+    [(100, (128, 1)), (384, (384, 1)), (896, (128, 7)), (1034, (384, 3)), (2000, (512, 4)), (33280, (512, 65))],
+)
+def test_tpu_blocks_pad_little_and_are_large(length, blocks):
+    """A RADIO frame of 1,034 rows is padded to 1,152 in any case: three blocks read its keys three times, nine nine times."""
+    from hybridvlm.ops.attention.pallas_tpu_common import block_of
+
+    assert block_of(length, 512) == blocks
+
+
 def test_tpu_kernels_take_one_dtype():
     q, k, v = small_arrays()
     with compiling_for("tpu"), pytest.raises(NotImplementedError, match=r"got \['bfloat16', 'float32'\]"):

@@ -314,9 +314,13 @@ def test_what_two_streams_cannot_do_is_refused(model):
 
 def test_a_method_that_looks_at_whole_videos_is_refused_before_a_packed_run_begins(model, tmp_path):
     packed = {"segments": 2, "text": 2 * TEXT, "frames": 2 * FRAMES, "sample_frames": FRAMES}
-    reduction = {"mode": "fixed", "reduction": {"method": "evs", "budget": 0.5}}
-    with pytest.raises(ValueError, match=r"evs works on one video a row, and Data\.segments packs up to 2"):
-        loop.Run(vamba_settings(tmp_path / "run", data=packed, reduction=reduction), model)
+    for method, text in (
+        ("evs", r"evs works on one video a row, and Data\.segments packs up to 2"),
+        ("evs-pixels", "training under evs-pixels is not supported: it encodes whole videos"),
+    ):
+        reduction = {"mode": "fixed", "reduction": {"method": method, "budget": 0.5}}
+        with pytest.raises(ValueError, match=text):
+            loop.Run(vamba_settings(tmp_path / "run", data=packed, reduction=reduction), model)
     assert not (tmp_path / "run").exists()
 
 

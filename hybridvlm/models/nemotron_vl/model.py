@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
 from hybridvlm.models.nemotron_vl.passes import AssembleFn, continue_prefix, decoder_output
+from hybridvlm.models.nemotron_vl.pixels import encode_kept
 from hybridvlm.models.nemotron_vl.rows import assemble
 from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, video_pieces
 from hybridvlm.models.prompt import make_batch as pad_layouts
@@ -35,6 +36,7 @@ from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
 from hybridvlm.reduction import plan as plans
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
@@ -235,7 +237,7 @@ def pixels(config: ModelConfig, clips: Sequence[Clip], frames: int) -> np.ndarra
 
 
 def make_plan(
-    config: ModelConfig, reduction: Reduction, frames: int, text: int, itemsize: int = 2
+    config: ModelConfig, reduction: Reduction, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
 ) -> ReductionPlan | None:
     """The static plan of a reduction for a bucket; None when there is nothing to reduce."""
     if reduction.method == "none" or not frames:
@@ -248,14 +250,26 @@ def make_plan(
         frames=frames,
         chunk_size=config.chunk_size or default_choice().chunk_size,
         itemsize=itemsize,
+        frame_text=frame_text,
     )
 
 
 # -- the computation ----------------------------------------------------------------------------------------------------
 
 
-def encode(params: Mapping[str, Any], config: ModelConfig, pixels: jax.Array, attention: bool = False) -> jax.Array:
-    """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]; with `attention` also the tower's, see `encode_frames`."""
+def encode(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    pixels: jax.Array,
+    attention: bool = False,
+    keep: PixelSelection | None = None,
+    frame_count: jax.Array | None = None,
+) -> jax.Array:
+    """Frames, as `pixels` gives them, -> visual tokens [B,F,m,D]; with `attention` also the tower's, see `encode_frames`; with `keep`
+    those that it chooses of each row's frame_count [B] frames, see `encode_kept`."""
+    if keep is not None:
+        assert frame_count is not None  # as `ModelPrograms.encode` has it
+        return encode_kept(params, config, pixels, keep, frame_count)
     b, f = pixels.shape[:2]
     scaled = pixels.reshape(b * f, *pixels.shape[2:]).astype(jnp.float32) / 255
     frame = jnp.tile(frame_numbers(config, f), b)

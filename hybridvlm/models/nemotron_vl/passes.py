@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, ScoreOptions
+from hybridvlm.models.nemotron_vl.pixels import check_kept
 from hybridvlm.models.nemotron_vl.rows import (
     assemble,
     merged,
@@ -20,11 +21,12 @@ from hybridvlm.models.nemotron_vl.rows import (
     split_attention,
     visual_positions,
 )
-from hybridvlm.models.prompt import Batch
+from hybridvlm.models.prompt import Batch, own_text
 from hybridvlm.nn import decoder
 from hybridvlm.nn.caches import Cache
 from hybridvlm.nn.decoder import DecoderOutput, visual_counts
 from hybridvlm.nn.prefix import Prefix
+from hybridvlm.ops.frame_text import FRAME_TEXT
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.scores import reduce_scores
 from hybridvlm.parallel.sequence import compact_row, gather_sequence, own_stretch, row_total, sequence_shards
@@ -95,6 +97,7 @@ def enter_decoder(
 ) -> tuple[Tokens, jax.Array, int]:
     """Arguments as of `decoder_output`: Tokens as they enter layer 0, visual tokens given [B,S], length of the unreduced rows."""
     frame_count = batch.frame_count
+    check_kept(config, visual, plan)
     if visual is not None and plan is not None and plan.input_method != "none":
         # what merges or ranks before the decoder looks at the whole video
         visual = gather_sequence(config, visual)
@@ -102,7 +105,7 @@ def enter_decoder(
         raise ValueError(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
-    if plan is not None and plan.pool_factors != (1, 1, 1):
+    if plan is not None and plan.merges:
         visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
     if plan is not None and plan.drops_input:
         visual, attention = split_attention(config, _needed(plan, visual))
@@ -115,13 +118,19 @@ def enter_decoder(
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
     if plan is not None:
         tokens = _prepared(config, plan, tokens, segments)
+        if plan.drop_text != "none":
+            owner = jnp.where(
+                jnp.asarray(batch.segment) > 0, jnp.maximum(own_text(jnp.asarray(batch.frame)), -1) + 1, 0
+            )
+            tokens = tokens.replace(extra=tokens.extra | {FRAME_TEXT: own_stretch(config, owner)})
     length = tokens.length * sequence_shards(config)
     given = row_total(config, visual_counts(tokens, segments))
     if plan is not None and plan.drops_input:
         is_visual, order = visual_positions(batch)
         ranks = jnp.take_along_axis(chosen.score, jnp.minimum(order, chosen.score.shape[1] - 1), axis=1)
         score = own_stretch(config, jnp.where(is_visual, ranks, 0))
-        tokens = compact_row(config, tokens, score, plan.keep(0, given), plan.row_length(0))
+        keep = plan.keep(0, given)
+        tokens = compact_row(config, tokens, score, keep, plan.row_length(0), plan.most_frames(keep), plan.frames)
     return tokens, given, length
 
 

@@ -39,6 +39,7 @@ from hybridvlm.parallel.sequence import own_stretch
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens
 from hybridvlm.reduction import plan as plans
+from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.tokenizers.text import trusted
@@ -161,7 +162,9 @@ def prompt(
             if times and clip.kind == "video":
                 first, last = starts[number], min(starts[number] + patch, len(clip.seconds)) - 1
                 mean = (clip.seconds[first] + clip.seconds[last]) / 2
-                pieces.text(pending + trusted(f"<{mean:.1f} seconds>") + opening)
+                # of the first frame it is one text with what stands before the video
+                own = pieces.frames if number else None
+                pieces.text(pending + trusted(f"<{mean:.1f} seconds>") + opening, own)
                 pending = closing
             pieces.visual(grid[0] * grid[1], min(factors[0], len(starts) - number))
         pending = closing
@@ -242,7 +245,7 @@ def pixels(config: QwenConfig, clips: Sequence[Clip], frames: int) -> np.ndarray
 
 
 def make_plan(
-    config: QwenConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2
+    config: QwenConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
 ) -> ReductionPlan | None:
     """The static plan for a bucket of `frames` tubelets, of the size in config.vision; None when there is nothing to reduce."""
     if reduction is None or reduction.method == "none" or not frames:
@@ -254,6 +257,7 @@ def make_plan(
         text_tokens=text,
         frames=frames,
         itemsize=itemsize,
+        frame_text=frame_text,
     )
 
 
@@ -269,9 +273,16 @@ class QwenCaches:
     position: jax.Array
 
 
-def encode(params: Mapping[str, Any], config: QwenConfig, pixels: jax.Array, attention: bool = False) -> jax.Array:
+def encode(
+    params: Mapping[str, Any],
+    config: QwenConfig,
+    pixels: jax.Array,
+    attention: bool = False,
+    keep: PixelSelection | None = None,
+    frame_count: jax.Array | None = None,
+) -> jax.Array:
     """Tubelets [B,F,t,h,w,3] uint8 -> visual tokens [B,F,m,D * (1 + planes)], each token's DeepStack planes after it."""
-    return nemotron_vl.encode(params, config, pixels, attention)
+    return nemotron_vl.encode(params, config, pixels, attention, keep, frame_count)
 
 
 def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: jax.Array | None) -> Tokens:

@@ -143,11 +143,20 @@ def pixels(config: VambaConfig, clips: Sequence[Clip], frames: int) -> np.ndarra
 
 
 def make_plan(
-    config: VambaConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2
+    config: VambaConfig, reduction: Reduction | None, frames: int, text: int, itemsize: int = 2, frame_text: int = 0
 ) -> ReductionPlan | None:
-    """The static plan for a bucket of `frames` tubelets, of the size in config.vision; one layer of the plan is one of VAMBA's."""
+    """The static plan for a bucket of `frames` tubelets, of the size in config.vision; one layer of the plan is one of VAMBA's.
+
+    Raises:
+        ValueError: for a reduction that drops text: here it is a stream of its own, which no drop makes shorter.
+    """
     if reduction is None or reduction.method == "none" or not frames:
         return None
+    if reduction.drop_text != "none":
+        raise ValueError(
+            f"drop_text={reduction.drop_text!r}: the text of a VAMBA is a stream of its own, beside the video, and no drop makes it "
+            "shorter; leave it out"
+        )
     return plans.make_plan(
         reduction,
         VambaReading(config, text),

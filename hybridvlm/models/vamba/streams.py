@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybridvlm import sharding
 from hybridvlm.config import ModelConfig, VambaConfig
+from hybridvlm.models.nemotron_vl.pixels import check_kept
 from hybridvlm.models.nemotron_vl.rows import merged, split_attention
 from hybridvlm.models.vamba.batch import Batch
 from hybridvlm.nn import vamba
@@ -94,14 +95,17 @@ def prepare(
         raise ValueError(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
+    check_kept(config, visual, plan)
     # what merges or ranks before the decoder looks at the whole video
     whole = visual = gather_sequence(config, visual) if first else visual
-    if plan is not None and plan.pool_factors != (1, 1, 1):
+    if plan is not None and plan.merges:
         whole, frame_count = methods.merge_fn(plan)(whole, frame_count)
     if plan is not None and plan.drops_input:
         whole, attention = split_attention(config, whole)
         chosen = methods.input_selection(plan)(whole, frame_count, attention)
         whole = merged(whole, chosen)
+    elif plan is not None and plan.pixel_selection is not None:
+        whole, _ = split_attention(config, whole)
     if first:
         visual = own_stretch(config, whole.reshape(whole.shape[0], -1, 1, whole.shape[-1]))
     video = video_stream(config, batch, visual, segments)

@@ -70,16 +70,14 @@ def check_dtypes(*arrays: jax.Array) -> None:
 
 
 def block_of(length: int, most: int) -> tuple[int, int]:
-    """Size and number of the blocks of a length: multiples of the lanes, as large as adds little padding."""
-    sizes = [size for size in (most, most // 2, most // 4) if size >= LANES] or [LANES]
-    for size in sizes:
-        padded = -(-length // size) * size
-        if padded <= 1.04 * length:
-            return size, padded // size
-    size = min(sizes[0], -(-length // LANES) * LANES)
-    if length > sizes[0]:
-        size = sizes[-1]
-    return size, -(-length // size)
+    """Size and number of the blocks of a length: multiples of the lanes, as large as adds little padding.
+
+    Where all add much, the largest of those that add least: of 1,034 rows three blocks of 384, as many as nine of 128.
+    """
+    sizes = list(range(most // LANES * LANES, 0, -LANES)) or [LANES]
+    rows = {size: -(-length // size) * size for size in sizes}
+    size = next((size for size in sizes if rows[size] <= 1.04 * length), min(sizes, key=lambda size: rows[size]))
+    return size, rows[size] // size
 
 
 def together(kv_heads: int, groups: int, *widths: int) -> int:

@@ -16,7 +16,7 @@ SEGMENTS, TAU, LINK, DIVERSE, NEIGHBOURS = 8, 0.9, 0.8, 0.7, 7
 
 
 @_register(
-    "flashvid",
+    "flashvid-outer",
     "input",
     reads=FEATURES,
     needs=("attention",),
@@ -25,8 +25,7 @@ SEGMENTS, TAU, LINK, DIVERSE, NEIGHBOURS = 8, 0.9, 0.8, 0.7, 7
 def flashvid(visual: jax.Array, frame_count: jax.Array, plan: PlanView, attention: jax.Array) -> Selection:
     """before layer 0, diverse tokens that the tower attends to; the others merge along trees in time
 
-    The outer stage; the published pair keeps 1.25 r outside, and .3 of that after .71 of the depth:
-    "flashvid:0.31+oneshot-last@0.71:0.8" has a mean share of .25.
+    The outer stage of the pair "flashvid" (pairs.py).
     """
     frames, m = visual.shape[1:3]
     diverse = -int(-DIVERSE * max(1, int(plan.input_share * m / SHARE_ONE)) // 1)

@@ -1,7 +1,6 @@
 """Fewer frames: the baseline that costs nothing, and beats many methods (VTC-Bench, arXiv 2510.07143).
 
-Predicted FLOPs count the tower on the frames that stay. `encode` is not told of a method and runs on all of them, so
-that `eval`'s time from pixels does not show what is spared: give the loader fewer frames (`--frames`) to measure it.
+The others never enter the tower: it encodes the frames that stay and no other.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.reduction.choose import frames_of
-from hybridvlm.reduction.methods import PlanView, _register
+from hybridvlm.reduction.methods import _register
+from hybridvlm.reduction.pixels import PixelSelection
 
 
 def frames_kept(frames: int, share: float) -> int:
@@ -27,12 +27,13 @@ def frames_kept(frames: int, share: float) -> int:
     floor=lambda frames, m: 1 / frames,
     keeps="whole frames",
     encodes=frames_kept,
+    needs=("pixels",),
 )
-def frames(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> jax.Array:
-    """whole frames, evenly spread; the others need never enter the tower"""
-    m = visual.shape[2]
-    kept = plan.keep(0, frame_count * m) // m
-    return jnp.repeat(frames_score(frame_count, kept, visual.shape[1]), m, axis=1)
+def frames(values: jax.Array, frame_count: jax.Array, keep: PixelSelection) -> jax.Array:
+    """whole frames, evenly spread; the others never enter the tower"""
+    count, m = values.shape[1:3]
+    kept = jnp.asarray([keep.frames(n) for n in range(count + 1)], jnp.int32)[frame_count]
+    return jnp.repeat(frames_score(frame_count, kept, count), m, axis=1)
 
 
 def frames_score(frame_count: jax.Array, kept: jax.Array, frames: int) -> jax.Array:

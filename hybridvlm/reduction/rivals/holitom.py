@@ -19,11 +19,11 @@ STILL, BETA, NEIGHBOURS, DEPTH = 0.8, 0.6, 7, 18 / 28
 _LAST = ScoreOptions(queries="last")
 
 
-@_register("holitom", "input", reads=FEATURES, needs=("attention",))
+@_register("holitom-outer", "input", reads=FEATURES, needs=("attention",))
 def holitom(visual: jax.Array, frame_count: jax.Array, plan: PlanView, attention: jax.Array) -> Selection:
     """before layer 0, still cells are averaged over time, of the others what the tower attends to stays
 
-    The outer stage; the published pair is "holitom:r+holitom-inner:0.82", a mean share of .82 r.
+    The outer stage of the pair "holitom" (pairs.py).
     """
     frames, m = visual.shape[1:3]
     row = (visual, frames_of(frame_count, frames), attention, plan.keep(0, frame_count * m))

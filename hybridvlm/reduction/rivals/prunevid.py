@@ -14,11 +14,11 @@ from hybridvlm.reduction.rivals.holitom import parts_selection
 STILL, NEIGHBOURS = 0.8, 7
 
 
-@_register("prunevid", "input", reads=FEATURES)
+@_register("prunevid-outer", "input", reads=FEATURES)
 def prunevid(visual: jax.Array, frame_count: jax.Array, plan: PlanView) -> Selection:
     """before layer 0, scenes; still cells averaged over time, then clusters (density peaks)
 
-    The outer stage; inside, the release drops once at a third of the depth: "prunevid:r+oneshot-max@0.31:s".
+    The outer stage of the pair "prunevid" (pairs.py).
     """
     frames, m = visual.shape[1:3]
     row = (visual, frames_of(frame_count, frames), plan.keep(0, frame_count * m))

@@ -13,7 +13,7 @@ from hybridvlm.reduction.rivals.frames import frames_score
 from hybridvlm.reduction.rivals.vidcom2 import vidcom2_score
 
 FRAMES = jax.jit(frames_score, static_argnums=2)
-DROPS = ("vidcom2", "frames", "divprune", "divprune-frame", "dycoke")
+DROPS = ("vidcom2", "divprune", "divprune-frame", "dycoke")
 
 
 def kept(score, count):
@@ -85,6 +85,16 @@ def test_frames_spare_the_tower():
     assert matched.retention_input == pytest.approx(0.25, abs=0.02)
 
 
+def test_frames_of_a_batch_are_those_of_each_video_alone_in_any_bucket():
+    keep = plan("frames", 0.4, frames=8).pixel_selection
+    values = jnp.zeros((2, 8, 16, 0), jnp.uint8)
+    both = np.asarray(jax.jit(keep.choose)(values, jnp.array([8, 5])))
+    assert both.any(2).sum(1).tolist() == [3, 2] and not (both.any(2) & ~both.all(2)).any() and not both[1, 5:].any()
+    short = plan("frames", 0.4, frames=5).pixel_selection
+    assert short == keep
+    np.testing.assert_array_equal(short.choose(values[1:, :5], jnp.array([5]))[0], both[1, :5])
+
+
 def videos(seed=0, dtype=jnp.float32):
     """Two videos, of 8 and 5 frames in a bucket of 8, what is padded full of rubbish."""
     x = np.random.default_rng(seed).normal(size=(2, 8, 16, 6)).astype(np.float32)
@@ -120,15 +130,14 @@ def test_an_example_keeps_the_same_alone_in_a_batch_and_in_a_longer_bucket(name,
 def test_one_frame_equal_frames_and_zeros(name):
     """All ties: the earliest win, and nothing is NaN."""
     one = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 16, 6)), jnp.float32)
-    frames = 1.0 if name in ("dycoke", "frames") else 0.5
+    frames = 1.0 if name == "dycoke" else 0.5
     assert np.isfinite(selection(name, frames, one, jnp.array([1]))[1].score).all()
     same = jnp.broadcast_to(one, (1, 8, 16, 6))
     p, chosen = selection(name, 0.4, same, jnp.array([8]))
     assert np.isfinite(chosen.score).all()
     again = selection(name, 0.4, same * 1.0, jnp.array([8]))[1]
     assert kept(chosen.score[0], p.keep(0, 128)) == kept(again.score[0], p.keep(0, 128))
-    if name != "frames":
-        assert set(kept(chosen.score[0], p.keep(0, 128))) & set(range(16))
+    assert set(kept(chosen.score[0], p.keep(0, 128))) & set(range(16))
     assert np.isfinite(selection(name, 0.4, 0 * same, jnp.array([8]))[1].score).all()
 
 
