@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,10 @@ from hybridvlm.video import container as films
 from hybridvlm.video import mp4
 
 NONE = -(1 << 63)  # a time stamp that is not known, as FFmpeg writes it
+_FIELDS = operator.attrgetter(
+    *("stream_index", "size", "pos", "pts", "dts", "duration", "is_keyframe", "is_discard", "is_corrupt")
+)
+_AT_ONCE = 1 << 12  # packets
 _TABLED = ("h264", "hevc", "av1")  # codecs whose packets FFmpeg hands on as an MP4's tables have them
 
 
@@ -61,23 +67,22 @@ def demuxed(container: Any, streams: Sequence[Any], ended: list[str]) -> tuple[l
     """
     indexed = {s.index: len(s.index_entries) for s in streams}
     rows: dict[int, list[tuple[Any, ...]]] = {s.index: [] for s in streams}
-    add = {number: own.append for number, own in rows.items()}
-    last: Any = None
-    for p in films.packets(container, *container.streams, ended=ended):
-        if not p.size:
-            continue
-        last = p
-        own = add.get(p.stream_index)
-        if own is not None:
-            own((p.pts, p.dts, p.duration, p.is_keyframe, p.is_discard, p.is_corrupt))
+    # an hour has 100,000 packets and more: what is done for each is done in C, and those of other streams do not pile up
+    source = map(_FIELDS, films.packets(container, *container.streams, ended=ended))
+    last: tuple[Any, ...] = ()
+    while found := list(itertools.islice(source, _AT_ONCE)):
+        found = [row for row in found if row[1]]
+        last = found[-1] if found else last
+        for number, own in rows.items():
+            own += [row for row in found if row[0] == number] if len(container.streams) > 1 else found
     tracks = []
     for s in streams:
-        columns = list(zip(*rows[s.index], strict=True)) or [()] * 6
+        columns = list(zip(*rows[s.index], strict=True))[3:] or [()] * 6
         pts, dts = (np.array([NONE if x is None else x for x in column], np.int64) for column in columns[:2])
         length = np.array([x or 0 for x in columns[2]], np.int64)
         flags = [np.array(column, bool) for column in columns[3:]]
         tracks.append(Track(s.index, float(s.time_base or 0), indexed[s.index], pts, dts, length, *flags))
-    return tracks, 0 if last is None else last.size + (last.pos or 0)
+    return tracks, last[1] + (last[2] or 0) if last else 0
 
 
 def tabled(path: str, container: Any, streams: Sequence[Any]) -> Track | None:
