@@ -113,6 +113,7 @@ def test_gradients_of_every_parameter_against_the_independent_forward(model, sou
     assert seen == {"embed", "lm_head", "attention", "cross", "mlp", "mamba", "decoder"}
 
 
+@pytest.mark.slow
 def test_gradients_of_the_merger_against_the_independent_forward(tmp_path):
     """Qwen2-VL's, which stage 2 trains: from pixels through the frozen tower, its cells of four patches merged and projected."""
     from hybridvlm.checkpoints.samples import write_sample
