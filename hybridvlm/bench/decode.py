@@ -27,7 +27,7 @@ CODECS = {
     "h264": ("libx264", ".mp4", {"preset": "ultrafast", "crf": "26"}),
     "hevc": ("libx265", ".mp4", {"preset": "ultrafast", "crf": "28", "x265-params": "log-level=none"}),
     "vp9": ("libvpx-vp9", ".webm", {"deadline": "realtime", "cpu-used": "8", "crf": "40", "b:v": "0", "row-mt": "1"}),
-    "av1": ("libsvtav1", ".mp4", {"preset": "12", "crf": "45"}),
+    "av1": ("libsvtav1", ".mp4", {"preset": "11", "crf": "30"}),
 }
 Reader = Callable[[str, Sequence[int]], np.ndarray]
 

@@ -249,6 +249,7 @@ class Evaluation:
         raise; what was answered stays in their files.
         """
         self._note(*(line for task in self.tasks for line in task.about().get("notes", [])))
+        self._note(*published.left_out(self.options, self.tasks))
         self._note(*(line for task in self.tasks for video in task.videos for line in task.remarks(video)))
         self.store.join()
         self.store.forget_timeouts(self.decoding.seconds)

@@ -123,6 +123,16 @@ def refuse_idle(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
         raise InputError(f"--{flag} is for published benchmarks ({', '.join(MODULES)}); --tasks names none")
 
 
+def left_out(options: argparse.Namespace, tasks: Sequence[Task]) -> list[str]:
+    """A line on the tasks of which --format writes no file, if there are some beside others."""
+    from hybridvlm.eval.tasks.benchmark import BenchmarkTask
+
+    without = [task.name for task in tasks if not (isinstance(task, BenchmarkTask) and task.benchmark.lmms)]
+    if not options.format or not without:
+        return []
+    return [f"--format {options.format} writes no files of {', '.join(without)}: not among lmms-eval's tasks here"]
+
+
 def listing() -> str:
     """Benchmarks with their protocols, a line each."""
     from hybridvlm.eval.benchmarks import published

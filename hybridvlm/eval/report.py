@@ -144,7 +144,8 @@ def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]
         if row["unanswered"]:
             lines.append(
                 f"{label}: {row['unanswered']} questions are on files that could not be read; they are not among the {row['n']} "
-                "that the accuracy is of (to have them tried again, remove their lines from samples.jsonl)"
+                "that the accuracy is of (a file that is put in its place is asked about by the next run; to have the same one tried "
+                "again, remove its lines from samples.jsonl)"
             )
         # that it dropped what its plan says is counted in every batch
         if row["method"] != "none" and row["n"] and extra["predictions_changed"] == 0 and row["retention_mean"] > 0.95:

@@ -376,8 +376,13 @@ class Runner:
         compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
         m = 0 if self.task.blind else bucket.config(self.model).vision.tokens_per_frame
         out, prefill, decode, further, peak = [], 0.0, 0.0, list[float](), 0
+        together = whole(read, self.batch_size)[0].rows
         for call in self._calls(variant, bucket, read):
-            generation, shared_seconds = self._generate(variant, bucket, call, visual)
+            tokens = visual
+            if not (call.videos or self.task.blind or call.rows == together):
+                # the other questions of the batch go on from memories
+                tokens = self._put(np.stack([self._seen[sample.id] for sample in call.rows]))
+            generation, shared_seconds = self._generate(variant, bucket, call, tokens)
             shares = achieved(generation, [self.layout(sample).frames * m for sample in call.rows])
             rows, peak = len(call.rows), max(peak, generation.peak_bytes)
             # as if every question were the first on its video, so that methods and dense can be compared

@@ -213,7 +213,8 @@ class JsonlSource(Files):
 
     Either may have a "system" text, which a conversation may also begin with ({"from": "system", "value"}): it becomes the system
     message. Paths are relative to the file. Every turn of a conversation is a sample of its own, with the earlier turns before it,
-    as it is when the model is asked; with Data.questions above 1, so many samples that follow each other share one video.
+    as it is when the model is asked; with Data.questions above 1, so many samples that follow each other share one video, or as
+    many as Data.text has room for.
     ValueError with the line for one that is not of this form; videos are only opened when read.
     """
 
@@ -224,6 +225,11 @@ class JsonlSource(Files):
             raise FileNotFoundError(f"no training samples at {path}; give a JSONL file")
         self.folder = path.parent
         self.samples: list[tuple[str, list[Talk]]] = []
+        own = config.data
+        self.shape = Shape(own.frames, own.text, own.segments, model.config.tower.tokens_per_frame)
+        self._bytes = self._around = 0  # bytes of the last sample's texts; text tokens of some sample
+        # of the talks of one sample, which are asked for again with every one that joins them
+        self._tokens = functools.lru_cache(maxsize=own.questions + 1)(self._count_tokens)
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for _, where, parse in json_rows(path):
             try:
@@ -235,14 +241,35 @@ class JsonlSource(Files):
                 self._add(video, Talk(talk.turns[: n + 1], talk.system))
         if not self.samples:
             raise ValueError(f"{path} holds no samples")
+        if own.questions > 1:  # which of them share a row depends on their tokens
+            self.digest += f"-{len(self.samples)}"
 
     def _add(self, video: str, talk: Talk) -> None:
-        """Another sample, or another question of the last one."""
-        last = self.samples[-1] if self.samples else ("", [])
-        if last[0] == video and len(last[1]) < self.config.data.questions:
-            last[1].append(talk)
-        else:
-            self.samples.append((video, [talk]))
+        """Another sample, or another question of the last one, as long as the row has room for its text."""
+        size = len(talk.system.encode()) + sum(len(text.encode()) for turn in talk.turns for text in turn)
+        if self.config.data.questions > 1 and self.samples and self.samples[-1][0] == video:
+            last = self.samples[-1][1]
+            if len(last) < self.config.data.questions and self._room(last, talk, self._bytes + size):
+                last.append(talk)
+                self._bytes += size
+                return
+        self.samples.append((video, [talk]))
+        self._bytes = size
+
+    def _room(self, talks: Sequence[Talk], more: Talk, size: int) -> bool:
+        """Whether the text of `talks` and one more, of `size` bytes, fits a row."""
+        # what stands around a turn is no longer than a whole sample, and no token of the texts is shorter than a byte
+        self._around = self._around or self._tokens(more)
+        turns = sum(len(talk.turns) + 1 for talk in (*talks, more))
+        if size + turns * self._around <= self.shape.own_text:
+            return True
+        return sum(map(self._tokens, (*talks, more))) <= self.shape.own_text
+
+    def _count_tokens(self, talk: Talk) -> int:
+        """Text tokens of a sample."""
+        *history, (question, answer) = talk.turns
+        clip = Clip(tuple(float(t) for t in range(self.patch)))
+        return int((example(self.model, clip, question, answer, history, talk.system)["frame"] < 0).sum())
 
     def _fits(self, talk: Talk) -> None:
         """ValueError for texts that are longer than a row, whatever the video: most that do not fit are known before the start."""
@@ -251,15 +278,13 @@ class JsonlSource(Files):
             raise ValueError(
                 "this model knows no conversation: give one question and its answer, and no system message"
             )
-        decode_capacity, most = d.text - (d.segments if d.segments > 1 else 0), d.answer or d.text
-        if len(talk.system.encode()) + sum(len(text.encode()) for turn in turns for text in turn) <= min(
-            decode_capacity, most
-        ):
+        room, most = self.shape.own_text, d.answer or d.text
+        if len(talk.system.encode()) + sum(len(text.encode()) for turn in turns for text in turn) <= min(room, most):
             return  # no token is shorter than a byte
         length = [[len(self.model.tokenizer.encode(person(text))) for text in turn] for turn in turns]
         whole = sum(map(sum, length)) + (len(self.model.tokenizer.encode(person(talk.system))) if talk.system else 0)
-        if whole > decode_capacity:
-            raise ValueError(f"{whole} text tokens, and a row has room for {decode_capacity} (Data.text)")
+        if whole > room:
+            raise ValueError(f"{whole} text tokens, and a row has room for {room} (Data.text)")
         said = max(answer for _, answer in length) + 1
         if said > most:
             raise ValueError(f"an answer of {said} tokens, and a row has room for {most} (Data.answer)")

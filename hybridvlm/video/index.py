@@ -1,6 +1,6 @@
 """What a video file holds: every frame's time stamp and the key frames, without decoding.
 
-They come from one pass over the packets or, of an MP4 whose tables are plain, from these.
+They come from one pass over the packets or, of an MP4 whose tables and a WebM whose blocks are plain, from these.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _read_index(path: str, name: str, size: int, mtime: int) -> Index:
 
 
 def _from_tables(path: str, name: str) -> Index | None:
-    """The index of an MP4 whose tables say all there is; None for any other file."""
+    """The index of an MP4 or a WebM that says itself all there is; None for any other file."""
     import av
 
     with films.listening() as said:

@@ -4,19 +4,22 @@ import itertools
 import json
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.eval_world import build_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.eval import __main__ as command
-from hybridvlm.eval import runner
+from hybridvlm.eval import report, runner
 from hybridvlm.eval.calls import PADDED, Call, by_video, grouped, questions_at_once, shared_part, videos_at_once, whole
 from hybridvlm.eval.tasks import Sample
 from hybridvlm.eval.variants import DENSE
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Layout
+from hybridvlm.tiny.export import write_video
 
 
 def samples(counts):
@@ -102,6 +105,44 @@ def test_a_memory_is_timed_as_a_prefill_is(monkeypatch):
     )
     _, seconds = runner.Runner._build(of, DENSE, None, Call([], [], tuple(samples([1]))))
     assert seconds == 2.0 and now[0] == 14.0
+
+
+@pytest.mark.parametrize(("name", "method"), [("vamba", "none"), ("qwen3_vl", "str")])
+def test_every_question_is_shown_its_own_video(tmp_path, monkeypatch, name, method):
+    """Of batches in which some questions go on from the memory of a video and others are asked whole, in any order."""
+    from hybridvlm.inference.model import Model
+
+    shades = {"a": 40, "b": 120, "c": 200, "d": 250}
+    for video, shade in shades.items():
+        write_video(tmp_path / f"{video}.mp4", np.full((4, 40, 40, 3), shade, np.uint8))
+    order = ["a", "b", "a", "c", "a", "d", "d", "d"]
+    rows = [{"video": f"{v}.mp4", "question": f"shade {n}?", "answer": "x"} for n, v in enumerate(order)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sample(name, tmp_path / name)
+
+    def generate(self, batch, visual, plan=None, **options):
+        rows = len(batch.input_ids)
+        seen = np.repeat(np.asarray(visual), rows // len(visual), axis=0)
+        timing = types.SimpleNamespace(prefill=0.01, decode=0.01)
+        said = {"text": [f"{x:.0f}" for x in seen[:, 0, 0, 0]], "unfinished": [False] * rows, "thinking": [""] * rows}
+        return types.SimpleNamespace(**said, timing=timing, plan=None, peak_bytes=1)
+
+    monkeypatch.setattr(runner, "SHARED_FROM", 2)
+    monkeypatch.setattr(Model, "generate", generate)
+    monkeypatch.setattr(Model, "verify", lambda self, generation: None)
+    monkeypatch.setattr(Model, "compile_prefill", lambda *args: None)
+    monkeypatch.setattr(Model, "build_video_memory", lambda self, batch, visual, plan: jnp.asarray(visual))
+    shade_of = lambda self, pixels, attention=False: np.full((1, 2, 1, 1), np.mean(pixels), np.float32)  # noqa: E731
+    monkeypatch.setattr(Model, "encode", shade_of)
+    monkeypatch.setattr(report, "picture", lambda *args: b"")
+    argv = ["--model", str(tmp_path / name), "--tasks", str(tmp_path / "q.jsonl"), "--methods", method, "--frames", "4"]
+    argv += ["--buckets", "frames=2", "text=256", "max_new=4", "--batch-size", "2", "--output", str(tmp_path / "out")]
+    assert command.main(argv) == 0
+    records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert len(records) == len(order) * (1 if method == "none" else 2)
+    assert any("further_ms" in record for record in records)
+    for record in records:
+        assert abs(float(record["prediction"]) - shades[record["video"][0]]) < 8, record
 
 
 @pytest.mark.slow

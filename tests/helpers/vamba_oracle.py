@@ -1,5 +1,7 @@
 """VAMBA's decoder in numpy float64, one sample, one token of the scan at a time: what the library's is measured against."""
 
+import math
+
 import numpy as np
 
 
@@ -93,3 +95,12 @@ def forward(params, c, x, v, query=None, keep=None):
             stay = np.sort(np.argsort(-score, kind="stable")[: keep[i + 1]])
             v, place = v[stay], place[stay]
     return rms(x, params["norm_f"], c.norm_eps), acts, kept
+
+
+def merger(p, vision, patches):
+    """Qwen2-VL's: the tower's patches [F,n,D], those of a cell behind one another, -> visual tokens [F*n/4,W]."""
+    centred = patches - patches.mean(-1, keepdims=True)
+    x = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + vision.norm_eps) * p["norm"] + p["norm_bias"]
+    x = x.reshape(-1, vision.downsample**2 * patches.shape[-1]) @ p["fc1"] + p["fc1_bias"]
+    normal = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return x * normal @ p["fc2"] + p["fc2_bias"]

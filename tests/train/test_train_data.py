@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from helpers.train_micro import FRAMES, micro, settings
 
-from hybridvlm.checkpoints.samples import raw_config, write_text_files
+import hybridvlm as hv
+from hybridvlm.checkpoints.samples import raw_config, write_sample, write_text_files
 from hybridvlm.models.family import family_of
 from hybridvlm.models.media import Clip
 from hybridvlm.tiny import tiles
 from hybridvlm.tokenizers.published import PublishedTokenizer
 from hybridvlm.train import pipeline
 from hybridvlm.train.config import Data
-from hybridvlm.train.rows import Shape, arrange, example, packed, single
+from hybridvlm.train.rows import Shape, arrange, example, packed, sharing, single
 from hybridvlm.train.sources import JsonlSource, NeedleSource, TfdsSource, check_needle, read_line
 from hybridvlm.video import VideoError
 
@@ -237,6 +238,39 @@ def test_a_system_message_is_part_of_the_prompt_and_not_of_what_is_learnt(name, 
     assert "Be very brief." in text and text.index("Be very brief.") < text.index("What?")
     assert "Be very brief." not in tokenizer.decode(plain["ids"][plain["frame"] < 0])
     np.testing.assert_array_equal(told["label"][told["label"] > 0], plain["label"][plain["label"] > 0])
+
+
+@pytest.mark.parametrize("name", ["vamba", "tiny"])
+def test_questions_share_a_row_as_far_as_it_has_room_for_their_text(name, tmp_path, model):
+    """Those of one video are split over rows, none is lost, and no row is longer than Data.text."""
+    if name == "vamba":
+        model = hv.load(write_sample("vamba", tmp_path / "vamba"))
+    asked = ["red@t00 none what ?", "red@t00 none where ?"]
+    lines = [{"video": v, "question": asked[i % 2], "answer": "bag"} for v in ("a.mp4", "b.mp4") for i in range(5)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def samples(text, **more):
+        own = {"source": "jsonl", "path": str(tmp_path / "t.jsonl"), "features": "cached", "cache": str(tmp_path / "c")}
+        own |= {"text": text, "answer": 0, **more}
+        source = JsonlSource(settings(data=own), model)
+        rows = [
+            [example(model, Clip((0.0,) * source.patch), *turn) for (turn,) in (t.turns for t in talks)]
+            for _, talks in source.samples
+        ]
+        assert [v for v, talks in source.samples for _ in talks] == [line["video"] for line in lines]
+        lengths = [int((sharing(row)["frame"] < 0).sum()) for row in rows]
+        return [len(row) for row in rows], lengths, source
+
+    (one, *_), (each, *_), _ = samples(1 << 20)
+    assert one == 1
+    for room, want in ((6 * each, [4, 1, 4, 1]), (3 * each + 4, [3, 2, 3, 2]), (each + 4, [1] * 10)):
+        counts, lengths, source = samples(room, questions=4)
+        assert counts == want and max(lengths) <= room
+    assert source.digest != samples(6 * each, questions=4)[-1].digest
+    counts, lengths, _ = samples(
+        3 * each + 8, questions=4, segments=9
+    )  # of packed rows as many stay free as there are segments
+    assert max(lengths) <= 3 * each - 5 and max(counts) == 2
 
 
 def test_more_bad_videos_than_allowed_stop_the_run():

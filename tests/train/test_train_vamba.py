@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.train_micro import FRAMES, TEXT, VAMBA_REDUCTION, micro_transformer, micro_vamba, settings
-from helpers.vamba_oracle import forward
+from helpers.vamba_oracle import forward, merger
 
 import hybridvlm as hv
 from hybridvlm.checkpoints.folder import expected_shapes, save_folder
 from hybridvlm.config import VambaConfig
 from hybridvlm.config_files import load_model_config
 from hybridvlm.models import vamba
+from hybridvlm.models.media import Clip
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.train import config_files, loop
 from hybridvlm.train.__main__ import main
 from hybridvlm.train.optimizer import split
-from hybridvlm.train.rows import Shape, packed, sharing, single, train_batch
+from hybridvlm.train.rows import Shape, example, packed, sharing, single, train_batch
 from hybridvlm.train.sources import NeedleSource
 from hybridvlm.train.step import Trainer
 
@@ -107,7 +108,49 @@ def test_gradients_of_every_parameter_against_the_independent_forward(model, sou
     batch = batch_of([single(source.sample(3), shape)], shape)
     features = np.random.default_rng(1).normal(size=(1, FRAMES, PER_FRAME, c.width)).astype(np.float32)
     batch = dataclasses.replace(batch, visual={"features": features})
-    trainer = Trainer(vamba_settings(optimizer={"frozen": ["^vision/", "^projector/"]}), model)
+    video = features.reshape(-1, c.width).astype(np.float64)
+    seen = gradients_hold(model, batch, ["^vision/", "^projector/"], lambda params: video)
+    assert seen == {"embed", "lm_head", "attention", "cross", "mlp", "mamba", "decoder"}
+
+
+@pytest.mark.slow
+def test_gradients_of_the_merger_against_the_independent_forward(tmp_path):
+    """Qwen2-VL's, which stage 2 trains: from pixels through the frozen tower, its cells of four patches merged and projected."""
+    from hybridvlm.checkpoints.samples import write_sample
+    from hybridvlm.vision.qwen_vit import _run_tower, patch_rows
+    from hybridvlm.vision.radio import normalise
+
+    model = hv.load(write_sample("vamba", tmp_path / "vamba"))
+    c, clip = model.config, Clip((0.0, 1.0, 2.0, 3.0))
+    pixels = np.random.default_rng(4).integers(0, 256, (4, *c.vision.image_size, 3)).astype(np.uint8)
+    pixels = model.family.pixels(c, [dataclasses.replace(clip, frames=pixels)], 2)
+    row = example(model, clip, "red?", "blue")
+    shape = Shape(2, int((row["frame"] < 0).sum()) + 3, 1, c.vision.tokens_per_frame)
+    batch = batch_of([single(row | {"visual_pixels": pixels[0]}, shape)], shape)
+    grid = [side // c.vision.patch_size for side in c.vision.image_size]
+    rows = patch_rows(c.vision, normalise(c.vision, jnp.asarray(pixels[0], jnp.float32) / 255))
+    seen_by_tower, _, _ = jax.jit(lambda p, x: _run_tower(p, c.vision, x, grid, jnp.float32, False))(
+        model.params["vision"], rows
+    )
+    patches = np.asarray(seen_by_tower, np.float64)
+
+    def video(params):
+        return merger(params["projector"], c.vision, patches)
+
+    others = ["^vision/", "^decoder/", "^embed$", "^lm_head$"]
+    settled = vamba_settings(
+        optimizer={"frozen": others}, data={"features": "pixels", "frames": 2, "text": shape.text, "answer": 8}
+    )
+    assert gradients_hold(model, batch, others, video, settled) == {"projector"}
+
+
+def gradients_hold(model, batch, frozen, video, config=None):
+    """Check a step's gradients of all that is not frozen; gives the parts that have one.
+
+    video: parameters in float64 -> the visual tokens [M,D] that the decoder is given.
+    """
+    c = model.config
+    trainer = Trainer(config or vamba_settings(optimizer={"frozen": frozen}), model)
     state, fixed = trainer.start(model.params)
     total = jnp.float32((batch.label > 0).sum())
     grads = jax.jit(jax.grad(lambda train: trainer.plan_loss(train, fixed, batch, total, None)[0]))(state.train)
@@ -116,13 +159,13 @@ def test_gradients_of_every_parameter_against_the_independent_forward(model, sou
 
     def loss(flat):
         params = unflatten(flat)
-        x, _, _ = forward(params["decoder"], c, params["embed"][ids], features.reshape(-1, c.width).astype(np.float64))
+        x, _, _ = forward(params["decoder"], c, params["embed"][ids], video(params))
         logits = x[label > 0] @ params["lm_head"]
         top = logits.max(-1, keepdims=True)
         each = top[:, 0] + np.log(np.exp(logits - top).sum(-1)) - logits[np.arange(len(logits)), label[label > 0] - 1]
         return each.mean()
 
-    start = {path: np.asarray(a, np.float64) for path, a in state.train.items()}
+    start = {path: np.asarray(a, np.float64) for path, a in flatten(model.params).items()}
     rng, seen = np.random.default_rng(2), set()
     for path, grad in grads.items():
         direction = rng.normal(size=grad.shape)
@@ -133,7 +176,7 @@ def test_gradients_of_every_parameter_against_the_independent_forward(model, sou
         size = float(jnp.linalg.norm(grad.ravel()))
         assert abs(want - got) <= 1e-4 * max(size, 1e-3), (path, want, got, size)
         seen |= {path.split("/")[-2] if "/" in path else path} if size > 0 else set()
-    assert seen == {"embed", "lm_head", "attention", "cross", "mlp", "mamba", "decoder"}
+    return seen
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hybridvlm.video.clip import FrameRule
 from hybridvlm.video.errors import heard, time_limit
 
 NAMED = 8  # names that a line lists before it counts
+ABSENT = "is missing"  # how the reason ends for a video that is not there
 PROBES = 4  # files that are looked at side by side
 
 
@@ -166,7 +167,7 @@ class BenchmarkTask(FileTask):
         out = {}
         for q in self.questions.values():
             if q.file is None:
-                out[q.id] = f"video {q.video} is missing"
+                out[q.id] = f"video {q.video} {ABSENT}"
             elif q.file in reasons:
                 out[q.id] = reasons[q.file]
         return out
@@ -195,7 +196,8 @@ class BenchmarkTask(FileTask):
         if self.unavailable and self.options.missing == "fail":
             problems.append(f"{self.name}: {self._missing()}; go on with --missing wrong (they count as wrong) or skip")
         if len(self.unavailable) == len(self.questions):
-            problems.append(f"{self.name}: no video of it can be read below {self.found.root}")
+            reason = next(iter(self.unavailable.values()))
+            problems.append(f"{self.name}: no video of it can be read below {self.found.root}: {reason}")
         return problems
 
     def _missing(self) -> str:
@@ -206,7 +208,9 @@ class BenchmarkTask(FileTask):
         named = ", ".join(f"{video} ({n})" for video, n in list(by_video.items())[:NAMED])
         more = f" and {len(by_video) - NAMED} more" if len(by_video) > NAMED else ""
         asked = len(self.unavailable)
-        return f"{len(by_video)} videos of {asked} questions cannot be read: {named}{more}"
+        # of those that are there; that the others are missing can be seen by their names
+        damaged = next((f"; {reason}" for reason in self.unavailable.values() if not reason.endswith(ABSENT)), "")
+        return f"{len(by_video)} videos of {asked} questions cannot be read: {named}{more}{damaged}"
 
     # -- questions
 

@@ -1,0 +1,171 @@
+"""A Matroska's or WebM's own blocks (RFC 9559), read over without their content: when each picture is shown, and which are keys.
+
+Whatever is not plain gives None and is left to FFmpeg: files that are cut off or go on after their segment, elements of unknown size
+or kind, content that is compressed, several pictures in a block, invisible ones.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from hybridvlm.video.errors import VideoTimeout, check_time
+
+_EBML, _SEGMENT, _INFO, _TRACKS, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x1654AE6B, 0x1F43B675
+_ASIDE = (0xEC, 0xBF)  # what may stand anywhere: space, and checksums
+# indexes, tags, chapters, attachments
+_TOP = (_INFO, _TRACKS, 0x114D9B74, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469, *_ASIDE)
+_SCALE, _ENTRY, _NUMBER, _KIND = 0x2AD7B1, 0xAE, 0xD7, 0x83
+_CHANGED = (0x6D80, 0x23314F, 0x56AA)  # of a track: compressed or encrypted content, a clock of its own, a delay
+_TIME, _SIMPLE, _GROUP, _BLOCK, _LENGTH, _REFERENCE = 0xE7, 0xA3, 0xA0, 0xA1, 0x9B, 0xFB
+_PLACES = (0xA7, 0xAB, *_ASIDE)  # of a cluster: where it and the one before stand
+_UNSEEN = 0x08 | 0x06  # flags of a block: invisible, several frames in one
+
+Element = tuple[int, int, int]  # (id, first byte of the content, byte after it)
+
+
+class Blocks(NamedTuple):
+    """Pictures of the only video track in the file's order.
+
+    nanoseconds: of a tick; pts: when each is shown, in ticks; key: whether decoding can start at it; size: bytes.
+    """
+
+    nanoseconds: int
+    pts: np.ndarray
+    key: np.ndarray
+    size: np.ndarray
+
+
+class _Odd(ValueError):
+    """A file that is left to FFmpeg."""
+
+
+def blocks(path: str) -> Blocks | None:
+    """The blocks of a file's only video track; None where it is not plain."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _blocks(path, data)
+        except VideoTimeout:
+            raise
+        except (_Odd, IndexError, ValueError, OverflowError):
+            return None
+
+
+def _elements(data: mmap.mmap, at: int, end: int) -> Iterator[Element]:
+    while at < end:
+        width = 9 - data[at].bit_length()
+        if width > 4:
+            raise _Odd
+        kind = int.from_bytes(data[at : at + width], "big")
+        start, length = _length(data, at + width)
+        if start + length > end:
+            raise _Odd
+        yield kind, start, start + length
+        at = start + length
+
+
+def _length(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """(the byte after a number of variable width, the number); _Odd for "not known"."""
+    width = 9 - data[at].bit_length()
+    if width > 8:
+        raise _Odd
+    value = int.from_bytes(data[at : at + width], "big") - (1 << 7 * width)
+    if value == (1 << 7 * width) - 1:
+        raise _Odd
+    return at + width, value
+
+
+def _number(data: mmap.mmap, start: int, stop: int) -> int:
+    return int.from_bytes(data[start:stop], "big")
+
+
+def _blocks(path: str, data: mmap.mmap) -> Blocks:
+    (head, *_), (segment, start, end) = _elements(data, 0, len(data))
+    if (head, segment) != (_EBML, _SEGMENT) or end != len(data):
+        raise _Odd
+    top = list(_elements(data, start, end))
+    if any(kind not in _TOP and kind != _CLUSTER for kind, _, _ in top):
+        raise _Odd
+    (info,) = (element for element in top if element[0] == _INFO)
+    (tracks,) = (element for element in top if element[0] == _TRACKS)
+    scales = [_number(data, *own) for kind, *own in _elements(data, *info[1:]) if kind == _SCALE]
+    track = _video(data, tracks)
+    rows: list[tuple[int, bool, int]] = []
+    for kind, start, stop in top:
+        if kind == _CLUSTER:
+            check_time(path)
+            _cluster(data, start, stop, track, rows)
+    if not rows:
+        raise _Odd
+    pts, key, size = zip(*rows, strict=True)
+    return Blocks((scales or [1_000_000])[0], np.array(pts, np.int64), np.array(key, bool), np.array(size, np.int64))
+
+
+def _video(data: mmap.mmap, tracks: Element) -> int:
+    """The number of the only video track."""
+    found = []
+    for kind, start, stop in _elements(data, *tracks[1:]):
+        if kind in _ASIDE:
+            continue
+        if kind != _ENTRY:
+            raise _Odd
+        fields = {field: own for field, *own in _elements(data, start, stop)}
+        if _number(data, *fields.get(_KIND, (0, 0))) != 1:
+            continue
+        if _NUMBER not in fields or any(field in fields for field in _CHANGED):
+            raise _Odd
+        found.append(_number(data, *fields[_NUMBER]))
+    (track,) = found
+    return track
+
+
+def _cluster(data: mmap.mmap, at: int, end: int, track: int, rows: list[tuple[int, bool, int]]) -> None:
+    """Append (pts, key, size) of the blocks of a cluster."""
+    time: int | None = None
+    for kind, start, stop in _elements(data, at, end):
+        if kind in (_SIMPLE, _GROUP):
+            if time is None:
+                raise _Odd
+            row = _block(data, start, stop, track, time) if kind == _SIMPLE else _group(data, start, stop, track, time)
+            if row is not None:
+                rows.append(row)
+        elif kind == _TIME:
+            time = _number(data, start, stop)
+        elif kind not in _PLACES:
+            raise _Odd
+
+
+def _block(data: mmap.mmap, at: int, stop: int, track: int, time: int) -> tuple[int, bool, int] | None:
+    """(pts, key, size) of a block; None for one of another track."""
+    first = data[at]
+    if first & 0x80:
+        at, number = at + 1, first & 0x7F
+    else:
+        at, number = _length(data, at)
+    if number != track:
+        return None
+    high, low, flags = data[at : at + 3]
+    if flags & _UNSEEN or at + 3 >= stop:
+        raise _Odd
+    relative = high << 8 | low
+    return time + relative - (relative >> 15 << 16), bool(flags & 0x80), stop - at - 3
+
+
+def _group(data: mmap.mmap, at: int, end: int, track: int, time: int) -> tuple[int, bool, int] | None:
+    """The same of a block in a group; without a reference it is a key."""
+    row, key, plain = None, True, True
+    for kind, start, stop in _elements(data, at, end):
+        if kind == _BLOCK:
+            row = _block(data, start, stop, track, time)
+        elif kind == _REFERENCE:
+            key = False
+        elif kind != _LENGTH and kind not in _ASIDE:
+            plain = False
+    if row is None:
+        return None
+    if not plain:
+        raise _Odd
+    return row[0], key, row[2]
