@@ -15,6 +15,7 @@ from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.eval import __main__ as command
 from hybridvlm.eval import report, runner
 from hybridvlm.eval.calls import PADDED, Call, by_video, grouped, questions_at_once, shared_part, videos_at_once, whole
+from hybridvlm.eval.encodings import Encoding
 from hybridvlm.eval.tasks import Sample
 from hybridvlm.eval.variants import DENSE
 from hybridvlm.models import nemotron_vl
@@ -101,7 +102,11 @@ def test_a_memory_is_timed_as_a_prefill_is(monkeypatch):
     monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
     model = types.SimpleNamespace(build_video_memory=takes(2.0, np.zeros(3)), mesh=None)
     of = types.SimpleNamespace(
-        _batch=takes(5.0, ("batch", None)), _put=takes(7.0, ("batch", "visual")), _seen={"0-0": np.ones(2)}, model=model
+        _batch=takes(5.0, ("batch", None)),
+        _put=takes(7.0, ("batch", "visual")),
+        _seen={"0-0": {Encoding(): np.ones(2)}},
+        _encoding=lambda variant, bucket: Encoding(),
+        model=model,
     )
     _, seconds = runner.Runner._build(of, DENSE, None, Call([], [], tuple(samples([1]))))
     assert seconds == 2.0 and now[0] == 14.0

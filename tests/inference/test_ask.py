@@ -260,7 +260,7 @@ def test_command_line(nano, tmp_path, capsys, monkeypatch):
     assert ask.main([str(tmp_path / "missing.mp4"), "?", "--model", str(path)]) == 2
     assert "no such file" in capsys.readouterr().err
     assert ask.main([str(tmp_path / "0.png"), "?", "--budget", "0.5"]) == 2
-    assert "--budget, --kind and --first-drop go with --reduction" in capsys.readouterr().err
+    assert "--budget, --kind, --first-drop and --drop-text go with --reduction" in capsys.readouterr().err
     assert ask.main(["--grammar"]) == 0
     assert "<colour>@t<frame>" in capsys.readouterr().out
 
