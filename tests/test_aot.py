@@ -155,6 +155,7 @@ def test_bench_refuses_what_it_cannot_do(capsys):
         (("--model", "bench_100m", "--topology", "H200"), "must be a TPU slice"),
         (("--mesh", "rows=2"), "--mesh takes"),
         (("--frames", "0"), "at least 1"),
+        (("--programs", "prefill,more"), "--programs takes"),
     ):
         if aot.missing("gpu") is None or "H200" not in arguments:
             assert main(["aot", *arguments]) == 2
@@ -197,3 +198,18 @@ def test_the_12b_prefill_compiles_and_fits(tmp_path, topology, mesh):
     if prompt == "both":
         assert rows[1]["speedup"] >= 3.8
         assert rows[3]["share_of_predicted"] >= 0.95
+
+
+@needs["tpu"]
+@pytest.mark.slow
+def test_bench_prices_a_further_question(tmp_path):
+    """What questions share and what each has left, as two programs on a mesh; a dense pass has neither."""
+    size = ("--model", "bench_100m", "--frames", "8", "--text", "16", "--prompt", "question", "--question", "8")
+    where = ("--topology", V5E, "--mesh", "tensor=2,sequence=2", "--schedule", "stages=2", "start=4")
+    rows = rows_of(tmp_path, *size, *where, "--budget", "0.5", "--programs", "prefill,memory,further")
+    found = {(row["method"], row["program"]): row for row in rows}
+    assert set(found) == {("none", "prefill"), *(("str", name) for name in ("prefill", "memory", "further"))}
+    further, whole = found["str", "further"], found["str", "prefill"]
+    assert further["of_first"] == further["cost_s"] / whole["cost_s"] < 1 and further["predicted_of_first"] < 1
+    assert "of_first" not in whole and "counted_gb" not in found["str", "memory"]
+    assert found["str", "memory"]["cost_s"] < whole["cost_s"]

@@ -1,11 +1,13 @@
 """Whole inference compiled ahead of time for TPUs: does it fit, how long does compiling take, what does it cost.
 
-The prefill (embeddings to last-token logits), a decode step and the tower as models run them, dense and under reduction methods, in
-bf16, on one slice and mesh. The compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates
-seconds and bytes with every loop counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in
-neither: exchanged_gb lists them); of decoding, one step. Beside it what `python -m hybridvlm.plan` counts: counted_gb, least_s by
-its roofline, sent_gb, and tflops of all devices together. speedup: the dense row's seconds over this row's; predicted: the plan's,
-from FLOPs. A program that does not fit is a row as well: needed_gb is then what the compiler says it would have taken.
+The prefill (embeddings to last-token logits), a decode step and the tower as models run them, dense and under reduction methods,
+and the layers that questions about a video share (memory) with a further question on it, in bf16, on one slice and mesh. The
+compiler is the real one; nothing runs. Per device: memory, and by the compiler's own estimates seconds and bytes with every loop
+counted as often as it runs (hybridvlm/bench/hlo.py says how; transfers between chips are in neither: exchanged_gb lists them); of
+decoding, one step. Beside it what `python -m hybridvlm.plan` counts: counted_gb, least_s by its roofline, sent_gb, and tflops of
+all devices together. speedup: the dense row's seconds over this row's; predicted: the plan's, from FLOPs. of_first: a further
+question's seconds over those of the method's own prefill; predicted_of_first: by FLOPs. A program that does not fit is a row as
+well: needed_gb is then what the compiler says it would have taken.
 
 The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
 static and any frame may keep a token until the last drop, so room for all stamps would stay even where a frame is gone.
@@ -28,6 +30,9 @@ from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import parse_slice
 from hybridvlm.options import override
 
+# of inference, and what questions about one video share of its prefill, with what a further one has left
+COMPILED = (*PROGRAMS, "memory", "further")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hybridvlm.bench aot`."""
@@ -46,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data=, fsdp=, sequence=, tensor=, comma list; may leave chips out (default: tensor=1)",
     )
     add("--batch", type=int, default=1, help="examples; the data and fsdp axes must divide them (default: 1)")
-    add("--programs", default="prefill", help=f"comma list of {', '.join(PROGRAMS)} (default: prefill)")
+    add("--programs", default="prefill", help=f"comma list of {', '.join(COMPILED)} (default: prefill)")
+    add("--question", type=int, default=64, help="text tokens of a further question (default: 64)")
     add("--max-new", type=int, default=256, help="tokens of an answer (default: 256)")
     add("--prompt", choices=("question", "real", "both"), default="both", help="prompts to compile (default: both)")
 
@@ -61,12 +67,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if isinstance(config, VambaConfig):
         raise ValueError("--model must be of the families nemotron_vl or qwen_vl; bench vamba compiles VAMBA")
     sizes = {"--frames": args.frames, "--text": args.text, "--batch": args.batch, "--max-new": args.max_new}
+    sizes["--question"] = args.question
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     programs = tuple(dict.fromkeys(args.programs.split(",")))
-    if not set(programs) <= set(PROGRAMS):
-        raise ValueError(f"--programs takes a comma list of {', '.join(PROGRAMS)}, got {args.programs!r}")
+    if not set(programs) <= set(COMPILED):
+        raise ValueError(f"--programs takes a comma list of {', '.join(COMPILED)}, got {args.programs!r}")
     where = aot.target(args.topology)
     if where.platform != "tpu":
         raise ValueError(
@@ -89,23 +96,36 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 args.batch,
                 args.max_new,
                 reduction=None if method == "none" else reduction,
+                question=args.question,
             )
-            # the tower does not know what is dropped later
-            for program in (name for name in programs if not (name == "tower" and (method != "none" or stamp))):
+            own: dict[str, float] = {}
+            for program in (name for name in programs if _differs(name, method, stamp)):
                 row = compiled_row(program, where, mesh, work, stamp)
                 rows.append(row)
-                if row["fits"] and "cost_s" in row:
+                if "cost_s" in row:
+                    own[program] = row["cost_s"]
+                if program == "further" and {"prefill", "further"} <= set(own):
+                    row["of_first"] = own["further"] / own["prefill"]
+                if row["fits"] and "cost_s" in row and program in PROGRAMS:
                     first = dense.setdefault(program, row["cost_s"])
                     row["speedup"] = first / row["cost_s"]
                 if program == "prefill" and "speedup" in row:
                     row["share_of_predicted"] = row["speedup"] / row["predicted"]
-                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup")
+                shown = ("compile_cpu_s", "needed_gb", "counted_gb", "cost_s", "speedup", "of_first")
                 timing.say(", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row))
     return rows
 
 
+def _differs(program: str, method: str, stamp: int) -> bool:
+    """Whether a program is another one under this method and prompt: the tower does not know what is dropped later, and after a
+    dense prefill a further question goes on from its caches."""
+    if program == "tower":
+        return method == "none" and not stamp
+    return program in PROGRAMS or method != "none"
+
+
 def compiled_row(program: str, where: Any, mesh: Any, work: Workload, stamp: int = 0) -> dict[str, Any]:
-    """One of `PROGRAMS` of a workload, compiled for a mesh of `where`; the prompt's text is the question's and `stamp` of each frame.
+    """One of `COMPILED` of a workload, compiled for a mesh of `where`; the prompt's text is the question's and `stamp` of each frame.
 
     A program that does not fit is a row as well: needed_gb is then what its compiler says it would have taken.
     """
@@ -120,7 +140,7 @@ def compiled_row(program: str, where: Any, mesh: Any, work: Workload, stamp: int
     timing.say(f"compiling {', '.join(str(row[key]) for key in ('program', 'method', 'budget', 'topology', 'mesh'))}")
     reduced = plan if work.reduction is not None else None
     text = work.text - stamp * work.groups
-    shapes = InferenceShapes(work.config, reduced, work.groups, text, work.batch, work.max_new, stamp)
+    shapes = InferenceShapes(work.config, reduced, work.groups, text, work.batch, work.max_new, stamp, work.question)
     start = time.perf_counter()
     try:
         return row | _measured(compile_program(program, where, mesh, shapes))
@@ -152,10 +172,18 @@ def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp:
     """What is compiled, and what hybridvlm/estimates counts of it, each on one device."""
     sizes = MeshSizes.of(mesh)
     counted = estimate_on(work, parse_slice(where.name), sizes)
-    needed = counted.memory.program(program)
-    if needed > counted.limit:
-        needed = counted.memory.program(program, least=True)
-    phase = counted.phases[program]
+    known: dict[str, Any] = {}
+    if program in PROGRAMS:
+        needed = counted.memory.program(program)
+        if needed > counted.limit:
+            needed = counted.memory.program(program, least=True)
+        known["counted_gb"] = needed * 1e-9
+    if program in counted.phases:
+        phase = counted.phases[program]
+        known |= {"least_s": phase.seconds, "sent_gb": phase.sent * 1e-9, "tflops": phase.flops * sizes.devices * 1e-12}
+    if program == "further":
+        prefill = counted.phases["prefill"]
+        known["predicted_of_first"] = phase.flops / prefill.flops
     return {
         "program": program,
         "model": work.config.name,
@@ -169,12 +197,8 @@ def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp:
         "budget": plan.budget,
         "stages": len(plan.stages),
         "predicted": plan.flop_speedup,
-        "counted_gb": needed * 1e-9,
         "hbm_gb": counted.limit * 1e-9,
-        "least_s": phase.seconds,
-        "sent_gb": phase.sent * 1e-9,
-        "tflops": phase.flops * sizes.devices * 1e-12,
-    }
+    } | known
 
 
 def _measured(compiled: Any) -> dict[str, Any]:

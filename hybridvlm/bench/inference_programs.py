@@ -1,4 +1,5 @@
-"""The three programs of inference as models run them - tower, prefill, decoding - compiled ahead of time on one device or a mesh.
+"""The programs of inference as models run them, compiled ahead of time on one device or a mesh: tower, prefill, decoding, and the
+two parts of a prefill that questions about one video share the first of ("memory", "further").
 
 Arguments are shapes: parameters laid out for the mesh as `Model.to_mesh` lays them out, prompts that fill their bucket exactly.
 """
@@ -40,6 +41,7 @@ class InferenceShapes:
         batch: prompts at once.
         max_new: tokens of an answer.
         stamp: text tokens before every frame.
+        question: text tokens of a further question.
     """
 
     config: ModelConfig
@@ -49,16 +51,25 @@ class InferenceShapes:
     batch: int = 1
     max_new: int = 256
     stamp: int = 0
+    question: int = 64
 
 
 def compile_program(program: str, where: aot.Target, mesh: Mesh, shapes: InferenceShapes) -> aot.Compiled:
-    """The program "tower", "prefill" or "decode" of these shapes, weights in bfloat16, for the devices of a mesh of `where`.
+    """The program "tower", "prefill", "decode", "memory" or "further", weights in bfloat16, for the devices of a mesh of `where`.
 
-    Of decoding, whose loop runs until all answers have ended, costs are those of one token.
+    Of decoding, whose loop runs until all answers have ended, costs are those of one token. "memory" and "further" take a plan that
+    `Model.build_video_memory` serves (ValueError).
     """
     on_mesh = _OnMesh(mesh, shapes)
+    programs = {
+        "tower": on_mesh.tower,
+        "prefill": on_mesh.prefill,
+        "decode": on_mesh.decode,
+        "memory": on_mesh.memory,
+        "further": on_mesh.further,
+    }
     with jax.default_device(where.devices[0]):
-        function, args = {"tower": on_mesh.tower, "prefill": on_mesh.prefill, "decode": on_mesh.decode}[program]()
+        function, args = programs[program]()
     return aot.compile_for(where, function, *args)
 
 
@@ -122,13 +133,7 @@ class _OnMesh:
     def prefill(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         args = (self.params, *self.prompt())
         static = {"plan": self.shapes.plan, "decode_capacity": self.shapes.max_new}
-        run = self.program(functions.prefill, args, self.part, **static)
-
-        def needed(*given: Any) -> Any:
-            out = run(*given)
-            return out.logits, out.decoder.caches, out.decoder.survivors, out.decoder.kept
-
-        return needed, args
+        return _of_prefill(self.program(functions.prefill, args, self.part, **static)), args
 
     def decode(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         prefill, given = self.prefill()
@@ -143,10 +148,40 @@ class _OnMesh:
         static = {"max_new": self.shapes.max_new, "sampling": Sampling(), "budget": None}
         return self.program(functions.decode_tokens, args, self.part, **static), args
 
+    def memory(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What all questions about the videos share, of rows with room for the prompt's whole text."""
+        args = (self.params, *self.prompt())
+        return self.program(functions.build_video_memory, args, self.part, plan=self.shapes.plan), args
+
+    def further(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The prefill of one more question on each video, from that on."""
+        plan, length = self.shapes.plan, self.shapes.question
+        build, given = self.memory()
+        shared = jax.eval_shape(build, *given)
+        if self.mesh.size > 1:
+            shared = self.laid_out(shared, self.family.memory_specs(self.part, plan))
+        row = self.over_rows(length)
+        batch = Batch(row, row, row, self.over_rows())
+        if isinstance(self.shapes.config, QwenConfig):
+            batch = QwenBatch(row, row, row, self.over_rows(), position=self.over_rows(length, 3))
+        args = (self.params, batch, shared)
+        run = self.program(functions.prefill, args, self.part, plan=plan, decode_capacity=self.shapes.max_new)
+        return _of_prefill(run), args
+
     def laid_out(self, arrays: Any, specs: Any) -> Any:
         """Arrays with what `specs`, a tree like them or a prefix of one, says of where they lie."""
         under = lambda spec, part: jax.tree.map(lambda a: self.struct(a.shape, a.dtype, *spec), part)  # noqa: E731
         return jax.tree.map(under, specs, arrays, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def _of_prefill(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What answers are decoded from, of all that a prefill returns."""
+
+    def needed(*given: Any) -> Any:
+        out = run(*given)
+        return out.logits, out.decoder.caches, out.decoder.survivors, out.decoder.kept
+
+    return needed
 
 
 def _weight(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, lies: NamedSharding) -> jax.ShapeDtypeStruct:
