@@ -56,23 +56,32 @@ def blocks(path: str) -> Blocks | None:
 
 def _elements(data: mmap.mmap, at: int, end: int) -> Iterator[Element]:
     while at < end:
-        width = 9 - data[at].bit_length()
-        if width > 4:
-            raise _Odd
-        kind = int.from_bytes(data[at : at + width], "big")
-        start, length = _length(data, at + width)
-        if start + length > end:
-            raise _Odd
-        yield kind, start, start + length
+        kind = data[at]
+        if kind & 0x80:
+            at += 1
+        else:
+            width = 9 - kind.bit_length()
+            if width > 4:
+                raise _Odd
+            kind = int.from_bytes(data[at : at + width], "big")
+            at += width
+        start, length = _length(data, at)
         at = start + length
+        if at > end:
+            raise _Odd
+        yield kind, start, at
 
 
 def _length(data: mmap.mmap, at: int) -> tuple[int, int]:
     """(the byte after a number of variable width, the number); _Odd for "not known"."""
-    width = 9 - data[at].bit_length()
-    if width > 8:
+    first = data[at]
+    width = 9 - first.bit_length()
+    if width == 2:  # as most blocks have it
+        value = (first & 0x3F) << 8 | data[at + 1]
+    elif width > 8:
         raise _Odd
-    value = int.from_bytes(data[at : at + width], "big") - (1 << 7 * width)
+    else:
+        value = int.from_bytes(data[at : at + width], "big") - (1 << 7 * width)
     if value == (1 << 7 * width) - 1:
         raise _Odd
     return at + width, value
