@@ -157,6 +157,13 @@ def slice_text(works: Mapping[str, Workload], estimates: Mapping[str, Estimate])
     if made.work.frames:
         cells = {name: _seconds(one.seconds()) for name, one in estimates.items()}
         rows.append({"on each chip": "pixels to the first token, least time", **cells})
+        work = {name: sum(one.phases[phase].flops for phase in ("tower", "prefill")) for name, one in estimates.items()}
+        first = next(iter(work.values()))
+        cells = {
+            name: f"{flops * 1e-12:.4g}" + (f" ({first / flops:.2f}x less)") * (flops < first)
+            for name, flops in work.items()
+        }
+        rows.append({"on each chip": "pixels to the first token, TFLOPs", **cells})
     for phase, label in (("prefill", "prefill"), ("decode", "a decoded token")):
         cells = {name: _sent(one.phases[phase].sent) for name, one in estimates.items()}
         rows.append({"on each chip": f"{label}, sent", **cells})
