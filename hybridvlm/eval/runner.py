@@ -381,7 +381,8 @@ class Runner:
             tokens = visual
             if not (call.videos or self.task.blind or call.rows == together):
                 # the other questions of the batch go on from memories
-                tokens = self._put(np.stack([self._seen[sample.id] for sample in call.rows]))
+                own = self._encoding(variant, bucket)
+                tokens = self._put(np.stack([self._seen[sample.id][own] for sample in call.rows]))
             generation, shared_seconds = self._generate(variant, bucket, call, tokens)
             shares = achieved(generation, [self.layout(sample).frames * m for sample in call.rows])
             rows, peak = len(call.rows), max(peak, generation.peak_bytes)
