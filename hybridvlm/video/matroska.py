@@ -1,7 +1,8 @@
 """A Matroska's or WebM's own blocks (RFC 9559), read over without their content: when each picture is shown, and which are keys.
 
-Whatever is not plain gives None and is left to FFmpeg: files that are cut off or go on after their segment, elements of unknown size
-or kind, content that is compressed, several pictures in a block, invisible ones, key frames of which the container says other than the pictures.
+Whatever is not plain gives None and is left to FFmpeg: files that are cut off or go on after their segment, elements of
+unknown size or kind, content that is compressed, several pictures in a block, invisible ones, and flags of key frames that
+say other than the pictures.
 """
 
 from __future__ import annotations
@@ -153,9 +154,7 @@ def _video(data: mmap.mmap, tracks: Element) -> tuple[int, Keys]:
     return track
 
 
-def _cluster(
-    data: mmap.mmap, at: int, end: int, track: tuple[int, Keys], rows: list[tuple[int, bool, int]]
-) -> None:
+def _cluster(data: mmap.mmap, at: int, end: int, track: tuple[int, Keys], rows: list[tuple[int, bool, int]]) -> None:
     """Append (pts, key, size) of the blocks of a cluster."""
     time: int | None = None
     for kind, start, stop in _elements(data, at, end):
@@ -191,9 +190,7 @@ def _block(
     return time + relative - (relative >> 15 << 16), key, stop - at - 3
 
 
-def _group(
-    data: mmap.mmap, at: int, end: int, track: tuple[int, Keys], time: int
-) -> tuple[int, bool, int] | None:
+def _group(data: mmap.mmap, at: int, end: int, track: tuple[int, Keys], time: int) -> tuple[int, bool, int] | None:
     """The same of a block in a group; without a reference it is a key."""
     block, key, plain = None, True, True
     for kind, start, stop in _elements(data, at, end):
