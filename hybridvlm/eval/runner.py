@@ -377,14 +377,14 @@ class Runner:
         """Records of one batch under one variant."""
         compiled = compile_count() - self._compiled.pop((variant, bucket), 0)
         m = 0 if self.task.blind else bucket.config(self.model).vision.tokens_per_frame
+        encoding = self._encoding(variant, bucket)
         out, prefill, decode, further, peak = [], 0.0, 0.0, list[float](), 0
         together = whole(read, self.batch_size)[0].rows
         for call in self._calls(variant, bucket, read):
             tokens = visual
             if not (call.videos or self.task.blind or call.rows == together):
                 # the other questions of the batch go on from memories
-                own = self._encoding(variant, bucket)
-                tokens = self._put(np.stack([self._seen[sample.id][own] for sample in call.rows]))
+                tokens = self._put(np.stack([self._seen[sample.id][encoding] for sample in call.rows]))
             generation, shared_seconds = self._generate(variant, bucket, call, tokens)
             shares = achieved(generation, [self.layout(sample).frames * m for sample in call.rows])
             rows, peak = len(call.rows), max(peak, generation.peak_bytes)
@@ -398,7 +398,7 @@ class Runner:
                     "prediction": generation.text[row],
                     **self.task.score(text, sample),
                     "retention": shares[row],
-                    "encode_ms": self._videos.ms(sample.video, bucket, self._encoding(variant, bucket)),
+                    "encode_ms": self._videos.ms(sample.video, bucket, encoding),
                 }
                 if generation.thinking[row]:
                     record["thinking"] = generation.thinking[row]

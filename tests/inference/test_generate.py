@@ -191,7 +191,8 @@ def test_text_between_frames_is_laid_out_in_order(model):
     style = PromptStyle(before="s", frame="at {seconds:.0f}", after_frame="xxx")
     spaced = Model(CONFIG, model.params, Letters(), buckets=Buckets(frames=(2,), text=(16,), max_new=2), style=style)
     batch, _ = spaced.batch(["what"], [[0.0, 7.0]], None)
-    assert batch.frame[0].tolist() == [-1, -1, -1] + [0] * 4 + [-1, -1, -1] + [1] * 4 + [-1, -1] + [-1] * 8
+    # frames' own text as -2 - frame, but for what stands behind the last one, with the question
+    assert batch.frame[0].tolist() == [-1, -2, -2] + [0] * 4 + [-2, -3, -3] + [1] * 4 + [-1, -1] + [-1] * 8
     assert batch.input_ids[0, :3].tolist() == [1, 2, 1]
     assert int(batch.segment.sum()) == 16
 

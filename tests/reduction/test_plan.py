@@ -49,7 +49,7 @@ SHAPES = ("constant", "step", "linear", "cosine", "sigmoid")
     pattern=st.text("M*-", min_size=3, max_size=40),
     # pairs: rivals/test_pairs.py
     method=st.sampled_from(
-        [n for n, m in METHODS.items() if n not in ("avgpool", "str-calibrated") and m.pair is None]
+        [n for n, m in METHODS.items() if n not in ("avgpool", "resolution", "str-calibrated") and m.pair is None]
     ),
     budget=st.floats(0.01, 1.0),
     kind=st.sampled_from(("mean", "final")),
