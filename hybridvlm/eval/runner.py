@@ -71,6 +71,7 @@ class Runner:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.task, self.planner, self.store = model, task, planner, store
         self.variants = [DENSE, *(v for v in variants if v != DENSE)]
+        self._running: Sequence[Variant] | None = None  # what `run` was asked for instead
         self.batch_size = batch_size
         # a model over the devices of all processes: each of them takes part in every batch, else each has videos of its own
         self.lockstep = spans_processes(model.mesh)
@@ -193,6 +194,7 @@ class Runner:
         Raises:
             PlanMismatch: a run kept something else than its plan says; what was answered before is in the store.
         """
+        self._running = variants
         variants = self.variants if variants is None else variants
         self._note_unavailable(variants, progress)
         began = time.perf_counter()
@@ -466,8 +468,8 @@ class Runner:
         return Encoding() if plan is None else Encoding(plan.pixel_selection, plan.needs_attention)
 
     def _encodings(self, bucket: Bucket) -> tuple[Encoding, ...]:
-        """The same of all variants, each once; that of dense is among them."""
-        return tuple(dict.fromkeys(self._encoding(variant, bucket) for variant in self.variants))
+        """The same of all variants that are run, each once."""
+        return tuple(dict.fromkeys(self._encoding(variant, bucket) for variant in self._running or self.variants))
 
     def _encoded(self, video: str, bucket: Bucket) -> Encodings | None:
         """Visual tokens [F,m,D] of a video, F the bucket's frames, by `_encodings`; what is after its own frames is never looked at.

@@ -197,7 +197,9 @@ class BudgetSolver:
                 1.0,
             )
         kept = method.count(self.frames, m, rate)
-        return (kept * SHARE_ONE + self.visual // 2) // self.visual, rate
+        share = (kept * SHARE_ONE + self.visual // 2) // self.visual
+        # only of what drops nothing the share is 1, however near it comes
+        return (SHARE_ONE if kept == self.visual else min(max(1, share), SHARE_ONE - 1)), rate
 
     def input_share(self, rate: float) -> int:
         """The share, in 1/4096ths, of a drop before layer 0 that meets the budget.

@@ -120,13 +120,19 @@ class Run:
             None if r is None else model.family.make_plan(model.config, r, d.frames, d.text, itemsize, own)
             for r in asked
         ]
-        if any(plan is not None and plan.pool_factors != (1, 1, 1) for plan in self.plans):
-            raise ValueError("training under avgpool is not supported; train dense, or under a method that drops")
+        # what changes a prompt's length, or enters the tower in part
+        for plan in self.plans:
+            if plan is not None and plan.merges:
+                raise ValueError(
+                    f"training under {plan.input_method} is not supported; train dense, or under a method that drops"
+                )
+            if plan is not None and plan.pixel_selection is not None:
+                raise ValueError(
+                    f"training under {plan.input_method} is not supported: it encodes whole videos; train under evs, say"
+                )
         first = next(
             (plan.input_method for plan in self.plans if plan is not None and plan.input_method != "none"), None
         )
-        if any(plan is not None and plan.pixel_selection is not None for plan in self.plans):
-            raise ValueError(f"training under {first} is not supported: it encodes whole videos; train under evs, say")
         if first is not None and d.segments > 1:
             raise ValueError(
                 f"{first} works on one video a row, and Data.segments packs up to {d.segments} into one; set it to 1"

@@ -1,7 +1,8 @@
 """A Matroska's or WebM's own blocks (RFC 9559), read over without their content: when each picture is shown, and which are keys.
 
-Whatever is not plain gives None and is left to FFmpeg: files that are cut off or go on after their segment, elements of unknown size
-or kind, content that is compressed, several pictures in a block, invisible ones.
+Whatever is not plain gives None and is left to FFmpeg: files that are cut off or go on after their segment, elements of
+unknown size or kind, content that is compressed, several pictures in a block, invisible ones, and flags of key frames that
+say other than the pictures.
 """
 
 from __future__ import annotations
@@ -18,13 +19,34 @@ _EBML, _SEGMENT, _INFO, _TRACKS, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1549A966, 
 _ASIDE = (0xEC, 0xBF)  # what may stand anywhere: space, and checksums
 # indexes, tags, chapters, attachments
 _TOP = (_INFO, _TRACKS, 0x114D9B74, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469, *_ASIDE)
-_SCALE, _ENTRY, _NUMBER, _KIND = 0x2AD7B1, 0xAE, 0xD7, 0x83
+_SCALE, _ENTRY, _NUMBER, _KIND, _CODEC = 0x2AD7B1, 0xAE, 0xD7, 0x83, 0x86
 _CHANGED = (0x6D80, 0x23314F, 0x56AA)  # of a track: compressed or encrypted content, a clock of its own, a delay
 _TIME, _SIMPLE, _GROUP, _BLOCK, _LENGTH, _REFERENCE = 0xE7, 0xA3, 0xA0, 0xA1, 0x9B, 0xFB
 _PLACES = (0xA7, 0xAB, *_ASIDE)  # of a cluster: where it and the one before stand
 _UNSEEN = 0x08 | 0x06  # flags of a block: invisible, several frames in one
 
 Element = tuple[int, int, int]  # (id, first byte of the content, byte after it)
+# of a picture by its first byte: whether decoding can start at it, as FFmpeg has it whatever the container says; None: no telling
+Keys = tuple[bool | None, ...]
+
+
+def _key_of_vp8(byte: int) -> bool | None:
+    """Whether it is none of the keys, and three bits of version, up to 3."""
+    return None if byte >> 1 & 0b111 > 3 else not byte & 1
+
+
+def _key_of_vp9(byte: int) -> bool | None:
+    """Marker 10, two bits of profile, whether an earlier picture is shown again, whether it is none of the keys."""
+    if byte >> 6 != 0b10 or byte >> 4 & 0b11 == 0b11:
+        return None
+    return byte >> 2 & 0b11 == 0
+
+
+_CODECS: dict[bytes, Keys] = {
+    b"V_VP8": tuple(map(_key_of_vp8, range(256))),
+    b"V_VP9": tuple(map(_key_of_vp9, range(256))),
+}
+_HEADER = 10  # bytes of a key frame in either of them, at least
 
 
 class Blocks(NamedTuple):
@@ -113,8 +135,8 @@ def _blocks(path: str, data: mmap.mmap) -> Blocks:
     return Blocks((scales or [1_000_000])[0], np.array(pts, np.int64), np.array(key, bool), np.array(size, np.int64))
 
 
-def _video(data: mmap.mmap, tracks: Element) -> int:
-    """The number of the only video track."""
+def _video(data: mmap.mmap, tracks: Element) -> tuple[int, Keys]:
+    """The number of the only video track, and how its pictures begin."""
     found = []
     for kind, start, stop in _elements(data, *tracks[1:]):
         if kind in _ASIDE:
@@ -124,14 +146,15 @@ def _video(data: mmap.mmap, tracks: Element) -> int:
         fields = {field: own for field, *own in _elements(data, start, stop)}
         if _number(data, *fields.get(_KIND, (0, 0))) != 1:
             continue
-        if _NUMBER not in fields or any(field in fields for field in _CHANGED):
+        keys = _CODECS.get(data[slice(*fields.get(_CODEC, (0, 0)))])
+        if keys is None or _NUMBER not in fields or any(field in fields for field in _CHANGED):
             raise _Odd
-        found.append(_number(data, *fields[_NUMBER]))
+        found.append((_number(data, *fields[_NUMBER]), keys))
     (track,) = found
     return track
 
 
-def _cluster(data: mmap.mmap, at: int, end: int, track: int, rows: list[tuple[int, bool, int]]) -> None:
+def _cluster(data: mmap.mmap, at: int, end: int, track: tuple[int, Keys], rows: list[tuple[int, bool, int]]) -> None:
     """Append (pts, key, size) of the blocks of a cluster."""
     time: int | None = None
     for kind, start, stop in _elements(data, at, end):
@@ -147,34 +170,37 @@ def _cluster(data: mmap.mmap, at: int, end: int, track: int, rows: list[tuple[in
             raise _Odd
 
 
-def _block(data: mmap.mmap, at: int, stop: int, track: int, time: int) -> tuple[int, bool, int] | None:
-    """(pts, key, size) of a block; None for one of another track."""
+def _block(
+    data: mmap.mmap, at: int, stop: int, track: tuple[int, Keys], time: int, key: bool | None = None
+) -> tuple[int, bool, int] | None:
+    """(pts, key, size) of a block; None for one of another track. key: said elsewhere, not by its flags."""
+    own, keys = track
     first = data[at]
     if first & 0x80:
         at, number = at + 1, first & 0x7F
     else:
         at, number = _length(data, at)
-    if number != track:
+    if number != own:
         return None
-    high, low, flags = data[at : at + 3]
-    if flags & _UNSEEN or at + 3 >= stop:
+    high, low, flags, picture = data[at : at + 4]
+    key = bool(flags & 0x80) if key is None else key
+    if flags & _UNSEEN or stop - at - 3 < (_HEADER if key else 1) or keys[picture] is not key:
         raise _Odd
     relative = high << 8 | low
-    return time + relative - (relative >> 15 << 16), bool(flags & 0x80), stop - at - 3
+    return time + relative - (relative >> 15 << 16), key, stop - at - 3
 
 
-def _group(data: mmap.mmap, at: int, end: int, track: int, time: int) -> tuple[int, bool, int] | None:
+def _group(data: mmap.mmap, at: int, end: int, track: tuple[int, Keys], time: int) -> tuple[int, bool, int] | None:
     """The same of a block in a group; without a reference it is a key."""
-    row, key, plain = None, True, True
+    block, key, plain = None, True, True
     for kind, start, stop in _elements(data, at, end):
         if kind == _BLOCK:
-            row = _block(data, start, stop, track, time)
+            block = start, stop
         elif kind == _REFERENCE:
             key = False
         elif kind != _LENGTH and kind not in _ASIDE:
             plain = False
-    if row is None:
-        return None
-    if not plain:
+    row = None if block is None else _block(data, *block, track, time, key)
+    if row is not None and not plain:
         raise _Odd
-    return row[0], key, row[2]
+    return row

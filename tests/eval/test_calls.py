@@ -150,6 +150,36 @@ def test_every_question_is_shown_its_own_video(tmp_path, monkeypatch, name, meth
         assert abs(float(record["prediction"]) - shades[record["video"][0]]) < 8, record
 
 
+def test_a_run_of_other_variants_has_their_tokens(tmp_path, monkeypatch):
+    """As an ablation runs its cells: not those that the runner was made for."""
+    from hybridvlm.config import Reduction
+    from hybridvlm.eval.results import SampleStore
+    from hybridvlm.eval.tasks import TaskOptions, build_task
+    from hybridvlm.eval.variants import Planner, Variant
+    from hybridvlm.inference.model import Model, load
+
+    world = build_world(tmp_path)
+    model, cells = load(world / "micro"), [Variant("frames", 0.5), Variant("evs-pixels", 0.5)]
+    task = build_task(str(world / "q.jsonl"), TaskOptions(model.config, None, model.buckets))
+    store = SampleStore(tmp_path / "samples.jsonl")
+    own = runner.Runner(model, task, [], Planner(model, Reduction()), store, weights="w", batch_size=3)
+    seen = {}
+
+    def encode(self, pixels, attention=False, keep=None, frame_count=None):
+        return np.full((1, 4, 1, 1), {"frames": 1, "evs-pixels": 2}[keep.method], np.float32)
+
+    def answer(self, variant, bucket, number, read, visual):
+        seen.setdefault(variant.method, []).append(float(np.max(visual)))
+        return []
+
+    monkeypatch.setattr(Model, "encode", encode)
+    monkeypatch.setattr(runner.Runner, "_answer", answer)
+    monkeypatch.setattr(runner.Runner, "_compile", lambda *args: None)
+    for cell in cells:
+        own.run(variants=[cell])
+    assert {name: set(found) for name, found in seen.items()} == {"frames": {1.0}, "evs-pixels": {2.0}}
+
+
 @pytest.mark.slow
 def test_an_evaluation_answers_the_same_with_and_without_shared_layers(tmp_path, monkeypatch):
     """Replies and shares that were kept, of questions on shared videos; a batch that cuts a video's questions in two."""

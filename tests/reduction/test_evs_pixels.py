@@ -92,6 +92,16 @@ def test_the_plan_counts_the_tower_by_what_enters():
         plan("evs-pixels:0.1", frames=4)
 
 
+@pytest.mark.parametrize("method", ["evs-pixels", "evs"])
+def test_a_rate_next_to_1_still_drops_what_the_plan_counts(method):
+    """Of 25,600 tokens 3 go: less than a step of the share in which plans count."""
+    config = load_model_config("nemotron_nano_12b_v2_vl")
+    plan = make_plan(Reduction(method, 0.9999), config, visual_tokens=25600, text_tokens=512, frames=100)
+    assert plan.drops_input and plan.keep(0, 25600) == plan.capacities[0] == 25597
+    assert plan.pixel_selection == (PixelSelection(method, 0.9999) if method == "evs-pixels" else None)
+    assert not make_plan(Reduction(method, 1.0), config, visual_tokens=25600, text_tokens=512, frames=100).drops_input
+
+
 def test_tokens_of_another_encoding_are_refused():
     """Before anything is computed, with what to do; and frames that are none."""
     model = random_model(CONFIGS["small"])

@@ -95,8 +95,29 @@ def test_files_that_are_not_plain_are_left_to_ffmpeg(film):
     flags = block + 3
     for odd in (0x08, 0x02, 0x04, 0x06):  # invisible, several pictures in one
         assert left(data[:flags] + bytes([data[flags] | odd]) + data[flags + 1 :])
+    # FFmpeg asks the pictures which of them are keys, not the container
+    assert data[flags] == 0x80 and left(data[:flags] + b"\0" + data[flags + 1 :])
+    assert left(data[: flags + 1] + bytes([data[flags + 1] | 0x04]) + data[flags + 2 :])
     # the cluster's time stamp under an id that is not known
     assert data[first[0]] == matroska._TIME and left(data[: first[0]] + b"\xe8" + data[first[0] + 1 :])
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+@pytest.mark.parametrize("said", [True, False])
+def test_key_frames_are_those_of_the_pictures_whatever_a_remuxer_said(tmp_path, codec, said):
+    """A picture in the middle under a flag that is wrong, which neither the first block nor those from the last key on show."""
+    path = quick_film(tmp_path / "clip.webm", codec, 10)
+    data = bytearray(path.read_bytes())
+    _, (_, start, end) = matroska._elements(data, 0, len(data))
+    (cluster,) = (own for kind, *own in matroska._elements(data, start, end) if kind == matroska._CLUSTER)
+    blocks = [at for kind, at, _ in matroska._elements(data, *cluster) if kind == matroska._SIMPLE]
+    flags = blocks[15 if said else 20] + 3
+    assert bool(data[flags] & 0x80) is not said
+    data[flags] ^= 0x80
+    path.write_bytes(data)
+    assert both(path)[0] is None
+    found = indexes.index_of(path)
+    assert found.key_place.tolist() == [0, 10, 20, 30]
 
 
 def test_damaged_files_have_the_index_of_their_packets_or_none_of_the_blocks(film):
