@@ -41,10 +41,8 @@ class TestSsd(Interpreted, SharedSsdTests):
 
 
 class TestAttention(Interpreted, SharedAttentionTests):
-    quick = (
-        "test_agrees_with_the_reference[12b_packed]",
-        "test_gradients_agree_with_the_reference[tiny]",
-    )
+    # its forward pass along with it
+    quick = ("test_gradients_agree_with_the_reference[tiny]",)
 
 
 class TestScores(Interpreted, SharedScoreTests):
