@@ -167,6 +167,7 @@ def check(models, name, rule, method="str", budget=0.4, buckets=True):
     return model, p, batch, visual, out
 
 
+@pytest.mark.slow
 def test_an_example_loses_the_same_text_by_hand_in_a_batch_and_in_any_bucket(models):
     model, p, batch, visual, out = check(models, "stamped", BEST, buckets=False)
     # a reply goes on where the unreduced prompt ends
