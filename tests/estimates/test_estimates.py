@@ -77,9 +77,15 @@ COMPILED = [
     (BIG, "prefill", "v5p:2x2x1", {}, 128, 0.25, 37.27),
     (BIG, "prefill", "v6e:2x2", {"tensor": 4}, 128, None, 12.86),
     (BIG, "prefill", "v6e:2x2", {"tensor": 4}, 128, 0.25, 12.16),
+    (BIG, "tower", "v6e:2x2", {"tensor": 4}, 128, None, 8.69),
+    (BIG, "decode", "v6e:2x2", {"tensor": 4}, 128, None, 8.30),
     (BIG, "prefill", "v6e:2x2", {"data": 2, "tensor": 2}, 128, None, 22.26),
     (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 12.86),
     (BIG, "decode", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 8.29),
+    (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, 0.25, 13.10),
+    (BIG, "tower", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 8.64),
+    (BIG, "prefill", "v5e:4x4", {"sequence": 2, "tensor": 8}, 1024, None, 15.88),
+    (BIG, "prefill", "v5e:4x4", {"sequence": 2, "tensor": 8}, 1024, 0.25, 17.14),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 128, None, 5.88),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 1024, None, 17.12),
     (BIG, "prefill", "v5p:2x2x4", {"tensor": 16}, 1024, None, 21.58),
@@ -88,6 +94,8 @@ COMPILED = [
     (QWEN, "prefill", "v5p:2x2x1", {}, 128, None, 23.48),
     (QWEN, "tower", "v5p:2x2x1", {}, 128, None, 19.80),
     (QWEN, "decode", "v5p:2x2x1", {}, 128, None, 20.83),
+    (QWEN, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 512, None, 13.99),
+    (QWEN, "decode", "v5e:2x4", {"data": 2, "tensor": 4}, 512, None, 8.45),
 ]
 
 
