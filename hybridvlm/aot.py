@@ -216,7 +216,7 @@ def compile_for(
 ) -> Compiled:
     """Compile fn(*args, **kwargs) for a target that need not be there.
 
-    args, kwargs: arrays or `jax.ShapeDtypeStruct`s, of which only shape, dtype and a struct's sharding matter (static_argnames:
+    args, kwargs: arrays or `jax.ShapeDtypeStruct`s, of which only shape, dtype and a struct's format matter (static_argnames:
     kwargs passed as they are). in_shardings: a tree like args, or a prefix of one, of shardings over `where.mesh(...)`; a
     leaf without any goes to the first device. out_shardings: as for `jax.jit`. While fn is traced, `jax.default_device`
     is the target's, and with it every default by platform.
@@ -265,7 +265,9 @@ def _with_shardings(args: tuple[Any, ...], shardings: Any) -> tuple[Any, ...]:
 
 
 def _struct(leaf: Any, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
-    own = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+    own: Any = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+    if own is not None and leaf.format.layout is not None:
+        own = leaf.format  # which of the axes is innermost in memory, too
     shape, dtype = (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else (np.shape(leaf), np.result_type(leaf))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=own or sharding)
 

@@ -1,6 +1,7 @@
 """Compiling for devices that are not there, what the compiled program is said to cost, and the whole 12B model."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hybridvlm.bench.__main__ import main
 from hybridvlm.bench.hlo import program_cost
 from hybridvlm.hardware import CHIPS
 from hybridvlm.ops.platforms import platform
+from hybridvlm.sharding import row_major_format
 
 needs = {name: pytest.mark.aot(name) for name in ("tpu", "gpu")}
 V5E = "v5e:2x2"
@@ -213,3 +215,20 @@ def test_bench_prices_a_further_question(tmp_path):
     assert further["of_first"] == further["cost_s"] / whole["cost_s"] < 1 and further["predicted_of_first"] < 1
     assert "of_first" not in whole and "counted_gb" not in found["str", "memory"]
     assert found["str", "memory"]["cost_s"] < whole["cost_s"]
+
+
+@needs["tpu"]
+def test_weights_in_row_major_order_are_not_copied_by_a_loop_over_layers():
+    """Left to itself a TPU puts the axis that fills its tiles innermost, and what reads a stack layer by layer begins with a copy."""
+    where, stack = aot.target(V5E), (4, 2048, 5665)
+
+    def walk(x, stack):
+        return jax.lax.fori_loop(0, len(stack), lambda i, x: x + (x @ stack[i])[:, :2048], x)
+
+    def temporaries(lies):
+        weights = jax.ShapeDtypeStruct(stack, jnp.bfloat16, sharding=lies)
+        return aot.compile_for(where, walk, jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16), weights).temporaries
+
+    copy = math.prod(stack) * 2
+    assert temporaries(where.one) >= copy
+    assert temporaries(row_major_format(where.one, 3)) < copy // 2

@@ -191,4 +191,4 @@ def _of_prefill(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _weight(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, lies: NamedSharding) -> jax.ShapeDtypeStruct:
     dtype = jnp.float32 if path[-1].key in FLOAT32 else jnp.bfloat16
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=lies)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding.row_major_format(lies, leaf.ndim))

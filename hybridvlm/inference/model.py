@@ -268,7 +268,7 @@ def load(
     )
     model = from_checkpoint(checkpoint)
     if mesh is None:
-        return model
+        return dataclasses.replace(model, params=placement.row_major(model.params, consume=True))
     mesh = placement.check_mesh(model.family, model.config, mesh)
     params = placement.place_params(model.config, model.params, mesh, consume=True)
     return dataclasses.replace(model, params=params, mesh=mesh)

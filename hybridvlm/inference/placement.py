@@ -44,8 +44,15 @@ def check_mesh(family: Family, config: Any, mesh: Mesh) -> Mesh:
 def place_params(config: Any, params: dict[str, Any], mesh: Mesh, *, consume: bool = False) -> dict[str, Any]:
     """The whole model's parameters, wherever they lie, laid out for the mesh and put on its devices; consume as of `shard_params`."""
     if sharding.is_whole_everywhere(mesh):
-        return jax.device_put(params, NamedSharding(mesh, P()))
-    return sharding.shard_params(params, config, mesh, INFERENCE_RULES, consume=consume)
+        placed = jax.device_put(params, NamedSharding(mesh, P()))
+    else:
+        placed = sharding.shard_params(params, config, mesh, INFERENCE_RULES, consume=consume)
+    return row_major(placed, consume=consume)
+
+
+def row_major(params: dict[str, Any], *, consume: bool = False) -> dict[str, Any]:
+    """Parameters in memory as a model's programs read them, see `sharding.row_major`."""
+    return jax.tree.map(lambda a: sharding.row_major(a, consume=consume), params)
 
 
 def whole_params(config: Any, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

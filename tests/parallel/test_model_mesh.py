@@ -1,5 +1,6 @@
 """Models on meshes: what they answer, keep and draw is what they do on one device."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.mesh_worker import CASES, HYBRID, random_model
+from jax.experimental.layout import Format, Layout
 
 import hybridvlm as hv
 from hybridvlm.inference.placement import check_mesh
 from hybridvlm.inference.sampling import Sampling, sample_token
 from hybridvlm.parallel.mesh import full_mesh, mesh_sizes
 from hybridvlm.parallel.vocab import keep_likeliest
+from hybridvlm.sharding import row_major
 
 WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 FAST, *SLOW = CASES
@@ -61,6 +64,26 @@ def test_a_mesh_of_some_axes_has_the_others_of_one_device():
     mesh = full_mesh(jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("tensor", "data")))
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert full_mesh(mesh) is mesh
+
+
+def test_weights_lie_as_programs_read_them():
+    """Wherever parameters come from, a loaded or placed model's have their last axis innermost in memory, and answer the same."""
+    innermost = lambda a: a.format.layout.major_to_minor[-1]  # noqa: E731
+    model = hv.load("tiny")
+    columns = jax.tree.map(
+        lambda a: jax.device_put(a, Format(Layout(tuple(reversed(range(a.ndim)))), a.sharding)), model.params
+    )
+    assert innermost(columns["decoder"]["mamba"]["in_proj"]) == 0
+    turned = dataclasses.replace(model, params=columns).to_mesh(hv.make_mesh(devices=jax.devices()[:1]))
+    for before, after in zip(jax.tree.leaves(model.params), jax.tree.leaves(turned.params), strict=True):
+        assert after.ndim == 0 or innermost(after) == after.ndim - 1
+        np.testing.assert_array_equal(before, after)
+    given = columns["decoder"]["mamba"]["in_proj"]
+    assert row_major(given) is not given and not given.is_deleted()
+    row_major(given, consume=True)
+    assert given.is_deleted()
+    lying = model.params["decoder"]["mamba"]["in_proj"]
+    assert row_major(lying, consume=True) is lying and not lying.is_deleted()
 
 
 def test_axes_that_cannot_cut_a_model_are_named():
