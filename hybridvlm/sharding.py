@@ -224,10 +224,10 @@ def row_major(array: jax.Array, *, consume: bool = False) -> jax.Array:
     is D. Every prefill then begins with a copy of the stack, 1.5 GB of it for the Mamba layers of a 12B on four chips.
     consume: the array given is let go where it has to be copied.
     """
-    wanted = row_major_format(array.sharding, array.ndim)
-    if array.format.layout is None or array.format.layout.major_to_minor == wanted.layout.major_to_minor:
+    lies = array.format.layout
+    if not isinstance(lies, Layout) or tuple(lies.major_to_minor) == tuple(range(array.ndim)):
         return array
-    placed = jax.device_put(array, wanted)
+    placed = jax.device_put(array, row_major_format(array.sharding, array.ndim))
     if consume:
         jax.block_until_ready(placed)
         array.delete()
