@@ -224,7 +224,7 @@ def row_major(array: jax.Array, *, consume: bool = False) -> jax.Array:
     is D. Every prefill then begins with a copy of the stack, 1.5 GB of it for the Mamba layers of a 12B on four chips.
     consume: the array given is let go where it has to be copied.
     """
-    lies = array.format.layout
+    lies = array.format.layout  # type: ignore[attr-defined]  # jax.Array's stub lacks it
     if not isinstance(lies, Layout) or tuple(lies.major_to_minor) == tuple(range(array.ndim)):
         return array
     placed = jax.device_put(array, row_major_format(array.sharding, array.ndim))
