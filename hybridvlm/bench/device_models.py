@@ -29,6 +29,7 @@ from hybridvlm.models.family import family_for
 from hybridvlm.models.vamba.model import Batch as VambaBatch
 from hybridvlm.models.weights import FLOAT32
 from hybridvlm.ops.platforms import platform
+from hybridvlm.sharding import row_major
 
 Step = tuple[dict[str, Any], Callable[[], Any]]
 REDUCTION = Reduction("str", 0.25)
@@ -242,7 +243,7 @@ def random_weights(config: ModelConfig, dtype: str) -> dict[str, Any]:
             return jnp.zeros(leaf.shape, kind)
         return _noise(leaf.shape, 1 / math.sqrt(leaf.shape[-2] if len(leaf.shape) > 1 else 1), str(kind))
 
-    return jax.tree_util.tree_map_with_path(make, shapes)
+    return jax.tree_util.tree_map_with_path(lambda *leaf: row_major(make(*leaf), consume=True), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
