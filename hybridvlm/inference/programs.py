@@ -237,8 +237,9 @@ class ModelPrograms:
             decode_capacity: cache slots for new tokens (default: the buckets' max_new).
             return_scores: also the score [B,L] of every mixer layer, in `decoder.scores`: the plan's own, or the one of
                 "str" without a plan.
-            return_hidden_states: also the residual stream [B,L,D] after every layer, in `decoder.hidden_states`. L is that
-                layer's row; after a drop `decoder.survivors` says which tokens it holds.
+            return_hidden_states: also the residual stream [B,L,D] after every layer, in `decoder.hidden_states`, and after the
+                final norm, in `decoder.tokens.x` (else [B,0,D]). L is that layer's row; after a drop `decoder.survivors` says
+                which tokens it holds.
 
         Raises:
             ValueError: where visual tokens do not fit the batch, or the family has no such scores or states.

@@ -72,7 +72,7 @@ class DecoderOutput(Generic[CachesT]):
     """What `prefill` gives.
 
     Attributes:
-        tokens: after the last layer and the final norm.
+        tokens: after the last layer and the final norm (unless that was left to the caller).
         caches: one entry per layer; () from a prefill that was asked for none. A family that remembers more puts it around them.
         survivors: for every drop, (index [B,L], visual [B,L]) of the row after it.
         kept: [1+drops,B,S], visual tokens that entered layer 0, then what was left after each drop.
@@ -154,6 +154,7 @@ def prefill(
     straight_through: StraightThrough | None = None,
     prefix: Prefix | None = None,
     one_segment: bool = False,
+    final_norm: bool = True,
 ) -> DecoderOutput[tuple[Cache, ...]]:
     """Run whole prompts through the decoder.
 
@@ -181,6 +182,8 @@ def prefill(
             and counts those of its rows.
         one_segment: a promise that each row is one example from its first token on, padded at its end: what attention may
             then leave to a library.
+        final_norm: set False to leave it to the caller, who needs few of the tokens: over whole rows it takes twice their
+            memory in fp32.
 
     Raises:
         ValueError: for a site that is no mixer layer, a missing score_fn, an unknown remat, what a row that is cut over
@@ -243,10 +246,16 @@ def prefill(
             tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1), most, plan.frames)
             survivors.append((tokens.index, tokens.visual))
             kept.append(row_total(config, visual_counts(tokens, segments)))
-    tokens = tokens.replace(x=rms_norm(tokens.x, params["norm_f"], config.norm_eps))
+    if final_norm:
+        tokens = tokens.replace(x=apply_final_norm(params, config, tokens.x))
     return DecoderOutput(
         tokens, tuple(layer_caches) if caches else (), tuple(survivors), jnp.stack(kept), scores, hidden
     )
+
+
+def apply_final_norm(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The residual stream [...,D] after the last layer, as the head takes it."""
+    return rms_norm(x, params["norm_f"], config.norm_eps)
 
 
 def run_prefix(

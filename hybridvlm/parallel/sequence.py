@@ -33,6 +33,8 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+# A stretch of at least LONG tokens is a multiple of TILE, the rows of a TPU's tile of bfloat16.
+LONG, TILE = 512, 16
 
 
 def row_is_cut(c: ModelConfig) -> TypeGuard[LocalConfig]:
@@ -46,8 +48,12 @@ def sequence_shards(c: ModelConfig) -> int:
 
 
 def shard_length(c: ModelConfig, length: int, shards: int) -> int:
-    """Tokens of each of `shards` stretches of a row: at least the taps of the convolution, which so reach back one stretch only."""
-    return max(-(-length // shards), c.conv_kernel - 1)
+    """Tokens of each of `shards` stretches of a row: at least the taps of the convolution, which so reach back one stretch only.
+
+    Long ones are whole tiles: a TPU pads them in memory in any case, and its compiler failed on stretches of 103,010 tokens.
+    """
+    even = -(-length // shards)
+    return max(even + -even % TILE if even >= LONG else even, c.conv_kernel - 1)
 
 
 def whole_rows(c: ConfigT) -> ConfigT:

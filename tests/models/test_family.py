@@ -77,6 +77,10 @@ def test_prefill_returns_scores_and_hidden_states(tiny, prompt):
     np.testing.assert_allclose(out.logits, plain.logits, rtol=1e-5, atol=1e-5)
     assert plain.decoder.scores == {} and plain.decoder.hidden_states == {}
     config, params = tiny.config, tiny.params
+    # a row that nobody asked for is no result, which would stay in memory
+    assert plain.decoder.tokens.x.shape == (1, 0, config.width)
+    last = out.decoder.hidden_states[len(config.pattern) - 1]
+    np.testing.assert_array_equal(out.decoder.tokens.x, decoder.apply_final_norm(params["decoder"], config, last))
     tokens = tiny.family.embed_prompt(params, config, batch, visual)
     # layer by layer, each with its own function: the slow and obvious way
     x = tokens.x

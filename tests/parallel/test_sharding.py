@@ -23,6 +23,7 @@ from hybridvlm.models import nemotron_vl
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.scores import reduce_scores
+from hybridvlm.parallel.sequence import shard_length
 from hybridvlm.reduction.methods import get_method
 from hybridvlm.sharding import ShardingRules, local_config, make_mesh, permute_for_tp, unpermute_for_tp
 
@@ -149,6 +150,14 @@ def test_the_12b_model_is_cut_without_a_remainder(whole_12b, devices):
     assert whole / devices <= held["decoder"] <= whole / devices * 1.06
     assert held["embed"] == config.vocab_size * config.width / devices
     assert held["vision"] == sum(leaf.size for leaf in jax.tree.leaves(params["vision"]))
+
+
+def test_long_stretches_of_a_row_are_whole_tiles():
+    config = load_model_config("tiny")
+    for length, shards, expected in ((206_020, 2, 103_024), (1024, 2, 512), (1026, 2, 528), (1000, 2, 500), (9, 8, 3)):
+        each = shard_length(config, length, shards)
+        assert each == expected and each * shards >= length
+        assert shard_length(config, each * shards, shards) == each
 
 
 def test_rules_refuse_what_they_do_not_know():

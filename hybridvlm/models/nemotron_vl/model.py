@@ -25,7 +25,7 @@ from hybridvlm.models.prompt import Batch, Layout, Pieces, PromptStyle, render, 
 from hybridvlm.models.prompt import make_batch as pad_layouts
 from hybridvlm.nn import decoder, incremental
 from hybridvlm.nn.caches import Cache
-from hybridvlm.nn.decoder import Decoder, DecoderOutput, with_specs
+from hybridvlm.nn.decoder import Decoder, DecoderOutput, apply_final_norm, with_specs
 from hybridvlm.nn.incremental import decode_layers
 from hybridvlm.nn.prefix import Prefix, prefix_specs
 from hybridvlm.ops.ssd.api import default_choice
@@ -297,9 +297,10 @@ def prefill(
     """Embeddings to last-token logits under a plan (None: dense), of one prompt a row; arguments as of `decoder_output`.
 
     scores: those of every mixer layer come out in `decoder.scores`. hidden_states: the residual stream after every layer comes out
-    in `decoder.hidden_states`. With a Prefix for `visual`, of `build_video_memory`, the batch is the rest of the prompts alone.
+    in `decoder.hidden_states`, and after the final norm in `decoder.tokens.x`, which is [B,0,D] otherwise. With a Prefix for `visual`,
+    of `build_video_memory`, the batch is the rest of the prompts alone.
     """
-    options: dict[str, Any] = {"decode_capacity": decode_capacity}
+    options: dict[str, Any] = {"decode_capacity": decode_capacity, "final_norm": hidden_states}
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:
@@ -313,6 +314,10 @@ def prefill(
         out, given = decoder_output(params, config, batch, visual, plan, **options)
     last = jnp.maximum(row_total(config, jnp.sum(out.tokens.segment > 0, axis=1)) - 1, 0)[:, None]
     x = pick_rows(config, out.tokens.x, last, jnp.ones(last.shape, bool))[:, 0]
+    if not hidden_states:
+        x = apply_final_norm(params["decoder"], config, x)
+        # a program's results stay in memory, and nothing reads the row of the last layer
+        out = dataclasses.replace(out, tokens=out.tokens.replace(x=out.tokens.x[:, :0]))
     return PrefillOutput(head(params, config, x), out, given)
 
 
