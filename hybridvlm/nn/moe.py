@@ -85,17 +85,18 @@ def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights:
     if t * k <= c.experts:
         up, down = p["up"][chosen].astype(h.dtype), p["down"][chosen].astype(h.dtype)
         inner = _relu2(jnp.einsum("ti,tkiw->tkw", h, up))
-        out = jnp.einsum("tkw,tkwi->tki", inner, down)
+        out = jnp.einsum("tkw,tkwi->kti", inner, down)
     else:
-        flat = chosen.reshape(-1)
+        flat = chosen.T.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         # a bincount would scatter, for which TPU compilers estimate no time
         sizes = jnp.sum(flat[:, None] == jnp.arange(c.experts), axis=0, dtype=jnp.int32)
-        rows = h[order // k]
+        rows = h[order % t]
         inner = _relu2(jax.lax.ragged_dot(rows, p["up"].astype(h.dtype), sizes))
-        back = jax.lax.ragged_dot(inner, p["down"].astype(h.dtype), sizes)
-        out = jnp.zeros_like(back).at[order].set(back, unique_indices=True).reshape(t, k, -1)
-    return jnp.einsum("tki,tk->ti", out.astype(jnp.float32), weights).astype(h.dtype)
+        sorted_out = jax.lax.ragged_dot(inner, p["down"].astype(h.dtype), sizes)
+        out = sorted_out.at[jnp.argsort(order)].get(unique_indices=True).reshape(k, t, -1)
+    # a sum over the leading axis reads `out` as it is; a product would first write it in fp32, tokens padded to tiles of 8 experts
+    return jnp.sum(out.astype(jnp.float32) * weights.T[:, :, None], axis=0).astype(h.dtype)
 
 
 def moe_layer(p: Params, c: ModelConfig, x: jax.Array) -> jax.Array:
