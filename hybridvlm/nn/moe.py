@@ -95,7 +95,8 @@ def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights:
         inner = _relu2(jax.lax.ragged_dot(rows, p["up"].astype(h.dtype), sizes))
         sorted_out = jax.lax.ragged_dot(inner, p["down"].astype(h.dtype), sizes)
         out = sorted_out.at[jnp.argsort(order)].get(unique_indices=True).reshape(k, t, -1)
-    # a sum over the leading axis reads `out` as it is; a product would first write it in fp32, tokens padded to tiles of 8 experts
+    # what is gathered stays in its own type, and the sum reads it as it is: XLA would gather in fp32, and write a product out
+    out = jax.lax.optimization_barrier(out)
     return jnp.sum(out.astype(jnp.float32) * weights.T[:, :, None], axis=0).astype(h.dtype)
 
 
