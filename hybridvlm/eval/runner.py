@@ -361,7 +361,9 @@ class Runner:
     def _batch(self, variant: Variant, bucket: Bucket, rows: Sequence[Sample]) -> tuple[Batch, ReductionPlan | None]:
         reduction, _ = self.planner(variant, bucket)
         layouts = functools.partial(self._layouts_of, rows)
-        return self.model.batch_of(layouts, reduction, config=bucket.config(self.model))
+        # of the bucket that was planned for, also under a variant that a smaller one would do for
+        buckets = dataclasses.replace(self.model.buckets, text=(bucket.text,))
+        return self.model.batch_of(layouts, reduction, config=bucket.config(self.model), buckets=buckets)
 
     def _layouts_of(self, rows: Sequence[Sample], factors: tuple[int, int, int]) -> list[Layout]:
         return [self.layout(sample, factors) for sample in rows]
