@@ -184,7 +184,18 @@ def test_bench_on_a_model_over_two_axes(tmp_path):
 @needs["tpu"]
 def test_bench_compiles_what_a_plan_that_drops_time_stamps_promises(tmp_path):
     """`bench aot` and `plan --compile` of one prompt: one prediction and one program, with less to do than with all stamps."""
-    words = ("--model", "bench_100m", "--frames", "8", "--topology", V5E, "--mesh", "tensor=1", "--schedule", "stages=2")
+    words = (
+        "--model",
+        "bench_100m",
+        "--frames",
+        "8",
+        "--topology",
+        V5E,
+        "--mesh",
+        "tensor=1",
+        "--schedule",
+        "stages=2",
+    )
     drop, prompt = ("--drop-text", "best-frames"), ("--text", "16", "--prompt", "real", "--methods", "str")
     dense, best = rows_of(tmp_path, *words, *prompt, *drop)
     none = rows_of(tmp_path, *words, *prompt)[1]

@@ -211,4 +211,3 @@ def _answer(checkpoints, work) -> None:
             checkpoint = checkpoints[i]
             bar.set_postfix_str(f"{checkpoint.name} {getattr(cell, 'name', 'dense')}", refresh=True)
             checkpoint.run(cell, lambda count, _label: bar.update(count))
-

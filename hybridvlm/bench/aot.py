@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     mesh = mesh_there(args.mesh, where)
     rows: list[dict[str, Any]] = []
     towers: dict[str, float] = {}
-    for stamp, by_method in works.items():
+    for by_method in works.values():
         dense: dict[str, float] = {}
         for method, work in by_method.items():
             own: dict[str, float] = {}
@@ -139,9 +139,7 @@ def _differs(program: str, work: Workload) -> bool:
     return program in PROGRAMS or work.reduction is not None
 
 
-def _from_pixels(
-    prefill: float, tower: float | None, dense: dict[str, float], plan: ReductionPlan
-) -> dict[str, float]:
+def _from_pixels(prefill: float, tower: float | None, dense: dict[str, float], plan: ReductionPlan) -> dict[str, float]:
     """Columns of tower and prefill together; {} where the tower was not compiled, or does not fit."""
     if tower is None:
         return {}
@@ -151,7 +149,7 @@ def _from_pixels(
 
 
 def compiled_row(program: str, where: Any, mesh: Any, work: Workload) -> dict[str, Any]:
-    """One of `COMPILED` of a workload, compiled for a mesh of `where`; of the prompt's text each frame has `work.frame_text` of its own.
+    """One of `COMPILED` of a workload, compiled for a mesh of `where`; each frame has `work.frame_text` text tokens of its own.
 
     A program that does not fit is a row as well: needed_gb is then what its compiler says it would have taken.
     """

@@ -86,7 +86,9 @@ def test_cells_that_drop_text_are_planned_at_a_bucket_that_has_room_for_it(capsy
         assert code == 0, error
         for rule, cell in (("none", "str"), ("best-frames", "fewer"))[: 1 + bool(options)]:
             plan = model.plan(dataclasses.replace(model.reduction, drop_text=rule), 64, text)
-            (row,) = (line.split() for line in out.splitlines() if line.count("|") > 2 and line.split("|")[2].strip() == cell)
+            (row,) = (
+                line.split() for line in out.splitlines() if line.count("|") > 2 and line.split("|")[2].strip() == cell
+            )
             assert f"{plan.flop_ratio:.3f}" in row, (out, plan.flop_ratio)
 
 
