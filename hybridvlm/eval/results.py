@@ -19,8 +19,8 @@ from hybridvlm.distributed import Process, gather
 from hybridvlm.eval import statistics
 from hybridvlm.eval.tasks import Task
 from hybridvlm.files import parse_json
+from hybridvlm.inference.generation import Generation
 from hybridvlm.inference.placement import to_host
-from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan, parse_method
 from hybridvlm.reduction.cost import Cost
 from hybridvlm.storage import GrowingFile, is_url

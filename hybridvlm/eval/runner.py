@@ -30,11 +30,11 @@ from hybridvlm.eval.layouts import Asking, Prompts
 from hybridvlm.eval.results import SampleStore, achieved
 from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.eval.variants import DENSE, Bucket, Planner, Variant
+from hybridvlm.inference.generation import Generation
 from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
 from hybridvlm.inference.placement import put_visual, row_parts
 from hybridvlm.inference.program_cache import compile_count
-from hybridvlm.inference.programs import Generation
 from hybridvlm.inference.thinking import UNFINISHED, think_budget
 from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
