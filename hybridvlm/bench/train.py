@@ -90,7 +90,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
     from hybridvlm import aot, sharding
     from hybridvlm.models import nemotron_vl
     from hybridvlm.ops.tokens import Tokens
-    from hybridvlm.reduction.methods import score_fn
+    from hybridvlm.reduction import score_fn
     from hybridvlm.train.optimizer import decays
 
     rules, devices = sharding.DEFAULT_RULES, sharding.tensor_size(mesh)

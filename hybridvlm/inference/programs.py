@@ -28,7 +28,7 @@ from hybridvlm.reduction.plan import ReductionPlan
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ModelPrograms(ModelPrompts):
-    """A model's prompts with the programs that run them; `Model` adds what people ask of it. Fields: those of `ModelPrompts`, and these.
+    """A model's prompts with the programs that run them; `Model` adds what people ask of it. It has these fields besides:
 
     Attributes:
         programs: what is compiled; copies by `dataclasses.replace` share it.

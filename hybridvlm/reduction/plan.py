@@ -125,7 +125,7 @@ class ReductionPlan:
 
     @property
     def drops_input(self) -> bool:
-        """Whether tokens are dropped before layer 0, by `methods.input_selection`, down to keep(0, count)."""
+        """Whether tokens are dropped before layer 0, by `plan_functions.input_selection`, down to keep(0, count)."""
         return self.input_share < SHARE_ONE
 
     @functools.cached_property
@@ -221,7 +221,7 @@ class ReductionPlan:
 
     @property
     def merges(self) -> bool:
-        """Whether visual tokens are merged behind the tower, by `methods.merge_fn`."""
+        """Whether visual tokens are merged behind the tower, by `plan_functions.merge_fn`."""
         return self.pool_factors != (1, 1, 1) and self.pixel_selection is None
 
     @property

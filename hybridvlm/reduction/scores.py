@@ -84,6 +84,22 @@ def lookahead_score(aux: LookaheadAux, tokens: Tokens, options: ScoreOptions = _
     return jnp.asarray(total, jnp.float32) / len(aux.ahead)
 
 
+def layer_score(
+    aux: MambaAux | AttentionAux | LookaheadAux,
+    tokens: Tokens,
+    options: ScoreOptions = _DEFAULT,
+    *,
+    segments: int = 1,
+    query_rows: int | None = None,
+) -> jax.Array:
+    """The score of the attention layers ahead where the aux tells of any, else the layer's own: attention weights or c.b."""
+    if isinstance(aux, LookaheadAux):
+        return lookahead_score(aux, tokens, options)
+    if isinstance(aux, AttentionAux):
+        return attention_score(aux, tokens, options)
+    return mamba_score(aux, tokens, options, segments=segments, query_rows=query_rows)
+
+
 def saliency_score(tokens: Tokens, segments: int = 1) -> jax.Array:
     """Distance of every visual token's features from its segment's mean visual feature: [B,L] fp32, no query in it."""
     x, score = tokens.x.astype(jnp.float32), jnp.zeros(tokens.segment.shape, jnp.float32)

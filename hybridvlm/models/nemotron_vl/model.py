@@ -34,10 +34,10 @@ from hybridvlm.parallel.frames import frame_numbers, gather_frames
 from hybridvlm.parallel.sequence import pick_rows, row_total
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
-from hybridvlm.reduction import methods
 from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.plan_functions import layer_score_fn
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
 
@@ -303,7 +303,7 @@ def prefill(
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:
-            options["score_fn"] = methods.layer_score
+            options["score_fn"] = layer_score_fn()
     if hidden_states:
         options["hidden_states"] = tuple(range(len(config.pattern)))
     if isinstance(visual, Prefix):

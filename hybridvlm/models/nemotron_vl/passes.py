@@ -31,7 +31,7 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.scores import reduce_scores
 from hybridvlm.parallel.sequence import compact_row, gather_sequence, own_stretch, row_total, sequence_shards
 from hybridvlm.parallel.tensor import LocalConfig
-from hybridvlm.reduction import methods
+from hybridvlm.reduction import methods, plan_functions
 from hybridvlm.reduction.plan import ReductionPlan
 
 AssembleFn = Callable[[ModelConfig, jax.Array, Any, jax.Array | None], Tokens]
@@ -106,10 +106,10 @@ def enter_decoder(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
     if plan is not None and plan.merges:
-        visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
+        visual, frame_count = plan_functions.merge_fn(plan)(_needed(plan, visual), frame_count)
     if plan is not None and plan.drops_input:
         visual, attention = split_attention(config, _needed(plan, visual))
-        chosen = methods.input_selection(plan)(visual[..., : config.width], frame_count, attention)
+        chosen = plan_functions.input_selection(plan)(visual[..., : config.width], frame_count, attention)
         visual = merged(visual, chosen)
     if visual is not None and plan is not None and plan.input_method != "none":
         visual = own_stretch(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
@@ -149,7 +149,7 @@ def _score_fn(
 ) -> methods.ScoreFn | None:
     """What ranks tokens under a plan, on a mesh as all devices agree on it."""
     if plan is not None and score_fn is None:
-        score_fn = methods.score_fn(plan, segments=segments)
+        score_fn = plan_functions.score_fn(plan, segments=segments)
     if isinstance(config, LocalConfig) and score_fn is not None:
         options = ScoreOptions() if plan is None else plan.score
         score_fn = reduce_scores(score_fn, config, options, getattr(score_fn, "method", None))

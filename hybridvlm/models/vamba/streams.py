@@ -34,7 +34,7 @@ from hybridvlm.parallel.sequence import (
 )
 from hybridvlm.parallel.tensor import LocalConfig, LocalVambaConfig
 from hybridvlm.parallel.vocab import embed_tokens
-from hybridvlm.reduction import methods
+from hybridvlm.reduction import plan_functions
 from hybridvlm.reduction.plan import ReductionPlan
 
 
@@ -99,10 +99,10 @@ def prepare(
     # what merges or ranks before the decoder looks at the whole video
     whole = visual = gather_sequence(config, visual) if first else visual
     if plan is not None and plan.merges:
-        whole, frame_count = methods.merge_fn(plan)(whole, frame_count)
+        whole, frame_count = plan_functions.merge_fn(plan)(whole, frame_count)
     if plan is not None and plan.drops_input:
         whole, attention = split_attention(config, whole)
-        chosen = methods.input_selection(plan)(whole, frame_count, attention)
+        chosen = plan_functions.input_selection(plan)(whole, frame_count, attention)
         whole = merged(whole, chosen)
     elif plan is not None and plan.pixel_selection is not None:
         whole, _ = split_attention(config, whole)
@@ -123,7 +123,7 @@ def plan_options(
     """What `nn.vamba.prefill` is told of a plan; `config` is that of a device's part where several join their scores."""
     if plan is None:
         return {"segments": segments}
-    score_fn: Callable[..., Any] = methods.score_fn(plan, segments=segments)
+    score_fn: Callable[..., Any] = plan_functions.score_fn(plan, segments=segments)
     if isinstance(config, LocalConfig):
         score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
     return {"plan": _VideoRows(plan, segments), "score_fn": score_fn, "counts": counts, "segments": segments}
