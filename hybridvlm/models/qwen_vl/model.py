@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from hybridvlm import reduction as plans
 from hybridvlm.config import Buckets, ModelConfig, QwenConfig, Reduction
 from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
@@ -38,7 +39,6 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.sequence import own_stretch
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens
-from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message

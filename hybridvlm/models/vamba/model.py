@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from hybridvlm import reduction as plans
 from hybridvlm.config import Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
@@ -35,7 +36,6 @@ from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
-from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
