@@ -27,8 +27,8 @@ from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.distill import mixers, row_mask, shared_pass
 from hybridvlm.train.features import visual
 from hybridvlm.train.loss import answers, cross_entropy, divergence, first_answers, rank_loss
-from hybridvlm.train.meter import TEACH, StepPlan
 from hybridvlm.train.rows import TrainBatch
+from hybridvlm.train.schedule import TEACH, StepPlan
 from hybridvlm.train.straight_through import straight_through
 
 Flat = dict[str, jax.Array]
