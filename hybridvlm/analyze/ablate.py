@@ -35,7 +35,7 @@ from hybridvlm.console import print_markdown, progress
 from hybridvlm.eval.results import versions, write_atomic
 from hybridvlm.eval.variants import DENSE, Variant
 from hybridvlm.files import folder_lock
-from hybridvlm.options import InputError
+from hybridvlm.options import InputError, split
 from hybridvlm.reduction import BudgetError
 
 
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, folder: pathlib.Path) -> int:
     models = load_models(parse_models(options.models))
     base = reference(options, [named.model.reduction for named in models])
-    cells = cells_of([s for s in options.sets.split(",") if s], base, options.cell)
+    cells = cells_of(split(options.sets), base, options.cell)
     checkpoints = open_checkpoints(options, models, cells, folder / "answers")
     results = answer_cells(options, checkpoints, cells)
     if results is None:

@@ -19,7 +19,7 @@ from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
 from hybridvlm.eval.variants import Variant
 from hybridvlm.inference.model import Model
-from hybridvlm.options import InputError, override
+from hybridvlm.options import InputError, override, split
 from hybridvlm.reduction import ReductionPlan
 
 
@@ -68,7 +68,7 @@ def parse_models(texts: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for text in texts:
         group, equals, rest = text.partition("=")
-        names = [n for n in (rest if equals else text).split(",") if n]
+        names = split(rest if equals else text)
         if not names or (equals and not group):
             raise InputError(f"--models takes NAME or GROUP=A,B, got {text!r}")
         pairs += [(group if equals else short(n), n) for n in names]

@@ -31,7 +31,7 @@ from hybridvlm.estimates.memory import PROGRAMS
 from hybridvlm.estimates.result import estimate_on
 from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import parse_slice
-from hybridvlm.options import add_drop_text, override
+from hybridvlm.options import add_drop_text, override, split
 from hybridvlm.reduction import ReductionPlan
 
 # of inference, and what questions about one video share of its prefill, with what a further one has left
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile, print, and return the rows."""
     from hybridvlm import aot
 
-    programs = tuple(dict.fromkeys(args.programs.split(",")))
+    programs = tuple(dict.fromkeys(split(args.programs, "--programs")))
     if not set(programs) <= set(COMPILED):
         raise ValueError(f"--programs takes a comma list of {', '.join(COMPILED)}, got {args.programs!r}")
     works = _workloads(args)
@@ -124,7 +124,7 @@ def _workloads(args: argparse.Namespace) -> dict[int, dict[str, Workload]]:
         whole = (config, args.frames, args.text + stamp * groups, args.batch, args.max_new)
         works[stamp] = {"none": Workload(*whole, question=args.question, frame_text=stamp)}
         drop_text = dropped_text(args.drop_text, stamp)
-        for method in (m for m in args.methods.split(",") if m != "none"):
+        for method in (m for m in split(args.methods, "--methods") if m != "none"):
             reduction = Reduction(method, args.budget, args.kind, schedule=schedule, drop_text=drop_text)
             works[stamp][method] = dataclasses.replace(works[stamp]["none"], reduction=reduction)
             _ = works[stamp][method].plan  # a budget that cannot be met is refused before anything is compiled

@@ -21,7 +21,7 @@ from hybridvlm.bench import timing
 from hybridvlm.config import ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.models.prompt import own_text
-from hybridvlm.options import add_drop_text, override
+from hybridvlm.options import add_drop_text, override, split
 from hybridvlm.reduction import ReductionPlan, make_plan
 
 STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"--text, --repeats and --questions must be at least 1, got {given}")
     if args.drop_text and not args.real_prompt:
         raise ValueError(f"--drop-text {args.drop_text} is about time stamps; leave --no-real-prompt out")
-    methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
+    methods = ["none", *(m for m in dict.fromkeys(split(args.methods, "--methods")) if m != "none")]
     plans = {}
     for stamps in (0, STAMP_TOKENS) if args.real_prompt else (0,):
         text = args.text + stamps * frames

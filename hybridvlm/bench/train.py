@@ -20,7 +20,7 @@ from hybridvlm.bench.aot import measured, mesh_there, plan_there
 from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates.workload import MeshSizes
-from hybridvlm.options import override
+from hybridvlm.options import override, split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"--batch must be a multiple of data times fsdp of --mesh {args.mesh}, got {args.batch}")
     rows: list[dict[str, Any]] = []
-    for method in dict.fromkeys(args.methods.split(",")):
+    for method in dict.fromkeys(split(args.methods, "--methods")):
         budget = 1.0 if method == "none" else args.budget
         reduction = Reduction(method, budget, args.kind, schedule=override(Schedule(), args.schedule, "--schedule"))
         plan = plan_there(reduction, config, args.frames, args.text, where)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ScoreOptions
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
+from hybridvlm.ops.mix import mix32
 from hybridvlm.ops.tokens import Tokens
 
 _DEFAULT = ScoreOptions()
@@ -123,15 +124,8 @@ def spread_score(index: jax.Array) -> jax.Array:
 def random_score(index: jax.Array, seed: int, layer: int) -> jax.Array:
     """Uniform scores in [0, 1) fp32 that depend on nothing but (seed, layer, index): alone or in a batch, the same."""
     key = (seed * 0x9E3779B1 + (layer + 1) * 0x85EBCA6B) & 0xFFFFFFFF
-    h = index.astype(jnp.uint32) ^ _mix(jnp.uint32(key))
-    return _unit(_mix(_mix(h) + jnp.uint32(0x6C62272E)))
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    """A 32-bit finaliser: every input bit reaches every output bit."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return h ^ (h >> 16)
+    h = index.astype(jnp.uint32) ^ mix32(jnp.uint32(key))
+    return _unit(mix32(mix32(h) + jnp.uint32(0x6C62272E)))
 
 
 def _unit(h: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +71,14 @@ class QwenVL(nn.Module):
     """Parameters: embed [V,D] · vision · projector (both in vision/qwen_vit.py) · decoder · lm_head [D,V] (absent if tied)."""
 
     config: QwenConfig
+    # what declares the decoder's parameters
+    DECODER: ClassVar[type[Any]] = Decoder
 
     @nn.compact
     def __call__(self) -> None:
         c = self.config
         self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        Decoder(c, name="decoder").stacks()
+        self.DECODER(c, name="decoder").stacks()
         if c.vision is not None:
             TOWERS[c.vision.kind](c.vision, name="vision").parameters()
             CONNECTORS[c.vision.kind](c.vision, c.width, name="projector").parameters()
@@ -98,9 +100,6 @@ def module(config: QwenConfig) -> QwenVL:
 def init(config: QwenConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh random parameters."""
     return QwenVL(config).init(key)["params"]
-
-
-# -- sizes --------------------------------------------------------------------------------------------------------------
 
 
 # -- prompts (host) -----------------------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from hybridvlm import reduction as plans
@@ -24,7 +23,7 @@ from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl
-from hybridvlm.models.qwen_vl.model import QwenLayout
+from hybridvlm.models.qwen_vl.model import QwenLayout, QwenVL
 from hybridvlm.models.vamba.batch import Batch
 from hybridvlm.models.vamba.streams import repeat_rows, text_stream, walk
 from hybridvlm.nn import vamba
@@ -39,7 +38,6 @@ from hybridvlm.reduction import methods
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
-from hybridvlm.vision.model import CONNECTORS, TOWERS
 
 NAME = "vamba"
 # It has the names of Qwen2-VL; hybridvlm.models.family.family_of knows it by its vision_mamba_mixer_config.
@@ -56,22 +54,10 @@ CHAT = qwen_vl.CHAT
 # -- parameters ---------------------------------------------------------------------------------------------------------
 
 
-class Vamba(nn.Module):
-    """Parameters: embed [V,D] · vision · projector (Qwen2-VL's merger) · decoder (see nn/vamba.py) · lm_head [D,V]."""
+class Vamba(QwenVL):
+    """Parameters: those of Qwen2-VL (projector: its merger) around a decoder of two streams (nn/vamba.py)."""
 
-    config: VambaConfig
-
-    @nn.compact
-    def __call__(self) -> None:
-        c = self.config
-        self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        VambaDecoder(c, name="decoder").stacks()
-        if c.vision is not None:
-            TOWERS[c.vision.kind](c.vision, name="vision").parameters()
-            CONNECTORS[c.vision.kind](c.vision, c.width, name="projector").parameters()
-        if not c.tie_embeddings:
-            dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-            self.param("lm_head", dense, (c.width, c.vocab_size))
+    DECODER: ClassVar[type[Any]] = VambaDecoder
 
 
 def init(config: VambaConfig, key: jax.Array) -> dict[str, Any]:
