@@ -41,7 +41,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes data, fsdp, sequence and tensor over `devices` (default: all there are); one size may be -1: the rest.
 
-    data, fsdp: examples of a batch; fsdp cuts the matrices as well. sequence: stretches of a row. tensor: heads and channels.
+    data, fsdp: examples of a batch; fsdp cuts the matrices as well. sequence: shards of a row. tensor: heads and channels.
     Raises ValueError where the sizes do not fill the devices.
     """
     devices = jax.devices() if devices is None else devices

@@ -36,7 +36,7 @@ from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, with_spe
 from hybridvlm.nn.incremental import decode_layers
 from hybridvlm.nn.prefix import Prefix
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.parallel.sequence import own_stretch
+from hybridvlm.parallel.sequence import own_shard
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens
 from hybridvlm.reduction.pixels import PixelSelection
@@ -294,7 +294,7 @@ def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: ja
         for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
             plane = rows[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
             extra[deepstack_key(2 * k + 1)] = plane  # after the MLP of published layer k
-    return whole.replace(position=own_stretch(config, jnp.asarray(batch.position)), extra=extra)
+    return whole.replace(position=own_shard(config, jnp.asarray(batch.position)), extra=extra)
 
 
 def embed_prompt(params: Mapping[str, Any], config: QwenConfig, batch: QwenBatch, visual: jax.Array | None) -> Tokens:

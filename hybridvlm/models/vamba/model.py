@@ -279,20 +279,20 @@ def extend(
 
 def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[Decoded]:
     """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs: by examples, after the stack of layers, the
-    video by stretches of its rows, and by heads, which lie side by side in its keys, or by a device's own channels."""
+    video by shards of its rows, and by heads, which lie side by side in its keys, or by a device's own channels."""
     batch, row, tensor = config.batch_axes, config.row_axis, config.axis
-    rows, stacked, stretch = P(batch), P(None, batch), P(batch, row)
+    rows, stacked, shard = P(batch), P(None, batch), P(batch, row)
     heads, keys = P(None, batch, None, tensor), P(None, batch, row, tensor)
     logits = P(batch, tensor if config.vocab_devices > 1 else None)
     stages = 1 if plan is None else 1 + len(plan.drops)
     own = with_specs(AttentionCache, heads, heads, stacked, heads, heads, stacked, P())
-    stage = with_specs(CrossMemory, keys, keys, stretch)
+    stage = with_specs(CrossMemory, keys, keys, shard)
     state = with_specs(MambaCache, heads, P(None, batch, tensor), stacked)
-    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, stretch, stacked, stretch, stretch)
+    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, shard, stacked, shard, shard)
     return with_specs(
         PrefillOutput,
         logits,
-        with_specs(Decoded, stretch, with_specs(Caches, (own,) * stages, memory), stretch, stacked),
+        with_specs(Decoded, shard, with_specs(Caches, (own,) * stages, memory), shard, stacked),
         rows,
     )
 
