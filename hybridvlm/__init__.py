@@ -27,7 +27,7 @@ _HOME = {
     "ReductionPlan": "reduction.plan",
     "ShardingRules": "sharding",
     "make_mesh": "sharding",
-    "make_plan": "reduction.plan",
+    "make_plan": "reduction.make_plan",
     "register_method": "reduction.methods",
     "init": "inference.model",
     "init_vamba_from": "inference.model",

@@ -215,6 +215,23 @@ def _table(
     return table
 
 
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a Markdown table whose columns also line up as plain text; all rows have the columns of the first."""
+    columns = list(rows[0]) if rows else []
+    widths = [max(3, width) for width in _widths(rows, columns)]
+
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(columns), rule, *(line(row[column] for column in columns) for row in rows)])
+
+
+def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """A share in percent for a cell of a table; "-" for None."""
+    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.{digits}f}"
+
+
 def print_markdown(text: str) -> None:
     """Print a report: rendered at a terminal that takes colours, elsewhere as the Markdown that it is."""
     if not rich_terminal():

@@ -121,9 +121,12 @@ def _as_set(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def split(text: str) -> list[str]:
-    """The parts of a comma list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def split(text: str, option: str | None = None) -> list[str]:
+    """The parts of a comma list; InputError where it has none and `option` is what it was given by."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if option is not None and not parts:
+        raise InputError(f"{option} takes a comma list of at least one, got {text!r}")
+    return parts
 
 
 def parse_pairs(tokens: Sequence[str], option: str) -> dict[str, list[str]]:

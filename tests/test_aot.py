@@ -10,8 +10,10 @@ import pytest
 from hybridvlm import aot
 from hybridvlm.bench.__main__ import main
 from hybridvlm.bench.hlo import program_cost
+from hybridvlm.bench.prefill import STAMP_TOKENS
 from hybridvlm.hardware import CHIPS
 from hybridvlm.ops.platforms import platform
+from hybridvlm.plan.__main__ import main as plan_command
 from hybridvlm.sharding import row_major_format
 
 needs = {name: pytest.mark.aot(name) for name in ("tpu", "gpu")}
@@ -158,6 +160,8 @@ def test_bench_refuses_what_it_cannot_do(capsys):
         (("--mesh", "rows=2"), "--mesh takes"),
         (("--frames", "0"), "at least 1"),
         (("--programs", "prefill,more"), "--programs takes"),
+        (("--drop-text", "best-frames", "--prompt", "question"), "--drop-text best-frames is about time stamps"),
+        (("--drop-text", "best-frames", "--methods", "avgpool"), "this one merges"),
     ):
         if aot.missing("gpu") is None or "H200" not in arguments:
             assert main(["aot", *arguments]) == 2
@@ -176,6 +180,37 @@ def test_bench_on_a_model_over_two_axes(tmp_path):
         assert row["cost_s"] > 0 and row["exchanged_gb"] > 0 and row["compile_cpu_s"] > 0
         assert row["share_of_predicted"] == pytest.approx(row["speedup"] / row["predicted"])
     assert dense["speedup"] == 1 and reduced["tflops"] < dense["tflops"]
+
+
+@pytest.mark.slow
+@needs["tpu"]
+def test_bench_compiles_what_a_plan_that_drops_time_stamps_promises(tmp_path):
+    """`bench aot` and `plan --compile` of one prompt: one prediction and one program, with less to do than with all stamps."""
+    words = (
+        "--model",
+        "bench_100m",
+        "--frames",
+        "8",
+        "--topology",
+        V5E,
+        "--mesh",
+        "tensor=1",
+        "--schedule",
+        "stages=2",
+    )
+    drop, prompt = ("--drop-text", "best-frames"), ("--text", "16", "--prompt", "real", "--methods", "str")
+    dense, best = rows_of(tmp_path, *words, *prompt, *drop)
+    none = rows_of(tmp_path, *words, *prompt)[1]
+    assert [row["drop_text"] for row in (dense, best, none)] == ["none", "best-frames", "none"]
+    assert best["predicted"] > none["predicted"] and best["cost_s"] < none["cost_s"]
+
+    file, whole = tmp_path / "plan.json", 16 + 8 * STAMP_TOKENS
+    planned = (*words, *drop, "--frame-text", str(STAMP_TOKENS), "--text", str(whole), "--compile", "--json", str(file))
+    assert plan_command(list(planned)) == 0
+    rows = {(row.get("program"), row.get("drop_text")): row for row in json.loads(file.read_text())}
+    same = ("predicted", "text_tokens", "needed_gb", "cost_s")
+    again = rows["prefill", "best-frames"]
+    assert {key: again[key] for key in same} == pytest.approx({key: best[key] for key in same})
 
 
 # -- the whole 12B model: minutes each ------------------------------------------------------------------------------------

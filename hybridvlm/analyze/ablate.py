@@ -26,23 +26,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybridvlm.analyze.ablate_checkpoints import Checkpoint, load_checkpoints, parse_models, reference
+from hybridvlm.analyze.ablate_checkpoints import Checkpoint, load_models, open_checkpoints, parse_models, reference
 from hybridvlm.analyze.ablate_report import pictures, report, summarise
 from hybridvlm.analyze.cells import SETS, Cell, cells_of
-from hybridvlm.analyze.common import (
-    Row,
-    markdown,
-    output_folder,
-    write_figure,
-    write_json,
-)
+from hybridvlm.analyze.common import Row, markdown, output_folder, write_figure, write_json
 from hybridvlm.config import to_dict
 from hybridvlm.console import print_markdown, progress
-from hybridvlm.eval.results import write_atomic
-from hybridvlm.eval.runner import versions
+from hybridvlm.eval.results import versions, write_atomic
 from hybridvlm.eval.variants import DENSE, Variant
 from hybridvlm.files import folder_lock
-from hybridvlm.options import InputError
+from hybridvlm.options import InputError, split
 from hybridvlm.reduction import BudgetError
 
 
@@ -84,9 +77,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, folder: pathlib.Path) -> int:
-    checkpoints = load_checkpoints(options, parse_models(options.models), folder / "answers")
-    base = reference(options, [c.reduction for c in checkpoints])
-    cells = cells_of([s for s in options.sets.split(",") if s], base, options.cell)
+    models = load_models(parse_models(options.models))
+    base = reference(options, [named.model.reduction for named in models])
+    cells = cells_of(split(options.sets), base, options.cell)
+    checkpoints = open_checkpoints(options, models, cells, folder / "answers")
     results = answer_cells(options, checkpoints, cells)
     if results is None:
         return 0
@@ -217,6 +211,3 @@ def _answer(checkpoints, work) -> None:
             checkpoint = checkpoints[i]
             bar.set_postfix_str(f"{checkpoint.name} {getattr(cell, 'name', 'dense')}", refresh=True)
             checkpoint.run(cell, lambda count, _label: bar.update(count))
-
-
-# -- what came out --------------------------------------------------------------------------------------------------------

@@ -6,16 +6,12 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridvlm.analyze.cells import CellPlanner
-from hybridvlm.analyze.common import (
-    base_reduction,
-    load_embedded,
-    short,
-)
+from hybridvlm.analyze.cells import Cell, CellPlanner
+from hybridvlm.analyze.common import base_reduction, load_embedded, short
 from hybridvlm.config import Reduction
 from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.results import SampleStore
@@ -23,18 +19,25 @@ from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
 from hybridvlm.eval.variants import Variant
 from hybridvlm.inference.model import Model
-from hybridvlm.options import InputError, override
+from hybridvlm.options import InputError, override, split
 from hybridvlm.reduction import ReductionPlan
 
 
-@dataclasses.dataclass
-class Checkpoint:
-    """One set of weights. Those of one configuration share compiled programs."""
+class NamedModel(NamedTuple):
+    """A model by its name, and the group that it is one seed of."""
 
     group: str
     name: str
     model: Model
-    reduction: Reduction | None
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """One set of weights with its answers. Those of one configuration share compiled programs."""
+
+    group: str
+    name: str
+    model: Model
     runner: Runner
     planner: CellPlanner
 
@@ -65,7 +68,7 @@ def parse_models(texts: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for text in texts:
         group, equals, rest = text.partition("=")
-        names = [n for n in (rest if equals else text).split(",") if n]
+        names = split(rest if equals else text)
         if not names or (equals and not group):
             raise InputError(f"--models takes NAME or GROUP=A,B, got {text!r}")
         pairs += [(group if equals else short(n), n) for n in names]
@@ -84,24 +87,28 @@ def reference(options: argparse.Namespace, own: Sequence[Reduction | None]) -> R
     )
 
 
-def load_checkpoints(
-    options: argparse.Namespace, named: Sequence[tuple[str, str]], folder: pathlib.Path
+def load_models(named: Sequence[tuple[str, str]]) -> list[NamedModel]:
+    """The models of (group, name) pairs."""
+    return [NamedModel(group, name, load_embedded(name)) for group, name in named]
+
+
+def open_checkpoints(
+    options: argparse.Namespace, models: Sequence[NamedModel], cells: Sequence[Cell], folder: pathlib.Path
 ) -> list[Checkpoint]:
-    """The checkpoints of (group, name) pairs, with their answers so far in `folder`."""
+    """The models, to be asked under `cells`, with their answers so far in `folder`."""
     folder.mkdir(exist_ok=True)
     shared: dict[str, tuple[Model, CellPlanner]] = {}
     stores: dict[str, SampleStore] = {}
     out = []
-    for group, name in named:
-        model = load_embedded(name)
+    for group, name, model in models:
         # answers are told apart by weights, not by names
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, name=""))
         kind = repr((model.config, model.buckets, model.style, model.family.NAME))
-        first, planner = shared.setdefault(kind, (model, CellPlanner(model)))
+        first, planner = shared.setdefault(kind, (model, CellPlanner(model, cells)))
         own = dataclasses.replace(model, programs=first.programs)
         weights = weights_fingerprint(name, model.params)
         store = stores.setdefault(weights, SampleStore(folder / f"{weights}.jsonl"))
         task = build_task("needle", TaskOptions(model.config, split=options.split, limit=options.limit))
         runner = Runner(own, task, [], planner, store, batch_size=options.batch_size, weights=weights)
-        out.append(Checkpoint(group, name, own, model.reduction, runner, planner))
+        out.append(Checkpoint(group, name, own, runner, planner))
     return out

@@ -216,8 +216,9 @@ def compare(options: argparse.Namespace, base: Reduction, reduction: Reduction, 
     """str and str-calibrated at the predicted FLOPs of str, on the same validation questions."""
     own = argparse.Namespace(**vars(options))
     own.split, own.limit, own.dry_run = "val", options.compare, False
-    checkpoints = ablate_checkpoints.load_checkpoints(own, [(short(options.model), options.model)], folder / "answers")
-    results = ablate.answer_cells(own, checkpoints, compared(base, reduction))
+    models, cells = ablate_checkpoints.load_models([(short(options.model), options.model)]), compared(base, reduction)
+    checkpoints = ablate_checkpoints.open_checkpoints(own, models, cells, folder / "answers")
+    results = ablate.answer_cells(own, checkpoints, cells)
     assert results is not None
     return results
 

@@ -43,10 +43,12 @@ def cell(set_: str, name: str, reduction: Reduction, match: Reduction | None = N
 
 
 class CellPlanner(Planner):
-    """Reductions and plans of cells, per bucket. `notes`: what a reader must know."""
+    """Reductions and plans of `cells`, per bucket. `notes`: what a reader must know."""
 
-    def __init__(self, model: Model):
-        super().__init__(model, _DENSE)
+    def __init__(self, model: Model, cells: Sequence[Cell]):
+        # buckets of text are sized by it: all cells answer in those that have room for what any of them drops
+        drop_text = next((c.reduction.drop_text for c in cells if c.reduction.drop_text != "none"), "none")
+        super().__init__(model, dataclasses.replace(_DENSE, drop_text=drop_text))
         self.notes: list[str] = []
 
     def __call__(self, variant: Variant, bucket: Bucket) -> tuple[Reduction, ReductionPlan | None]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hybridvlm.config import MIXERS, ModelConfig, Reduction
+from hybridvlm.console import markdown_table
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.eval.tasks import Task, TaskOptions, build_task
 from hybridvlm.inference.model import Model, load
@@ -21,6 +22,7 @@ from hybridvlm.models import nemotron_vl
 from hybridvlm.models.media import Clip
 from hybridvlm.models.prompt import Batch, user_message
 from hybridvlm.ops.tokens import Tokens
+from hybridvlm.options import split
 from hybridvlm.video import default_frames, most_frames, shown_clip
 
 Row = dict[str, Any]
@@ -46,13 +48,7 @@ def text_of(value: Any, digits: int = 3) -> str:
 def markdown(rows: Sequence[Row], digits: int = 3) -> str:
     """Rows as a Markdown table whose columns also line up as plain text; columns are all keys in order of appearance."""
     names = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[text_of(row.get(name), digits) for name in names] for row in rows]
-    widths = [max(3, len(n), *(len(c[i]) for c in cells)) if cells else len(n) for i, n in enumerate(names)]
-
-    def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(t.ljust(w) for t, w in zip(texts, widths, strict=True)) + " |"
-
-    return "\n".join([line(names), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, cells)])
+    return markdown_table([{name: text_of(row.get(name), digits) for name in names} for row in rows])
 
 
 def output_folder(options: argparse.Namespace, name: str) -> pathlib.Path:
@@ -121,7 +117,7 @@ def load_embedded(name: str) -> Model:
 def layers_of(text: str, able: Sequence[int], pattern: str) -> list[int]:
     """--layers "0,2,8" as numbers, each one of `able`; ValueError that names the first that is none."""
     try:
-        layers = [int(part) for part in text.split(",")]
+        layers = [int(part) for part in split(text, "--layers")]
     except ValueError:
         raise ValueError(f"--layers takes numbers such as 0,2,8, got {text!r}") from None
     wrong = [layer for layer in layers if layer not in able]

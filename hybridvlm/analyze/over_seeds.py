@@ -29,7 +29,7 @@ class OverSeeds:
 def _student(values: Sequence[float]) -> list[float] | None:
     if len(values) < 2 or np.ptp(values) < 1e-9:
         return None
-    half = statistics._quantile(len(values)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = statistics.quantile(len(values)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return [float(np.mean(values)) - half, float(np.mean(values)) + half]
 
 

@@ -10,26 +10,29 @@ question's seconds over those of the method's own prefill; predicted_of_first: b
 as seconds, speedup and predicted, of tower and prefill together, where both are compiled. A program that does not fit is a row as
 well: needed_gb is then what the compiler says it would have taken.
 
-The second prompt is the one that a real video gets, with a time stamp before every frame. No method drops it: shapes are
-static and any frame may keep a token until the last drop, so room for all stamps would stay even where a frame is gone.
+The second prompt is the one that a real video gets, with a time stamp before every frame. Rows keep room for all stamps,
+whatever a method drops, unless --drop-text says otherwise: best-frames leaves room for as many as the tokens left would fill.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.bench.prefill import STAMP_TOKENS, bench_plan
+from hybridvlm.bench.prefill import STAMP_TOKENS, bench_plan, dropped_text
 from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule, VambaConfig
 from hybridvlm.config_files import load_model_config
 from hybridvlm.estimates.memory import PROGRAMS
 from hybridvlm.estimates.result import estimate_on
 from hybridvlm.estimates.workload import MeshSizes, Workload
 from hybridvlm.hardware import parse_slice
-from hybridvlm.options import override
+from hybridvlm.options import add_drop_text, override, split
+from hybridvlm.reduction import ReductionPlan
 
 # of inference, and what questions about one video share of its prefill, with what a further one has left
 COMPILED = (*PROGRAMS, "memory", "further")
@@ -45,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=0.25, help="share of visual tokens kept (default: 0.25)")
     add("--kind", choices=BUDGET_KINDS, default="mean", help="how the budget is counted (default: mean)")
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the default schedule")
+    add_drop_text(parser)
     add("--topology", default="v5p:2x2x1", help="slice to compile for, such as v5e:4x4 or v6e:2x2 (default: v5p:2x2x1)")
     add(
         "--mesh",
@@ -62,47 +66,24 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile, print, and return the rows."""
     from hybridvlm import aot
 
-    config = load_model_config(args.model)
-    if config.vision is None:
-        raise ValueError(f"model {args.model!r} has no vision side, and so no visual tokens to reduce")
-    if isinstance(config, VambaConfig):
-        raise ValueError("--model must be of the families nemotron_vl or qwen_vl; bench vamba compiles VAMBA")
-    sizes = {"--frames": args.frames, "--text": args.text, "--batch": args.batch, "--max-new": args.max_new}
-    sizes["--question"] = args.question
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    programs = tuple(dict.fromkeys(args.programs.split(",")))
+    programs = tuple(dict.fromkeys(split(args.programs, "--programs")))
     if not set(programs) <= set(COMPILED):
         raise ValueError(f"--programs takes a comma list of {', '.join(COMPILED)}, got {args.programs!r}")
+    works = _workloads(args)
     where = aot.target(args.topology)
     if where.platform != "tpu":
         raise ValueError(
             f"--topology must be a TPU slice, since XLA's GPU compiler estimates no cost, got {where.name}"
         )
     mesh = mesh_there(args.mesh, where)
-    methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
-    stamps = {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]
-    groups = -(-args.frames // config.vision.temporal_patch)
     rows: list[dict[str, Any]] = []
     towers: dict[str, float] = {}
-    for stamp in stamps:
+    for by_method in works.values():
         dense: dict[str, float] = {}
-        for method in methods:
-            budget = 1.0 if method == "none" else args.budget
-            reduction = Reduction(method, budget, args.kind, schedule=override(Schedule(), args.schedule, "--schedule"))
-            work = Workload(
-                config,
-                args.frames,
-                args.text + stamp * groups,
-                args.batch,
-                args.max_new,
-                reduction=None if method == "none" else reduction,
-                question=args.question,
-            )
+        for method, work in by_method.items():
             own: dict[str, float] = {}
-            for program in (name for name in programs if _differs(name, work, stamp)):
-                row = compiled_row(program, where, mesh, work, stamp)
+            for program in (name for name in programs if _differs(name, work)):
+                row = compiled_row(program, where, mesh, work)
                 rows.append(row)
                 if "cost_s" in row:
                     own[program] = row["cost_s"]
@@ -122,15 +103,43 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _differs(program: str, work: Workload, stamp: int) -> bool:
+def _workloads(args: argparse.Namespace) -> dict[int, dict[str, Workload]]:
+    """What is compiled, by the text tokens before every frame and the method, dense first; ValueError for what cannot be."""
+    config = load_model_config(args.model)
+    if config.vision is None:
+        raise ValueError(f"model {args.model!r} has no vision side, and so no visual tokens to reduce")
+    if isinstance(config, VambaConfig):
+        raise ValueError("--model must be of the families nemotron_vl or qwen_vl; bench vamba compiles VAMBA")
+    sizes = {"--frames": args.frames, "--text": args.text, "--batch": args.batch, "--max-new": args.max_new}
+    sizes["--question"] = args.question
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.drop_text and args.prompt == "question":
+        raise ValueError(f"--drop-text {args.drop_text} is about time stamps; compile --prompt real or both")
+    schedule = override(Schedule(), args.schedule, "--schedule")
+    groups = -(-args.frames // config.vision.temporal_patch)
+    works: dict[int, dict[str, Workload]] = {}
+    for stamp in {"question": (0,), "real": (STAMP_TOKENS,), "both": (0, STAMP_TOKENS)}[args.prompt]:
+        whole = (config, args.frames, args.text + stamp * groups, args.batch, args.max_new)
+        works[stamp] = {"none": Workload(*whole, question=args.question, frame_text=stamp)}
+        drop_text = dropped_text(args.drop_text, stamp)
+        for method in (m for m in split(args.methods, "--methods") if m != "none"):
+            reduction = Reduction(method, args.budget, args.kind, schedule=schedule, drop_text=drop_text)
+            works[stamp][method] = dataclasses.replace(works[stamp]["none"], reduction=reduction)
+            _ = works[stamp][method].plan  # a budget that cannot be met is refused before anything is compiled
+    return works
+
+
+def _differs(program: str, work: Workload) -> bool:
     """Whether a program is another one under this method and prompt: the tower does not know what is dropped later, but what was
     chosen before it; and after a dense prefill a further question goes on from its caches."""
     if program == "tower":
-        return not stamp and (work.reduction is None or work.plan.pixel_selection is not None)
+        return not work.frame_text and (work.reduction is None or work.plan.pixel_selection is not None)
     return program in PROGRAMS or work.reduction is not None
 
 
-def _from_pixels(prefill: float, tower: float | None, dense: dict[str, float], plan: Any) -> dict[str, float]:
+def _from_pixels(prefill: float, tower: float | None, dense: dict[str, float], plan: ReductionPlan) -> dict[str, float]:
     """Columns of tower and prefill together; {} where the tower was not compiled, or does not fit."""
     if tower is None:
         return {}
@@ -139,32 +148,22 @@ def _from_pixels(prefill: float, tower: float | None, dense: dict[str, float], p
     return {"pixels_s": seconds, "pixels_speedup": speedup, "pixels_predicted": 1 / plan.total_flop_ratio}
 
 
-def compiled_row(program: str, where: Any, mesh: Any, work: Workload, stamp: int = 0) -> dict[str, Any]:
-    """One of `COMPILED` of a workload, compiled for a mesh of `where`; the prompt's text is the question's and `stamp` of each frame.
+def compiled_row(program: str, where: Any, mesh: Any, work: Workload) -> dict[str, Any]:
+    """One of `COMPILED` of a workload, compiled for a mesh of `where`; each frame has `work.frame_text` text tokens of its own.
 
     A program that does not fit is a row as well: needed_gb is then what its compiler says it would have taken.
     """
-    import jax
-
-    from hybridvlm import aot
     from hybridvlm.bench.inference_programs import InferenceShapes, compile_program
 
     reduction = work.reduction or Reduction("none", 1.0)
-    plan = plan_there(reduction, work.config, work.groups, work.text, where)
-    row = _head(program, where, mesh, work, plan, stamp)
+    stamp = work.frame_text
+    plan = plan_there(reduction, work.config, work.groups, work.text, where, stamp)
+    row = _head(program, where, mesh, work, plan)
     timing.say(f"compiling {', '.join(str(row[key]) for key in ('program', 'method', 'budget', 'topology', 'mesh'))}")
     reduced = plan if work.reduction is not None else None
     text = work.text - stamp * work.groups
     shapes = InferenceShapes(work.config, reduced, work.groups, text, work.batch, work.max_new, stamp, work.question)
-    start = time.perf_counter()
-    try:
-        return row | _measured(compile_program(program, where, mesh, shapes))
-    except jax.errors.JaxRuntimeError as error:
-        needed = aot.memory_refused(error)
-        if needed is None:
-            raise
-        timing.say(str(error).splitlines()[0])
-        return row | {"compile_s": time.perf_counter() - start, "needed_gb": needed * 1e-9, "fits": False}
+    return row | measured(lambda: compile_program(program, where, mesh, shapes))
 
 
 def mesh_there(text: str, where):
@@ -176,14 +175,17 @@ def mesh_there(text: str, where):
     return make_mesh(**sizes, devices=where.devices[:count])
 
 
-def plan_there(reduction: Reduction, config: ModelConfig, frames: int, text: int, where):
+def plan_there(
+    reduction: Reduction, config: ModelConfig, frames: int, text: int, where: Any, frame_text: int = 0
+) -> ReductionPlan:
+    """The plan of a full bucket on a device of `where`, whose SSD chunk is part of it; sizes as of `bench_plan`."""
     import jax
 
-    with jax.default_device(where.devices[0]):  # the chunk that runs there is part of the plan
-        return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
+    with jax.default_device(where.devices[0]):
+        return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text, frame_text)
 
 
-def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp: int) -> dict[str, Any]:
+def _head(program: str, where: Any, mesh: Any, work: Workload, plan: ReductionPlan) -> dict[str, Any]:
     """What is compiled, and what hybridvlm/estimates counts of it, each on one device."""
     sizes = MeshSizes.of(mesh)
     counted = estimate_on(work, parse_slice(where.name), sizes)
@@ -205,7 +207,8 @@ def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp:
         "topology": where.name,
         "mesh": str(sizes),
         "method": plan.method,
-        "prompt": "time stamps" if stamp else "question",
+        "prompt": "time stamps" if work.frame_text else "question",
+        "drop_text": plan.drop_text,
         "frames": work.frames,
         "visual_tokens": plan.visual_tokens,
         "text_tokens": plan.text_tokens,
@@ -216,10 +219,23 @@ def _head(program: str, where: Any, mesh: Any, work: Workload, plan: Any, stamp:
     } | known
 
 
-def _measured(compiled: Any) -> dict[str, Any]:
+def measured(compile_it: Callable[[], Any]) -> dict[str, Any]:
+    """What the compiler says of an `aot.Compiled`, or of one that it refuses because it does not fit."""
+    import jax
+
+    from hybridvlm import aot
     from hybridvlm.bench.hlo import program_cost
 
-    cost, gb = program_cost(compiled.executable.as_text(), compiled.target.chip), 1e-9
+    start, gb = time.perf_counter(), 1e-9
+    try:
+        compiled = compile_it()
+    except jax.errors.JaxRuntimeError as error:
+        needed = aot.memory_refused(error)
+        if needed is None:
+            raise
+        timing.say(str(error).splitlines()[0])
+        return {"compile_s": time.perf_counter() - start, "needed_gb": needed * gb, "fits": False}
+    cost = program_cost(compiled.executable.as_text(), compiled.target.chip)
     return {
         "needed_gb": compiled.peak_bytes * gb,
         "arguments_gb": compiled.arguments * gb,

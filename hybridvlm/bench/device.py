@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hybridvlm.bench import timing
+from hybridvlm.options import split
 
 TABLE = False  # rows of one kind do not have the columns of another
 SIZES = ("small", "full")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, write each row as it comes, and return all."""
     start = time.monotonic()
-    wanted = tuple(dict.fromkeys(args.parts.split(",")))
+    wanted = tuple(dict.fromkeys(split(args.parts, "--parts")))
     if not set(wanted) <= set(PARTS):
         raise ValueError(f"--parts takes a comma list of {', '.join(PARTS)}, got {args.parts!r}")
     if not args.minutes > 0 or args.rounds < 1:

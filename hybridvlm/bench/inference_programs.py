@@ -128,12 +128,12 @@ class _OnMesh:
         batch = Batch(row, row, row, self.over_rows())
         if isinstance(config, QwenConfig):
             batch = QwenBatch(row, row, row, self.over_rows(), position=self.over_rows(length, 3))
-        stretches = placement.filled(shapes.frames, self.mesh.shape["sequence"])
+        frames_given = placement.filled(shapes.frames, self.mesh.shape["sequence"])
         width = config.width * (1 + len(config.tower.deepstack))
         if plan is not None and plan.pixel_selection is not None:
             width += 1  # which tokens were encoded
         lies = (sharding.INFERENCE_RULES.batch, sharding.INFERENCE_RULES.row)
-        return batch, self.struct((self.rows, stretches, per_frame, width), jnp.bfloat16, *lies)
+        return batch, self.struct((self.rows, frames_given, per_frame, width), jnp.bfloat16, *lies)
 
     def prefill(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         args = (self.params, *self.prompt())

@@ -1,9 +1,10 @@
 """Decoder prefill, embeddings to last-token logits: dense and under reduction methods, runs interleaved.
 
 Weights, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part of
-the time; compilation and the first run are not, and the vision tower is timed by itself. A second table has the prompt
-that a real video gets, with a time stamp before every frame: text that no method can drop. With --questions 2 also what a
-further question on the same video takes, once the layers before the first drop have seen it.
+the time; compilation and the first run are not, and the vision tower is timed by itself. The second prompt is the one that
+a real video gets, with a time stamp before every frame: text that stays whatever a method drops, unless --drop-text says
+otherwise. With --questions 2 also what a further question on the same video takes, once the layers before the first drop
+have seen it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import numpy as np
 from hybridvlm.bench import timing
 from hybridvlm.config import ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
-from hybridvlm.options import override
+from hybridvlm.models.prompt import own_text
+from hybridvlm.options import add_drop_text, override, split
+from hybridvlm.reduction import ReductionPlan, make_plan
 
 STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano
 
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", default="none,str", help="comma list of methods; dense always runs (default: none,str)")
     add("--schedule", nargs="+", default=[], metavar="KEY=VALUE", help="schedule of shares over depth, as for eval")
     add("--first-drop", type=int, metavar="N", help="no drop before this layer has run (default: the schedule's)")
+    add_drop_text(parser)
     add("--questions", type=int, default=1, help="on one video: 2 or more measure a further one (default: 1)")
     add("--repeats", type=int, default=5, help="interleaved rounds (default: 5)")
     yes_no = argparse.BooleanOptionalAction
@@ -58,11 +62,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.text < 1 or args.repeats < 1 or args.questions < 1:
         given = f"{args.text}, {args.repeats} and {args.questions}"
         raise ValueError(f"--text, --repeats and --questions must be at least 1, got {given}")
-    methods = ["none", *(m for m in dict.fromkeys(args.methods.split(",")) if m != "none")]
+    if args.drop_text and not args.real_prompt:
+        raise ValueError(f"--drop-text {args.drop_text} is about time stamps; leave --no-real-prompt out")
+    methods = ["none", *(m for m in dict.fromkeys(split(args.methods, "--methods")) if m != "none")]
     plans = {}
     for stamps in (0, STAMP_TOKENS) if args.real_prompt else (0,):
         text = args.text + stamps * frames
-        plans[stamps] = {m: _reduced(m, args, config, frames, text) for m in methods}
+        plans[stamps] = {m: _reduced(m, args, config, frames, text, stamps) for m in methods}
 
     timing.say(f"{config.name or args.config}: {frames} frames of {per_frame} tokens, {args.text} text tokens")
     params = random_params(config)
@@ -87,9 +93,9 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def prompt(frames: int, per_frame: int, text: int, stamps: int, vocabulary: int):
-    """One prompt as a Batch: `stamps` text tokens, then `per_frame` visual positions, for every frame; then the question."""
-    frame = np.concatenate([np.full(stamps, -1, np.int32), np.zeros(per_frame, np.int32)])
-    frame = np.where(frame < 0, -1, np.arange(frames, dtype=np.int32)[:, None] + frame)
+    """One prompt as a Batch: `stamps` text tokens of its own, then `per_frame` visual positions, for every frame; then the question."""
+    numbers = np.arange(frames, dtype=np.int32)
+    frame = np.concatenate([np.tile(own_text(numbers), (stamps, 1)), np.tile(numbers, (per_frame, 1))]).T
     frame = np.concatenate([frame.ravel(), np.full(text, -1, np.int32)])[None]
     return _batch(np.random.default_rng(0).integers(0, vocabulary, frame.shape, np.int32), frame, frames)
 
@@ -100,14 +106,19 @@ def _batch(ids: np.ndarray, frame: np.ndarray, frames: int):
     return Batch(ids, np.ones_like(ids), frame.astype(np.int32), np.full(1, frames, np.int32))
 
 
-def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames: int, text: int):
+def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames: int, text: int, stamps: int):
     if method == "none":
         return None
     schedule = override(Schedule(), args.schedule, "--schedule")
     if args.first_drop is not None:
         schedule = dataclasses.replace(schedule, start=args.first_drop)
-    reduction = Reduction(method, args.budget, schedule=schedule)
-    return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text)
+    reduction = Reduction(method, args.budget, schedule=schedule, drop_text=dropped_text(args.drop_text, stamps))
+    return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text, stamps)
+
+
+def dropped_text(asked: str | None, stamps: int) -> str:
+    """--drop-text for a prompt with so many text tokens before every frame: none where there are none to drop."""
+    return asked if asked and stamps else "none"
 
 
 def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
@@ -167,6 +178,7 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
                 "text_tokens": text,
                 "prompt": "time stamps" if stamps else "question",
                 "method": method,
+                "drop_text": "none" if plan is None else plan.drop_text,
                 "budget": 1.0 if plan is None else args.budget,
                 "ms": timing.median_ms(seconds[method]),
                 "speedup": speedup,
@@ -212,11 +224,20 @@ def _shared(method: str, seconds: dict[Any, list[float]], questions: int) -> dic
     }
 
 
-def bench_plan(reduction: Reduction, config: ModelConfig, frames: int, per_frame: int, text: int):
-    """The plan of a bucket that is exactly full, its FLOPs counted at the SSD chunk that runs here."""
-    from hybridvlm.reduction.plan import make_plan
+def bench_plan(
+    reduction: Reduction, config: ModelConfig, frames: int, per_frame: int, text: int, frame_text: int = 0
+) -> ReductionPlan:
+    """The plan of a bucket that is exactly full, its FLOPs counted at the SSD chunk that runs here.
 
-    size = {"visual_tokens": frames * per_frame, "text_tokens": text, "frames": frames}
+    Args:
+        reduction: method and budget.
+        config: of the model.
+        frames: of the bucket.
+        per_frame: visual tokens of each.
+        text: text tokens of the bucket.
+        frame_text: of these, what each frame has of its own.
+    """
+    size = {"visual_tokens": frames * per_frame, "text_tokens": text, "frames": frames, "frame_text": frame_text}
     return make_plan(reduction, config, **size, chunk_size=running_chunk(config), itemsize=4)
 
 

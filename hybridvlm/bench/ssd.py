@@ -25,6 +25,8 @@ import functools
 import sys
 from typing import Any
 
+from hybridvlm.bench.op_bench import positive
+
 SHAPES = {"cpu": ("8,64,1,64", "32,80,4,128"), "tpu": ("128,80,8,128",), "gpu": ("128,80,8,128",)}
 LENGTHS = {"cpu": 8192, "tpu": 32768, "gpu": 32768}
 IMPLEMENTATIONS = {
@@ -39,13 +41,13 @@ FLOOR_CHUNK = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", metavar="H,P,G,N", help="default: two small ones on CPU, the 12B's elsewhere")
-    add("--length", type=_positive, metavar="L", help="tokens (default: 8192 on CPU, 32768 elsewhere)")
+    add("--length", type=positive, metavar="L", help="tokens (default: 8192 on CPU, 32768 elsewhere)")
     add("--dtype", choices=DTYPES, help="of x, B and C (default: float32 on CPU, bfloat16 elsewhere)")
-    add("--rounds", type=_positive, default=9, help="measured forward runs of each (default: 9)")
+    add("--rounds", type=positive, default=9, help="measured forward runs of each (default: 9)")
     add("--gradient-rounds", type=int, default=3, help="measured gradient runs of each, 0 for none (default: 3)")
     names = sorted({name for of_platform in IMPLEMENTATIONS.values() for name in of_platform})
     add("--implementations", nargs="+", choices=names, metavar="NAME", help="default: those that the platform has")
-    add("--chunk-sizes", nargs="+", type=_positive, metavar="C", help="chunk sizes to try (default: the platform's)")
+    add("--chunk-sizes", nargs="+", type=positive, metavar="C", help="chunk sizes to try (default: the platform's)")
     add("--aot", metavar="TARGET", help="compile for a device that need not be there, like v5e:2x2, v5p:2x2x1 or H200")
 
 
@@ -70,12 +72,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             rows += _measure(spec, dtype, implementations, args)
     return rows
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _spec(text: str, length: int):

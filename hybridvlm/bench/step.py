@@ -12,6 +12,7 @@ from typing import Any
 from hybridvlm.bench import timing
 from hybridvlm.config import Reduction
 from hybridvlm.config_files import load_model_config
+from hybridvlm.options import split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not frames:
         raise ValueError(f"--length {args.length} holds no frame of {per_frame} tokens with {args.text} of text")
     text = args.length - frames * per_frame
-    budgets = [1.0, *(float(b) for b in args.budgets.split(","))]
+    budgets = [1.0, *(float(b) for b in split(args.budgets, "--budgets"))]
     timing.say(
         f"{config.name}: compiling {len(budgets)} steps of {args.batch} x {args.length} tokens ({frames} frames)"
     )

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from typing import Any
 
 from hybridvlm.bench import timing
-from hybridvlm.bench.aot import mesh_there, plan_there
+from hybridvlm.bench.aot import measured, mesh_there, plan_there
 from hybridvlm.config import BUDGET_KINDS, ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
-from hybridvlm.options import override
+from hybridvlm.estimates.workload import MeshSizes
+from hybridvlm.options import override, split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile, print, and return the rows."""
-    import jax
-
     from hybridvlm import aot
     from hybridvlm.nn.scan import REMAT
 
@@ -64,25 +64,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"--batch must be a multiple of data times fsdp of --mesh {args.mesh}, got {args.batch}")
     rows: list[dict[str, Any]] = []
-    for method in dict.fromkeys(args.methods.split(",")):
+    for method in dict.fromkeys(split(args.methods, "--methods")):
         budget = 1.0 if method == "none" else args.budget
         reduction = Reduction(method, budget, args.kind, schedule=override(Schedule(), args.schedule, "--schedule"))
         plan = plan_there(reduction, config, args.frames, args.text, where)
         timing.say(
             f"compiling {method} {budget:g}, {plan.visual_tokens} visual and {args.text} text tokens, {where.name}"
         )
-        row = _head(args, mesh, plan)
-        try:
-            compiled = compile_step(where, mesh, config, None if method == "none" else plan, args)
-        except jax.errors.JaxRuntimeError as error:
-            needed = aot.memory_refused(error)
-            if needed is None:
-                raise
-            row["needed_gb"] = needed * 1e-9
-            row["fits"] = False
-            timing.say(str(error).splitlines()[0])
-        else:
-            row |= _measured(compiled)
+        reduced = None if method == "none" else plan
+        row = _head(args, mesh, plan) | {"hbm_gb": where.chip.hbm_bytes * 1e-9}
+        row |= measured(functools.partial(compile_step, where, mesh, config, reduced, args))
         rows.append(row)
         timing.say(", ".join(f"{key} {row[key]:.4g}" for key in ("compile_s", "needed_gb", "cost_s") if key in row))
     return rows
@@ -99,7 +90,7 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
     from hybridvlm import aot, sharding
     from hybridvlm.models import nemotron_vl
     from hybridvlm.ops.tokens import Tokens
-    from hybridvlm.reduction.methods import score_fn
+    from hybridvlm.reduction import score_fn
     from hybridvlm.train.optimizer import decays
 
     rules, devices = sharding.DEFAULT_RULES, sharding.tensor_size(mesh)
@@ -158,9 +149,10 @@ def compile_step(where, mesh, config: ModelConfig, plan, args: argparse.Namespac
 
 
 def _head(args: argparse.Namespace, mesh, plan) -> dict[str, Any]:
+    """What is compiled."""
     return {
         "topology": args.topology,
-        "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1),
+        "mesh": str(MeshSizes.of(mesh)),
         "batch": args.batch,
         "remat": args.remat,
         "visual_tokens": plan.visual_tokens,
@@ -169,24 +161,4 @@ def _head(args: argparse.Namespace, mesh, plan) -> dict[str, Any]:
         "budget": plan.budget,
         "stages": len(plan.stages),
         "predicted": plan.flop_speedup,
-    }
-
-
-def _measured(compiled) -> dict[str, Any]:
-    from hybridvlm.bench.hlo import program_cost
-
-    cost, gb = program_cost(compiled.executable.as_text(), compiled.target.chip), 1e-9
-    return {
-        "trace_s": compiled.trace_seconds,
-        "compile_s": compiled.compile_seconds,
-        "compile_cpu_s": compiled.compile_cpu_seconds,
-        "arguments_gb": compiled.arguments * gb,
-        "temporaries_gb": compiled.temporaries * gb,
-        "needed_gb": compiled.peak_bytes * gb,
-        "hbm_gb": compiled.target.chip.hbm_bytes * gb,
-        "fits": compiled.fits,
-        "moved_gb": cost.bytes * gb,
-        "exchanged_gb": cost.exchanged * gb,
-        "unread_loops": cost.unread_loops,
-        "cost_s": cost.seconds,
     }

@@ -27,6 +27,7 @@ import numpy as np
 from hybridvlm.bench import timing
 from hybridvlm.config import ModelConfig, Reduction
 from hybridvlm.config_files import load_model_config
+from hybridvlm.options import split
 
 SIDES = ("transformers", "hybridvlm")
 CHECK_TOKENS = 200  # length of the prompt on which the two must agree
@@ -106,7 +107,7 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def _lengths(args: argparse.Namespace) -> list[int]:
-    return sorted({int(n) for n in args.tokens.split(",")})
+    return sorted({int(n) for n in split(args.tokens, "--tokens")})
 
 
 def _ids(config: ModelConfig, length: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hybridvlm import distributed
 from hybridvlm.models.weights import flatten
+from hybridvlm.ops.mix import mix32
 
 FOLDER, ASIDE = "checkpoints", "checkpoints-damaged"
 
@@ -55,17 +56,8 @@ def _mixed(a: jax.Array) -> jax.Array:
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    sums = [
-        jnp.sum(_scramble(words ^ _scramble(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)
-    ]
+    sums = [jnp.sum(mix32(words ^ mix32(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
     return jnp.stack(sums)
-
-
-def _scramble(x: jax.Array) -> jax.Array:
-    """One of the invertible mixtures of 32 bits: a word that differs in any bit comes out as another one."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def checksum(params: Any) -> str:

@@ -67,7 +67,7 @@ def phases(work: Workload, mesh: MeshSizes, chip: Chip, peaks: Peaks) -> dict[st
     if work.frames:
         dealt, frames = dealt_frames(work, mesh)
         visual = dealt * frames * work.config.vision.tokens_per_frame * work.config.width * work.planes * item
-        # rows are gathered by the devices that took frames of one stretch of them
+        # rows are gathered by the devices that took frames of one shard of them
         others = (mesh.tensor if work.batch >= mesh.batch else mesh.tensor * mesh.batch) - 1
         made["tower"] = (dealt * frames * cost.vision / work.groups, vision + visual, visual * others)
     return {name: Phase.of(*figures, chip, peaks, work.dtype) for name, figures in made.items()}
@@ -95,7 +95,7 @@ def _prefill_sent(work: Workload, mesh: MeshSizes, shared: int = 0) -> float:
         part = local_part(config, mesh)
         mixers = pattern[shared:].count(MAMBA)
         if isinstance(config, VambaConfig):
-            # the text's rows over each stretch of the video are joined by their log-sum-exp, in float32; no key is sent
+            # the text's rows over each shard of the video are joined by their log-sum-exp, in float32; no key is sent
             mixers = plan.layers - 1
             joined = plan.layers * work.text * part.attention_heads * (part.head_dim + 1) * 4
             sent += 2 * _part(mesh.sequence) * rows * joined

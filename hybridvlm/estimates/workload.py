@@ -121,7 +121,7 @@ class Workload:
         Raises:
             ValueError: the budget cannot be met; the message says what the method can do.
         """
-        from hybridvlm.reduction.plan import make_plan
+        from hybridvlm.reduction import make_plan
         from hybridvlm.reduction.vamba import counted
 
         family, c = family_for(self.config), self.config

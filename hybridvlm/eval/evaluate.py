@@ -16,7 +16,7 @@ import jax
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_lines, progress
 from hybridvlm.distributed import agree, gather, here
-from hybridvlm.estimates import mesh_option
+from hybridvlm.estimates import MeshSizes, mesh_option
 from hybridvlm.eval import decoding, lmms_eval, published, report, statistics
 from hybridvlm.eval.deal import weights_fingerprint
 from hybridvlm.eval.layouts import Asking
@@ -156,7 +156,7 @@ def _together(count: int, model: Model) -> str:
     if not spans_processes(model.mesh):
         return f"each of {count} processes runs the model on its own devices and answers whole videos"
     assert model.mesh is not None
-    sizes = ",".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1)
+    sizes = MeshSizes.of(model.mesh)
     return f"{count} processes run one model over the devices of all of them (mesh {sizes}) and answer every batch together"
 
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybridvlm.console import print_table
+from hybridvlm.console import markdown_table, percent, print_table
 from hybridvlm.eval import report_benchmarks
 from hybridvlm.eval.results import write_atomic
 from hybridvlm.inference.thinking import UNFINISHED
@@ -35,17 +35,9 @@ _MARKS = "osD^vPX<>*"
 PANELS = 4  # side by side in a picture
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f}"
-
-
 def _range(interval: Sequence[float] | None, sign: bool = False) -> str:
     form = "+.1f" if sign else ".1f"
     return "-" if interval is None else f"[{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]"
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -69,20 +61,22 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "method": name(row),
         "budget": f"{row['budget']:g}",
-        "accuracy %": f"{_percent(row['accuracy'])} {_range(row['ci95'])}",
-        "to dense, points": "" if dense else f"{_points(row['delta'])} {_range(row['delta_ci95'], sign=True)}",
+        "accuracy %": f"{percent(row['accuracy'])} {_range(row['ci95'])}",
+        "to dense, points": ""
+        if dense
+        else f"{percent(row['delta'], sign=True)} {_range(row['delta_ci95'], sign=True)}",
         "McNemar p": "" if dense else _number(row["mcnemar_p"], ".2g"),
-        "two-hop %": _percent(row["accuracy_two_hop"]),
-        "kept %: mean / final": f"{_percent(row['retention_mean'])} / {_percent(row['retention_final'])}",
+        "two-hop %": percent(row["accuracy_two_hop"]),
+        "kept %: mean / final": f"{percent(row['retention_mean'])} / {percent(row['retention_final'])}",
         "prefill ms": _number(row["prefill_ms"], ".1f"),
         "speed-up": _number(row["speedup"], ".2f") + ("" if row["speedup"] is None else "x"),
         "FLOPs say": _number(row["flop_speedup"], ".2f") + ("" if row["flop_speedup"] is None else "x"),
-        "input %": _percent(row["retention_input"]),
+        "input %": percent(row["retention_input"]),
         "from pixels: FLOPs say": _number(row["total_flop_speedup"], ".2f")
         + ("x" if row["total_flop_speedup"] else ""),
         "ms to first token": _number(row["ttft_ms"], ".1f"),
         "GFLOPs: decoder / scoring / tower": _flops(row),
-        "changed %": "" if dense else _percent(row["changed"]),
+        "changed %": "" if dense else percent(row["changed"]),
         "decode ms": _number(row["decode_ms"], ".1f"),
         "peak MiB": _number(None if memory is None else memory / 2**20, ".0f"),
         "compiles": _number(row["compiles"], "d"),
@@ -129,13 +123,6 @@ def print_benchmark(about: dict[str, Any], rows: Sequence[dict[str, Any]], detai
     print_table(report_benchmarks.own(labelled), keys=1)
 
 
-def _markdown(table: Sequence[dict[str, str]]) -> str:
-    head = list(table[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row[column] for column in head) + " |" for row in table]
-    return "\n".join(lines)
-
-
 def warnings_of(rows: Sequence[dict[str, Any]], details: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader must not miss: methods that changed nothing, replies that are no answer or never vary."""
     lines = []
@@ -173,7 +160,7 @@ def _by(field: str, rows: Sequence[tuple[Any, Mapping[str, float], Mapping[str, 
     values = list(dict.fromkeys(value for _, shares, _ in rows for value in shares))
     return [
         {f"accuracy % by {field}": f"{name(row)} {row['budget']:g}"}
-        | {f"{v} (n={extra.get(f'n_by_{field}', {}).get(v, 0)})": _percent(shares.get(v)) for v in values}
+        | {f"{v} (n={extra.get(f'n_by_{field}', {}).get(v, 0)})": percent(shares.get(v)) for v in values}
         for row, shares, extra in rows
     ]
 
@@ -193,29 +180,31 @@ def markdown(results: dict[str, Any]) -> str:
         about = results.get("tasks", {}).get(task)
         if about is not None:
             parts.append(report_benchmarks.asked(about))
-        parts.append(_markdown([cells(row) for row, _ in mine]))
+        parts.append(markdown_table([cells(row) for row, _ in mine]))
         if about is not None:
             labelled = [(f"{name(row)} {row['budget']:g}", extra) for row, extra in mine]
             tables = [report_benchmarks.own(labelled), *report_benchmarks.groups(labelled)]
-            parts += [_markdown(table) for table in tables]
+            parts += [markdown_table(table) for table in tables]
             continue
-        parts.append(_markdown(_by("type", [(row, row["by_type"], extra) for row, extra in mine])))
+        parts.append(markdown_table(_by("type", [(row, row["by_type"], extra) for row, extra in mine])))
         if any(extra.get("by_moment") for _, extra in mine):
-            parts.append(_markdown(_by("moment", [(row, extra.get("by_moment", {}), extra) for row, extra in mine])))
+            parts.append(
+                markdown_table(_by("moment", [(row, extra.get("by_moment", {}), extra) for row, extra in mine]))
+            )
     if results["comparisons"]:
         parts.append("## Paired with one another")
         table = [
             {
                 "task": c["task"],
                 "questions": f"{c['subset'].replace('_', '-')} (n={c['n']})",
-                "method": f"{c['method']} {c['budget']:g}: {_percent(c['accuracy'])}",
-                "against": f"{c['against']} {c['against_budget']:g}: {_percent(c['against_accuracy'])}",
+                "method": f"{c['method']} {c['budget']:g}: {percent(c['accuracy'])}",
+                "against": f"{c['against']} {c['against_budget']:g}: {percent(c['against_accuracy'])}",
                 "points": f"{100 * c['delta']:+.1f} {_range(c['delta_ci95'], sign=True)}",
                 "McNemar p": f"{c['mcnemar_p']:.2g}",
             }
             for c in results["comparisons"]
         ]
-        parts.append(_markdown(table))
+        parts.append(markdown_table(table))
     beware = warnings_of(rows, details) + meta["notes"]
     if beware:
         parts.append("## Beware\n\n" + "\n".join(f"- {line}" for line in beware))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybridvlm.console import percent
+
 LARGE = 24  # values of a group from which on its table is left to results.json
 
 
@@ -35,10 +37,6 @@ def asked(about: dict[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
-
-
 def own(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
     """The benchmark's own metric, a row of the table per method.
 
@@ -52,11 +50,11 @@ def own(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
         table.append(
             {
                 "method": name,
-                found["metric"]: _percent(found["value"]),
-                "over all questions": f"{_percent(found['micro'])} (n={found['n']:,})",
-                "by the protocol's parser": f"{_percent(found['parity'])}, {found['parity_parser']}{guesses}",
-                "replies without a letter": _percent(spread["unparsed"]),
-                "most frequent letter": f"{spread['letter']} {_percent(spread['letter_share'])}"
+                found["metric"]: percent(found["value"], 2),
+                "over all questions": f"{percent(found['micro'], 2)} (n={found['n']:,})",
+                "by the protocol's parser": f"{percent(found['parity'], 2)}, {found['parity_parser']}{guesses}",
+                "replies without a letter": percent(spread["unparsed"], 2),
+                "most frequent letter": f"{spread['letter']} {percent(spread['letter_share'], 2)}"
                 if spread["letter"]
                 else "-",
                 "not scored": str(extra.get("unscored", 0)),
@@ -76,7 +74,7 @@ def groups(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[list[dict[str, st
         for name, extra in rows:
             cells = extra["scores"]["groups"].get(field, {})
             row = {f"% by {field}": name}
-            row |= {f"{v} (n={c['n']})": _percent(cells.get(v, {}).get("accuracy")) for v, c in values.items()}
-            table.append(row | {"mean over them": _percent(extra["scores"]["macro"].get(field))})
+            row |= {f"{v} (n={c['n']})": percent(cells.get(v, {}).get("accuracy"), 2) for v, c in values.items()}
+            table.append(row | {"mean over them": percent(extra["scores"]["macro"].get(field), 2)})
         tables.append(table)
     return tables

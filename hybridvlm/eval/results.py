@@ -6,21 +6,22 @@ from it anew and written whole or not at all.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hybridvlm.distributed import Process, gather
 from hybridvlm.eval import statistics
-from hybridvlm.eval.tasks import Task
+from hybridvlm.eval.tasks import Sample, Task
 from hybridvlm.files import parse_json
+from hybridvlm.inference.generation import Generation
 from hybridvlm.inference.placement import to_host
-from hybridvlm.inference.programs import Generation
 from hybridvlm.reduction import ReductionPlan, parse_method
 from hybridvlm.reduction.cost import Cost
 from hybridvlm.storage import GrowingFile, is_url
@@ -221,10 +222,19 @@ def build_row(
     store: SampleStore,
     dense: Mapping[str, Cost] = {},
 ) -> tuple[Record, Record]:
-    """(row, what else is known of it) of one method and budget; key(variant, sample) -> a sample's key.
+    """The row of one method and budget, and what else is known of it.
 
-    variant is "row" or "dense". plans: that of every sample, by its id; None where nothing is reduced. dense: what a dense pass
-    costs, of every sample by its id.
+    Args:
+        task: whose samples were asked.
+        method: as written.
+        budget: that all its parts share.
+        plans: of every sample, by its id; None where nothing is reduced.
+        key: (variant, sample) -> the key of a sample's answer, the variant being "row" or "dense".
+        store: of the answers.
+        dense: what a dense pass costs, of every sample by its id.
+
+    Returns:
+        (row, extra): values by `ROW_KEYS`, and what reports and results.json say besides.
     """
     pairs = [
         (s, task.judged(store.get(key("row", s)), s), task.judged(store.get(key("dense", s)), s)) for s in task.samples
@@ -232,35 +242,53 @@ def build_row(
     # questions on videos that could not be read are neither right nor wrong: they are counted apart
     # (their `correct` is None, like that of questions whose answer is not published)
     asked = [pair for pair in pairs if not any(_left_out(record) for record in pair[1:])]
+    scored = [pair for pair in asked if all(record["correct"] is not None for record in pair[1:])]
     unanswered = len(pairs) - len(asked)
-    pairs = [pair for pair in asked if all(record["correct"] is not None for record in pair[1:])]
-    unscored = len(asked) - len(pairs)
-    if not pairs:
+    apart = {"unscored": len(asked) - len(scored)} | task.summary([(s, a) for s, a, _ in asked])
+    if not scored:
         row, extra = _empty_row(task, method, budget, unanswered)
-        return row, extra | {"unscored": unscored} | task.summary([(s, a) for s, a, _ in asked])
-    samples, answers, references = (list(part) for part in zip(*pairs, strict=True))
+        return row, extra | apart
+    samples, answers, references = (list(part) for part in zip(*scored, strict=True))
+    clock = _clock(store, {r["key"] for r in answers}, {r["key"] for r in references})
+    used = [plans[sample.id] for sample in samples if sample.id in plans] or [None]
+    different = list(dict.fromkeys(plan for plan in used if plan is not None))
+    changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, references, strict=True))
+    named = {"task": task.name, "method": method, "budget": budget}
+    right, extra_right = _right(samples, answers, references)
+    shares = [r["retention"] for r in answers if r["retention"] is not None] or [1.0]
+    found = named | right | _planned(used) | clock.row
+    found |= {
+        "retention_achieved": sum(shares) / len(shares),
+        "parse_failures": sum(r["parsed"] is None and r["prediction"] is not None for r in answers),
+        "unanswered": unanswered,
+        **_from_pixels(used, [dense[s.id] for s in samples if s.id in dense], answers, clock),
+        "changed": changed / len(answers),
+        "evs": evs_rate(method, budget),
+    }
+    replies = collections.Counter(record["prediction"] for record in answers)
+    extra = named | extra_right | clock.extra
+    extra |= {
+        "predictions_changed": changed,
+        "thinking_unfinished": sum("no_answer" in r for r in answers),
+        "most_common_reply": max(replies.values()) / len(answers),
+        "plans": [plan.to_dict() for plan in different],
+        "explained": [plan.explain() for plan in different],
+    }
+    return {name: found[name] for name in ROW_KEYS}, extra | apart
+
+
+def _right(samples: Sequence[Sample], answers: Sequence[Record], references: Sequence[Record]) -> tuple[Record, Record]:
+    """(what a row says of right answers, and of their difference to dense, what is said besides)."""
     clusters = [sample.whole for sample in samples]
     correct, reference = [r["correct"] for r in answers], [r["correct"] for r in references]
-    keys, dense_keys = {r["key"] for r in answers}, {r["key"] for r in references}
-    run, batches, dense_batches, both = _timed(store, keys, dense_keys)
-    prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
-    dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
     total = statistics.accuracy(correct, clusters)
-    itself = keys == dense_keys
     delta = statistics.difference(correct, reference, clusters)
+    itself = {r["key"] for r in answers} == {r["key"] for r in references}
     types: dict[str, list[bool]] = {}
     for sample, right in zip(samples, correct, strict=True):
         types.setdefault(sample.type or "all", []).append(right)
     two_hop = [right for sample, right in zip(samples, correct, strict=True) if sample.two_hop]
-    used = [plans[sample.id] for sample in samples if sample.id in plans] or [None]
-    shares = [r["retention"] for r in answers if r["retention"] is not None] or [1.0]
-    mean, final = (sum(1.0 if p is None else getattr(p, f"retention_{of}") for p in used) for of in ("mean", "final"))
-    work = sum(1.0 if p is None else p.flop_ratio for p in used)
-    different = list(dict.fromkeys(p for p in used if p is not None))
     row = {
-        "task": task.name,
-        "method": method,
-        "budget": budget,
         "accuracy": total.mean,
         "n": total.n,
         "ci95": total.interval,
@@ -269,54 +297,60 @@ def build_row(
         "mcnemar_p": statistics.mcnemar(correct, reference),
         "by_type": {kind: sum(rights) / len(rights) for kind, rights in types.items()},
         "accuracy_two_hop": sum(two_hop) / len(two_hop) if two_hop else None,
+    }
+    extra = {"videos": total.clusters, "n_by_type": {kind: len(rights) for kind, rights in types.items()}}
+    return row, extra | {"n_two_hop": len(two_hop)}
+
+
+def _planned(used: Sequence[ReductionPlan | None]) -> Record:
+    """What the plans of a row's samples promise, the mean over them; None: a dense pass."""
+    mean, final = (sum(1.0 if p is None else getattr(p, f"retention_{of}") for p in used) for of in ("mean", "final"))
+    work = sum(1.0 if p is None else p.flop_ratio for p in used)
+    return {
         "retention_mean": mean / len(used),
         "retention_final": final / len(used),
-        "retention_achieved": sum(shares) / len(shares),
+        "flop_speedup": len(used) / work,
+    }
+
+
+class _Clock(NamedTuple):
+    """run: the one whose clock counts. row, extra: what a row says of times and memory, and what is said besides."""
+
+    run: str | None
+    row: Record
+    extra: Record
+
+
+def _clock(store: SampleStore, keys: set[str], dense_keys: set[str]) -> _Clock:
+    """The readings of a row, by the batches that one run answered under it and under dense."""
+    timed = [r for r in store.records if r["key"] in keys]
+    timed_dense = [r for r in store.records if r["key"] in dense_keys]
+    run = timing_run(timed, timed_dense)
+    batches, dense_batches = _batches(timed, run), _batches(timed_dense, run)
+    both = sorted(set(batches) & set(dense_batches))
+    prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
+    dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
+    row = {
         "prefill_ms": prefill,
         "speedup": dense_prefill / prefill if prefill and dense_prefill else None,
-        "flop_speedup": len(used) / work,
         "decode_ms": statistics.median([batches[b]["decode_ms"] for b in both]),
         "peak_bytes": max((r["peak_bytes"] for r in batches.values()), default=None),
         "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
-        "parse_failures": sum(r["parsed"] is None and r["prediction"] is not None for r in answers),
-        "unanswered": unanswered,
-        **_from_pixels(used, [dense[s.id] for s in samples if s.id in dense], answers, run, prefill),
-        "changed": 0.0,
-        "evs": evs_rate(method, budget),
     }
-    changed = sum(a["prediction"] != d["prediction"] for a, d in zip(answers, references, strict=True))
-    row["changed"] = changed / len(answers)
-    replies: dict[str | None, int] = {}
-    for record in answers:
-        replies[record["prediction"]] = replies.get(record["prediction"], 0) + 1
     extra = {
-        "task": task.name,
-        "method": method,
-        "budget": budget,
-        "videos": total.clusters,
-        "n_by_type": {kind: len(rights) for kind, rights in types.items()},
-        "n_two_hop": len(two_hop),
-        "predictions_changed": changed,
-        "thinking_unfinished": sum("no_answer" in r for r in answers),
-        "most_common_reply": max(replies.values()) / len(answers),
         "timing_run": run,
         "timed_batches": len(both),
         # of the prefill of a question whose video was there already; None where every prompt is run whole
         "further_ms": statistics.median([batches[b]["further_ms"] for b in both if "further_ms" in batches[b]]),
-        "plans": [p.to_dict() for p in different],
-        "explained": [p.explain() for p in different],
-        "unscored": unscored,
-    } | task.summary([(s, a) for s, a, _ in asked])
-    assert tuple(row) == ROW_KEYS
-    return row, extra
+    }
+    return _Clock(run, row, extra)
 
 
 def _from_pixels(
     used: Sequence[ReductionPlan | None],
     dense: Sequence[Cost],
     answers: Sequence[Record],
-    run: Any,
-    prefill: float | None,
+    clock: _Clock,
 ) -> Record:
     """What a row costs from pixels to the first token: predicted, by part and against dense, and measured.
 
@@ -327,7 +361,8 @@ def _from_pixels(
     count = max(1, len(costs))
     total = sum(cost.total for cost in costs)
     whole = sum(plan.dense_cost.total for plan in plans) if plans else total
-    encode = statistics.median([r["encode_ms"] for r in answers if r["run"] == run and r.get("encode_ms") is not None])
+    timed = [r["encode_ms"] for r in answers if r["run"] == clock.run and r.get("encode_ms") is not None]
+    encode, prefill = statistics.median(timed), clock.row["prefill_ms"]
     return {
         "retention_input": sum(1.0 if plan is None else plan.retention_input for plan in used) / len(used),
         "decoder_flops": sum(cost.decoder for cost in costs) / count if costs else None,
@@ -349,17 +384,6 @@ def evs_rate(method: str, budget: float) -> float | None:
 def _left_out(record: Record) -> bool:
     """Whether a question could not be asked, and does not count as wrong for that."""
     return "failure" in record and record["correct"] is None
-
-
-def _timed(
-    store: SampleStore, keys: set[str], dense_keys: set[str]
-) -> tuple[Any, dict[Any, Record], dict[Any, Record], list[Any]]:
-    """(the run whose clock counts, its batches of a row by number, those of dense, the numbers of both)."""
-    timed = [r for r in store.records if r["key"] in keys]
-    timed_dense = [r for r in store.records if r["key"] in dense_keys]
-    run = timing_run(timed, timed_dense)
-    batches, dense_batches = _batches(timed, run), _batches(timed_dense, run)
-    return run, batches, dense_batches, sorted(set(batches) & set(dense_batches))
 
 
 def _empty_row(task: Task, method: str, budget: float, unanswered: int) -> tuple[Record, Record]:

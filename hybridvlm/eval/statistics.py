@@ -43,7 +43,8 @@ def cluster_se(values: Sequence[float], clusters: Sequence[str]) -> tuple[float,
     return float(x.mean()), float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / len(x)), groups
 
 
-def _quantile(groups: int) -> float:
+def quantile(groups: int) -> float:
+    """Student's, of an interval of `LEVEL` over the means of so many groups."""
     from scipy import stats
 
     return float(stats.t.ppf(0.5 + LEVEL / 2, groups - 1))
@@ -60,7 +61,7 @@ def accuracy(correct: Sequence[bool], clusters: Sequence[str]) -> Estimate:
     if math.isnan(se):
         return Estimate(p, None, None, n, groups)
     effective = float(groups) if se == 0 else min(float(n), p * (1 - p) / se**2)
-    z = _quantile(groups)
+    z = quantile(groups)
     middle = (p + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z / (1 + z**2 / effective) * math.sqrt(p * (1 - p) / effective + z**2 / (4 * effective**2))
     return Estimate(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)), n, groups)
@@ -80,7 +81,7 @@ def difference(correct: Sequence[bool], reference: Sequence[bool], clusters: Seq
     if math.isnan(se):
         return Estimate(mean, None, None, len(d), groups)
     if se > 0:
-        half = _quantile(groups) * se
+        half = quantile(groups) * se
         # of a handful of videos Student's quantile reaches beyond what a difference can be
         return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(d), groups)
     half = (1 + abs(mean)) * (1 - (0.5 - LEVEL / 2) ** (1 / groups))

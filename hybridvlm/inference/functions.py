@@ -33,7 +33,7 @@ def encode(
     keep: PixelSelection | None = None,
 ) -> Any:
     visual = family.encode(params, config, pixels, attention, keep, frame_count)
-    # frames that only made the dealing come out even are of no use but to cut the video into even stretches
+    # frames that only made the dealing come out even are of no use but to cut the video into even shards
     return visual if sequence_shards(config) > 1 else jax.tree.map(lambda a: a[:, :frames], visual)
 
 

@@ -32,7 +32,8 @@ from hybridvlm.sharding import sharding_of
 class Model(ModelPrograms):
     """A model in use. It is frozen: `dataclasses.replace(model, buckets=...)` makes another one with the same weights.
 
-    Its programs compile at their first use, one per bucket, plan and phase. The fields are those of `ModelPrograms`.
+    Its programs compile at their first use, one per bucket, plan and phase. The fields are those of `ModelPrompts` and
+    `ModelPrograms`.
     """
 
     def __repr__(self) -> str:

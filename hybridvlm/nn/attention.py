@@ -108,7 +108,7 @@ def attention_layer(
     `hybridvlm.ops.attention.attention`.
     With `query` [B,L] bool the rows of the question (at most
     `query_capacity` of them) come back in the aux, for the text-to-visual score. Where rows are cut over devices, the aux has
-    the whole row's question, its positions counted from the first token here, and the keys of this stretch alone.
+    the whole row's question, its positions counted from the first token here, and the keys of this shard alone.
     """
     q, k, v = _qkv(p, c, x, position)
     length, start = segment.shape[1], row_start(c, segment.shape[1])

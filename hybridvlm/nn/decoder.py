@@ -232,18 +232,10 @@ def prefill(
             differentiable = layer in collect or straight_through is not None
             inputs = inputs if differentiable else jax.lax.stop_gradient(inputs)
             chosen = _score(layer_range, layer, score_fn, *inputs, query_capacity)
-            score = chosen.score if isinstance(chosen, Selection) else chosen
         if layer in collect:
-            scores[layer] = score
+            scores[layer] = chosen.score
         if plan is not None and layer in drops:
-            keep = plan.keep(layer + 1, counts)
-            if isinstance(chosen, Selection):
-                # planes that are still to be added belong to their tokens
-                tokens = fold_tokens(tokens, chosen, DEEPSTACK)
-            if straight_through is not None:
-                tokens = straight_through(tokens, score, keep)
-            most = plan.most_frames(keep)
-            tokens = compact_row(config, tokens, score, keep, plan.row_length(layer + 1), most, plan.frames)
+            tokens = _drop(config, plan, layer, tokens, chosen, counts, straight_through)
             survivors.append((tokens.index, tokens.visual))
             kept.append(row_total(config, visual_counts(tokens, segments)))
     if final_norm:
@@ -341,7 +333,7 @@ def _score(
     aux: Any,
     tokens: Tokens,
     query_capacity: int,
-) -> jax.Array | Selection:
+) -> Selection:
     """The score after a layer, of what the layer tells and of how the attention layers look that the score asks for."""
     config, ahead = layer_range.config, getattr(score_fn, "ahead", None)
     coming = () if ahead is None else tuple(ahead(layer))
@@ -352,7 +344,27 @@ def _score(
         row = (tokens.x, tokens.segment, tokens.position, tokens.query)
         capacity = min(query_capacity, tokens.length * sequence_shards(config))
         aux = LookaheadAux(aux, tuple(look_ahead(layer_range, other, params, *row, capacity) for other in coming))
-    return score_fn(layer, aux, tokens)
+    chosen = score_fn(layer, aux, tokens)
+    return chosen if isinstance(chosen, Selection) else Selection(chosen)
+
+
+def _drop(
+    config: ModelConfig,
+    plan: DropPlan,
+    layer: int,
+    tokens: Tokens,
+    chosen: Selection,
+    counts: jax.Array,
+    straight_through: StraightThrough | None,
+) -> Tokens:
+    """The tokens that enter the layer after `layer`; counts [B,S]: visual tokens that each example came with."""
+    keep = plan.keep(layer + 1, counts)
+    # planes that are still to be added belong to their tokens
+    tokens = fold_tokens(tokens, chosen, DEEPSTACK)
+    if straight_through is not None:
+        tokens = straight_through(tokens, chosen.score, keep)
+    most = plan.most_frames(keep)
+    return compact_row(config, tokens, chosen.score, keep, plan.row_length(layer + 1), most, plan.frames)
 
 
 def _add_deepstack(tokens: Tokens, layer: int) -> Tokens:

@@ -116,7 +116,7 @@ def mamba_layer(
     x [B,L,D], segment [B,L] int32 (0 = padding), cache: what came before, or None. A cache of fewer rows than x is shared:
     row b of the cache is the past of rows b*Q .. b*Q+Q-1 (many questions on one video).
     Returns x after the residual, the cache after the last real token, and what the scores need. Where rows are cut over devices
-    without one, x is a stretch of the row, and the cache is that after the row, on every device; what comes after a cache is whole.
+    without one, x is a shard of the row, and the cache is that after the row, on every device; what comes after a cache is whole.
     """
     b, length, _ = x.shape
     if cache is not None and cache.ssm.shape[0] != b:

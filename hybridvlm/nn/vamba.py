@@ -127,7 +127,7 @@ def prefill(
 
     Args:
         params: the stacks of `VambaDecoder.stacks`.
-        c: of the model, or of a device's part; where that cuts rows, `video` is a stretch of them and text is whole.
+        c: of the model, or of a device's part; where that cuts rows, `video` is a shard of them and text is whole.
         video: the visual tokens, x [B,M,D].
         text: x [B,T,D]; `extra[READS]` says whose video a token reads where that is not its own segment's. None: the memory
             serves any question.
@@ -180,8 +180,8 @@ def prefill(
         if stop < c.layers:
             # another stage begins after a drop alone
             assert plan is not None and score_fn is not None
-            told = (_cut(aux, video.length), video.replace(x=x))
-            video = _drop(c, plan, stop, score_fn, *told, counts, straight_through)
+            scored = (_cut(aux, video.length), video.replace(x=x))
+            video = _drop(c, plan, stop, score_fn, *scored, counts, straight_through)
             survivors.append((video.index, video.visual))
             kept.append(row_total(c, visual_counts(video, segments)))
     whole = VideoMemory(tuple(memories), tuple(states), tuple(survivors), jnp.stack(kept), video.index, video.visual)

@@ -127,7 +127,7 @@ def _piece(
 ) -> tuple[jax.Array, jax.Array, jax.Array, MambaCache]:
     """Layers first..stop-1 over one piece of the video: x [B,S,D] -> x, k and v [n,B,S,K*P], state.
 
-    state None: x is a device's stretch of rows that are cut, and what comes in is asked of the stretches before.
+    state None: x is a device's shard of rows that are cut, and what comes in is asked of the shards before.
     """
 
     def layer(x, parts):
@@ -166,7 +166,7 @@ def video_stage(
 ) -> tuple[jax.Array | None, CrossMemory, MambaCache]:
     """Layers first..stop-1 over a whole row of video tokens, piece by piece.
 
-    x [B,M,D], segment [B,M]; where rows are cut over devices a stretch of them, which is one piece. Returns x [B,M,D] after these
+    x [B,M,D], segment [B,M]; where rows are cut over devices a shard of them, which is one piece. Returns x [B,M,D] after these
     layers (None after the last layer of all, where nothing reads it), the memory of n = stop - first layers (its rows are M filled
     up to whole pieces), and the states. ValueError for a state where rows are cut: such a video is encoded whole.
     """

@@ -1,7 +1,7 @@
 """The frames of videos, dealt over all devices of a mesh: each encodes its own, and what it makes goes where the prompt needs it.
 
 Frames do not see each other, so whatever the mesh is cut for later can help to encode. Those of one row are dealt over the sequence
-axis first, so that a shard of the row gets a stretch of the video, and then over the tensor axis. Where a batch has fewer rows
+axis first, so that a shard of the row gets that part of the video, and then over the tensor axis. Where a batch has fewer rows
 than there are devices for them, its frames are dealt over those devices too.
 """
 
@@ -37,14 +37,14 @@ def own_frames(c: ModelConfig, visual: jax.Array) -> jax.Array:
     if not isinstance(c, LocalConfig):
         return visual
     if c.row_axis and c.row_axis in c.frame_axes:
-        stretch = visual.shape[1] // c.shards
-        start = jax.lax.axis_index(c.row_axis) * stretch
-        visual = jax.lax.dynamic_slice_in_dim(visual, start, stretch, axis=1)
+        frames = visual.shape[1] // c.shards
+        start = jax.lax.axis_index(c.row_axis) * frames
+        visual = jax.lax.dynamic_slice_in_dim(visual, start, frames, axis=1)
     return _own_row(c, visual)
 
 
 def gather_frames(c: ModelConfig, visual: jax.Array) -> jax.Array:
-    """Visual tokens [B,f,m,D] of a device's frames -> [B,F,m,D] of its rows, of its stretch of the video where rows are cut."""
+    """Visual tokens [B,f,m,D] of a device's frames -> [B,F,m,D] of its rows, of its shard of the video where rows are cut."""
     if not isinstance(c, LocalConfig):
         return visual
     together = tuple(axis for axis in c.frame_axes if axis != c.row_axis)

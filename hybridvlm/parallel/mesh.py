@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,20 +30,25 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
+def with_rest(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The sizes of a mesh over so many devices, one that is -1 being the rest of them (at least 1)."""
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
+
+
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh with axes data, fsdp, sequence and tensor over `devices` (default: all there are); one size may be -1: the rest.
 
-    data, fsdp: examples of a batch; fsdp cuts the matrices as well. sequence: stretches of a row. tensor: heads and channels.
+    data, fsdp: examples of a batch; fsdp cuts the matrices as well. sequence: shards of a row. tensor: heads and channels.
     Raises ValueError where the sizes do not fill the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, sequence, tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"make_mesh: sizes must be at least 1, one of them may be -1, got {dict(zip(AXES, sizes))}")  # noqa: B905
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
+    asked = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    if list(asked.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in asked.values()):
+        raise ValueError(f"make_mesh: sizes must be at least 1, one of them may be -1, got {asked}")
+    sizes = tuple(with_rest(asked, len(devices)).values())
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"make_mesh: {'x'.join(map(str, sizes))} ({' x '.join(AXES)}) is not the number of devices, {len(devices)}; "

@@ -1,4 +1,4 @@
-"""Scores of tokens where several devices hold the heads, or stretches of a row: what they must be before anything is dropped."""
+"""Scores of tokens where several devices hold the heads, or shards of a row: what they must be before anything is dropped."""
 
 from __future__ import annotations
 

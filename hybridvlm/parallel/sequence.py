@@ -1,4 +1,4 @@
-"""Rows that are cut over devices: what one stretch of a row needs of the others, inside `jax.shard_map`.
+"""Rows that are cut over devices: what one shard of a row needs of the others, inside `jax.shard_map`.
 
 Of S shards each holds l tokens of every row [B,S*l], in order, so that padding fills the last ones. Per layer:
 
@@ -8,9 +8,9 @@ Of S shards each holds l tokens of every row [B,S*l], in order, so that padding 
 * an attention layer gathers keys and values, which under grouped queries are small compared with the row (2 K P values a token against
   D), and the rows of the question, which every shard holds against its own keys. Later shards see more keys: work is uneven.
 * a drop gathers scores and the other integers of a token (not x), decides on every device alike over the whole row, and hands on
-  only rows that stay: the shorter row in a reduce-scatter, a piece of every stretch at a time.
+  only rows that stay: the shorter row in a reduce-scatter, a piece of every shard at a time.
 
-What a prefill leaves, and what comes after it: keys and values stay where their stretch is, the states after the last token are
+What a prefill leaves, and what comes after it: keys and values stay where their shard is, the states after the last token are
 sent to every shard. A new token is whole on every shard, which attends to the keys that it holds; parts are joined by
 log-sum-exp, and its own keys go to the shard that has its slot.
 
@@ -33,24 +33,24 @@ from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.tensor import LocalConfig
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
-# A stretch of at least LONG tokens is a multiple of TILE, the rows of a TPU's tile of bfloat16.
+# A shard of at least LONG tokens is a multiple of TILE, the rows of a TPU's tile of bfloat16.
 LONG, TILE = 512, 16
 
 
 def row_is_cut(c: ModelConfig) -> TypeGuard[LocalConfig]:
-    """Whether a device holds only a stretch of each row."""
+    """Whether a device holds only a shard of each row."""
     return isinstance(c, LocalConfig) and c.shards > 1
 
 
 def sequence_shards(c: ModelConfig) -> int:
-    """In how many stretches a row is cut."""
+    """In how many shards a row is cut."""
     return c.shards if isinstance(c, LocalConfig) else 1
 
 
 def shard_length(c: ModelConfig, length: int, shards: int) -> int:
-    """Tokens of each of `shards` stretches of a row: at least the taps of the convolution, which so reach back one stretch only.
+    """Tokens of each of `shards` shards of a row: at least the taps of the convolution, which so reach back one shard only.
 
-    Long ones are whole tiles: a TPU pads them in memory in any case, and its compiler failed on stretches of 103,010 tokens.
+    Long ones are whole tiles: a TPU pads them in memory in any case, and its compiler failed on shards of 103,010 tokens.
     """
     even = -(-length // shards)
     return max(even + -even % TILE if even >= LONG else even, c.conv_kernel - 1)
@@ -62,7 +62,7 @@ def whole_rows(c: ConfigT) -> ConfigT:
 
 
 def row_total(c: ModelConfig, part: jax.Array) -> jax.Array:
-    """The sum over a row of what each stretch has of it."""
+    """The sum over a row of what each shard has of it."""
     return jax.lax.psum(part, c.row_axis) if row_is_cut(c) else part
 
 
@@ -76,7 +76,7 @@ def gather_sequence(c: ModelConfig, array: jax.Array) -> jax.Array:
     return jax.lax.all_gather(array, c.row_axis, axis=1, tiled=True) if row_is_cut(c) else array
 
 
-def own_stretch(c: ModelConfig, array: jax.Array, empty: int = 0) -> jax.Array:
+def own_shard(c: ModelConfig, array: jax.Array, empty: int = 0) -> jax.Array:
     """A shard's part of what every shard has whole: array [B,L,...] -> [B,l,...], `empty` beyond the end of the row."""
     if not row_is_cut(c):
         return array
@@ -130,7 +130,7 @@ def write_slots(c: ModelConfig, old: jax.Array, new: jax.Array, at: jax.Array) -
 
 
 def write_rows(c: ModelConfig, old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """old [B,l,...], a stretch of rows, with new [B,T,...] (whole on every shard) in each row from its position `at` [B] on.
+    """old [B,l,...], a shard of rows, with new [B,T,...] (whole on every shard) in each row from its position `at` [B] on.
 
     What is beyond the end of a row is left out.
     """
@@ -153,10 +153,10 @@ def join_keys(c: ModelConfig, out: jax.Array, lse: jax.Array) -> tuple[jax.Array
 
 
 def halo(c: LocalConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a convolution finds before this stretch: channels [B,l,D] -> its inputs [B,W-1,D], and whose they are [B] (0: nobody's)."""
+    """What a convolution finds before this shard: channels [B,l,D] -> its inputs [B,W-1,D], and whose they are [B] (0: nobody's)."""
     taps = c.conv_kernel - 1
     tail, owner = channels[:, -taps:] if taps else channels[:, :0], segment[:, -taps:] if taps else segment[:, :0]
-    own = owner == segment[:, -1:]  # a stretch that ends in padding is followed by nothing else
+    own = owner == segment[:, -1:]  # a shard that ends in padding is followed by nothing else
     tail = jnp.where(own[..., None], tail, 0)
     return _passed_on(c, (tail, segment[:, -1]))
 
@@ -164,9 +164,9 @@ def halo(c: LocalConfig, channels: jax.Array, segment: jax.Array) -> tuple[jax.A
 def incoming_state(
     c: LocalConfig, x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, segment: jax.Array, before: jax.Array
 ) -> jax.Array:
-    """The SSM state [B,H,P,N] float32 before this stretch; it belongs to segment `before` [B], the last one there.
+    """The SSM state [B,H,P,N] float32 before this shard; it belongs to segment `before` [B], the last one there.
 
-    x [B,l,H*P], dt [B,l,H] (0 at padding), A [H], B [B,l,G,N], segment [B,l]: what this stretch would put into the scan.
+    x [B,l,H*P], dt [B,l,H] (0 at padding), A [H], B [B,l,G,N], segment [B,l]: what this shard would put into the scan.
     """
     b, length, heads = dt.shape
     groups, n = B.shape[2:]
@@ -206,7 +206,7 @@ def pick_rows(c: ModelConfig, array: jax.Array, index: jax.Array, counted: jax.A
 
 
 def merge_lse(c: ModelConfig, lse: jax.Array) -> jax.Array:
-    """Log-sum-exp over a stretch's own keys [B,H,R] -> over those of the whole row."""
+    """Log-sum-exp over a shard's own keys [B,H,R] -> over those of the whole row."""
     if not row_is_cut(c):
         return lse
     # JAX has no derivative of pmax, and none is needed: the sum does not depend on what is taken out of it
@@ -223,7 +223,7 @@ def compact_row(
     most_frames: jax.Array | None = None,
     frames: int = 0,
 ) -> Tokens:
-    """`hybridvlm.ops.compact.compact`, of stretches: score [B,l]; the row that is left is cut evenly again.
+    """`hybridvlm.ops.compact.compact`, of shards: score [B,l]; the row that is left is cut evenly again.
 
     Whole, it is of `capacity` tokens or, where that leaves a remainder (or less than a convolution's taps), a few more of padding.
     most_frames [B,S], of `frames` that a row has at most: where text of frames' own may be dropped, as tokens.extra[FRAME_TEXT] has it.
@@ -247,23 +247,23 @@ def compact_row(
     length = tokens.length
 
     def take(array: jax.Array, empty: int) -> jax.Array:
-        """What is known whole: the positions of this stretch, from anywhere."""
+        """What is known whole: the positions of this shard, from anywhere."""
         taken = gather_rows(gather_sequence(c, array), mine)
         return jnp.where(real.reshape(real.shape + (1,) * (array.ndim - 2)), taken, jnp.asarray(empty, array.dtype))
 
-    # a piece of every stretch at a time, so that no device ever holds more of the shorter row than one stretch of it
+    # a piece of every shard at a time, so that no device ever holds more of the shorter row than one shard of it
     pieces = c.shards
     piece = -(-size // pieces)
     local = jnp.where(valid, indices, -1) - row_start(c, length)
 
     def cut(positions: jax.Array) -> jax.Array:
-        """[B,S*size] -> [pieces,B,S*piece]: the n-th piece of every stretch, one stretch after the other."""
-        by_stretch = positions.reshape(-1, c.shards, size)
-        by_stretch = jnp.pad(by_stretch, ((0, 0), (0, 0), (0, pieces * piece - size)), constant_values=-1)
-        return jnp.moveaxis(by_stretch.reshape(-1, c.shards, pieces, piece), 2, 0).reshape(pieces, -1, c.shards * piece)
+        """[B,S*size] -> [pieces,B,S*piece]: the n-th piece of every shard, one shard after the other."""
+        by_shard = positions.reshape(-1, c.shards, size)
+        by_shard = jnp.pad(by_shard, ((0, 0), (0, 0), (0, pieces * piece - size)), constant_values=-1)
+        return jnp.moveaxis(by_shard.reshape(-1, c.shards, pieces, piece), 2, 0).reshape(pieces, -1, c.shards * piece)
 
     def move(array: jax.Array) -> jax.Array:
-        """Everybody's rows to their positions, of which each gets its own stretch; a position has one giver or none."""
+        """Everybody's rows to their positions, of which each gets its own shard; a position has one giver or none."""
 
         def one(_: None, at: jax.Array) -> tuple[None, jax.Array]:
             held = (at >= 0) & (at < length)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from hybridvlm.estimates.memory import PROGRAMS
 from hybridvlm.estimates.result import estimate_on
 from hybridvlm.hardware import SLICES, Slice, of_chip, parse_slice, usual_slices
 from hybridvlm.options import InputError
-from hybridvlm.parallel.mesh import mesh_sizes
+from hybridvlm.parallel.mesh import mesh_sizes, with_rest
 
 PARTS = {
     "weights": "weights",
@@ -35,9 +34,7 @@ def on_slice(works: Mapping[str, Workload], topology: str, mesh: str | None) -> 
 
 def _mesh(work: Workload, where: Slice, asked: str | None) -> MeshSizes:
     if asked not in (None, "auto"):
-        sizes = mesh_sizes(asked)
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        mesh = MeshSizes(**{axis: max(1, where.chips // fixed) if n == -1 else n for axis, n in sizes.items()})
+        mesh = MeshSizes(**with_rest(mesh_sizes(asked), where.chips))
         if mesh.devices > where.chips:
             raise InputError(f"--mesh {asked} takes {mesh.devices} devices, {where.name} has {where.chips}")
         return mesh

@@ -4,17 +4,10 @@
 from hybridvlm.reduction import builtin as builtin
 from hybridvlm.reduction import rivals as rivals
 from hybridvlm.reduction.evs import average_pool, evs_keep_count, evs_mask, evs_score
-from hybridvlm.reduction.methods import (
-    METHODS,
-    Method,
-    describe_methods,
-    get_method,
-    input_selection,
-    merge_fn,
-    parse_method,
-    score_fn,
-)
-from hybridvlm.reduction.plan import PlanMismatch, ReductionPlan, make_plan
+from hybridvlm.reduction.make_plan import make_plan
+from hybridvlm.reduction.methods import METHODS, Method, describe_methods, get_method, parse_method
+from hybridvlm.reduction.plan import PlanMismatch, ReductionPlan
+from hybridvlm.reduction.plan_functions import input_selection, merge_fn, score_fn
 from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
 from hybridvlm.reduction.scores import attention_score, lookahead_score, mamba_score, saliency_score
 

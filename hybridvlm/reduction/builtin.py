@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Schedule, ScoreOptions
-from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.reduction import calibrated, schedules, scores
 from hybridvlm.reduction import evs as before
@@ -40,12 +39,7 @@ def _shallow_then_attention(pattern: str, schedule: Schedule) -> tuple[int, ...]
 
 
 def _by_layer(aux: Aux, tokens: Tokens, options: ScoreOptions, plan: PlanView, segments: int) -> jax.Array:
-    """The score of the attention layers ahead where the aux tells of any, else the layer's own: attention weights or c.b."""
-    if isinstance(aux, LookaheadAux):
-        return scores.lookahead_score(aux, tokens, options)
-    if isinstance(aux, AttentionAux):
-        return scores.attention_score(aux, tokens, options)
-    return scores.mamba_score(aux, tokens, options, segments=segments, query_rows=plan.text_tokens)
+    return scores.layer_score(aux, tokens, options, segments=segments, query_rows=plan.text_tokens)
 
 
 _LAST = ScoreOptions(queries="last")

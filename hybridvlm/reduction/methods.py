@@ -23,7 +23,7 @@ from hybridvlm.config import ATTENTION, MAMBA, MIXERS, Reduction, Schedule, Scor
 from hybridvlm.ops.fold import Selection
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.reduction import calibrated, schedules, scores
+from hybridvlm.reduction import calibrated, schedules
 
 Aux = MambaAux | AttentionAux | LookaheadAux
 ScoreFn = Callable[[int, Aux, Tokens], jax.Array | Selection]
@@ -376,13 +376,6 @@ class AttentionMethods(Collection[str]):
         return method.phase != "decoder" or ATTENTION in method.where
 
 
-def layer_score(layer: int, aux: MambaAux | AttentionAux, tokens: Tokens) -> jax.Array:
-    """Every layer's own score under the default options, without a plan: what "str" ranks by."""
-    if isinstance(aux, AttentionAux):
-        return scores.attention_score(aux, tokens, ScoreOptions())
-    return scores.mamba_score(aux, tokens, ScoreOptions())
-
-
 def attention_ahead(pattern: str, layer: int, count: int) -> tuple[int, ...]:
     """The next `count` (0: all) attention layers after a layer whose score they are to give, nearest first.
 
@@ -392,67 +385,6 @@ def attention_ahead(pattern: str, layer: int, count: int) -> tuple[int, ...]:
         return ()
     coming = tuple(i for i in range(layer + 1, len(pattern)) if pattern[i] == ATTENTION)
     return coming[:count] if count else coming
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanScore:
-    """The function (layer, aux, tokens) -> score [B,L] fp32 by which a plan ranks visual tokens after a layer; see `score_fn`."""
-
-    plan: PlanView
-    segments: int = 1
-
-    @property
-    def method(self) -> Method:
-        """What it ranks by, and what that reads."""
-        return get_method(self.plan.decoder_method)
-
-    def ahead(self, layer: int) -> tuple[int, ...]:
-        """The attention layers to come that the aux after `layer` has to tell of."""
-        return self.method.ahead(self.plan.pattern, layer, self.plan.score)
-
-    def __call__(self, layer: int, aux: Aux, tokens: Tokens) -> jax.Array | Selection:
-        return self.method.function(layer, aux, tokens, self.plan, self.segments)
-
-
-def score_fn(plan: PlanView, *, segments: int = 1) -> PlanScore:
-    """The function (layer, aux, tokens) -> score [B,L] fp32 by which `plan` ranks visual tokens after a layer.
-
-    `tokens` are the layer's output; `segments` is the largest segment number in a row (1 unless examples are packed).
-    """
-    get_method(plan.decoder_method)
-    return PlanScore(plan, segments)
-
-
-def input_selection(plan: PlanView) -> Callable[..., Selection]:
-    """What a plan with `drops_input` keeps: the function (visual [B,F,m,D], frame_count [B], attention) -> Selection of F*m tokens.
-
-    attention [B,F,m] fp32: the tower's, for methods that need it (`Method.needs`); of one that chose by pixels, what it chose, 1.
-    """
-    method = get_method(plan.input_method)
-    if method.phase != "input":
-        raise ValueError(f"plan of {plan.method!r} drops nothing before layer 0; ask plan.drops_input first")
-
-    def select(visual: jax.Array, frame_count: jax.Array, attention: jax.Array | None = None) -> Selection:
-        if "pixels" in method.needs:
-            assert attention is not None  # as the family has checked
-            chosen = attention.reshape(attention.shape[0], -1)
-        elif "attention" not in method.needs:
-            chosen = method.function(visual, frame_count, plan)
-        elif attention is None:
-            raise ValueError(f"{method.name} ranks by the tower's attention; encode the frames with attention=True")
-        else:
-            chosen = method.function(visual, frame_count, plan, attention)
-        return chosen if isinstance(chosen, Selection) else Selection(chosen)
-
-    return select
-
-
-def merge_fn(plan: PlanView) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """For a plan with pool_factors: the function (visual [B,F,m,D], frame_count [B]) -> the same two after merging."""
-    method = get_method(plan.input_method)
-    if method.phase != "merge":
-        raise ValueError(f"plan of {plan.method!r} merges nothing; ask plan.pool_factors != (1, 1, 1) first")
-    return lambda visual, frame_count: method.function(visual, frame_count, plan)
 
 
 def _after(kinds: tuple[str, ...]) -> Sites:

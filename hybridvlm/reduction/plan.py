@@ -1,4 +1,4 @@
-"""ReductionPlan: what is kept where, settled in plain Python before anything is traced.
+"""ReductionPlan: what is kept where, settled in plain Python (make_plan.py) before anything is traced.
 
 A plan turns (method, schedule, budget, kind of budget, bucket) into static integers: the share and the capacity of
 visual tokens that enter each layer. It is hashable (a static argument of jit), explains itself, goes through JSON, and
@@ -11,24 +11,21 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from hybridvlm import config as configs
-from hybridvlm.config import KINDS, ModelConfig, Reduction, Schedule, ScoreOptions
+from hybridvlm.config import KINDS, ModelConfig, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
 from hybridvlm.reduction import methods, schedules
 from hybridvlm.reduction.cost import Cost
 from hybridvlm.reduction.frame_text import FrameText
-from hybridvlm.reduction.frame_text import frame_text as settle_frame_text
 from hybridvlm.reduction.pixels import PixelSelection
-from hybridvlm.reduction.schedules import SHARE_ONE, BudgetError
-from hybridvlm.reduction.solver import BudgetSolver, entering_tokens, pooled_tokens, split_pair
+from hybridvlm.reduction.schedules import SHARE_ONE
+from hybridvlm.reduction.solver import pooled_tokens
 
-MAX_VISUAL_TOKENS = 2**31 - 1  # of an int32, which counts tokens on the device
 Counts = TypeVar("Counts", int, np.ndarray, jax.Array)  # arrays of int32
 
 
@@ -125,7 +122,7 @@ class ReductionPlan:
 
     @property
     def drops_input(self) -> bool:
-        """Whether tokens are dropped before layer 0, by `methods.input_selection`, down to keep(0, count)."""
+        """Whether tokens are dropped before layer 0, by `plan_functions.input_selection`, down to keep(0, count)."""
         return self.input_share < SHARE_ONE
 
     @functools.cached_property
@@ -221,7 +218,7 @@ class ReductionPlan:
 
     @property
     def merges(self) -> bool:
-        """Whether visual tokens are merged behind the tower, by `methods.merge_fn`."""
+        """Whether visual tokens are merged behind the tower, by `plan_functions.merge_fn`."""
         return self.pool_factors != (1, 1, 1) and self.pixel_selection is None
 
     @property
@@ -318,141 +315,3 @@ class ReductionPlan:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
-
-
-def make_plan(
-    reduction: Reduction,
-    config: flops.Counted,
-    *,
-    visual_tokens: int,
-    text_tokens: int,
-    frames: int,
-    chunk_size: int | None = None,
-    itemsize: int = 2,
-    frame_text: int = 0,
-) -> ReductionPlan:
-    """Settle `reduction` for a model and a bucket: `visual_tokens` in `frames` frames, `text_tokens` of text.
-
-    chunk_size: the SSD chunk that runs (default: the config's). itemsize: bytes of a value in KV and convolution
-    caches. frame_text: most text tokens that a frame has of its own, for `Reduction.drop_text`.
-
-    Raises:
-        ValueError: the budget cannot be met (the message says what the method can do), or no text can be dropped here.
-    """
-    if not 0 <= visual_tokens <= MAX_VISUAL_TOKENS:
-        raise ValueError(f"make_plan: visual_tokens must lie in [0, {MAX_VISUAL_TOKENS}], got {visual_tokens}")
-    pair = methods.get_method(methods.parse_method(reduction.method)[0][0]).pair
-    if pair is not None and reduction.kind in ("flops", "total-flops"):
-        sizes = {"visual_tokens": visual_tokens, "text_tokens": text_tokens, "frames": frames, "frame_text": frame_text}
-        return _pair_by_operations(reduction, config, chunk_size=chunk_size, itemsize=itemsize, **sizes)
-    outer, rate, inner, budget = _split(reduction, config.pattern)
-    decoder = methods.get_method(inner)
-    own_text = settle_frame_text(
-        reduction.drop_text,
-        reduction.method,
-        visual_tokens=visual_tokens,
-        text_tokens=text_tokens,
-        frames=frames,
-        size=frame_text,
-        whole=methods.get_method(outer).encodes is not None,
-        pools=methods.get_method(outer).phase == "merge",
-    )
-    fit = BudgetSolver(reduction, config, visual_tokens, text_tokens, frames, chunk_size, outer, decoder, own_text)
-    pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
-    if methods.get_method(outer).phase == "merge":
-        pool, grid = fit.pool(rate)
-    elif methods.get_method(outer).count is not None:
-        rule, (share, kept) = outer, fit.own_count(methods.get_method(outer), rate)
-    elif outer != "none":
-        share = fit.input_share(rate)
-    decoder_input = visual_tokens if pool == (1, 1, 1) else pooled_tokens(frames, grid, pool)
-    entering = entering_tokens(rule, share, kept, decoder_input, frames)
-    relative, sites = fit.relative(decoder, budget, entering, rate, share / SHARE_ONE)
-    lengths = [(entering * r + SHARE_ONE // 2) // SHARE_ONE for r in relative]
-    dense = [visual_tokens] * len(config.pattern)
-    scoring = fit.scoring(relative, entering)
-    handed = share / SHARE_ONE if pool == (1, 1, 1) else decoder_input / visual_tokens
-    vision, dense_vision = fit.vision(handed), fit.vision(None)
-
-    def cost(visual: Sequence[int], score: int, vision: int) -> Cost:
-        rows = fit.rows(visual)
-        layers = tuple(flops.layer_flops(config, i, n, chunk_size) for i, n in enumerate(rows))
-        return Cost(
-            layers,
-            flops.head_flops(config),
-            score,
-            vision,
-            flops.kv_bytes(config, rows, itemsize),
-            flops.state_bytes(config, itemsize),
-        )
-
-    return ReductionPlan(
-        method=reduction.method,
-        input_method=outer,
-        decoder_method=inner,
-        budget=rate * budget,
-        kind=reduction.kind,
-        pattern=config.pattern,
-        visual_tokens=visual_tokens,
-        text_tokens=text_tokens,
-        frames=frames,
-        relative=relative,
-        sites=sites,
-        input_rule=rule,
-        input_share=share,
-        input_rate=kept,
-        pool_factors=pool,
-        grid=grid,
-        schedule=reduction.schedule,
-        score=reduction.score,
-        seed=reduction.seed,
-        cost=cost(lengths, scoring, vision),
-        dense_cost=cost(dense, 0, dense_vision),
-        drop_text=own_text.rule,
-        frame_text=own_text.size,
-    )
-
-
-def _pair_by_operations(reduction: Reduction, config: flops.Counted, **sizes: Any) -> ReductionPlan:
-    """The plan of a pair at the mean share with which it meets a budget of operations, its inner stage as published."""
-    ((name, rate),) = methods.parse_method(reduction.method)
-    goal = reduction.budget if rate is None else rate
-    field = "flop_ratio" if reduction.kind == "flops" else "total_flop_ratio"
-
-    def at(budget: float) -> ReductionPlan:
-        return make_plan(dataclasses.replace(reduction, method=name, kind="mean", budget=budget), config, **sizes)
-
-    low, high, best = 1 / SHARE_ONE, 1.0, at(1.0)
-    if getattr(best, field) > goal:
-        try:
-            best = at(0.999)
-        except BudgetError as error:
-            high = error.high
-            best = at(high)
-        least = at(low)
-        if not getattr(least, field) <= goal <= getattr(best, field):
-            ends = getattr(least, field), getattr(best, field)
-            text = f"{name} can meet {reduction.kind} budgets from {ends[0]:.4f} to {ends[1]:.4f} on these layers, or 1; got {goal:g}"
-            raise BudgetError(text, *ends)
-        for _ in range(14):
-            tried = at(0.5 * (low + high))
-            low, high = (tried.budget, high) if getattr(tried, field) < goal else (low, tried.budget)
-            best = min(best, tried, key=lambda plan: abs(getattr(plan, field) - goal))
-    return dataclasses.replace(best, method=reduction.method, kind=reduction.kind, budget=goal)
-
-
-def _split(reduction: Reduction, pattern: str) -> tuple[str, float, str, float]:
-    """(input method, its rate, decoder method, its budget); a part without a rate takes the reduction's budget."""
-    parts = [
-        (name, reduction.budget if rate is None else rate) for name, rate in methods.parse_method(reduction.method)
-    ]
-    outer, inner = ("none", 1.0), ("none", 1.0)
-    for name, rate in parts:
-        phase, pair = methods.get_method(name).phase, methods.get_method(name).pair
-        if pair is not None:
-            return split_pair(pair, name, pattern, reduction.schedule, rate, reduction.kind)
-        if phase == "decoder":
-            inner = (name, rate)
-        elif phase != "none":
-            outer = (name, rate)
-    return (*outer, *inner)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from hybridvlm.config import ScoreOptions
 from hybridvlm.ops.layer_aux import AttentionAux, LookaheadAux, MambaAux
+from hybridvlm.ops.mix import mix32
 from hybridvlm.ops.tokens import Tokens
 
 _DEFAULT = ScoreOptions()
@@ -84,6 +85,22 @@ def lookahead_score(aux: LookaheadAux, tokens: Tokens, options: ScoreOptions = _
     return jnp.asarray(total, jnp.float32) / len(aux.ahead)
 
 
+def layer_score(
+    aux: MambaAux | AttentionAux | LookaheadAux,
+    tokens: Tokens,
+    options: ScoreOptions = _DEFAULT,
+    *,
+    segments: int = 1,
+    query_rows: int | None = None,
+) -> jax.Array:
+    """The score of the attention layers ahead where the aux tells of any, else the layer's own: attention weights or c.b."""
+    if isinstance(aux, LookaheadAux):
+        return lookahead_score(aux, tokens, options)
+    if isinstance(aux, AttentionAux):
+        return attention_score(aux, tokens, options)
+    return mamba_score(aux, tokens, options, segments=segments, query_rows=query_rows)
+
+
 def saliency_score(tokens: Tokens, segments: int = 1) -> jax.Array:
     """Distance of every visual token's features from its segment's mean visual feature: [B,L] fp32, no query in it."""
     x, score = tokens.x.astype(jnp.float32), jnp.zeros(tokens.segment.shape, jnp.float32)
@@ -107,15 +124,8 @@ def spread_score(index: jax.Array) -> jax.Array:
 def random_score(index: jax.Array, seed: int, layer: int) -> jax.Array:
     """Uniform scores in [0, 1) fp32 that depend on nothing but (seed, layer, index): alone or in a batch, the same."""
     key = (seed * 0x9E3779B1 + (layer + 1) * 0x85EBCA6B) & 0xFFFFFFFF
-    h = index.astype(jnp.uint32) ^ _mix(jnp.uint32(key))
-    return _unit(_mix(_mix(h) + jnp.uint32(0x6C62272E)))
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    """A 32-bit finaliser: every input bit reaches every output bit."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return h ^ (h >> 16)
+    h = index.astype(jnp.uint32) ^ mix32(jnp.uint32(key))
+    return _unit(mix32(mix32(h) + jnp.uint32(0x6C62272E)))
 
 
 def _unit(h: jax.Array) -> jax.Array:

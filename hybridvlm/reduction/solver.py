@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.reduction import cost as flops
@@ -83,6 +84,16 @@ def drop_flops(
     return flops.scoring_flops(config, layer, length, 1 if method.reads == methods.LAST_QUERY else text_tokens)
 
 
+class BeforeDecoder(NamedTuple):
+    """What a method before the decoder leaves of the visual tokens; attributes as of `ReductionPlan` (rate: its `input_rate`)."""
+
+    pool_factors: tuple[int, int, int]
+    grid: tuple[int, int]
+    rule: str
+    share: int
+    rate: float
+
+
 class BudgetSolver:
     """The steps of make_plan, over one bucket; outer: the method before the decoder ("none"), inner: the one inside it."""
 
@@ -95,12 +106,12 @@ class BudgetSolver:
         frames: int,
         chunk: int | None,
         outer: str,
-        inner: methods.Method,
+        inner: str,
         own_text: FrameText,
     ) -> None:
         self.reduction, self.config = reduction, config
         self.visual, self.text, self.frames, self.own_text = visual, text, frames, own_text
-        self.outer, self.inner = methods.get_method(outer), inner
+        self.outer, self.inner = methods.get_method(outer), methods.get_method(inner)
         self.layers = len(config.pattern)
         self._flops = functools.lru_cache(maxsize=None)(lambda layer, n: flops.layer_flops(config, layer, n, chunk))
         self._dense = self.decoder([visual] * self.layers)
@@ -136,6 +147,29 @@ class BudgetSolver:
     def decoder(self, visual: Sequence[int]) -> int:
         rows = (self._flops(layer, n) for layer, n in enumerate(self.rows(visual)))
         return sum(rows) + flops.head_flops(self.config)
+
+    def cost(self, visual: Sequence[int], scoring: int, vision: int, itemsize: int) -> flops.Cost:
+        """The cost of so many visual tokens entering each layer, with operations of scores and tower as given."""
+        rows = self.rows(visual)
+        return flops.Cost(
+            tuple(self._flops(layer, n) for layer, n in enumerate(rows)),
+            flops.head_flops(self.config),
+            scoring,
+            vision,
+            flops.kv_bytes(self.config, rows, itemsize),
+            flops.state_bytes(self.config, itemsize),
+        )
+
+    def before_decoder(self, rate: float) -> BeforeDecoder:
+        """What the method before the decoder leaves, asked to keep `rate`; all without one."""
+        pool, grid, rule, share, kept = (1, 1, 1), (1, 1), "share", SHARE_ONE, rate
+        if self.outer.phase == "merge":
+            pool, grid = self.pool(rate)
+        elif self.outer.count is not None:
+            rule, (share, kept) = self.outer.name, self.own_count(rate)
+        elif self.outer.name != "none":
+            share = self.input_share(rate)
+        return BeforeDecoder(pool, grid, rule, share, kept)
 
     def scoring(self, relative: Sequence[int], entering: int) -> int:
         """Operations of all scores, before the decoder and inside it, where `entering` visual tokens enter layer 0."""
@@ -182,8 +216,9 @@ class BudgetSolver:
             )
         return self.visual // self.frames
 
-    def own_count(self, method: methods.Method, asked: float) -> tuple[int, float]:
-        """(nominal share in 1/4096ths of the full bucket, rate) of a method with a count rule of its own."""
+    def own_count(self, asked: float) -> tuple[int, float]:
+        """(nominal share in 1/4096ths of the full bucket, rate) of a method before the decoder with a count rule of its own."""
+        method = self.outer
         assert method.count is not None
         m, rate = self.tokens_per_frame(method.name), asked
         if self.counts_flops and "+" not in self.reduction.method:
@@ -254,15 +289,15 @@ class BudgetSolver:
         return best, grid
 
     def relative(
-        self, method: methods.Method, budget: float, entering: int, rate: float, share: float
+        self, budget: float, entering: int, rate: float, share: float
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(shares of the tokens entering layer 0, the sites of their drops) for a method inside the decoder.
+        """(shares of the tokens entering layer 0, the sites of their drops) for the method inside the decoder.
 
         rate: what was asked of the part before the decoder, share: what it keeps. Shares are of what that part left;
         operations are of dense, so that a composition is solved to the product of both.
         """
         everything = (SHARE_ONE,) * self.layers
-        schedule = self.reduction.schedule
+        method, schedule = self.inner, self.reduction.schedule
         if method.phase != "decoder":
             return everything, ()
         assert method.sites is not None and method.curve is not None  # as every Method of this position has
@@ -280,7 +315,7 @@ class BudgetSolver:
             if schedule.stages and method.scheduled and schedule.shape != "list":
                 return self._in_stages(shares, sites, curve, budget, measure)
         except schedules.BudgetError as error:
-            raise BudgetError(self._unmet(method, budget, sites, error), error.low, error.high) from None
+            raise BudgetError(self._unmet(budget, sites, error), error.low, error.high) from None
         return shares, sites
 
     def _in_stages(
@@ -308,8 +343,8 @@ class BudgetSolver:
             return schedules.mean_share if self.reduction.kind == "mean" else schedules.final_share
         return lambda shares: self.work(shares, entering, share)
 
-    def _unmet(self, method: methods.Method, budget: float, sites: Sequence[int], error: schedules.BudgetError) -> str:
-        kind = self.reduction.kind
+    def _unmet(self, budget: float, sites: Sequence[int], error: schedules.BudgetError) -> str:
+        method, kind = self.inner, self.reduction.kind
         if not sites:
             return (
                 f"{method.name} drops after {method.where}, and these {self.layers} layers have no such site: "

@@ -8,29 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridvlm.config import ATTENTION, MIXERS, ModelConfig, ScoreOptions
+from hybridvlm.config import ATTENTION, MIXERS, ModelConfig
 from hybridvlm.models.prompt import Batch
-from hybridvlm.nn.decoder import DecoderOutput, ScoreFn
+from hybridvlm.nn.decoder import DecoderOutput
 from hybridvlm.nn.incremental import extend_shared
-from hybridvlm.ops.layer_aux import AttentionAux
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.reduction import scores
 
 
 def mixers(config: ModelConfig) -> tuple[int, ...]:
     """The layers that tell a score."""
     return tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
-
-
-def layer_score(options: ScoreOptions, segments: int, text: int) -> ScoreFn:
-    """Each mixer layer's own score [B,L] of its row's questions, as method `str` has it."""
-
-    def score(layer: int, aux: Any, tokens: Tokens) -> jax.Array:
-        if isinstance(aux, AttentionAux):
-            return scores.attention_score(aux, tokens, options)
-        return scores.mamba_score(aux, tokens, options, segments=segments, query_rows=text)
-
-    return score
 
 
 def row_mask(batch: Batch, segments: int) -> jax.Array:

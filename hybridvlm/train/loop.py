@@ -26,18 +26,20 @@ from hybridvlm.inference.model import Model, from_checkpoint, init_vamba_from
 from hybridvlm.models.prompt import allow_special_tokens
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.cost import decoder_flops
+from hybridvlm.reduction.methods import parse_method
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.reduction.vamba import counted
 from hybridvlm.storage import is_url
 from hybridvlm.tokenizers.text import check_tokenizer
 from hybridvlm.train import lora as adapters
 from hybridvlm.train.checkpoint import Checkpoints, check_run_dir
-from hybridvlm.train.config import ReductionMode, TrainConfig
+from hybridvlm.train.config import TrainConfig
 from hybridvlm.train.log import Log, check_installed, peak_flops
-from hybridvlm.train.meter import TEACH, Meter, StepPlan, step_kind
+from hybridvlm.train.meter import Meter
 from hybridvlm.train.optimizer import split
 from hybridvlm.train.pipeline import Reader, Stream, row_check, row_dataset, shared_dataset
 from hybridvlm.train.rows import Shape, train_batch
+from hybridvlm.train.schedule import TEACH, StepPlan, reduction_at, reductions, step_kind, teaches
 from hybridvlm.train.sources import Source, check_needle, make_source
 from hybridvlm.train.step import FrozenParams, State, Trainer, check_streams
 
@@ -55,32 +57,6 @@ class Stopped(Exception):
 
 class SaveFailed(RuntimeError):
     """A checkpoint or the log could not be written."""
-
-
-def reductions(mode: ReductionMode) -> list[Reduction | None]:
-    """The reductions of a run, in order; None is the dense model."""
-    if mode.mode == "none":
-        return [None]
-    budgets = mode.budgets or (mode.reduction.budget,)
-    # a method that says its own rates has budget 1 and reduces none the less
-    dense = lambda budget: mode.reduction.method == "none" or (bool(mode.budgets) and budget == 1.0)  # noqa: E731
-    return [None if dense(b) else dataclasses.replace(mode.reduction, budget=b) for b in budgets]
-
-
-def reduction_at(config: TrainConfig, step: int) -> int:
-    """Which of `reductions` step number `step` runs under."""
-    mode = config.reduction
-    if mode.mode == "curriculum":
-        return min(step * len(mode.budgets) // config.steps, len(mode.budgets) - 1)
-    if mode.mode == "random":
-        return int(np.random.default_rng([config.seed, 77, step]).integers(len(mode.budgets)))
-    return 0
-
-
-def teaches(config: TrainConfig, step: int) -> bool:
-    """Whether a step is a dense one that teaches."""
-    d = config.distill
-    return step < d.teach or (d.every > 0 and (step - d.teach) % d.every == d.every - 1)
 
 
 class Run:
@@ -104,7 +80,7 @@ class Run:
             allow_special_tokens(model.tokenizer)
         check_streams(config, model)
         for reduction in (*reductions(config.reduction), config.export.reduction):
-            _taken(model, reduction)
+            _check_method(model, reduction)
         d = config.data
         vision = model.config.vision
         asked = reductions(config.reduction)
@@ -120,23 +96,9 @@ class Run:
             None if r is None else model.family.make_plan(model.config, r, d.frames, d.text, itemsize, own)
             for r in asked
         ]
-        # what changes a prompt's length, or enters the tower in part
         for plan in self.plans:
-            if plan is not None and plan.merges:
-                raise ValueError(
-                    f"training under {plan.input_method} is not supported; train dense, or under a method that drops"
-                )
-            if plan is not None and plan.pixel_selection is not None:
-                raise ValueError(
-                    f"training under {plan.input_method} is not supported: it encodes whole videos; train under evs, say"
-                )
-        first = next(
-            (plan.input_method for plan in self.plans if plan is not None and plan.input_method != "none"), None
-        )
-        if first is not None and d.segments > 1:
-            raise ValueError(
-                f"{first} works on one video a row, and Data.segments packs up to {d.segments} into one; set it to 1"
-            )
+            if plan is not None:
+                _check_plan(plan, d.segments)
         self.trainer = Trainer(config, self.model, self.mesh, self.teacher)
         if d.batch % jax.process_count():
             raise ValueError(f"Data.batch {d.batch} is not a multiple of the {jax.process_count()} processes")
@@ -403,13 +365,28 @@ class Run:
         return {path: np.asarray(gather(a).addressable_data(0)) for path, a in flat.items()}
 
 
-def _taken(model: Model, reduction: Reduction | None) -> None:
-    from hybridvlm.reduction import parse_method
-
+def _check_method(model: Model, reduction: Reduction | None) -> None:
+    """ValueError for a method that the model's family does not take."""
     if reduction is not None and model.family.METHODS is not None:
         for name, _ in parse_method(reduction.method):
             if name not in model.family.METHODS:
                 raise ValueError(f"{model.name}: reduction {name!r} is not for this model")
+
+
+def _check_plan(plan: ReductionPlan, segments: int) -> None:
+    """ValueError for what changes a prompt's length, enters the tower in part, or works on one video a row where rows pack several."""
+    if plan.merges:
+        raise ValueError(
+            f"training under {plan.input_method} is not supported; train dense, or under a method that drops"
+        )
+    if plan.pixel_selection is not None:
+        raise ValueError(
+            f"training under {plan.input_method} is not supported: it encodes whole videos; train under evs, say"
+        )
+    if plan.input_method != "none" and segments > 1:
+        raise ValueError(
+            f"{plan.input_method} works on one video a row, and Data.segments packs up to {segments} into one; set it to 1"
+        )
 
 
 def _with(sizes: tuple[int, ...], size: int) -> tuple[int, ...]:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from hybridvlm.console import LogProgress, duration
-from hybridvlm.reduction import PlanMismatch, ReductionPlan
+from hybridvlm.reduction import PlanMismatch
 from hybridvlm.reduction.vamba import counted
 from hybridvlm.train.log import memory_bytes
-
-# In the place of a plan: a dense step that teaches.
-TEACH: Final = "teach"
-StepPlan = ReductionPlan | Literal["teach"] | None
-
-
-def step_kind(plan: Any) -> str:
-    """The name of a step under this plan: "teach", "dense", or a method and its budget."""
-    return TEACH if plan == TEACH else "dense" if plan is None else f"{plan.method}:{plan.budget:g}"
+from hybridvlm.train.schedule import TEACH, step_kind
 
 
 class Meter:

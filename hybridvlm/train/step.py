@@ -20,14 +20,15 @@ from hybridvlm.inference.model import Model
 from hybridvlm.models.nemotron_vl.model import head
 from hybridvlm.models.weights import flatten, unflatten
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.plan_functions import layer_score_fn
 from hybridvlm.train import lora as adapters
 from hybridvlm.train import optimizer as optimizers
 from hybridvlm.train.config import TrainConfig
-from hybridvlm.train.distill import layer_score, mixers, row_mask, shared_pass
+from hybridvlm.train.distill import mixers, row_mask, shared_pass
 from hybridvlm.train.features import visual
 from hybridvlm.train.loss import answers, cross_entropy, divergence, first_answers, rank_loss
-from hybridvlm.train.meter import TEACH, StepPlan
 from hybridvlm.train.rows import TrainBatch
+from hybridvlm.train.schedule import TEACH, StepPlan
 from hybridvlm.train.straight_through import straight_through
 
 Flat = dict[str, jax.Array]
@@ -253,7 +254,7 @@ class Trainer:
             visual_tokens = visual(params, self.model, batch.visual, fixed.table)
             options: dict[str, Any] = {}
             if c.distill.scores:
-                score = layer_score(c.reduction.reduction.score, c.data.segments, c.data.text)
+                score = layer_score_fn(c.reduction.reduction.score, c.data.segments, c.data.text)
                 options = {"collect": mixers(config), "score_fn": score, "query_capacity": c.data.text}
             out, _ = self._run(params, batch, visual_tokens, None, **options)
             logits, target = self.answer_logits(params, out, batch)

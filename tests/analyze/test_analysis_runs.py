@@ -10,9 +10,11 @@ import pytest
 from hybridvlm.analyze import __main__ as analyze
 from hybridvlm.analyze import ablate, ablate_checkpoints, probe
 from hybridvlm.analyze.common import load_model
-from hybridvlm.config import Reduction, Schedule
+from hybridvlm.checkpoints.folder import save_folder
+from hybridvlm.config import Buckets, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.models import nemotron_vl
+from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.tiny.resume import write_checkpoint
 
 
@@ -63,6 +65,41 @@ def test_help_and_what_is_refused(capsys, folders, tmp_path):
     ):
         code, _, error = run(capsys, *argv)
         assert code == 2 and words in error, argv
+
+
+@pytest.fixture(scope="module")
+def stamped(folders, tmp_path_factory):
+    """A checkpoint with text around each frame: 196 tokens in all of 64 frames, and 197 for a plan that counts 3 for each."""
+    model = load_model(folders["h0"])
+    style = PromptStyle(frame="none ?", after_frame="none")
+    folder = tmp_path_factory.mktemp("stamped") / "h0"
+    save_folder(folder, dataclasses.replace(model, style=style, buckets=Buckets((64,), (196, 320), 4)))
+    return str(folder)
+
+
+def test_cells_that_drop_text_are_planned_at_a_bucket_that_has_room_for_it(capsys, stamped, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "_estimate", lambda *_: "")  # it compiles a dense pass
+    argv = ["ablate", "--models", stamped, "--sets", "", "--budget", 0.5, "--limit", 2, "--dry-run"]
+    model = load_model(stamped)
+    for options, text in (([], 196), (["--cell", "fewer: drop_text=best-frames"], 320)):
+        code, out, error = run(capsys, *argv, *options, "--output", tmp_path / str(text))
+        assert code == 0, error
+        for rule, cell in (("none", "str"), ("best-frames", "fewer"))[: 1 + bool(options)]:
+            plan = model.plan(dataclasses.replace(model.reduction, drop_text=rule), 64, text)
+            (row,) = (
+                line.split() for line in out.splitlines() if line.count("|") > 2 and line.split("|")[2].strip() == cell
+            )
+            assert f"{plan.flop_ratio:.3f}" in row, (out, plan.flop_ratio)
+
+
+@pytest.mark.slow
+def test_cells_that_drop_text_answer_under_the_plans_that_were_shown(capsys, stamped, tmp_path):
+    argv = ["ablate", "--models", stamped, "--sets", "", "--budget", 0.5, "--limit", 2, "--batch-size", 2]
+    code, _, error = run(capsys, *argv, "--cell", "fewer: drop_text=best-frames", "--output", tmp_path)
+    assert code == 0, error
+    rows = {row["cell"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
+    assert rows["fewer"]["flops"] < rows["str"]["flops"] and rows["fewer"]["kept_mean"] == rows["str"]["kept_mean"]
+    assert rows["dense"]["accuracy"] is not None
 
 
 def test_scores_of_a_hybrid_and_of_a_transformer(capsys, folders, tmp_path):

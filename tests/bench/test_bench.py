@@ -14,6 +14,7 @@ from hybridvlm.bench.__main__ import main, table
 from hybridvlm.config import Reduction
 from hybridvlm.config_files import load_model_config
 from hybridvlm.models.nemotron_vl.model import assemble
+from hybridvlm.models.prompt import own_text
 
 MICRO = {
     "name": "micro",
@@ -48,19 +49,28 @@ def micro(tmp_path):
 
 
 def test_prefill(micro, tmp_path, capsys):
+    """A row for each prompt and method, each with what the plan predicts; time stamps go with their frames."""
     out = tmp_path / "rows.json"
     options = ["--config", str(micro), "--visual", "16", "--text", "4", "--budget", "0.75", "--methods", "str"]
-    options += ["--repeats", "1", "--no-real-prompt", "--no-vision"]
+    options += ["--repeats", "1", "--no-vision", "--drop-text", "best-frames"]
     assert main(["prefill", *options, "--json", str(out)]) == 0
-    dense, reduced = json.loads(out.read_text())
-    assert [dense["method"], reduced["method"]] == ["none", "str"]
+    dense, reduced, stamped, fewer = json.loads(out.read_text())
+    assert [row["method"] for row in (dense, reduced, stamped, fewer)] == ["none", "str"] * 2
     assert (dense["budget"], dense["speedup"], dense["flop_speedup"]) == (1, 1, 1)
-    wanted = {"config": "micro", "visual_tokens": 16, "text_tokens": 4, "budget": 0.75}
+    wanted = {"config": "micro", "visual_tokens": 16, "text_tokens": 4, "budget": 0.75, "drop_text": "none"}
     assert {key: reduced[key] for key in wanted} == wanted
     assert reduced["flop_speedup"] > 1 and reduced["ms"] > 0 and reduced["compile_s"] > 0
     assert math.isclose(reduced["speedup"], dense["ms"] / reduced["ms"], rel_tol=1e-6)
     assert math.isclose(reduced["share_of_predicted"], reduced["speedup"] / reduced["flop_speedup"])
     assert "flop_speedup" in capsys.readouterr().out
+
+    sizes = (load_model_config(micro), 4, 4, 4 + 4 * prefill.STAMP_TOKENS, prefill.STAMP_TOKENS)
+    best, none = (
+        prefill.bench_plan(Reduction("str", 0.75, drop_text=rule), *sizes) for rule in ("best-frames", "none")
+    )
+    assert best.text_left(1) == none.text_left(1) - (4 - -(-best.capacities[1] // 4)) * prefill.STAMP_TOKENS
+    assert (fewer["prompt"], fewer["drop_text"]) == ("time stamps", "best-frames")
+    assert fewer["flop_speedup"] == best.flop_speedup > none.flop_speedup
 
 
 def test_prompts_have_the_places_that_they_promise(micro):
@@ -73,6 +83,8 @@ def test_prompts_have_the_places_that_they_promise(micro):
         frames = np.asarray(tokens.frame[tokens.visual])
         np.testing.assert_array_equal(frames, np.repeat(np.arange(4), 4))
         assert bool(tokens.visual[0, 0]) == (stamps == 0)
+        own = batch.frame[batch.frame < -1]
+        np.testing.assert_array_equal(own_text(own), np.repeat(np.arange(4), stamps))
 
 
 def test_plan_counts_at_the_chunk_that_runs(micro):
@@ -90,6 +102,8 @@ def test_plan_counts_at_the_chunk_that_runs(micro):
         (["--schedule", "shape"], "key=value"),
         (["--config", "vs_transformers_56m"], "no vision side"),
         (["--repeats", "0"], "at least 1"),
+        (["--drop-text", "best-frames", "--no-real-prompt"], "--drop-text best-frames is about time stamps"),
+        (["--drop-text", "best-frames", "--methods", "avgpool"], "this one merges"),
     ],
 )
 def test_bad_options_are_one_line(micro, capsys, options, message):

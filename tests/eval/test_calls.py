@@ -15,9 +15,9 @@ from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.eval import __main__ as command
 from hybridvlm.eval import report, runner
 from hybridvlm.eval.calls import PADDED, Call, by_video, grouped, questions_at_once, shared_part, videos_at_once, whole
-from hybridvlm.eval.encodings import Encoding
+from hybridvlm.eval.encodings import EncodedBatch, Encoding
 from hybridvlm.eval.tasks import Sample
-from hybridvlm.eval.variants import DENSE
+from hybridvlm.eval.variants import DENSE, Bucket
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import Layout
 from hybridvlm.tiny.export import write_video
@@ -104,11 +104,11 @@ def test_a_memory_is_timed_as_a_prefill_is(monkeypatch):
     of = types.SimpleNamespace(
         _batch=takes(5.0, ("batch", None)),
         _put=takes(7.0, ("batch", "visual")),
-        _seen={"0-0": {Encoding(): np.ones(2)}},
         _encoding=lambda variant, bucket: Encoding(),
         model=model,
     )
-    _, seconds = runner.Runner._build(of, DENSE, None, Call([], [], tuple(samples([1]))))
+    batch = EncodedBatch(0, Bucket(4, 8), samples([1]), {"0-0": {Encoding(): np.ones(2)}}, {})
+    _, seconds = runner.Runner._build(of, DENSE, batch, Call([], [], tuple(samples([1]))))
     assert seconds == 2.0 and now[0] == 14.0
 
 
@@ -168,7 +168,8 @@ def test_a_run_of_other_variants_has_their_tokens(tmp_path, monkeypatch):
     def encode(self, pixels, attention=False, keep=None, frame_count=None):
         return np.full((1, 4, 1, 1), {"frames": 1, "evs-pixels": 2}[keep.method], np.float32)
 
-    def answer(self, variant, bucket, number, read, visual):
+    def answer(self, variant, batch):
+        (visual,) = batch.visual.values()
         seen.setdefault(variant.method, []).append(float(np.max(visual)))
         return []
 

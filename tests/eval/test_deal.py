@@ -53,11 +53,11 @@ def runner(world, folder, process=Process(0, 1), batch_size=4):  # noqa: B008, f
 def test_processes_share_videos_and_keys_depend_on_neither(world, tmp_path):
     alone = runner(world, tmp_path / "a")
     parts = [runner(world, tmp_path / "a", Process(index, 3), batch_size=2) for index in range(3)]
-    asked = [{s.id: s.video for _, (_, samples), _ in part._missing(part.variants) for s in samples} for part in parts]
+    asked = [{s.id: s.video for batch in part.missing(part.variants) for s in batch.samples} for part in parts]
     assert sum(map(len, asked)) == 18 and set().union(*asked) == {s.id for s in alone.task.samples}
     videos = [set(own.values()) for own in asked]
     assert [len(own) for own in videos] == [2, 2, 2] and len(set().union(*videos)) == 6
-    numbers = [number for part in parts for number, _, _ in part._missing(part.variants)]
+    numbers = [batch.number for part in parts for batch in part.missing(part.variants)]
     assert len(numbers) == len(set(numbers))
     for sample in alone.task.samples:
         assert {part.key(part.variants[1], sample) for part in parts} == {alone.key(alone.variants[1], sample)}
@@ -80,7 +80,7 @@ def test_what_is_answered_is_left_out(world, tmp_path):
     done = [s for s in first.task.samples if s.video in ("v0.mp4", "v1.mp4")]
     records = [{"key": first.key(v, s)} for v in first.variants for s in done]
     first.store.append(records)
-    left = [s for _, (_, samples), missing in first._missing(first.variants) for s in missing[variant]]
+    left = [s for batch in first.missing(first.variants) for s in batch.missing[variant]]
     assert len(left) == 12 and not {s.id for s in left} & {s.id for s in done}
 
 

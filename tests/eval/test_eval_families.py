@@ -9,6 +9,7 @@ import pytest
 from hybridvlm.checkpoints.samples import write_sample
 from hybridvlm.config import Reduction
 from hybridvlm.eval import __main__ as command
+from hybridvlm.eval.encodings import Encoding
 from hybridvlm.eval.results import SampleStore
 from hybridvlm.eval.runner import Runner
 from hybridvlm.eval.tasks import TaskOptions, build_task
@@ -95,9 +96,9 @@ def test_the_tower_sees_what_ask_shows_it(world, tmp_path, monkeypatch, name):
                 "encode",
                 lambda self, pixels, attention=False: (_ for _ in ()).throw(Shown(np.asarray(pixels))),
             )
-            runner._encoded(video, runner.buckets[sample.id])
+            runner.videos.get(video, runner.buckets[sample.id], [Encoding()])
         np.testing.assert_array_equal(caught.value.args[0], shown)
-        assert runner.layout(sample).ids.tolist() == ids
+        assert runner.prompts.layout(sample).ids.tolist() == ids
         assert shown.any() and runner.buckets[sample.id].size == shown.shape[-3:-1]
 
 

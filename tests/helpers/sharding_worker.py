@@ -18,8 +18,7 @@ from hybridvlm.config import ModelConfig, Reduction, Schedule, ScoreOptions
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.nn.decoder import prefill as prefill_decoder
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.reduction.methods import METHODS, score_fn
-from hybridvlm.reduction.plan import make_plan
+from hybridvlm.reduction import METHODS, make_plan, score_fn
 
 CONFIG = ModelConfig(
     pattern="M*M*-",

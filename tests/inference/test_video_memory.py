@@ -16,8 +16,7 @@ from hybridvlm.inference.memories import HOST, VideoMemories, on_device
 from hybridvlm.models.prompt import rest_length, rest_of
 from hybridvlm.nn import decoder
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.reduction.methods import score_fn
-from hybridvlm.reduction.plan import make_plan
+from hybridvlm.reduction import make_plan, score_fn
 
 # every kind of layer that a prefix may end with, what is scored there, and what may happen to tokens before
 LATE = Schedule(floor=0.05, start=1)

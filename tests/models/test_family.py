@@ -13,7 +13,7 @@ from hybridvlm.config import KINDS, Buckets, Reduction
 from hybridvlm.inference.model import load
 from hybridvlm.models.family import FAMILIES, Family, family_for, get_family
 from hybridvlm.nn import decoder, scan
-from hybridvlm.reduction.methods import layer_score
+from hybridvlm.reduction.scores import layer_score
 
 OPTIONAL = {"trim_frames", "embed_prompt", "decoder_output"}
 
@@ -92,7 +92,7 @@ def test_prefill_returns_scores_and_hidden_states(tiny, prompt):
         scale = np.abs(x).max()
         np.testing.assert_allclose(out.decoder.hidden_states[layer], x, rtol=0, atol=1e-5 * scale)
         if kind in "M*":
-            want = np.asarray(layer_score(layer, aux, tokens.replace(x=x)))[np.asarray(tokens.visual)]
+            want = np.asarray(layer_score(aux, tokens.replace(x=x)))[np.asarray(tokens.visual)]
             got = np.asarray(out.decoder.scores[layer])[np.asarray(tokens.visual)]
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
         else:

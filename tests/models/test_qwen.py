@@ -25,7 +25,7 @@ from hybridvlm.models.qwen_vl.config import pixel_limits
 from hybridvlm.models.qwen_vl.geometry import rope_positions
 from hybridvlm.models.qwen_vl.model import QwenBatch
 from hybridvlm.models.weights import flatten
-from hybridvlm.reduction.plan import make_plan
+from hybridvlm.reduction import make_plan
 from hybridvlm.reduction.scores import spread_score
 from hybridvlm.vision import encode_frames, qwen_merge, qwen_tokens, qwen_tower
 from hybridvlm.vision.qwen_vit import merge_order, patch_rows, position_rows

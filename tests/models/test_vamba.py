@@ -27,6 +27,7 @@ from hybridvlm.nn import vamba_layers
 from hybridvlm.nn.mamba2 import mamba_layer
 from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.tokens import text_tokens
+from hybridvlm.reduction import score_fn
 from hybridvlm.tokenizers.published import PublishedTokenizer
 
 # Random weights made for this project and what the published code computes with them. Of more frames, where it was made.
@@ -427,7 +428,7 @@ def test_drops_by_cross_attention_against_the_oracle():
         frames=4,
     )
     assert plan.drops == (0, 1)
-    rows, score = streams._VideoRows(plan), vamba_model.methods.score_fn(plan)
+    rows, score = streams._VideoRows(plan), score_fn(plan)
     first = dataclasses.replace(text, **{n: getattr(text, n)[:, :9] for n in ("x", "position", "segment", "query")})
     memory, out, own = jit(
         lambda p, v, t: blocks.prefill(p, config, v, t, plan=rows, score_fn=score, segment_tokens=16, decode_capacity=1)

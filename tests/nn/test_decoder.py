@@ -21,8 +21,7 @@ from hybridvlm.ops.norms import rms_norm
 from hybridvlm.ops.platforms import compiling_for
 from hybridvlm.ops.tokens import Tokens, text_tokens
 from hybridvlm.pattern import compile_weight, repeats
-from hybridvlm.reduction.methods import score_fn
-from hybridvlm.reduction.plan import make_plan
+from hybridvlm.reduction import make_plan, score_fn
 
 # whole programs compile faster than their operations one by one
 STATIC = ("plan", "score_fn", "collect", "decode_capacity", "segments", "query_capacity", "remat", "caches")

@@ -152,7 +152,7 @@ def test_the_12b_model_is_cut_without_a_remainder(whole_12b, devices):
     assert held["vision"] == sum(leaf.size for leaf in jax.tree.leaves(params["vision"]))
 
 
-def test_long_stretches_of_a_row_are_whole_tiles():
+def test_long_shards_of_a_row_are_whole_tiles():
     config = load_model_config("tiny")
     for length, shards, expected in ((206_020, 2, 103_024), (1024, 2, 512), (1026, 2, 528), (1000, 2, 500), (9, 8, 3)):
         each = shard_length(config, length, shards)

@@ -10,9 +10,7 @@ from hybridvlm.nn import decoder
 from hybridvlm.nn.decoder import Decoder
 from hybridvlm.ops.segments import index_in_segment
 from hybridvlm.ops.tokens import Tokens, text_tokens
-from hybridvlm.reduction import METHODS, evs_mask, get_method
-from hybridvlm.reduction.methods import score_fn
-from hybridvlm.reduction.plan import make_plan
+from hybridvlm.reduction import METHODS, evs_mask, get_method, make_plan, score_fn
 
 CONFIG = ModelConfig(
     pattern="M*-M*",

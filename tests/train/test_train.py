@@ -20,9 +20,10 @@ import hybridvlm as hv
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import to_dict
 from hybridvlm.models.weights import flatten
+from hybridvlm.reduction.plan_functions import layer_score_fn
 from hybridvlm.train import loop
 from hybridvlm.train.checkpoint import Checkpoints, OtherRun
-from hybridvlm.train.distill import layer_score, mixers, row_mask, shared_pass
+from hybridvlm.train.distill import mixers, row_mask, shared_pass
 from hybridvlm.train.features import visual
 from hybridvlm.train.loss import answers, rank_loss
 from hybridvlm.train.rows import Shape, packed, single, train_batch
@@ -272,7 +273,7 @@ def test_many_questions_on_one_pass_score_as_each_alone(model, source):
     batch = train_batch({name: np.stack([row[name] for row in made]) for name in made[0]}, model.family)
 
     def alone(params):
-        score = layer_score(REDUCTION.score, 1, TEXT)
+        score = layer_score_fn(REDUCTION.score, 1, TEXT)
         out, _ = model.family.decoder_output(
             params, CONFIG, batch.batch, visual(params, model, batch.visual, source.table), None, question=batch.question,
             collect=mixers(CONFIG), score_fn=score, query_capacity=TEXT, caches=False,
@@ -298,7 +299,7 @@ def test_selection_has_no_gradient_unless_asked(model, source):
 
     def loss(nudge, **options):
         def score(layer, aux, tokens):
-            return layer_score(REDUCTION.score, 1, TEXT)(layer, aux, tokens) + jnp.take_along_axis(
+            return layer_score_fn(REDUCTION.score, 1, TEXT)(layer, aux, tokens) + jnp.take_along_axis(
                 nudge, jnp.maximum(tokens.index, 0), axis=1
             )
 

@@ -14,7 +14,7 @@ from hybridvlm.models.family import get_family
 from hybridvlm.train import lora, optimizer
 from hybridvlm.train.config import Lora, Optimizer, TrainConfig
 from hybridvlm.train.config_files import read
-from hybridvlm.train.loop import reduction_at, reductions, teaches
+from hybridvlm.train.schedule import reduction_at, reductions, teaches
 
 
 def written(path, data) -> str:

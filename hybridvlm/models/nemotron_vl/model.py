@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from hybridvlm import reduction as plans
 from hybridvlm.config import MIXERS, Buckets, ModelConfig, Reduction
 from hybridvlm.models.media import Clip, cut_tiles, image_grid, resize, tile_count, video_grid
 from hybridvlm.models.nemotron_vl.passes import AssembleFn, continue_prefix, decoder_output
@@ -34,10 +35,9 @@ from hybridvlm.parallel.frames import frame_numbers, gather_frames
 from hybridvlm.parallel.sequence import pick_rows, row_total
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
-from hybridvlm.reduction import methods
-from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
+from hybridvlm.reduction.plan_functions import layer_score_fn
 from hybridvlm.tokenizers.messages import Message
 from hybridvlm.vision import Connector, RadioTower, StemTower, encode_frames
 
@@ -304,7 +304,7 @@ def prefill(
     if scores:
         options["collect"] = tuple(layer for layer, kind in enumerate(config.pattern) if kind in MIXERS)
         if plan is None:
-            options["score_fn"] = methods.layer_score
+            options["score_fn"] = layer_score_fn()
     if hidden_states:
         options["hidden_states"] = tuple(range(len(config.pattern)))
     if isinstance(visual, Prefix):

@@ -29,9 +29,9 @@ from hybridvlm.nn.prefix import Prefix
 from hybridvlm.ops.frame_text import FRAME_TEXT
 from hybridvlm.ops.tokens import Tokens
 from hybridvlm.parallel.scores import reduce_scores
-from hybridvlm.parallel.sequence import compact_row, gather_sequence, own_stretch, row_total, sequence_shards
+from hybridvlm.parallel.sequence import compact_row, gather_sequence, own_shard, row_total, sequence_shards
 from hybridvlm.parallel.tensor import LocalConfig
-from hybridvlm.reduction import methods
+from hybridvlm.reduction import methods, plan_functions
 from hybridvlm.reduction.plan import ReductionPlan
 
 AssembleFn = Callable[[ModelConfig, jax.Array, Any, jax.Array | None], Tokens]
@@ -106,13 +106,13 @@ def enter_decoder(
             f"{plan.input_method} works on one video a row, and rows pack up to {segments}; use segments=1"
         )
     if plan is not None and plan.merges:
-        visual, frame_count = methods.merge_fn(plan)(_needed(plan, visual), frame_count)
+        visual, frame_count = plan_functions.merge_fn(plan)(_needed(plan, visual), frame_count)
     if plan is not None and plan.drops_input:
         visual, attention = split_attention(config, _needed(plan, visual))
-        chosen = methods.input_selection(plan)(visual[..., : config.width], frame_count, attention)
+        chosen = plan_functions.input_selection(plan)(visual[..., : config.width], frame_count, attention)
         visual = merged(visual, chosen)
     if visual is not None and plan is not None and plan.input_method != "none":
-        visual = own_stretch(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
+        visual = own_shard(config, visual.reshape(visual.shape[0], -1, 1, visual.shape[-1]))
     tokens = assemble_fn(config, params["embed"], batch, visual)
     if question is not None:
         tokens = tokens.replace(query=question & (tokens.segment > 0) & ~tokens.visual)
@@ -122,13 +122,13 @@ def enter_decoder(
             owner = jnp.where(
                 jnp.asarray(batch.segment) > 0, jnp.maximum(own_text(jnp.asarray(batch.frame)), -1) + 1, 0
             )
-            tokens = tokens.replace(extra=tokens.extra | {FRAME_TEXT: own_stretch(config, owner)})
+            tokens = tokens.replace(extra=tokens.extra | {FRAME_TEXT: own_shard(config, owner)})
     length = tokens.length * sequence_shards(config)
     given = row_total(config, visual_counts(tokens, segments))
     if plan is not None and plan.drops_input:
         is_visual, order = visual_positions(batch)
         ranks = jnp.take_along_axis(chosen.score, jnp.minimum(order, chosen.score.shape[1] - 1), axis=1)
-        score = own_stretch(config, jnp.where(is_visual, ranks, 0))
+        score = own_shard(config, jnp.where(is_visual, ranks, 0))
         keep = plan.keep(0, given)
         tokens = compact_row(config, tokens, score, keep, plan.row_length(0), plan.most_frames(keep), plan.frames)
     return tokens, given, length
@@ -140,7 +140,7 @@ def _prepared(config: ModelConfig, plan: ReductionPlan, tokens: Tokens, segments
     if prepare is None:
         return tokens
     row = jax.tree.map(lambda a: gather_sequence(config, a), tokens)
-    extra = {name: own_stretch(config, array) for name, array in prepare(row, plan, segments).items()}
+    extra = {name: own_shard(config, array) for name, array in prepare(row, plan, segments).items()}
     return tokens.replace(extra=tokens.extra | extra)
 
 
@@ -149,7 +149,7 @@ def _score_fn(
 ) -> methods.ScoreFn | None:
     """What ranks tokens under a plan, on a mesh as all devices agree on it."""
     if plan is not None and score_fn is None:
-        score_fn = methods.score_fn(plan, segments=segments)
+        score_fn = plan_functions.score_fn(plan, segments=segments)
     if isinstance(config, LocalConfig) and score_fn is not None:
         options = ScoreOptions() if plan is None else plan.score
         score_fn = reduce_scores(score_fn, config, options, getattr(score_fn, "method", None))

@@ -1,4 +1,4 @@
-"""Prompts and visual tokens as the rows that enter layer 0; where rows are cut over devices, a device's stretch of them."""
+"""Prompts and visual tokens as the rows that enter layer 0; where rows are cut over devices, a device's shard of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridvlm.config import ModelConfig
 from hybridvlm.models.prompt import Batch
 from hybridvlm.ops.fold import Selection, fold
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.parallel.sequence import own_stretch, sequence_shards, take_from_shards
+from hybridvlm.parallel.sequence import own_shard, sequence_shards, take_from_shards
 from hybridvlm.parallel.vocab import embed_tokens
 
 
@@ -42,10 +42,10 @@ def merged(visual: jax.Array, chosen: Selection) -> jax.Array:
 def visual_rows(config: ModelConfig, batch: Batch, visual: jax.Array) -> jax.Array:
     """visual [B,F,m,D] -> [B,L,D]: the visual tokens in order where the batch has indices for them, 0 elsewhere.
 
-    Of a row that is cut over devices this is a device's stretch, and `visual` its share of the frames.
+    Of a row that is cut over devices this is a device's shard, and `visual` its share of the frames.
     """
     is_visual, order = visual_positions(batch)
-    mine, order = own_stretch(config, is_visual), own_stretch(config, order)
+    mine, order = own_shard(config, is_visual), own_shard(config, order)
     flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
     rows = take_from_shards(config, flat, jnp.minimum(order, flat.shape[1] * sequence_shards(config) - 1))
     return jnp.where(mine[..., None], rows, 0)
@@ -55,7 +55,7 @@ def assemble(config: ModelConfig, embed: jax.Array, batch: Batch, visual: jax.Ar
     """The Tokens of a batch: text embeddings, with the visual tokens in order where batch.frame >= 0.
 
     Args:
-        config: of the family; of a device's part it says which stretch of the rows is made.
+        config: of the family; of a device's part it says which shard of the rows is made.
         embed: [V,D].
         batch: prompts of L tokens.
         visual: [B,F,m,D], at least as many as the batch has indices for; None for text alone.
@@ -72,7 +72,7 @@ def token_rows(config: ModelConfig, embed: jax.Array, batch: Batch, visual: jax.
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
     last_visual = jnp.max(jnp.where(is_visual, index, -1), axis=1, keepdims=True)
     query = (batch.segment > 0) & (index > last_visual)
-    own = functools.partial(own_stretch, config)
+    own = functools.partial(own_shard, config)
     segment = own(jnp.asarray(batch.segment))
     x = embed_tokens(config, embed, own(jnp.asarray(batch.input_ids)))
     if visual is not None:

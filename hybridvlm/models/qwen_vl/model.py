@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from hybridvlm import reduction as plans
 from hybridvlm.config import Buckets, ModelConfig, QwenConfig, Reduction
 from hybridvlm.models import prompt as prompts
 from hybridvlm.models.media import Clip, resize
@@ -35,10 +36,9 @@ from hybridvlm.nn.decoder import Decoder, DecoderOutput, deepstack_key, with_spe
 from hybridvlm.nn.incremental import decode_layers
 from hybridvlm.nn.prefix import Prefix
 from hybridvlm.ops.tokens import Tokens
-from hybridvlm.parallel.sequence import own_stretch
+from hybridvlm.parallel.sequence import own_shard
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens
-from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.pixels import PixelSelection
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.tokenizers.messages import Message
@@ -71,12 +71,14 @@ class QwenVL(nn.Module):
     """Parameters: embed [V,D] · vision · projector (both in vision/qwen_vit.py) · decoder · lm_head [D,V] (absent if tied)."""
 
     config: QwenConfig
+    # what declares the decoder's parameters
+    DECODER: ClassVar[type[Any]] = Decoder
 
     @nn.compact
     def __call__(self) -> None:
         c = self.config
         self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        Decoder(c, name="decoder").stacks()
+        self.DECODER(c, name="decoder").stacks()
         if c.vision is not None:
             TOWERS[c.vision.kind](c.vision, name="vision").parameters()
             CONNECTORS[c.vision.kind](c.vision, c.width, name="projector").parameters()
@@ -98,9 +100,6 @@ def module(config: QwenConfig) -> QwenVL:
 def init(config: QwenConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh random parameters."""
     return QwenVL(config).init(key)["params"]
-
-
-# -- sizes --------------------------------------------------------------------------------------------------------------
 
 
 # -- prompts (host) -----------------------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ def assemble(config: ModelConfig, embed: jax.Array, batch: QwenBatch, visual: ja
         for k in range(min(planes, config.count("*"))):  # of more planes than layers the last go nowhere
             plane = rows[..., (k + 1) * config.width : (k + 2) * config.width].astype(whole.x.dtype)
             extra[deepstack_key(2 * k + 1)] = plane  # after the MLP of published layer k
-    return whole.replace(position=own_stretch(config, jnp.asarray(batch.position)), extra=extra)
+    return whole.replace(position=own_shard(config, jnp.asarray(batch.position)), extra=extra)
 
 
 def embed_prompt(params: Mapping[str, Any], config: QwenConfig, batch: QwenBatch, visual: jax.Array | None) -> Tokens:

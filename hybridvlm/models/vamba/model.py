@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from hybridvlm import reduction as plans
 from hybridvlm.config import Reduction, VambaConfig
 from hybridvlm.models.media import Clip
 from hybridvlm.models.nemotron_vl.model import PrefillOutput
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.models.qwen_vl import geometry
 from hybridvlm.models.qwen_vl import model as qwen_vl
-from hybridvlm.models.qwen_vl.model import QwenLayout
+from hybridvlm.models.qwen_vl.model import QwenLayout, QwenVL
 from hybridvlm.models.vamba.batch import Batch
 from hybridvlm.models.vamba.streams import repeat_rows, text_stream, walk
 from hybridvlm.nn import vamba
@@ -35,11 +35,9 @@ from hybridvlm.ops.ssd.api import default_choice
 from hybridvlm.parallel.tensor import LocalConfig
 from hybridvlm.parallel.vocab import embed_tokens, project_to_vocab
 from hybridvlm.reduction import methods
-from hybridvlm.reduction import plan as plans
 from hybridvlm.reduction.plan import ReductionPlan
 from hybridvlm.reduction.vamba import VambaReading
 from hybridvlm.tokenizers.messages import Message
-from hybridvlm.vision.model import CONNECTORS, TOWERS
 
 NAME = "vamba"
 # It has the names of Qwen2-VL; hybridvlm.models.family.family_of knows it by its vision_mamba_mixer_config.
@@ -56,22 +54,10 @@ CHAT = qwen_vl.CHAT
 # -- parameters ---------------------------------------------------------------------------------------------------------
 
 
-class Vamba(nn.Module):
-    """Parameters: embed [V,D] · vision · projector (Qwen2-VL's merger) · decoder (see nn/vamba.py) · lm_head [D,V]."""
+class Vamba(QwenVL):
+    """Parameters: those of Qwen2-VL (projector: its merger) around a decoder of two streams (nn/vamba.py)."""
 
-    config: VambaConfig
-
-    @nn.compact
-    def __call__(self) -> None:
-        c = self.config
-        self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        VambaDecoder(c, name="decoder").stacks()
-        if c.vision is not None:
-            TOWERS[c.vision.kind](c.vision, name="vision").parameters()
-            CONNECTORS[c.vision.kind](c.vision, c.width, name="projector").parameters()
-        if not c.tie_embeddings:
-            dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-            self.param("lm_head", dense, (c.width, c.vocab_size))
+    DECODER: ClassVar[type[Any]] = VambaDecoder
 
 
 def init(config: VambaConfig, key: jax.Array) -> dict[str, Any]:
@@ -293,20 +279,20 @@ def extend(
 
 def output_specs(config: LocalConfig, plan: ReductionPlan | None = None) -> PrefillOutput[Decoded]:
     """How what `prefill` returns of a device's part lies on the mesh, as PartitionSpecs: by examples, after the stack of layers, the
-    video by stretches of its rows, and by heads, which lie side by side in its keys, or by a device's own channels."""
+    video by shards of its rows, and by heads, which lie side by side in its keys, or by a device's own channels."""
     batch, row, tensor = config.batch_axes, config.row_axis, config.axis
-    rows, stacked, stretch = P(batch), P(None, batch), P(batch, row)
+    rows, stacked, shard = P(batch), P(None, batch), P(batch, row)
     heads, keys = P(None, batch, None, tensor), P(None, batch, row, tensor)
     logits = P(batch, tensor if config.vocab_devices > 1 else None)
     stages = 1 if plan is None else 1 + len(plan.drops)
     own = with_specs(AttentionCache, heads, heads, stacked, heads, heads, stacked, P())
-    stage = with_specs(CrossMemory, keys, keys, stretch)
+    stage = with_specs(CrossMemory, keys, keys, shard)
     state = with_specs(MambaCache, heads, P(None, batch, tensor), stacked)
-    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, stretch, stacked, stretch, stretch)
+    memory = with_specs(VideoMemory, (stage,) * stages, (state,) * stages, shard, stacked, shard, shard)
     return with_specs(
         PrefillOutput,
         logits,
-        with_specs(Decoded, stretch, with_specs(Caches, (own,) * stages, memory), stretch, stacked),
+        with_specs(Decoded, shard, with_specs(Caches, (own,) * stages, memory), shard, stacked),
         rows,
     )
 

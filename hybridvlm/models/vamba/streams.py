@@ -26,7 +26,7 @@ from hybridvlm.parallel.scores import reduce_scores
 from hybridvlm.parallel.sequence import (
     compact_row,
     gather_sequence,
-    own_stretch,
+    own_shard,
     row_total,
     sequence_shards,
     shard_length,
@@ -34,7 +34,7 @@ from hybridvlm.parallel.sequence import (
 )
 from hybridvlm.parallel.tensor import LocalConfig, LocalVambaConfig
 from hybridvlm.parallel.vocab import embed_tokens
-from hybridvlm.reduction import methods
+from hybridvlm.reduction import plan_functions
 from hybridvlm.reduction.plan import ReductionPlan
 
 
@@ -52,11 +52,11 @@ def text_stream(config: ModelConfig, embed: jax.Array, batch: Batch) -> Tokens:
 def video_stream(config: ModelConfig, batch: Batch, visual: jax.Array, segments: int = 1) -> Tokens:
     """The video's Tokens, of the visual tokens [B,F,m,D] as the tower gives them, those of padding frames emptied.
 
-    Where rows are cut over devices a device's stretch of them, and `visual` its share of the frames.
+    Where rows are cut over devices a device's shard of them, and `visual` its share of the frames.
     """
 
     def own(array: jax.Array, empty: int = 0) -> jax.Array:
-        return own_stretch(config, jnp.asarray(array), empty)
+        return own_shard(config, jnp.asarray(array), empty)
 
     flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
     index = jnp.broadcast_to(jnp.arange(batch.video_segment.shape[1], dtype=jnp.int32), batch.video_segment.shape)
@@ -99,20 +99,20 @@ def prepare(
     # what merges or ranks before the decoder looks at the whole video
     whole = visual = gather_sequence(config, visual) if first else visual
     if plan is not None and plan.merges:
-        whole, frame_count = methods.merge_fn(plan)(whole, frame_count)
+        whole, frame_count = plan_functions.merge_fn(plan)(whole, frame_count)
     if plan is not None and plan.drops_input:
         whole, attention = split_attention(config, whole)
-        chosen = methods.input_selection(plan)(whole, frame_count, attention)
+        chosen = plan_functions.input_selection(plan)(whole, frame_count, attention)
         whole = merged(whole, chosen)
     elif plan is not None and plan.pixel_selection is not None:
         whole, _ = split_attention(config, whole)
     if first:
-        visual = own_stretch(config, whole.reshape(whole.shape[0], -1, 1, whole.shape[-1]))
+        visual = own_shard(config, whole.reshape(whole.shape[0], -1, 1, whole.shape[-1]))
     video = video_stream(config, batch, visual, segments)
     given = row_total(config, visual_counts(video, segments))
     if plan is not None and plan.drops_input:
         length = batch.video_segment.shape[1]
-        score = jnp.where(video.visual, own_stretch(config, chosen.score[:, :length]), 0)
+        score = jnp.where(video.visual, own_shard(config, chosen.score[:, :length]), 0)
         video = compact_row(config, video, score, plan.keep(0, given), _VideoRows(plan, segments).row_length(0))
     return video, given
 
@@ -123,7 +123,7 @@ def plan_options(
     """What `nn.vamba.prefill` is told of a plan; `config` is that of a device's part where several join their scores."""
     if plan is None:
         return {"segments": segments}
-    score_fn: Callable[..., Any] = methods.score_fn(plan, segments=segments)
+    score_fn: Callable[..., Any] = plan_functions.score_fn(plan, segments=segments)
     if isinstance(config, LocalConfig):
         score_fn = reduce_scores(score_fn, config, plan.score, getattr(score_fn, "method", None))
     return {"plan": _VideoRows(plan, segments), "score_fn": score_fn, "counts": counts, "segments": segments}

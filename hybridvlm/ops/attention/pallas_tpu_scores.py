@@ -99,17 +99,7 @@ def _score_fwd(options, *arrays):
     return _score(options, *arrays), arrays
 
 
-def _score_bwd(options, arrays, d_score):
-    names = ("lse", "row_weight", "q_segment", "kv_segment", "q_index", "kv_index")
-
-    def by_xla(q, k, lse, row_weight):
-        rest = zip(names, (lse, row_weight, *arrays[4:]), strict=True)
-        return xla.text_to_visual(q, k, **dict(rest), **dict(options))
-
-    return *jax.vjp(by_xla, *arrays[:4])[1](d_score), None, None, None, None
-
-
-_score.defvjp(_score_fwd, _score_bwd)
+_score.defvjp(_score_fwd, xla.score_gradients)
 
 
 def _kernel(per_head, heads, queries, causal, scale, q, k, lse, row_weight, q_where, kv_where, score, total):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,8 @@ from hybridvlm.ops.attention.reference import EMPTY_LSE
 
 WHOLE_ROWS = 1 << 20  # weights of a head's rows over all keys that are held at once; fewer rows make slow products
 FEW_ROWS = 8  # up to so many query rows, the whole score matrix is small: stream the keys once, as they lie
-MASK_VALUE = (
-    2 * EMPTY_LSE
-)  # the score of an unseen key: below the floor of the running maximum, so that its weight is 0
+# the score of an unseen key: below the floor of the running maximum, so that its weight is 0
+MASK_VALUE = 2 * EMPTY_LSE
 NONE_SEEN, ALL_SEEN, SOME_SEEN = 0, 1, 2
 
 
@@ -362,6 +362,25 @@ def text_to_visual(
         rest = score_block(k[:, whole:], kv_segment[:, whole:], kv_index[:, whole:])
         score = jnp.concatenate([score, rest], axis=1)
     return score
+
+
+def score_gradients(
+    options: tuple[tuple[str, Any], ...], arrays: tuple[jax.Array, ...], d_score: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    """The backward pass of kernels that are `text_to_visual` forwards, as `jax.custom_vjp` wants it.
+
+    Args:
+        options: heads, queries, causal and scale.
+        arrays: q, k, lse, row_weight, q_segment, kv_segment, q_index, kv_index.
+        d_score: [B,L], of the score.
+    """
+    names = ("lse", "row_weight", "q_segment", "kv_segment", "q_index", "kv_index")
+
+    def by_xla(q: jax.Array, k: jax.Array, lse: jax.Array, row_weight: jax.Array) -> jax.Array:
+        rest: dict[str, Any] = dict(zip(names, (lse, row_weight, *arrays[4:]), strict=True))
+        return text_to_visual(q, k, **rest, **dict(options))
+
+    return *jax.vjp(by_xla, *arrays[:4])[1](d_score), None, None, None, None
 
 
 def text_to_visual_once(

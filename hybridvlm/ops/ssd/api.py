@@ -112,61 +112,82 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
 
-    b, length, h = dt.shape
-    n = B.shape[3]
-    p = x.shape[2] // h if x.ndim == 3 else x.shape[3]
-    dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
-    state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
-    D = None if D is None else D.astype(jnp.float32)
-    reset_index = token_mask = None
-    if segment is not None:
-        token_mask = segment > 0
-        reset_index = segment_runs(segment, initial_segment)
-        # Padding is zeroed by selecting, not by multiplying: 0 * NaN is NaN, also in the backward pass.
-        x, dt, B, C = (_where_token(token_mask, v) for v in (x, dt, B, C))
-        # A reset before the first token: the incoming state is of another segment.
-        state = jnp.where((reset_index[:, 0] > 0)[:, None, None, None], 0.0, state)
-
-    def compute(implementation: str) -> tuple[jax.Array, jax.Array]:
-        if implementation in KERNELS:
-            kernel = load_kernel("ssd", implementation, KERNELS[implementation], "'associative' or 'sequential'").ssd
-            flat = x.reshape(b, length, h * p)
-            return kernel(
-                flat,
-                dt,
-                A,
-                B,
-                C,
-                D=D,
-                reset_index=reset_index,
-                token_mask=token_mask,
-                state=state,
-                chunk_size=chunk_size,
-            )
-        arrays = (x.reshape(b, length, h, p), dt, A, B, C, D, reset_index, token_mask, state)
-        if implementation == "reference":
-            return ssd_reference(*arrays)
-        return ssd_chunked(
-            *arrays,
-            chunk_size=chunk_size or default.chunk_for(implementation),
-            block=default.block,
-            associative=implementation == "associative",
-        )
-
+    arrays = _masked(x, dt, A, B, C, D, segment, initial_state, initial_segment)
     chosen = implementation or default.implementation
     if implementation is None and chosen in KERNELS:
         chosen = default_kernel("ssd", chosen, "sequential")
     try:
-        y, final = compute(chosen)
+        y, final = _run(chosen, arrays, chunk_size)
     except NotImplementedError as reason:
         if implementation is not None:
             raise
         warnings.warn(f"ssd: 'sequential' instead of the platform's {chosen!r}: {reason}", stacklevel=2)
-        y, final = compute("sequential")
+        y, final = _run("sequential", arrays, chunk_size)
     y = y.reshape(x.shape)
-    if token_mask is not None:
-        y = _where_token(token_mask, y)
-    return y, final
+    return (y if segment is None else _where_token(segment > 0, y)), final
+
+
+class _Arrays(NamedTuple):
+    """What implementations take: x as it was given, flat or by heads, decays and the state in float32, nothing at padding."""
+
+    x: jax.Array
+    dt: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None
+    reset_index: jax.Array | None
+    token_mask: jax.Array | None
+    state: jax.Array
+
+
+def _masked(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    segment: jax.Array | None,
+    initial_state: jax.Array | None,
+    initial_segment: jax.Array | None,
+) -> _Arrays:
+    """The arguments of `ssd`, padding zeroed and the incoming state dropped where another segment follows."""
+    b, _, h = dt.shape
+    dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
+    D = None if D is None else D.astype(jnp.float32)
+    p, n = x.shape[2] // h if x.ndim == 3 else x.shape[3], B.shape[3]
+    state = jnp.zeros((b, h, p, n), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
+    if segment is None:
+        return _Arrays(x, dt, A, B, C, D, None, None, state)
+    token_mask = segment > 0
+    reset_index = segment_runs(segment, initial_segment)
+    # Padding is zeroed by selecting, not by multiplying: 0 * NaN is NaN, also in the backward pass.
+    x, dt, B, C = (_where_token(token_mask, v) for v in (x, dt, B, C))
+    # A reset before the first token: the incoming state is of another segment.
+    state = jnp.where((reset_index[:, 0] > 0)[:, None, None, None], 0.0, state)
+    return _Arrays(x, dt, A, B, C, D, reset_index, token_mask, state)
+
+
+def _run(implementation: str, arrays: _Arrays, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+    """y, flat or by heads, and the final state; NotImplementedError where a kernel cannot take the arrays."""
+    b, length, h = arrays.dt.shape
+    if implementation in KERNELS:
+        kernel = load_kernel("ssd", implementation, KERNELS[implementation], "'associative' or 'sequential'").ssd
+        # reshaped here alone: what is flat stays so on its way to a kernel
+        x, dt, A, B, C, *_ = arrays._replace(x=arrays.x.reshape(b, length, -1))
+        named = {name: getattr(arrays, name) for name in ("D", "reset_index", "token_mask", "state")}
+        return kernel(x, dt, A, B, C, **named, chunk_size=chunk_size)
+    arrays = arrays._replace(x=arrays.x.reshape(b, length, h, -1))
+    if implementation == "reference":
+        return ssd_reference(*arrays)
+    default = default_choice()
+    return ssd_chunked(
+        *arrays,
+        chunk_size=chunk_size or default.chunk_for(implementation),
+        block=default.block,
+        associative=implementation == "associative",
+    )
 
 
 def _where_token(token_mask: jax.Array, v: jax.Array) -> jax.Array:

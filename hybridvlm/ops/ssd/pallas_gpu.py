@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hybridvlm.ops.mosaic import load_as
 from hybridvlm.ops.platforms import require_platform
 from hybridvlm.ops.ssd import xla
+from hybridvlm.ops.ssd.chunk import Coefficients, SegmentIds
 
 ROWS = 64  # rows of a tensor core instruction: what one warpgroup computes
 STAGES = 2  # chunks in shared memory at once: the one computed and the next
@@ -54,11 +55,11 @@ def ssd(x, dt, A, B, C, *, D, reset_index, token_mask, state, chunk_size: int | 
         reset_index = jnp.pad(reset_index, ((0, 0), (0, full - length)), mode="edge")
         token_mask = _pad(token_mask, full)
     sizes = xla.Sizes(length=full, chunk=states, block=1, steps=steps, groups=groups)
-    coefficients, runs = xla._coefficients(sizes, dt, A, reset_index, token_mask)
+    coefficients, segment_ids = xla.coefficients_of(sizes, dt, A, reset_index, token_mask)
     d = None if D is None else D.reshape(groups, per_group)
     state = jnp.pad(state, ((0, 0),) * 3 + ((0, states - n),)).reshape(batch, groups, per_group, p, states)
     x = x.reshape(batch, full, heads, p)
-    y, state = _core(sizes, x, b, c, d, coefficients, runs, jnp.transpose(state, (0, 1, 4, 2, 3)))
+    y, state = _core(sizes, x, b, c, d, coefficients, segment_ids, jnp.transpose(state, (0, 1, 4, 2, 3)))
     state = jnp.transpose(state, (0, 1, 3, 4, 2)).reshape(batch, heads, p, states)[..., :n]
     return y[:, :length].reshape(batch, length, width), state
 
@@ -97,20 +98,20 @@ def _pad(v, length: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(sizes: xla.Sizes, x, b, c, d, coefficients, runs, state):
+def _core(sizes: xla.Sizes, x, b, c, d, coefficients, segment_ids, state):
     """x [B,L,H,P], b and c [B,L,G,N], d [G,R] or None, state [B,G,N,R,P] -> y [B,L,H,P], state [B,G,N,R,P]"""
-    return _launch(sizes, x, b, c, d, coefficients, runs, state, keep_states=False)[:2]
+    return _launch(sizes, x, b, c, d, coefficients, segment_ids, state, keep_states=False)[:2]
 
 
-def _core_fwd(sizes: xla.Sizes, x, b, c, d, coefficients, runs, state):
-    y, state, starts = _launch(sizes, x, b, c, d, coefficients, runs, state, keep_states=True)
-    return (y, state), (x, b, c, d, coefficients, runs, starts)
+def _core_fwd(sizes: xla.Sizes, x, b, c, d, coefficients, segment_ids, state):
+    y, state, starts = _launch(sizes, x, b, c, d, coefficients, segment_ids, state, keep_states=True)
+    return (y, state), xla.Saved(x, b, c, d, coefficients, segment_ids, starts)
 
 
-_core.defvjp(_core_fwd, xla._sequential_bwd)
+_core.defvjp(_core_fwd, xla.sequential_backward)
 
 
-def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | None, state, keep_states: bool):
+def _launch(sizes: xla.Sizes, x, b, c, d, k: Coefficients, segment_ids: SegmentIds | None, state, keep_states: bool):
     """The kernel; keep_states: also the state at the start of each chunk [S,B,G,N,R,P], else None instead."""
     batch, _, heads, p = x.shape
     groups, n = b.shape[2:]
@@ -126,7 +127,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     narrow = next(s for s in (128, 64, 32) if p % (s // 2) == 0)
     wide = 128
     vector = plgpu.SMEM((STAGES, chunk), jnp.float32)
-    run_slots = plgpu.SMEM((STAGES, chunk), jnp.int32)
+    id_slots = plgpu.SMEM((STAGES, chunk), jnp.int32)
     scratch = {
         "x_s": tile(chunk, p, narrow, STAGES),
         "b_s": tile(chunk, n, narrow, STAGES),
@@ -134,13 +135,13 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
         "state_s": tile(n, p, narrow),
         "exchange_s": tile(chunk, p, narrow),
         "vectors_s": [vector] * 5,
-        "runs_s": None if runs is None else [run_slots] * 2,
-        "loaded": plgpu.Barrier(num_arrivals=8 if runs is None else 10, num_barriers=STAGES),
+        "ids_s": None if segment_ids is None else [id_slots] * 2,
+        "loaded": plgpu.Barrier(num_arrivals=8 if segment_ids is None else 10, num_barriers=STAGES),
         "weighted": plgpu.Barrier(num_arrivals=warpgroups),
         "updated": plgpu.Barrier(num_arrivals=warpgroups),
     }
 
-    def body(x_g, b_g, c_g, vectors_g, keep_g, d_g, runs_g, state_g, y_g, last_g, starts_g, **s):
+    def body(x_g, b_g, c_g, vectors_g, keep_g, d_g, ids_g, state_g, y_g, last_g, starts_g, **s):
         bi, head, w = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         group, member = lax.div(head, jnp.int32(per_group)), lax.rem(head, jnp.int32(per_group))
         own = pl.ds(w * ROWS, ROWS)  # the rows of this warpgroup: of tokens and of states
@@ -155,8 +156,8 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
                 (c_g.at[bi, tokens, group], c_s),
             ]
             copies += [(v.at[step, bi, group, member], v_s) for v, v_s in zip(vectors_g, s["vectors_s"], strict=True)]
-            if runs is not None:
-                copies += [(v.at[step, bi], v_s) for v, v_s in zip(runs_g, s["runs_s"], strict=True)]
+            if segment_ids is not None:
+                copies += [(v.at[step, bi], v_s) for v, v_s in zip(ids_g, s["ids_s"], strict=True)]
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target.at[slot], s["loaded"].at[slot])
 
@@ -202,8 +203,8 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
             mixed = product((c_own, b_s.at[slot].transpose((1, 0))), columns=chunk)
             at = [plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), i, layout=_MATRIX) for i in (0, 1)]
             seen = at[0] + w * ROWS >= at[1]
-            if runs is not None:
-                reader_s, writer_s = (v.at[slot] for v in s["runs_s"])
+            if segment_ids is not None:
+                reader_s, writer_s = (v.at[slot] for v in s["ids_s"])
                 reader = rows(reader_s)
                 seen &= down(reader, chunk) == across(writer_s)
             # The mask comes before exp: above the diagonal the difference is positive and may overflow.
@@ -216,7 +217,7 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
             x_own = load_as(x_s.at[slot, own], layout=_MATRIX).astype(jnp.float32)
             if d_g is not None:
                 skipped = d_g[head] * x_own
-                if runs is not None:
+                if segment_ids is not None:
                     skipped = jnp.where(down(reader, p) >= 0, skipped, 0.0)
                 y = y + skipped
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the outputs of the chunk before have left
@@ -255,8 +256,8 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
     }
     if d is not None:
         operands["d"] = d.reshape(heads)
-    if runs is not None:
-        operands["runs"] = list(runs)
+    if segment_ids is not None:
+        operands["segment_ids"] = list(segment_ids)
     leaves, tree = jax.tree.flatten(operands)
     run: Callable[..., None] = body  # which takes references by position, then scratch by name
 
@@ -264,11 +265,11 @@ def _launch(sizes: xla.Sizes, x, b, c, d, k: xla.Coefficients, runs: xla.Runs | 
         given, outs = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         run(
             *(given[name] for name in ("x", "b", "c", "vectors", "keep")),
-            *(given.get(name) for name in ("d", "runs", "state")),
+            *(given.get(name) for name in ("d", "segment_ids", "state")),
             *outs,
             *([] if keep_states else [None]),
             **scratch,
-            **({} if "runs_s" in scratch else {"runs_s": None}),
+            **({} if "ids_s" in scratch else {"ids_s": None}),
         )
 
     y, last, *starts = plgpu.kernel(

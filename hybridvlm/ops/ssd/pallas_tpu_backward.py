@@ -120,7 +120,6 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
     keep = read_weight[size - 1 :]
     if sizes.packed:
         read_weight, keep = read_weight * k.reads, keep * k.kept
-    below = lax.broadcasted_iota(jnp.int32, (size, size), 0) > lax.broadcasted_iota(jnp.int32, (size, size), 1)
 
     # Sums over a head's lanes, a head per row: what reading the incoming state, writing the outgoing one and keeping the
     # former give to total. In sums_ref: gradient of dt inside the chunk, and both ends of t_i - t_j.
@@ -158,24 +157,9 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
             gd_ref[0][0, :, lanes] += jnp.sum(product, axis=0)
         gx_sum_ref[:, lanes] = gx
 
-        # Within the chunk: y = M x, M = scores * decay * dt.
-        scores = common.dot(c, b, (1, 1))
-        gscores = jnp.zeros((size, size), jnp.float32)
-        for head in range(group * per_group, (group + 1) * per_group):
-            here, row = slice(head * sizes.p, (head + 1) * sizes.p), slice(head, head + 1)
-            gy_head, x_head = (common.load_tokens(sizes, chunk, ref[name], here) for name in ("gy", "x"))
-            decay = k.between(head)
-            weight = decay * k.dt[row]
-            gmixed = common.dot(gy_head, x_head, (1, 1))
-            gx_head = common.dot((scores * weight).astype(dtype), gy_head, (0, 0))
-            gx_sum_ref[:, here] += gx_head
-            gscores += gmixed * weight
-            gweight = gmixed * scores * decay
-            # The exponent t_i - t_i is 0 whatever t is; left in, its two gradients would cancel only up to rounding.
-            gexponent = jnp.where(below, gweight * k.dt[row], 0.0)
-            sums_ref[0, row] = jnp.sum(gweight, axis=0, keepdims=True)
-            sums_ref[1, row] = jnp.sum(gexponent, axis=0, keepdims=True)
-            sums_ref[2, row] = jnp.sum(jnp.transpose(gexponent), axis=0, keepdims=True)
+        heads = range(group * per_group, (group + 1) * per_group)
+        load = functools.partial(common.load_tokens, sizes, chunk)
+        gscores = _within_chunk(sizes, heads, k, common.dot(c, b, (1, 1)), ref, load, gx_sum_ref, sums_ref)
         gx_ref[0, :, lanes] = gx_sum_ref[:, lanes].astype(dtype)
         gscores = gscores.astype(dtype)
         gb_ref[0, 0, :, at] = (gb + common.dot(gscores, c, (0, 0))).astype(gb_ref.dtype)
@@ -194,3 +178,28 @@ def _kernel(sizes: Sizes, read: list[str], *refs) -> None:
     @pl.when(chunk == 0)
     def _():
         ginitial_ref[0, 0] = gstate_ref[...]
+
+
+def _within_chunk(sizes: Sizes, heads: range, k: common.Decays, scores, ref, load, gx_sum_ref, sums_ref) -> jax.Array:
+    """Of y = M x, M = scores * decay * dt, for the heads of one group: adds to the gradient of x, writes the sums of each head.
+
+    Returns the gradient [C,C] of the group's scores.
+    """
+    size, dtype = sizes.chunk, ref["x"].dtype
+    below = lax.broadcasted_iota(jnp.int32, (size, size), 0) > lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    gscores = jnp.zeros((size, size), jnp.float32)
+    for head in heads:
+        here, row = slice(head * sizes.p, (head + 1) * sizes.p), slice(head, head + 1)
+        gy_head, x_head = load(ref["gy"], here), load(ref["x"], here)
+        decay = k.between(head)
+        weight = decay * k.dt[row]
+        gmixed = common.dot(gy_head, x_head, (1, 1))
+        gx_sum_ref[:, here] += common.dot((scores * weight).astype(dtype), gy_head, (0, 0))
+        gscores += gmixed * weight
+        gweight = gmixed * scores * decay
+        # The exponent t_i - t_i is 0 whatever t is; left in, its two gradients would cancel only up to rounding.
+        gexponent = jnp.where(below, gweight * k.dt[row], 0.0)
+        sums_ref[0, row] = jnp.sum(gweight, axis=0, keepdims=True)
+        sums_ref[1, row] = jnp.sum(gexponent, axis=0, keepdims=True)
+        sums_ref[2, row] = jnp.sum(jnp.transpose(gexponent), axis=0, keepdims=True)
+    return gscores

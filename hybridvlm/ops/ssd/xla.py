@@ -4,7 +4,7 @@ With t the running sum of log-decays inside a chunk, S its incoming state, M[i,j
 
     y_i = sum_j M[i,j] x_j + exp(t_i) C_i S        S' = exp(t_last) S + sum_j dt_j exp(t_last - t_j) B_j x_j^T
 
-Every decay is a function of dt and A alone and small, [B,L,H]: `_coefficients` computes them all beforehand and JAX
+Every decay is a function of dt and A alone and small, [B,L,H]: `coefficients_of` computes them all beforehand and JAX
 differentiates it. What remains is bilinear matmul work on x, B and C, done a few chunks at a time inside a loop, so
 that the [C,C] masks of all heads exist for those chunks only; its backward pass is written out here and keeps nothing
 but the state at the start of each chunk. States are held as [G,N,R,P] (R = H/G heads per group), so that reading and
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybridvlm.ops.ssd.chunk import Coefficients, SegmentIds, decayed, gradients, inflow, outputs, state_gradient
 from hybridvlm.ops.ssd.decays import log_decays
 
 
@@ -50,32 +51,6 @@ class Sizes(NamedTuple):
         return self.steps * self.window - self.length
 
 
-class Coefficients(NamedTuple):
-    """Everything that depends on dt and A, float32, ordered by step: S steps, b = B * block chunks each.
-
-    whole + total [S,b,G,R,C]: sum of log-decays up to and with a token, apart in an integer and the rest (see
-    `decays.log_decays`); less_whole, minus: the same negated, so that exp(t_i - t_j) reads each array at one position (XLA's CPU loops
-    that read one array at two are not vectorised: 5 times slower); dt; read: the weight with which a token reads the
-    chunk's incoming state; write: that with which it enters the outgoing one. keep [S,b,G,R]: what is left of the incoming state.
-    """
-
-    whole: jax.Array
-    less_whole: jax.Array
-    total: jax.Array
-    minus: jax.Array
-    dt: jax.Array
-    read: jax.Array
-    write: jax.Array
-    keep: jax.Array
-
-
-class Runs(NamedTuple):
-    """Who may see whom inside a chunk: token i reads token j where reader[i] == writer[j]; [S,b,C] int32."""
-
-    reader: jax.Array
-    writer: jax.Array
-
-
 def ssd_chunked(x, dt, a, b, c, d, reset_index, token_mask, state, *, chunk_size: int, block: int, associative: bool):
     """Chunked SSD; arguments and results as `ssd_reference`, at padding dt must be 0.
 
@@ -89,19 +64,20 @@ def ssd_chunked(x, dt, a, b, c, d, reset_index, token_mask, state, *, chunk_size
     chunk = min(chunk_size, length)
     block = min(block, length // chunk) if associative else 1
     sizes = Sizes(length, chunk, block, -(-length // (block * chunk)), groups)
-    coefficients, runs = _coefficients(sizes, dt, a, reset_index, token_mask)
+    coefficients, segment_ids = coefficients_of(sizes, dt, a, reset_index, token_mask)
     d = None if d is None else d.reshape(groups, per_group)
     state = state.reshape(batch, groups, per_group, p, n)
     state = jnp.transpose(state, (0, 1, 4, 2, 3))
     core = _associative if associative else _sequential
-    y, state = core(sizes, x, b, c, d, coefficients, runs, state)
+    y, state = core(sizes, x, b, c, d, coefficients, segment_ids, state)
     return y, jnp.transpose(state, (0, 1, 3, 4, 2)).reshape(batch, heads, p, n)
 
 
 # -- decays --
 
 
-def _coefficients(sizes: Sizes, dt, a, reset_index, token_mask) -> tuple[Coefficients, Runs | None]:
+def coefficients_of(sizes: Sizes, dt, a, reset_index, token_mask) -> tuple[Coefficients, SegmentIds | None]:
+    """What depends on dt [B,L,H] and A [H] alone, and who sees whom; None for rows of one segment without padding."""
     batch, _, heads = dt.shape
     groups = sizes.groups
 
@@ -125,9 +101,9 @@ def _coefficients(sizes: Sizes, dt, a, reset_index, token_mask) -> tuple[Coeffic
     to_end = jnp.concatenate([to_end, jnp.zeros_like(total[..., -1:])], axis=-1)
     sums = (whole, -whole, total, -total, dt)
     total = whole + total
-    kept = total[..., -1]
+    remaining = total[..., -1]
     if reset_index is None:
-        return Coefficients(*sums, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(kept)), None
+        return Coefficients(*sums, jnp.exp(total), dt * jnp.exp(to_end), jnp.exp(remaining)), None
 
     reset_index = windows(reset_index, reset_index[:, sizes.done - 1 : sizes.done])
     ends = reset_index[:, sizes.chunk - 1 :: sizes.chunk]
@@ -139,153 +115,30 @@ def _coefficients(sizes: Sizes, dt, a, reset_index, token_mask) -> tuple[Coeffic
         for v in (before, ends)
     )
 
-    def masked_exp(mask, exponent):  # the mask comes before exp: no overflow, and no 0 * inf in the gradient
+    def masked_exp(mask, exponent):
+        # the mask comes before exp: no overflow, and no 0 * inf in the gradient
         return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
     over_heads = (slice(None), slice(None), None, None)
     read = masked_exp((reader == before)[over_heads], total)
     write = dt * masked_exp((writer == ends)[over_heads], to_end)
-    keep = masked_exp(before == ends, kept.reshape(sizes.steps, -1, heads)).reshape(kept.shape)
-    return Coefficients(*sums, read, write, keep), Runs(reader, writer)
-
-
-# -- one step --
-# b chunks: x, y [b,C,G,R,P]; b, c [b,C,G,N]; coefficients [b,G,R,C]; states [b,G,N,R,P].
-
-
-def _dot(left, right, contract: tuple[int, int], batch: int):
-    """Matrix product with `batch` leading batch axes, contracted over one axis of left and one of right, into fp32."""
-    axes = tuple(range(batch))
-    dimensions = (((contract[0],), (contract[1],)), (axes, axes))
-    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
-
-
-def _by_group(v):
-    """[b,C,G,...] <-> [b,G,C,...]"""
-    return jnp.swapaxes(v, 1, 2)
-
-
-def _by_head(v):
-    """[b,C,G,R,P] -> [b,G,R,C,P]"""
-    return jnp.transpose(v, (0, 2, 3, 1, 4))
-
-
-def _from_head(v):
-    """[b,G,R,C,P] -> [b,C,G,R,P]"""
-    return jnp.transpose(v, (0, 3, 1, 2, 4))
-
-
-def _scaled(v, weight):
-    """v [b,C,G,R,P] times weight [b,G,R,C], in fp32."""
-    return v * jnp.transpose(weight, (0, 3, 1, 2))[..., None]
-
-
-def _sum_last(v):
-    """Sum over the last axis, as a product with ones: on CPU, XLA's own reductions can be ten times slower."""
-    ones = jnp.ones(v.shape[-1], v.dtype)
-    return lax.dot_general(v, ones, (((v.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-
-
-def _sum_heads(v):
-    """[b,G,R,...] summed over R, likewise."""
-    b, g, r = v.shape[:3]
-    ones = jnp.ones((b, g, 1, r), v.dtype)
-    axes = (((3,), (2,)), ((0, 1), (0, 1)))
-    summed = lax.dot_general(ones, v.reshape(b, g, r, -1), axes, precision=lax.Precision.HIGHEST)
-    return summed.reshape(b, g, *v.shape[3:])
-
-
-def _head_sums(v):
-    """[b,C,G,R,P] summed over P -> [b,G,R,C]"""
-    return jnp.transpose(_sum_last(v), (0, 2, 3, 1))
-
-
-def _decays(k: Coefficients, runs: Runs | None):
-    """exp(t_i - t_j) where token i may see token j, else 0: [b,G,R,C,C]"""
-    size = k.total.shape[-1]
-    seen = jnp.tril(jnp.ones((size, size), bool))
-    if runs is not None:
-        seen = (seen & (runs.reader[:, :, None] == runs.writer[:, None, :]))[:, None, None]
-    # The mask comes before exp: above the diagonal the difference is positive and may overflow.
-    whole = k.whole[..., :, None] + k.less_whole[..., None, :] + jnp.where(seen, 0.0, -jnp.inf)
-    return jnp.exp(whole + (k.total[..., :, None] + k.minus[..., None, :]))
-
-
-def _kept(k: Coefficients, state):
-    return state * k.keep[:, :, None, :, None]
-
-
-def _inflow(x, b, k: Coefficients):
-    """What the chunks add to the state: [b,G,N,R,P]"""
-    return _dot(jnp.transpose(b, (0, 2, 3, 1)), _by_group(_scaled(x, k.write).astype(x.dtype)), (3, 2), 2)
-
-
-def _skip(x, d, runs: Runs | None):
-    y = d[..., None] * x
-    return y if runs is None else jnp.where((runs.reader >= 0)[:, :, None, None, None], y, 0.0)
-
-
-def _outputs(x, b, c, d, k: Coefficients, runs: Runs | None, state):
-    b, c = _by_group(b), _by_group(c)
-    mixed = _dot(c, b, (3, 3), 2)[:, :, None] * _decays(k, runs) * k.dt[..., None, :]
-    y = _from_head(_dot(mixed.astype(x.dtype), _by_head(x), (4, 3), 3))
-    y = y + _scaled(_by_group(_dot(c.astype(jnp.float32), state, (3, 2), 2)), k.read)
-    return y if d is None else y + _skip(x, d, runs)
-
-
-def _state_gradient(c, k: Coefficients, gy):
-    """Gradient that reaches the incoming states through the outputs: [b,G,N,R,P]"""
-    return _dot(jnp.transpose(c, (0, 2, 3, 1)).astype(jnp.float32), _by_group(_scaled(gy, k.read)), (3, 2), 2)
-
-
-def _gradients(x, b, c, d, k: Coefficients, runs: Runs | None, state, gy, gstate):
-    """Gradients of x, b, c, d and the coefficients, given those of the outputs gy and of the outgoing states gstate."""
-    kind = x.dtype
-    b, c = _by_group(b), _by_group(c)
-    b32, c32 = b.astype(jnp.float32), c.astype(jnp.float32)
-
-    # Within the chunk: y = M x, M = scores * decays * dt.
-    scores = _dot(c, b, (3, 3), 2)[:, :, None]
-    decays = _decays(k, runs)
-    weights = decays * k.dt[..., None, :]
-    gyh = _by_head(gy.astype(kind))
-    gmixed = _dot(gyh, _by_head(x), (4, 4), 3)
-    gx = _from_head(_dot((scores * weights).astype(kind), gyh, (3, 3), 3))
-    gscores = _sum_heads(gmixed * weights)
-    gc = _dot(gscores, b32, (3, 2), 2)
-    gb = _dot(gscores, c32, (2, 2), 2)
-    gweights = gmixed * scores * decays
-    gdt = gweights.sum(-2)
-    # The exponent t_i - t_i is 0 whatever t is; left in, its two gradients would cancel only up to rounding.
-    size = x.shape[1]
-    gexponent = gweights * k.dt[..., None, :] * jnp.tril(jnp.ones((size, size), jnp.float32), -1)
-    gtotal, gminus = gexponent.sum(-1), gexponent.sum(-2)
-    none = jnp.zeros_like(gtotal)  # integers have none
-
-    # Reading the incoming state.
-    gread = _head_sums(gy * _by_group(_dot(c32, state, (3, 2), 2)))
-    gc = gc + _dot_heads(_by_group(_scaled(gy, k.read)), state)
-
-    # Writing the outgoing one.
-    gweighted = _by_group(_dot(b32, gstate, (3, 2), 2))
-    gwrite = _head_sums(x * gweighted)
-    gx = gx + _scaled(gweighted, k.write)
-    gb = gb + _dot_heads(_by_group(_scaled(x, k.write)), gstate)
-    gkeep = _sum_last(state * gstate).sum(2)
-
-    gd = None
-    if d is not None:
-        gx = gx + _skip(gy, d, runs)
-        gd = _skip(gy * x, jnp.ones_like(d), runs).sum((0, 1, 4))
-    return gx, _by_group(gb), _by_group(gc), gd, Coefficients(none, none, gtotal, gminus, gdt, gread, gwrite, gkeep)
-
-
-def _dot_heads(v, state):
-    """v [b,G,C,R,P] and state [b,G,N,R,P] -> [b,G,C,N], summed over the heads of the group."""
-    return _dot(v.reshape(*v.shape[:3], -1), state.reshape(*state.shape[:3], -1), (3, 3), 2)
+    keep = masked_exp(before == ends, remaining.reshape(sizes.steps, -1, heads)).reshape(remaining.shape)
+    return Coefficients(*sums, read, write, keep), SegmentIds(reader, writer)
 
 
 # -- walking over the steps --
+
+
+class Saved(NamedTuple):
+    """What the backward pass is left with: the arguments, and the state at the start of each chunk (associative: and the last one)."""
+
+    x: jax.Array
+    b: jax.Array
+    c: jax.Array
+    d: jax.Array | None
+    coefficients: Coefficients
+    segment_ids: SegmentIds | None
+    states: jax.Array | None
 
 
 def _window(sizes: Sizes, v, step):
@@ -325,23 +178,23 @@ def _at(tree, step):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sequential(sizes, x, b, c, d, coefficients, runs, state):
-    return _sequential_forward(sizes, x, b, c, d, coefficients, runs, state, keep_states=False)[:2]
+def _sequential(sizes, x, b, c, d, coefficients, segment_ids, state):
+    return _sequential_forward(sizes, x, b, c, d, coefficients, segment_ids, state, keep_states=False)[:2]
 
 
-def _sequential_forward(sizes, x, b, c, d, coefficients, runs, state, keep_states=True):
+def _sequential_forward(sizes, x, b, c, d, coefficients, segment_ids, state, keep_states=True):
     def body(step, carry):
         state, y, starts = carry
         xs, bs, cs = _head_window(sizes, x, step), _window(sizes, b, step), _window(sizes, c, step)
-        k, segment_ids = _at((coefficients, runs), step)
+        k, ids = _at((coefficients, segment_ids), step)
         if keep_states:
             starts = lax.dynamic_update_index_in_dim(starts, state, step, 0)
-        y = _put(sizes, y, _outputs(xs, bs, cs, d, k, segment_ids, state), step)
-        return _kept(k, state) + _inflow(xs, bs, k), y, starts
+        y = _put(sizes, y, outputs(xs, bs, cs, d, k, ids, state), step)
+        return decayed(k, state) + inflow(xs, bs, k), y, starts
 
     starts = jnp.zeros((sizes.steps, *state.shape)) if keep_states else None
     state, y, starts = lax.fori_loop(0, sizes.steps, body, (state, jnp.zeros(x.shape, x.dtype), starts))
-    return y, state, (x, b, c, d, coefficients, runs, starts)
+    return y, state, Saved(x, b, c, d, coefficients, segment_ids, starts)
 
 
 def _sequential_fwd(sizes, *args):
@@ -349,49 +202,50 @@ def _sequential_fwd(sizes, *args):
     return (y, state), saved
 
 
-def _sequential_bwd(sizes, saved, gradients):
-    c, coefficients, starts = saved[2], saved[4], saved[6]
-    gy, gstate = gradients
+def sequential_backward(sizes: Sizes, saved: Saved, cotangents):
+    """The gradients of one chunk after the other, of outputs by whatever forward pass; as `jax.custom_vjp` wants them."""
+    (gy, gstate), starts = cotangents, saved.states
+    assert starts is not None  # as a forward pass to be differentiated keeps them
 
     def body(i, carry):
         gstate, out = carry
         step = sizes.steps - 1 - i
         gys = _fresh(sizes, _head_window(sizes, gy, step).astype(jnp.float32), step, 0.0)
-        k = _at(coefficients, step)
+        k = _at(saved.coefficients, step)
         out = _one_step_back(sizes, saved, step, starts[step], gys, gstate, out)
-        return _kept(k, gstate) + _state_gradient(_window(sizes, c, step), k, gys), out
+        return decayed(k, gstate) + state_gradient(_window(sizes, saved.c, step), k, gys), out
 
     gstate, out = lax.fori_loop(0, sizes.steps, body, (gstate, _gradient_buffers(saved)))
     return (*out, None, gstate)
 
 
 def _gradient_buffers(saved):
-    x, b, c, d, coefficients = saved[:5]
+    x, b, c, d, coefficients, *_ = saved
     return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), (x, b, c, d, coefficients))
 
 
 def _one_step_back(sizes, saved, step, start, gy, gstate, out):
-    x, b, c, d, coefficients, runs = saved[:6]
+    x, b, c, d, coefficients, segment_ids, _ = saved
     xs, bs, cs = _head_window(sizes, x, step), _window(sizes, b, step), _window(sizes, c, step)
-    k, segment_ids = _at((coefficients, runs), step)
-    gx, gb, gc, gd, gk = _gradients(xs, bs, cs, d, k, segment_ids, start, gy, gstate)
+    k, ids = _at((coefficients, segment_ids), step)
+    gx, gb, gc, gd, gk = gradients(xs, bs, cs, d, k, ids, start, gy, gstate)
     gx, gb, gc = (_put(sizes, buffer, v, step) for buffer, v in zip(out[:3], (gx, gb, gc), strict=True))
     gk = jax.tree.map(lambda buffer, v: lax.dynamic_update_index_in_dim(buffer, v, step, 0), out[4], gk)
     return gx, gb, gc, None if d is None else out[3] + gd, gk
 
 
-_sequential.defvjp(_sequential_fwd, _sequential_bwd)
+_sequential.defvjp(_sequential_fwd, sequential_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _associative(sizes, x, b, c, d, coefficients, runs, state):
-    return _associative_fwd(sizes, x, b, c, d, coefficients, runs, state)[0]
+def _associative(sizes, x, b, c, d, coefficients, segment_ids, state):
+    return _associative_fwd(sizes, x, b, c, d, coefficients, segment_ids, state)[0]
 
 
-def _associative_fwd(sizes, x, b, c, d, coefficients, runs, state):
+def _associative_fwd(sizes, x, b, c, d, coefficients, segment_ids, state):
     def add(step, states):
         k = _at(coefficients, step)
-        return _put_states(sizes, states, _inflow(_head_window(sizes, x, step), _window(sizes, b, step), k), step, 1)
+        return _put_states(sizes, states, inflow(_head_window(sizes, x, step), _window(sizes, b, step), k), step, 1)
 
     # Element 0 is the incoming state, element i+1 what chunk i adds to one; the prefixes are the states themselves.
     count = sizes.steps * sizes.block
@@ -402,22 +256,22 @@ def _associative_fwd(sizes, x, b, c, d, coefficients, runs, state):
 
     def emit(step, y):
         xs, bs, cs = _head_window(sizes, x, step), _window(sizes, b, step), _window(sizes, c, step)
-        k, segment_ids = _at((coefficients, runs), step)
-        return _put(sizes, y, _outputs(xs, bs, cs, d, k, segment_ids, _get_states(sizes, states, step, 0)), step)
+        k, ids = _at((coefficients, segment_ids), step)
+        return _put(sizes, y, outputs(xs, bs, cs, d, k, ids, _get_states(sizes, states, step, 0)), step)
 
     y = lax.fori_loop(0, sizes.steps, emit, jnp.zeros(x.shape, x.dtype))
-    return (y, states[-1]), (x, b, c, d, coefficients, runs, states)
+    return (y, states[-1]), Saved(x, b, c, d, coefficients, segment_ids, states)
 
 
-def _associative_bwd(sizes, saved, gradients):
-    c, coefficients, states = saved[2], saved[4], saved[6]
-    gy, gstate = gradients
+def _associative_bwd(sizes, saved, cotangents):
+    c, coefficients, states = saved.c, saved.coefficients, saved.states
+    gy, gstate = cotangents
 
     def fresh_gy(step):
         return _fresh(sizes, _head_window(sizes, gy, step).astype(jnp.float32), step, 0.0)
 
     def add(step, gstates):
-        value = _state_gradient(_window(sizes, c, step), _at(coefficients, step), fresh_gy(step))
+        value = state_gradient(_window(sizes, c, step), _at(coefficients, step), fresh_gy(step))
         return _put_states(sizes, gstates, value, step, 0)
 
     # The same recurrence, run backwards: element i is what reaches the start of chunk i directly.
