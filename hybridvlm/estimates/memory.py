@@ -137,7 +137,7 @@ def _vamba_layer(work: Workload, c: VambaConfig, mesh: MeshSizes) -> int:
 
 
 def _row_exchange(work: Workload, part: ModelConfig, mesh: MeshSizes) -> int:
-    """What a device of a cut row holds of the others: keys and values of an attention layer, as they come and as attention reads them."""
+    """What a device of a cut row holds of the others: keys and values of an attention layer, as they come and as they are read."""
     if mesh.sequence == 1 or ATTENTION not in part.pattern:
         return 0
     row = max(work.plan.row_length(layer) for layer in range(work.plan.layers))
