@@ -82,9 +82,9 @@ COMPILED = [
     (BIG, "tower", "v6e:2x2", {"tensor": 4}, 128, None, 8.69),
     (BIG, "decode", "v6e:2x2", {"tensor": 4}, 128, None, 8.30),
     (BIG, "prefill", "v6e:2x2", {"data": 2, "tensor": 2}, 128, None, 22.26),
-    (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 12.86),
+    (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 11.64),
     (BIG, "decode", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 8.29),
-    (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, 0.25, 13.10),
+    (BIG, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 128, 0.25, 10.91),
     (BIG, "tower", "v5e:2x4", {"data": 2, "tensor": 4}, 128, None, 8.64),
     (BIG, "prefill", "v5e:4x4", {"sequence": 2, "tensor": 8}, 1024, None, 15.10),
     (BIG, "prefill", "v5e:4x4", {"sequence": 2, "tensor": 8}, 1024, 0.25, 15.24),
@@ -103,8 +103,10 @@ COMPILED = [
     (QWEN, "prefill", "v5p:2x2x1", {}, 128, None, 23.48),
     (QWEN, "tower", "v5p:2x2x1", {}, 128, None, 19.80),
     (QWEN, "decode", "v5p:2x2x1", {}, 128, None, 20.83),
-    (QWEN, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 512, None, 13.99),
+    (QWEN, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 512, None, 13.76),
+    (QWEN, "prefill", "v5e:2x4", {"data": 2, "tensor": 4}, 512, 0.25, 11.43),
     (QWEN, "decode", "v5e:2x4", {"data": 2, "tensor": 4}, 512, None, 8.45),
+    (QWEN, "decode", "v5e:2x4", {"data": 2, "tensor": 4}, 512, 0.25, 6.15),
 ]
 
 
