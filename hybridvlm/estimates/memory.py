@@ -17,6 +17,7 @@ from hybridvlm.reduction import cost as flops
 from hybridvlm.sharding import DEFAULT_RULES
 
 RESIDUALS, LEAST_RESIDUALS = 5, 3  # copies of the residual stream, with memory to spare and without
+EXCHANGED = 3  # copies of keys and values that shards gather
 PROGRAMS = ("tower", "prefill", "decode")
 
 
@@ -82,8 +83,12 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
     row = max(lengths) * rows
     head = config.vocab_size * config.width * item // mesh.tensor  # turned about for the product
     keys, drops = _row_exchange(work, part, mesh), _drops(work, lengths, rows)
+    # keys and values of layers that run in a loop are one array until its end, from which they are cut layer by layer
+    stacked = 0 if vamba else rows * caches
     activations, least = (
-        head + max(row * (copies * config.width * item + inside) + keys, drops + 2 * row * config.width * item)
+        head
+        + stacked
+        + max(row * (copies * config.width * item + inside) + keys, drops + 2 * row * config.width * item)
         for copies in (RESIDUALS, LEAST_RESIDUALS)
     )
     return Memory(
@@ -132,11 +137,11 @@ def _vamba_layer(work: Workload, c: VambaConfig, mesh: MeshSizes) -> int:
 
 
 def _row_exchange(work: Workload, part: ModelConfig, mesh: MeshSizes) -> int:
-    """What a device of a cut row holds of the others: keys and values of an attention layer."""
+    """What a device of a cut row holds of the others: keys and values of an attention layer, as they come and as they are read."""
     if mesh.sequence == 1 or ATTENTION not in part.pattern:
         return 0
     row = max(work.plan.row_length(layer) for layer in range(work.plan.layers))
-    return local_batch(work, mesh) * 2 * row * part.kv_heads * part.head_dim * work.itemsize
+    return EXCHANGED * local_batch(work, mesh) * 2 * row * part.kv_heads * part.head_dim * work.itemsize
 
 
 def _drops(work: Workload, lengths: list[int], rows: int) -> int:

@@ -24,7 +24,7 @@ CASES = {
     "mamba": ("hybrid", REDUCED),
     "attention": ("hybrid", Reduction("str", 0.6, schedule=LATE)),
     "lookahead": ("hybrid", LOOKAHEAD),
-    "behind experts": ("hybrid", Reduction("str", 0.8, schedule=dataclasses.replace(LATE, start=4))),
+    "behind experts": ("hybrid", Reduction("str", 0.85, schedule=dataclasses.replace(LATE, start=4))),
     "last query": ("hybrid", Reduction("pyramiddrop", 0.6)),
     "after evs": ("hybrid", Reduction("evs:0.5+str:0.6")),
     "after averages": ("hybrid", Reduction("avgpool:0.5+str:0.6")),
