@@ -46,7 +46,7 @@ def peak_bytes(program: Any) -> int:
 
 
 def _axes_in_memory(array: Any) -> tuple[int, ...] | None:
-    """The order of an array's axes in memory where that is not row-major; a compiled program takes arrays as it was compiled for alone."""
+    """The order of an array's axes in memory where that is not row-major: what a program is compiled for, it takes alone."""
     lies = array.format.layout if isinstance(array, jax.Array) else None  # type: ignore[attr-defined]  # jax.Array's stub lacks it
     order = tuple(getattr(lies, "major_to_minor", ()))
     return None if order == tuple(range(len(order))) else order
