@@ -149,6 +149,8 @@ class Runner:
                 # what is known already is not answered twice, but for dense and its clock
                 self.store.append(r for r in records if variant == DENSE or r["key"] not in self.store)
                 progress(len(pending.missing[variant]), variant.label)
+            # its visual tokens leave the devices before those of the next are made
+            del batch
         self._memories.clear()
         self.seconds += time.perf_counter() - began
 

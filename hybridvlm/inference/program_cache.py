@@ -45,8 +45,15 @@ def peak_bytes(program: Any) -> int:
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
+def _axes_in_memory(array: Any) -> tuple[int, ...] | None:
+    """The order of an array's axes in memory where that is not row-major: what a program is compiled for, it takes alone."""
+    lies = array.format.layout if isinstance(array, jax.Array) else None  # type: ignore[attr-defined]  # jax.Array's stub lacks it
+    order = tuple(getattr(lies, "major_to_minor", ()))
+    return None if order == tuple(range(len(order))) else order
+
+
 class ProgramCache:
-    """Compiled programs. What a program depends on is its key: the function, its static arguments, and its arrays' shapes.
+    """Compiled programs. A program's key: the function, its static arguments, the shapes of its arrays and how they lie in memory.
 
     Attributes:
         compile_seconds: total seconds spent compiling.
@@ -69,7 +76,7 @@ class ProgramCache:
             static: hashable arguments by name.
         """
         leaves, tree = jax.tree.flatten(args)
-        shapes = tuple((jnp.shape(a), str(jnp.result_type(a))) for a in leaves)
+        shapes = tuple((jnp.shape(a), str(jnp.result_type(a)), _axes_in_memory(a)) for a in leaves)
         key = (function, donate, tuple(sorted(static.items())), shapes, tree)
         if key not in self._programs:
             start = time.perf_counter()

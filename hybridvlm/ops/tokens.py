@@ -34,7 +34,8 @@ class Tokens:
 
     @property
     def length(self) -> int:
-        return self.x.shape[1]
+        # not of x, which a prefill's results leave out
+        return self.segment.shape[1]
 
     @property
     def index_in_segment(self) -> jax.Array:

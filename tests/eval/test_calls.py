@@ -3,6 +3,7 @@
 import itertools
 import json
 import types
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -163,9 +164,16 @@ def test_a_run_of_other_variants_has_their_tokens(tmp_path, monkeypatch):
     task = build_task(str(world / "q.jsonl"), TaskOptions(model.config, None, model.buckets))
     store = SampleStore(tmp_path / "samples.jsonl")
     own = runner.Runner(model, task, [], Planner(model, Reduction()), store, weights="w", batch_size=3)
-    seen = {}
+    seen, put, alive = {}, [], []
+    to_device = own._put
+
+    def put_away(array):
+        found = to_device(array)
+        put.append(weakref.ref(found))
+        return found
 
     def encode(self, pixels, attention=False, keep=None, frame_count=None):
+        alive.append((len(put), sum(one() is not None for one in put)))
         return np.full((1, 4, 1, 1), {"frames": 1, "evs-pixels": 2}[keep.method], np.float32)
 
     def answer(self, variant, batch):
@@ -176,9 +184,12 @@ def test_a_run_of_other_variants_has_their_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "encode", encode)
     monkeypatch.setattr(runner.Runner, "_answer", answer)
     monkeypatch.setattr(runner.Runner, "_compile", lambda *args: None)
+    monkeypatch.setattr(own, "_put", put_away)
     for cell in cells:
         own.run(variants=[cell])
     assert {name: set(found) for name, found in seen.items()} == {"frames": {1.0}, "evs-pixels": {2.0}}
+    # a batch's tokens are gone from the devices when the next batch's videos are encoded
+    assert alive[-1][0] > 1 and {held for _, held in alive} == {0}
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_prefill_returns_scores_and_hidden_states(tiny, prompt):
     config, params = tiny.config, tiny.params
     # a row that nobody asked for is no result, which would stay in memory
     assert plain.decoder.tokens.x.shape == (1, 0, config.width)
+    assert plain.decoder.tokens.length == out.decoder.tokens.length == out.decoder.tokens.x.shape[1] > 0
     last = out.decoder.hidden_states[len(config.pattern) - 1]
     np.testing.assert_array_equal(out.decoder.tokens.x, decoder.apply_final_norm(params["decoder"], config, last))
     tokens = tiny.family.embed_prompt(params, config, batch, visual)
