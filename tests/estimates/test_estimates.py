@@ -93,6 +93,7 @@ COMPILED = [
     (BIG, "tower", "v5p:2x2x2", {"sequence": 2, "tensor": 4}, 3600, None, 17.70),
     (BIG, "decode", "v5p:2x2x2", {"sequence": 2, "tensor": 4}, 3600, None, 12.31),
     (BIG, "decode", "v5p:2x2x2", {"sequence": 2, "tensor": 4}, 3600, 0.25, 8.89),
+    (BIG, "prefill", "v5e:8x8", {"sequence": 16, "tensor": 4}, 3600, None, 16.24),
     (OMNI, "prefill", "v6e:2x2", {"tensor": 4}, 128, None, 20.59),
     (OMNI, "prefill", "v6e:2x2", {"tensor": 4}, 128, 0.25, 20.52),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 128, None, 5.88),
