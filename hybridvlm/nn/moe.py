@@ -16,6 +16,8 @@ from hybridvlm.ops.norms import rms_norm
 from hybridvlm.parallel.tensor import psum_tensor
 
 Params = dict[str, jax.Array]
+# Most pairs of a token and its expert that are written out one by one.
+UNROLLED = 16
 
 
 class MoeStack(nn.Module):
@@ -83,9 +85,16 @@ def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights:
     """
     t, k = chosen.shape
     if t * k <= c.experts:
-        up, down = p["up"][chosen].astype(h.dtype), p["down"][chosen].astype(h.dtype)
-        inner = _relu2(jnp.einsum("ti,tkiw->tkw", h, up))
-        out = jnp.einsum("tkw,tkwi->kti", inner, down)
+
+        def one(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+            expert, token = of
+            up, down = (jax.lax.dynamic_index_in_dim(p[name], expert, keepdims=False) for name in ("up", "down"))
+            return None, _relu2(h[token] @ up.astype(h.dtype)) @ down.astype(h.dtype)
+
+        # one after another: of a gather of whole experts a TPU's compiler makes slices of all of them at every token, and before a
+        # loop it copies those of the layer
+        pairs = (chosen.T.reshape(-1), jnp.tile(jnp.arange(t), k))
+        out = jax.lax.scan(one, None, pairs, unroll=t * k if t * k <= UNROLLED else 1)[1].reshape(k, t, -1)
     else:
         flat = chosen.T.reshape(-1)
         order = jnp.argsort(flat, stable=True)
