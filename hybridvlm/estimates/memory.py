@@ -104,9 +104,13 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
 
 
 def _decode_copies(work: Workload, mesh: MeshSizes) -> int:
-    """The decoder's weights once more, where they are brought together before a decode loop: see `nn.incremental.decode_layers`."""
+    """The decoder's weights once more, where they are brought together before a decode loop: see `nn.incremental.decode_layers`.
+
+    A TPU's loop reads them where they lie, but for experts, of which its compiler takes every layer's out of the stack first.
+    """
     if mesh.fsdp == 1 and work.platform == "tpu" and not isinstance(work.config, VambaConfig):
-        return 0
+        experts = ("decoder/moe/up", "decoder/moe/down") if MOE in work.config.pattern else ()
+        return sum(weight_bytes(work.config, mesh, work.itemsize, name) for name in experts)
     return weight_bytes(work.config, dataclasses.replace(mesh, fsdp=1), work.itemsize, "decoder/")
 
 

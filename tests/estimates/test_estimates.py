@@ -96,6 +96,8 @@ COMPILED = [
     (BIG, "prefill", "v5e:8x8", {"sequence": 16, "tensor": 4}, 3600, None, 16.24),
     (OMNI, "prefill", "v6e:2x2", {"tensor": 4}, 128, None, 20.59),
     (OMNI, "prefill", "v6e:2x2", {"tensor": 4}, 128, 0.25, 20.52),
+    (OMNI, "decode", "v6e:2x2", {"tensor": 4}, 128, None, 30.90),
+    (OMNI, "tower", "v6e:2x2", {"tensor": 4}, 128, None, 19.77),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 128, None, 5.88),
     (BIG, "prefill", "v5e:4x4", {"tensor": 16}, 1024, None, 17.12),
     (BIG, "prefill", "v5p:2x2x4", {"tensor": 16}, 1024, None, 21.58),
