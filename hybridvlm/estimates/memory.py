@@ -106,7 +106,7 @@ def memory(work: Workload, mesh: MeshSizes) -> Memory:
 def _decode_copies(work: Workload, mesh: MeshSizes) -> int:
     """The decoder's weights once more, where they are brought together before a decode loop: see `nn.incremental.decode_layers`.
 
-    A TPU's loop reads them where they lie, but for experts, of which its compiler takes every layer's out of the stack first.
+    A TPU's loop reads them where they lie, but for experts, of which its compiler copies every layer's out of the stack.
     """
     if mesh.fsdp == 1 and work.platform == "tpu" and not isinstance(work.config, VambaConfig):
         experts = ("decoder/moe/up", "decoder/moe/down") if MOE in work.config.pattern else ()

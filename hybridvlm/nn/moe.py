@@ -91,8 +91,7 @@ def experts(p: Params, c: ModelConfig, h: jax.Array, chosen: jax.Array, weights:
             up, down = (jax.lax.dynamic_index_in_dim(p[name], expert, keepdims=False) for name in ("up", "down"))
             return None, _relu2(h[token] @ up.astype(h.dtype)) @ down.astype(h.dtype)
 
-        # one after another: of a gather of whole experts a TPU's compiler makes slices of all of them at every token, and before a
-        # loop it copies those of the layer
+        # one after another: of a gather of whole experts a TPU's compiler copies all of the layer's in pieces
         pairs = (chosen.T.reshape(-1), jnp.tile(jnp.arange(t), k))
         out = jax.lax.scan(one, None, pairs, unroll=t * k if t * k <= UNROLLED else 1)[1].reshape(k, t, -1)
     else:
