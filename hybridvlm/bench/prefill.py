@@ -1,7 +1,8 @@
 """Decoder prefill, embeddings to last-token logits: dense and under reduction methods, runs interleaved.
 
-Weights, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part of
-the time; compilation and the first run are not, and the vision tower is timed by itself. The second prompt is the one that
+Weights, pixels, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part
+of the time; compilation and the first run are not. The vision tower is timed by itself, of a method that spares it
+(evs-pixels, frames) with what is left of it; from_pixels_ columns are tower and decoder together. The second prompt is the one that
 a real video gets, with a time stamp before every frame: text that stays whatever a method drops, unless --drop-text says
 otherwise. With --questions 2 also what a further question on the same video takes, once the layers before the first drop
 have seen it.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from hybridvlm.config import ModelConfig, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.models.prompt import own_text
 from hybridvlm.options import add_drop_text, override, split
-from hybridvlm.reduction import ReductionPlan, make_plan
+from hybridvlm.reduction import ReductionPlan, make_plan, parse_method
+from hybridvlm.reduction.pixels import PixelSelection
 
 STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano
 
@@ -48,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, print, and return the rows."""
-    import jax
 
     config = load_model_config(args.config)
     if config.vision is None:
@@ -72,11 +74,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     timing.say(f"{config.name or args.config}: {frames} frames of {per_frame} tokens, {args.text} text tokens")
     params = random_params(config)
-    visual = jax.random.normal(jax.random.key(1), (1, frames, per_frame, config.width))
-    vision_ms = _vision_ms(config, params, frames) if args.vision else None
+    selections = dict.fromkeys(_selection(plan) for by_method in plans.values() for plan in by_method.values())
+    visual, towers = _encoded(config, params, frames, list(selections), timed=args.vision)
     rows = []
     for stamps, by_method in plans.items():
-        rows += _measure(args, config, params, visual, by_method, stamps, vision_ms)
+        rows += _measure(args, config, params, visual, by_method, stamps, towers)
     return rows
 
 
@@ -116,6 +118,11 @@ def _reduced(method: str, args: argparse.Namespace, config: ModelConfig, frames:
     return bench_plan(reduction, config, frames, config.tower.tokens_per_frame, text, stamps)
 
 
+def _product(method: str, budget: float) -> float:
+    """The budget of all parts of a method together: those without a rate have `budget`."""
+    return math.prod(budget if rate is None else rate for _, rate in parse_method(method)) if method != "none" else 1.0
+
+
 def dropped_text(asked: str | None, stamps: int) -> str:
     """--drop-text for a prompt with so many text tokens before every frame: none where there are none to drop."""
     return asked if asked and stamps else "none"
@@ -132,23 +139,50 @@ def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
     return lambda: program(*args), seconds
 
 
-def _vision_ms(config: ModelConfig, params: dict[str, Any], frames: int) -> float:
+def _selection(plan: ReductionPlan | None) -> PixelSelection | None:
+    """What of a video's pixels enters the tower under a plan; None: all."""
+    return None if plan is None else plan.pixel_selection
+
+
+def _encoded(
+    config: ModelConfig,
+    params: dict[str, Any],
+    frames: int,
+    selections: Sequence[PixelSelection | None],
+    timed: bool,
+) -> tuple[dict[PixelSelection | None, Any], dict[PixelSelection | None, list[float]]]:
+    """(visual tokens of a random video as each selection has them, seconds of the tower for each, where `timed`).
+
+    Of a whole video, where no tower has to run for it, tokens are drawn at random.
+    """
     import jax
 
-    from hybridvlm.models.nemotron_vl.model import HybridVLM
+    from hybridvlm.models.nemotron_vl.model import encode
 
-    timing.say(f"timing the vision tower on {frames} frames")
     shape = (1, frames, *config.tower.image_size, 3)
     pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
-    encode = lambda params, pixels: HybridVLM(config).apply({"params": params}, pixels, method=HybridVLM.encode)  # noqa: E731
-    call, _ = _compiled(encode, params, pixels)
-    return timing.median_ms(timing.interleaved({"vision": call}, rounds=3, warmup=0)["vision"])
+    count = np.full(1, frames, np.int32)
+    tokens: dict[PixelSelection | None, Any] = {}
+    calls = {}
+    for keep in selections:
+        if keep is None and not timed:
+            size = (1, frames, config.tower.tokens_per_frame, config.width)
+            tokens[None] = jax.random.normal(jax.random.key(1), size)
+            continue
+        timing.say(f"the vision tower on {frames} frames" + ("" if keep is None else f", with {keep.method}"))
+
+        def run_tower(params, pixels, count, keep=keep):
+            return encode(params, config, pixels, keep=keep, frame_count=None if keep is None else count)
+
+        calls[keep], _ = _compiled(run_tower, params, pixels, count)
+        tokens[keep] = calls[keep]()
+    return tokens, timing.interleaved(calls, rounds=3, warmup=0) if timed else {}
 
 
-def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float | None) -> list[dict[str, Any]]:
+def _measure(args, config, params, visual, plans, stamps: int, towers) -> list[dict[str, Any]]:
     from hybridvlm.models import nemotron_vl
 
-    frames, per_frame = visual.shape[1:3]
+    frames, per_frame = visual[None].shape[1:3]
     text = args.text + stamps * frames
     calls, compile_s = {}, {}
     for method, plan in plans.items():
@@ -162,9 +196,10 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
             out = nemotron_vl.prefill(params, config, batch, visual, plan, 0)
             return out.logits, out.decoder.caches
 
-        calls[method], compile_s[method] = _compiled(prefill, params, batch, visual)
+        given = visual[_selection(plan)]
+        calls[method], compile_s[method] = _compiled(prefill, params, batch, given)
         if args.questions > 1 and nemotron_vl.memory_serves(plan):
-            memory, further = _in_two(config, params, batch, visual, plan)
+            memory, further = _in_two(config, params, batch, given, plan)
             calls[method, "memory"], calls[method, "further"] = memory, further
     seconds = timing.interleaved(calls, rounds=args.repeats, warmup=0)
     rows = []
@@ -179,7 +214,7 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
                 "prompt": "time stamps" if stamps else "question",
                 "method": method,
                 "drop_text": "none" if plan is None else plan.drop_text,
-                "budget": 1.0 if plan is None else args.budget,
+                "budget": _product(method, args.budget),
                 "ms": timing.median_ms(seconds[method]),
                 "speedup": speedup,
                 "flop_speedup": predicted,
@@ -187,12 +222,24 @@ def _measure(args, config, params, visual, plans, stamps: int, vision_ms: float 
                 "compile_s": compile_s[method],
             }
             | _shared(method, seconds, args.questions)
-            | {
-                "vision_ms": vision_ms,
-                "repeats": args.repeats,
-            }
+            | _from_pixels(plan, timing.median_ms(seconds["none"]), timing.median_ms(seconds[method]), towers)
+            | {"repeats": args.repeats}
         )
     return rows
+
+
+def _from_pixels(plan: ReductionPlan | None, dense_ms: float, ms: float, towers) -> dict[str, Any]:
+    """Columns from pixels to the first token: the tower's time under a plan, both together, and how much faster than dense."""
+    if not towers:
+        return {"vision_ms": None}
+    vision_ms = timing.median_ms(towers[_selection(plan)])
+    dense = timing.median_ms(towers[None]) + dense_ms
+    return {
+        "vision_ms": vision_ms,
+        "from_pixels_ms": vision_ms + ms,
+        "from_pixels_speedup": dense / (vision_ms + ms),
+        "from_pixels_predicted": 1.0 if plan is None else 1 / plan.total_flop_ratio,
+    }
 
 
 def _in_two(config, params, batch, visual, plan) -> tuple[Callable[[], Any], Callable[[], Any]]:

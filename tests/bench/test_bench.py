@@ -73,6 +73,23 @@ def test_prefill(micro, tmp_path, capsys):
     assert fewer["flop_speedup"] == best.flop_speedup > none.flop_speedup
 
 
+def test_prefill_from_pixels(micro, tmp_path):
+    """A method that spares the tower is given the tower's time of what it lets in, and what it encoded."""
+    out = tmp_path / "rows.json"
+    options = ["--config", str(micro), "--visual", "16", "--text", "4", "--repeats", "1", "--no-real-prompt"]
+    options += ["--budget", "0.75", "--methods", "str,frames:0.5+str:0.75,evs-pixels:0.5"]
+    assert main(["prefill", *options, "--json", str(out)]) == 0
+    dense, own, frames, pixels = json.loads(out.read_text())
+    assert dense["from_pixels_speedup"] == dense["from_pixels_predicted"] == 1
+    assert own["vision_ms"] == dense["vision_ms"] and own["budget"] == 0.75
+    assert frames["budget"] == 0.375 and pixels["budget"] == 0.5
+    for row in (own, frames, pixels):
+        assert row["from_pixels_ms"] == row["vision_ms"] + row["ms"] > row["ms"]
+        assert row["from_pixels_speedup"] == pytest.approx(dense["from_pixels_ms"] / row["from_pixels_ms"])
+    # half of the frames: half of the tower's work, which `str` leaves whole
+    assert frames["from_pixels_predicted"] > own["from_pixels_predicted"] > 1
+
+
 def test_prompts_have_the_places_that_they_promise(micro):
     config = load_model_config(micro)
     for stamps in (0, 3):
