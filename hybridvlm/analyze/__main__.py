@@ -7,7 +7,9 @@ import importlib
 import shlex
 import sys
 
+from hybridvlm.compilation import keep_compiled
 from hybridvlm.files import FolderBusy
+from hybridvlm.options import add_compilation_cache
 
 # name -> (module, what it answers). A module has add_arguments(parser) and run(options) -> exit code; its docstring is its
 # help. It is imported only when it is asked for.
@@ -24,6 +26,10 @@ ANALYSES = {
     "ablate": (
         "hybridvlm.analyze.ablate",
         "which choices matter: layers, schedules, decay, budgets, rivals, seeds, Transformer baselines",
+    ),
+    "rivals": (
+        "hybridvlm.analyze.rivals",
+        "the methods that people compare with, alone and with str: accuracy and time from pixels",
     ),
     "probe": (
         "hybridvlm.analyze.probe",
@@ -61,16 +67,19 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    add_compilation_cache(parser)
     options = parser.parse_args(argv[1:])
     options.command = shlex.join(["python", "-m", "hybridvlm.analyze", *argv])
     try:
+        keep_compiled(options.compilation_cache)
         return module.run(options) or 0
     except (OSError, ValueError, FolderBusy) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
-            "error: stopped; start the same command again (answers of ablate and --compare are kept)", file=sys.stderr
+            "error: stopped; start the same command again (answers of ablate, rivals and --compare are kept)",
+            file=sys.stderr,
         )
         return 130
 

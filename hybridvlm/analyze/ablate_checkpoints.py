@@ -93,9 +93,13 @@ def load_models(named: Sequence[tuple[str, str]]) -> list[NamedModel]:
 
 
 def open_checkpoints(
-    options: argparse.Namespace, models: Sequence[NamedModel], cells: Sequence[Cell], folder: pathlib.Path
+    options: argparse.Namespace,
+    models: Sequence[NamedModel],
+    cells: Sequence[Cell],
+    folder: pathlib.Path,
+    task: str = "needle",
 ) -> list[Checkpoint]:
-    """The models, to be asked under `cells`, with their answers so far in `folder`."""
+    """The models, to be asked a task's questions under `cells`, with their answers so far in `folder`."""
     folder.mkdir(exist_ok=True)
     shared: dict[str, tuple[Model, CellPlanner]] = {}
     stores: dict[str, SampleStore] = {}
@@ -108,7 +112,7 @@ def open_checkpoints(
         own = dataclasses.replace(model, programs=first.programs)
         weights = weights_fingerprint(name, model.params)
         store = stores.setdefault(weights, SampleStore(folder / f"{weights}.jsonl"))
-        task = build_task("needle", TaskOptions(model.config, split=options.split, limit=options.limit))
-        runner = Runner(own, task, [], planner, store, batch_size=options.batch_size, weights=weights)
+        asked = build_task(task, TaskOptions(model.config, split=options.split, limit=options.limit))
+        runner = Runner(own, asked, [], planner, store, batch_size=options.batch_size, weights=weights)
         out.append(Checkpoint(group, name, own, runner, planner))
     return out

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridvlm.analyze import controls
 from hybridvlm.config import Reduction
-from hybridvlm.eval.variants import Bucket, Planner, Variant
+from hybridvlm.eval.variants import MATCHED, MATCHES, Bucket, Planner, Variant
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, override
 from hybridvlm.reduction import BudgetError, ReductionPlan, get_method, parse_method
@@ -24,7 +24,7 @@ _DENSE = Reduction()
 
 @dataclasses.dataclass(frozen=True)
 class Cell(Variant):
-    """One reduction under a name. match: its predicted FLOPs are solved to those that this reduction has.
+    """One reduction under a name. match: its predicted FLOPs are solved to those that this reduction has, of the kind `match_kind`.
 
     lower: where the budget cannot be met because drops may start too late, they start as early as it takes.
     """
@@ -34,12 +34,20 @@ class Cell(Variant):
     match: Reduction | None = None
     lower: bool = False
     set: str = ""
+    match_kind: str = "flops"
 
 
-def cell(set_: str, name: str, reduction: Reduction, match: Reduction | None = None, lower: bool = False) -> Cell:
+def cell(
+    set_: str,
+    name: str,
+    reduction: Reduction,
+    match: Reduction | None = None,
+    lower: bool = False,
+    match_kind: str = "flops",
+) -> Cell:
     """A Cell, with the fields of a Variant that follow from its reduction."""
     fixed = all(rate is not None for _, rate in parse_method(reduction.method))
-    return Cell(reduction.method, reduction.budget, fixed, name, reduction, match, lower, set_)
+    return Cell(reduction.method, reduction.budget, fixed, name, reduction, match, lower, set_, match_kind)
 
 
 class CellPlanner(Planner):
@@ -63,18 +71,20 @@ class CellPlanner(Planner):
         reduction = cell.reduction
         if cell.match is None:
             return self._plan(cell, reduction, bucket, reduction.budget)
-        goal = self._started(cell.match, bucket)[1].flop_ratio
+        field, words = MATCHES[cell.match_kind]
+        goal = getattr(self._started(cell.match, bucket)[1], field)
         rate = math.prod(rate for _, rate in parse_method(reduction.method) if rate is not None)
         if goal / rate > 1:
             raise BudgetError(
-                f"{reduction.method} at {goal:.3f} of dense FLOPs asks its last part for more than all", rate, 1.0
+                f"{reduction.method}: that its {words} {goal:.3f} of dense asks its last part for more than all",
+                rate,
+                1.0,
             )
-        reduction = dataclasses.replace(reduction, kind="flops", budget=goal / rate)
+        reduction = dataclasses.replace(reduction, kind=cell.match_kind, budget=goal / rate)
         reduction, plan = self._plan(cell, reduction, bucket, goal)
-        if abs(plan.flop_ratio / goal - 1) > 0.02:
-            self._note(
-                f"{cell.name}: predicted FLOPs are {plan.flop_ratio:.3f} of dense where {goal:.3f} were to be met"
-            )
+        found = getattr(plan, field)
+        if abs(found / goal - 1) > MATCHED:
+            self._note(f"{cell.name}: its {words} {found:.3f} of dense where {goal:.3f} was to be met")
         return reduction, plan
 
     def _plan(self, cell: Cell, reduction: Reduction, bucket: Bucket, goal: float) -> tuple[Reduction, ReductionPlan]:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from hybridvlm.analyze import __main__ as analyze
-from hybridvlm.analyze import ablate, ablate_checkpoints, probe
+from hybridvlm.analyze import ablate, ablate_checkpoints, probe, rivals
 from hybridvlm.analyze.common import load_model
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import Buckets, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
+from hybridvlm.eval.runner import Runner
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import PromptStyle
 from hybridvlm.tiny.resume import write_checkpoint
@@ -62,6 +63,11 @@ def test_help_and_what_is_refused(capsys, folders, tmp_path):
         (["ablate", "--models", folders["h0"], "--sets", "none"], "--sets"),
         (["ablate", "--models", folders["h0"], "--output", tmp_path / "file"], "is a file"),
         (["probe", "--model", folders["h0"], "--videos", "2"], "--videos"),
+        (["rivals", "--models", folders["h0"], "--limit", "-1"], "--limit"),
+        (["rivals", "--models", folders["h0"], "--tasks", "needle,videomme"], "'videomme'"),
+        (["rivals", "--models", folders["h0"], "--tasks", "needle,needle"], "each once"),
+        (["rivals", "--models", folders["h0"], "--methods", "str"], "'str'"),
+        (["rivals", "--models", folders["h0"], "--methods", "vidcom"], "vidcom2"),
     ):
         code, _, error = run(capsys, *argv)
         assert code == 2 and words in error, argv
@@ -250,3 +256,56 @@ def test_calibration_is_written_and_taken_by_a_plan(capsys, folders, tmp_path):
     plan = make_plan(reduction, load_model(folders["h0"]).config, visual_tokens=128, text_tokens=8, frames=8)
     assert plan.decoder_method == "str-calibrated" and plan.schedule.layer_weights == tuple(data["layer_weights"])
     assert f"layer_weights={','.join(f'{t:g}' for t in data['layer_weights'])}" in told
+
+
+def test_rivals_are_compared_on_both_tasks_and_resume(capsys, folders, tmp_path, monkeypatch):
+    output = tmp_path / "rivals"
+    argv = ["rivals", "--models", f"hybrid={folders['h0']},{folders['h1']}", "--methods", "evs,visionzip"]
+    argv += ["--budget", "0.5", "--limit", "4", "--batch-size", "4", "--output", output]
+    code, out, error = run(capsys, *argv)
+    assert code == 0, error
+    assert "visionzip ranks by the attention of the vision tower" in error and (output / "rivals.png").stat().st_size
+    results = json.loads((output / "rivals.json").read_text())
+    cells = ["dense", "str", "str-lookahead", "str-calibrated", "evs", "evs, FLOPs of str", "evs:0.7071+str:0.7071"]
+    rows = {(row["task"], row["cell"]): row for row in results["rows"]}
+    assert list(rows) == [(task, cell) for task in ("needle", "needle-scenes") for cell in cells]
+    for task in ("needle", "needle-scenes"):
+        own, dense = rows[task, "str"], rows[task, "dense"]
+        assert own["retention_mean"] == pytest.approx(0.5, abs=0.01) == rows[task, "evs"]["retention_mean"]
+        assert rows[task, cells[-1]]["retention_mean"] == pytest.approx(0.5, abs=0.02)
+        # equal from pixels: what evs saves before layer 0 is met by keeping more
+        assert rows[task, cells[5]]["total_flop_speedup"] == pytest.approx(own["total_flop_speedup"], rel=0.02)
+        assert dense["total_flop_speedup"] == 1.0 < own["total_flop_speedup"] and dense["changed"] == 0.0
+        for cell in cells:
+            row = rows[task, cell]
+            assert len(row["accuracy"]["each"]) == 2 and row["prefill_ms"] > 0
+            assert row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=0.02)
+            gap = row["accuracy"]["mean"] - own["accuracy"]["mean"]
+            assert cell in ("dense", "str") or row["to_str"]["mean"] == pytest.approx(gap)
+    assert out.splitlines()[2].startswith("* needle, hybrid: ")
+
+    def nothing(self, *_):
+        raise AssertionError("what is known was asked again")
+
+    monkeypatch.setattr(Runner, "run", nothing)
+    assert run(capsys, *argv)[0] == 0
+    assert json.loads((output / "rivals.json").read_text())["rows"] == results["rows"]
+
+
+def test_the_report_names_what_beats_str_first():
+    def row(cell, low, high):
+        return {
+            "task": "needle",
+            "group": "g",
+            "cell": cell,
+            "to_str": {"mean": (low + high) / 2} | intervals(low, high),
+        }
+
+    def intervals(low, high):
+        return {"ci95_seeds": None, "ci95_videos": [low, high]}
+
+    first = rivals.verdicts([row("evs", -0.1, -0.02), row("dart", 0.01, 0.03), row("tome", -0.01, 0.03)])
+    assert first == "* needle, g: **dart** (+2.0 [+1.0, +3.0] points) beat str."
+    assert rivals.verdicts([row("evs", -0.1, 0.0)]) == "* needle, g: no cell beats str."
+    over = {"mean": 0.02, "ci95_seeds": [-0.01, 0.05], "ci95_videos": [0.01, 0.03]}
+    assert not rivals.beats(over) and not rivals.beats({"mean": 1.0} | intervals(None, None) | {"ci95_videos": None})

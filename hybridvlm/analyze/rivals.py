@@ -1,0 +1,341 @@
+"""The methods that people compare with, on the same checkpoints and questions: accuracy and time from pixels to the first token.
+
+    python -m hybridvlm.analyze rivals --models tiny-reduced --limit 32
+        one checkpoint, 32 validation questions of each embedded task
+    python -m hybridvlm.analyze rivals --models finetuned=runs/h0/export,runs/h1/export,runs/h2/export --split test --limit 0
+        three training seeds, all questions of the test split
+
+The cells, each a reduction, are answered along with dense, batch by batch:
+
+  ours      str, str-lookahead and str-calibrated, at --budget of the visual tokens (mean over layers). str-calibrated has layer
+            weights that are measured on 8 validation videos, without their answers, of the first checkpoint
+  mean      every other method, at the same mean share
+  FLOPs     every other method, at the FLOPs that str has from pixels to the first token, tower and scoring included
+  with str  those before the decoder at the root of --budget, then str at the root of --budget: the same product
+
+A method that the model cannot take is named with its reason. Answers are kept in OUTPUT/answers: a killed run goes on where it
+stopped, with more checkpoints, tasks and questions too. Checkpoints of one configuration share their programs. A cell's clock is
+that of the run that answered it together with dense.
+Written: rivals.json, rivals.md, rivals.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybridvlm.analyze import calibrate, over_seeds
+from hybridvlm.analyze.ablate_checkpoints import Checkpoint, load_models, open_checkpoints, parse_models
+from hybridvlm.analyze.ablate_checkpoints import reference as reference_of
+from hybridvlm.analyze.ablate_report import shown
+from hybridvlm.analyze.cells import REFERENCE, Cell, cell
+from hybridvlm.analyze.common import COLOURS, Row, figure, markdown, output_folder, questions, write_figure, write_json
+from hybridvlm.analyze.scores import score_questions
+from hybridvlm.config import Reduction, to_dict
+from hybridvlm.console import print_markdown, progress
+from hybridvlm.eval.evaluate import dense_costs
+from hybridvlm.eval.results import build_row, versions, write_atomic
+from hybridvlm.eval.variants import DENSE, Variant
+from hybridvlm.files import folder_lock
+from hybridvlm.inference.model import Model
+from hybridvlm.options import InputError, split
+from hybridvlm.reduction import BudgetError
+from hybridvlm.reduction.methods import METHODS, get_method, load_entry_points
+
+TASKS = ("needle", "needle-scenes")
+OURS, MEAN, FLOPS, COMPOSED = "ours", "mean", "FLOPs", "with str"
+# str and what is made of it are no rivals; of the controls, `random` stands for those with str's plan
+NO_RIVALS = ("str-attention", "str-mamba", "uniform", "saliency", "oneshot-mamba", "oneshot-attention")
+OWN = (REFERENCE, "str-lookahead", "str-calibrated")
+MARKS = {OURS: "*", MEAN: "o", FLOPS: "s", COMPOSED: "^"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    add = parser.add_argument
+    models = "checkpoints, packaged or folders: NAME, or GROUP=A,B,C for the training seeds of one kind (default: tiny-reduced)"
+    add("--models", nargs="+", default=["tiny-reduced"], metavar="[GROUP=]A,B", help=models)
+    add("--tasks", default=",".join(TASKS), help="comma list of needle and needle-scenes (default: both)")
+    add("--methods", help="comma list of rivals (default: all that are registered)")
+    add("--budget", type=float, default=0.25, help="share of visual tokens, mean over layers (default: %(default)s)")
+    add(
+        "--schedule",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of str (default: the first checkpoint's)",
+    )
+    add("--score", nargs="+", default=[], metavar="KEY=VALUE", help="score options of str")
+    add("--split", default="val", choices=("val", "test"), help="split of the benchmark (default: %(default)s)")
+    add("--limit", type=int, default=64, help="first N questions of each task, 0 for all (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="questions per batch (default: %(default)s)")
+    add("--output", type=pathlib.Path, help="folder of answers and results (default: results/rivals)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer every cell of every task for every checkpoint, then write the table and the picture."""
+    for name, least in (("limit", 0), ("batch_size", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    tasks = split(options.tasks)
+    if wrong := [name for name in tasks if name not in TASKS]:
+        raise InputError(f"--tasks takes {' and '.join(TASKS)}, got {wrong[0]!r}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise InputError(f"--tasks takes {' and '.join(TASKS)}, each once, got {options.tasks!r}")
+    methods = rivals() if options.methods is None else split(options.methods)
+    for name in methods:
+        if get_method(name).phase == "none" or name in OWN:
+            raise InputError(f"--methods takes the methods that str is compared with, got {name!r}")
+    folder = output_folder(options, "rivals")
+    with folder_lock(folder, "an analysis"):
+        return _run(options, tasks, methods, folder)
+
+
+def rivals() -> list[str]:
+    """The methods that people compare with, by name, and those that others have registered."""
+    load_entry_points()
+    return [m.name for m in METHODS.values() if m.phase != "none" and m.name not in (*OWN, *NO_RIVALS)]
+
+
+def cells_of(base: Reduction, weighted: Reduction, methods: Sequence[str]) -> list[Cell]:
+    """The cells of the table: `base` is str, `weighted` str-calibrated."""
+    own = [cell(OURS, REFERENCE, base), cell(OURS, "str-lookahead", _as(base, "str-lookahead"))]
+    own.append(cell(OURS, "str-calibrated", weighted, lower=True))
+    mean = [cell(MEAN, name, _as(base, name)) for name in methods]
+    flops = [cell(FLOPS, f"{name}, FLOPs of str", _as(base, name), base, match_kind="total-flops") for name in methods]
+    root = f"{math.sqrt(base.budget):.4g}"
+    pairs = [f"{name}:{root}+{REFERENCE}:{root}" for name in methods if get_method(name).phase in ("input", "merge")]
+    return own + mean + flops + [cell(COMPOSED, name, _as(base, name, budget=1.0)) for name in pairs]
+
+
+def _as(base: Reduction, method: str, **changes: Any) -> Reduction:
+    return dataclasses.replace(base, method=method, **changes)
+
+
+def _run(options: argparse.Namespace, tasks: Sequence[str], methods: Sequence[str], folder: pathlib.Path) -> int:
+    models = load_models(parse_models(options.models))
+    base = reference_of(options, [named.model.reduction for named in models])
+    cells = cells_of(base, calibrate.calibrated(base, _weights(models[0].model)), methods)
+    rows: list[Row] = []
+    notes: list[str] = []
+    asked: Row = {}
+    for task in tasks:
+        checkpoints = open_checkpoints(options, models, cells, folder / "answers", task)
+        possible = _possible(checkpoints, cells, notes)
+        _answer(checkpoints, possible)
+        rows += summarise(task, checkpoints, possible)
+        samples = checkpoints[0].runner.task
+        asked[task] = {"questions": len(samples.samples), "videos": len(samples.videos)}
+    results = {
+        "rows": rows,
+        "notes": notes,
+        "metadata": {
+            "command": options.command,
+            "models": [{"group": named.group, "name": named.name} for named in models],
+            "reference": to_dict(base),
+            "split": options.split,
+            "tasks": asked,
+            "versions": versions(),
+        },
+    }
+    write_json(folder / "rivals.json", results)
+    text = report(results)
+    write_atomic(folder / "rivals.md", text)
+    write_figure(folder / "rivals.png", picture(results))
+    print_markdown(text)
+    print(folder / "rivals.md")
+    return 0
+
+
+def _weights(model: Model) -> list[float]:
+    """Layer weights of str-calibrated, as `analyze calibrate` measures them by default; 1 everywhere where it cannot judge."""
+    parser = argparse.ArgumentParser()
+    calibrate.add_arguments(parser)
+    defaults = parser.parse_args([])
+    try:
+        layers = calibrate.judge(score_questions(model, questions(model, defaults)), model.config.pattern, defaults.top)
+        return calibrate.layer_weights(layers, len(model.config.pattern), defaults.skip)
+    except ValueError as error:
+        print(f"note: str-calibrated trusts all layers alike: {error}", file=sys.stderr)
+        return [1.0] * len(model.config.pattern)
+
+
+def _possible(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell], notes: list[str]) -> list[Cell]:
+    """The cells that every checkpoint can take; `notes` is told what is left out, and why."""
+    good: list[Cell] = []
+    left_out: dict[str, list[str]] = {}  # reason -> cells
+
+    def note(*lines: str) -> None:
+        for line in lines:
+            if line not in notes:
+                notes.append(line)
+                print(f"note: {line}", file=sys.stderr)
+
+    for one in cells:
+        try:
+            for checkpoint in checkpoints:
+                checkpoint.plan(one)
+        except BudgetError as error:
+            left_out.setdefault(str(error), []).append(one.name)
+            continue
+        good.append(one)
+    note(*(f"left out: {', '.join(names)}: {reason}" for reason, names in left_out.items()))
+    for checkpoint in checkpoints:
+        note(*checkpoint.planner.notes)
+    if not any(one.name == REFERENCE for one in good):
+        raise InputError("\n".join(notes))
+    return good
+
+
+def _answer(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> None:
+    """Answer what is missing, every batch under dense and all cells before the next one, so that their clocks tick side by side."""
+    variants: list[Variant] = [DENSE, *cells]
+    for checkpoint in checkpoints:
+        checkpoint.runner.variants = variants
+    total = sum(checkpoint.runner.pending() for checkpoint in checkpoints)
+    with progress(total, "answer", shown=total > 0) as bar:
+        for checkpoint in checkpoints:
+            name = f"{checkpoint.runner.task.name} {checkpoint.name}"
+
+            def count_on(count: int, label: str, name: str = name) -> None:
+                bar.set_postfix_str(f"{name} {label}", refresh=False)
+                bar.update(count)
+
+            if checkpoint.runner.pending():
+                checkpoint.runner.run(count_on)
+
+
+def summarise(task: str, checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> list[Row]:
+    """One row per group and cell, dense first: accuracies over seeds, differences to dense and to str, shares, FLOPs and times."""
+    groups: dict[str, list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        groups.setdefault(checkpoint.group, []).append(checkpoint)
+    rows = []
+    for group, members in groups.items():
+        videos = [sample.video for sample in members[0].runner.task.samples]
+        dense = np.stack([checkpoint.correct(DENSE) for checkpoint in members])
+        own = next(one for one in cells if one.name == REFERENCE)
+        reference = np.stack([checkpoint.correct(own) for checkpoint in members])
+        for one in (DENSE, *cells):
+            right = np.stack([checkpoint.correct(one) for checkpoint in members])
+            row = {"task": task, "group": group, "cell": getattr(one, "name", "dense"), "set": getattr(one, "set", "")}
+            row["accuracy"] = over_seeds.accuracy(right, videos).to_dict()
+            if one != DENSE:
+                row["to_dense"] = over_seeds.difference(right, dense, videos).to_dict()
+            if one not in (DENSE, own):
+                row["to_str"] = over_seeds.difference(right, reference, videos).to_dict()
+            rows.append(row | _costs(members, one))
+    return rows
+
+
+def _costs(members: Sequence[Checkpoint], one: Variant) -> Row:
+    """Shares and FLOPs by the plan, and medians over checkpoints of times from pixels and of the share of changed replies."""
+    found = []
+    for checkpoint in members:
+        runner = checkpoint.runner
+
+        def key(which: str, sample: Any, runner: Any = runner) -> str:
+            return runner.key(one if which == "row" else DENSE, sample)
+
+        row, _ = build_row(
+            runner.task, one.method, one.budget, runner.plans(one), key, runner.store, dense_costs(runner)
+        )
+        found.append(row)
+    same = ("retention_input", "retention_mean", "retention_final", "flop_speedup", "total_flop_speedup")
+    out: Row = {name: found[0][name] for name in same}
+    for name in ("retention_achieved", "changed", "ttft_ms", "prefill_ms"):
+        values = [row[name] for row in found if row[name] is not None]
+        out[name] = statistics.median(values) if values else None
+    return out
+
+
+def verdicts(rows: Sequence[Row]) -> str:
+    """The first sentence of the report: which cells beat str, by intervals over seeds and over videos that leave out zero."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for group in dict.fromkeys(row["group"] for row in rows):
+            mine = [r for r in rows if r["task"] == task and r["group"] == group and r.get("to_str")]
+            better = [r for r in mine if beats(r["to_str"])]
+            names = ", ".join(f"**{r['cell']}** ({shown(r['to_str'], True)} points)" for r in better)
+            lines.append(f"{task}, {group}: " + (f"{names} beat str." if better else "no cell beats str."))
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def beats(difference: Row) -> bool:
+    """Whether a paired difference is above zero by its intervals over videos and, where there are several seeds, over these."""
+    found = [interval for interval in (difference["ci95_seeds"], difference["ci95_videos"]) if interval is not None]
+    return bool(found) and all(low > 0 for low, _ in found)
+
+
+def report(results: Row) -> str:
+    """rivals.md."""
+    meta, rows = results["metadata"], results["rows"]
+    groups = dict.fromkeys(m["group"] for m in meta["models"])
+    names = "; ".join(f"{g}: {', '.join(m['name'] for m in meta['models'] if m['group'] == g)}" for g in groups)
+    questions = ", ".join(f"{n['questions']} of {task} ({n['videos']} videos)" for task, n in meta["tasks"].items())
+    parts = [
+        f"# Methods that people compare with, {meta['split']} questions: {questions}",
+        verdicts(rows),
+        f"`{meta['command']}`\n\nCheckpoints: {names}. Accuracies and differences in points with 95% intervals: Student's over "
+        "training seeds where a group has several that differ, else clustered by video. Differences are paired. "
+        "ms and faster: from pixels to the first token, tower included, against dense in the same run; medians over batches. changed: "
+        "the share of replies that differ from dense's. EVS is off but in cells that name it.",
+    ]
+    for task in meta["tasks"]:
+        for group in groups:
+            mine = [r for r in rows if r["task"] == task and r["group"] == group]
+            dense = next(r for r in mine if r["cell"] == "dense")
+            title = f"## {task}" + (f", {group}" if len(groups) > 1 else "")
+            parts.append(f"{title}\n\n{markdown([_line(row, dense) for row in mine])}")
+    if results["notes"]:
+        parts.append("## Notes\n\n" + "\n".join(f"- {line}" for line in results["notes"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: Row, dense: Row) -> Row:
+    """A row as people read it."""
+    ms, before = row["ttft_ms"], dense["ttft_ms"]
+    return {
+        "cell": row["cell"],
+        "at": row["set"],
+        "accuracy %": shown(row["accuracy"]),
+        "to dense": shown(row.get("to_dense"), True),
+        "to str": shown(row.get("to_str"), True),
+        "kept % in / mean / last": " / ".join(
+            f"{100 * row[f'retention_{name}']:.0f}" for name in ("input", "mean", "final")
+        ),
+        "FLOPs say": f"{row['total_flop_speedup']:.2f}x",
+        "ms": "" if ms is None else f"{ms:.0f}",
+        "faster": "" if ms is None or before is None else f"{before / ms:.2f}x",
+        "changed %": f"{100 * row['changed']:.0f}",
+    }
+
+
+def picture(results: Row) -> Any:
+    """Accuracy against time from pixels to the first token, a panel for each task and group; marks by set, names beside the points."""
+    rows = [row for row in results["rows"] if row["ttft_ms"] is not None] or results["rows"]
+    panels_of = list(dict.fromkeys((row["task"], row["group"]) for row in rows))
+    fig, panels = figure(len(panels_of), 1, width=7.2, height=6.4)
+    for panel, (task, group) in zip(panels[0], panels_of, strict=True):
+        mine = [row for row in rows if (row["task"], row["group"]) == (task, group)]
+        for number, (name, mark) in enumerate({"": "D", **MARKS}.items()):
+            points = [row for row in mine if row["set"] == name]
+            x = [row["ttft_ms"] or math.nan for row in points]
+            y = [100 * row["accuracy"]["mean"] for row in points]
+            size = 130 if name == OURS else 30
+            panel.scatter(x, y, size, color=COLOURS[number], marker=mark, label=name or "dense", zorder=3)
+            for px, py, row in zip(x, y, points, strict=True):
+                label = row["cell"].removesuffix(", FLOPs of str")
+                panel.annotate(label, (px, py), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
+        panel.set(title=f"{task}, {group}", xlabel="ms from pixels to the first token", ylabel="accuracy, %")
+        panel.grid(alpha=0.25, linewidth=0.5)
+        panel.legend(fontsize=8, frameon=False, loc="lower right")
+    return fig
