@@ -216,12 +216,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception | str, args: argparse.Namespace) -> None:
+    from hybridvlm.checkpoints.names import PACKAGED
+
     print(f"hybridvlm.ask: {error}", file=sys.stderr)
-    if args.model in ("tiny", "tiny-reduced") and "vocabulary" in str(error):
+    if args.model in PACKAGED and "vocabulary" in str(error):
         print("hybridvlm.ask: --grammar explains the embedded model's questions", file=sys.stderr)
 
 
 def _answer(args: argparse.Namespace) -> int:
+    from hybridvlm.checkpoints.names import PACKAGED
     from hybridvlm.compilation import keep_compiled
     from hybridvlm.estimates import mesh_option
     from hybridvlm.inference.conversation import Conversation, check_question
@@ -262,7 +265,7 @@ def _answer(args: argparse.Namespace) -> int:
         thinking=THINKING[args.thinking],
         think_tokens=args.think_tokens,
     )
-    if (note := foreign(model, conversation.clips)) and args.model in ("tiny", "tiny-reduced"):
+    if (note := foreign(model, conversation.clips)) and args.model in PACKAGED:
         print(note, file=sys.stderr)
     answered = False
     for question in questions(args.question, args.follow_up):

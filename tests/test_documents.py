@@ -13,6 +13,7 @@ import subprocess
 
 import pytest
 
+from hybridvlm.checkpoints.names import PACKAGED
 from hybridvlm.config_files import config_names
 from hybridvlm.reduction import parse_method
 from hybridvlm.tiny import figure
@@ -152,7 +153,7 @@ def check_names(options: argparse.Namespace | None, module: str, shown: str) -> 
             parse_method(method)
     model = getattr(options, "model", None)
     if isinstance(model, str) and "/" not in model:
-        assert model in ("tiny", "tiny-reduced", *config_names()), shown
+        assert model in (*PACKAGED, *config_names()), shown
     config = getattr(options, "config", None)
     if module == "hybridvlm.train" and isinstance(config, str):
         changes = [change for change in options.changes if not change.startswith("model=")]

@@ -10,7 +10,8 @@ The cells, each a reduction, are answered along with dense, batch by batch:
   ours      str, str-lookahead and str-calibrated, at --budget of the visual tokens (mean over layers). str-calibrated has layer
             weights that are measured on 8 validation videos, without their answers, of the first checkpoint
   mean      every other method, at the same mean share
-  FLOPs     every other method, at the FLOPs that str has from pixels to the first token, tower and scoring included
+  FLOPs     every other method, at the FLOPs that str has from pixels to the first token, tower and scoring included; those that
+            have them at the same mean share are one cell for both
   with str  those before the decoder at the root of --budget, then str at the root of --budget: the same product
 
 A method that the model cannot take is named with its reason. Answers are kept in OUTPUT/answers: a killed run goes on where it
@@ -43,7 +44,7 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_markdown, progress
 from hybridvlm.eval.evaluate import dense_costs
 from hybridvlm.eval.results import build_row, versions, write_atomic
-from hybridvlm.eval.variants import DENSE, Variant
+from hybridvlm.eval.variants import DENSE, MATCHED, Variant
 from hybridvlm.files import folder_lock
 from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, split
@@ -51,11 +52,11 @@ from hybridvlm.reduction import BudgetError
 from hybridvlm.reduction.methods import METHODS, get_method, load_entry_points
 
 TASKS = ("needle", "needle-scenes")
-OURS, MEAN, FLOPS, COMPOSED = "ours", "mean", "FLOPs", "with str"
-# str and what is made of it are no rivals; of the controls, `random` stands for those with str's plan
-NO_RIVALS = ("str-attention", "str-mamba", "uniform", "saliency", "oneshot-mamba", "oneshot-attention")
+OURS, MEAN, FLOPS, BOTH, COMPOSED = "ours", "mean", "FLOPs", "mean and FLOPs", "with str"
+# str and what is made of it are no rivals; of the controls, `random` and `uniform-input` stand for their kinds
+NO_RIVALS = ("str-attention", "str-mamba", "uniform", "saliency", "oneshot-mamba", "oneshot-attention", "random-input")
 OWN = (REFERENCE, "str-lookahead", "str-calibrated")
-MARKS = {OURS: "*", MEAN: "o", FLOPS: "s", COMPOSED: "^"}
+MARKS = {OURS: "*", MEAN: "o", FLOPS: "s", BOTH: "p", COMPOSED: "^"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +193,21 @@ def _possible(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell], notes: l
         note(*checkpoint.planner.notes)
     if not any(one.name == REFERENCE for one in good):
         raise InputError("\n".join(notes))
-    return good
+    return _once(checkpoints[0], good)
+
+
+def _once(checkpoint: Checkpoint, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells without those of equal FLOPs whose method has these at the same mean share already, which is marked as both."""
+    goal = next(checkpoint.plan(one) for one in cells if one.name == REFERENCE)
+    assert goal is not None  # a cell that drops nothing has no plan, and is left out
+
+    def equal(one: Cell) -> bool:
+        plan = checkpoint.plan(one)
+        return plan is not None and abs(plan.total_flop_ratio / goal.total_flop_ratio - 1) <= MATCHED
+
+    both = {one.method for one in cells if one.set == MEAN and equal(one)}
+    marked = [dataclasses.replace(one, set=BOTH) if one.set == MEAN and one.method in both else one for one in cells]
+    return [one for one in marked if one.set != FLOPS or one.method not in both]
 
 
 def _answer(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> None:

@@ -18,7 +18,7 @@ from hybridvlm.storage import as_path, copy_folder, is_url
 _DATA = pathlib.Path(__file__).parent.parent / "tiny" / "data"
 
 
-PACKAGED = {"tiny": _DATA / "tiny", "tiny-reduced": _DATA / "tiny-reduced"}
+PACKAGED = {name: _DATA / name for name in ("tiny", "tiny-reduced", "tiny-vamba")}
 
 
 SETTINGS = (
@@ -37,7 +37,7 @@ DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")  # nothing else of a reposit
 def resolve(
     name_or_path: str | os.PathLike[str], revision: str | None = None, patterns: tuple[str, ...] = DOWNLOADED
 ) -> pathlib.Path:
-    """The folder of a packaged name (`tiny`, `tiny-reduced`), a path, or an id of the Hugging Face hub ("owner/name").
+    """The folder of a packaged name (`tiny`, `tiny-reduced`, `tiny-vamba`), a path, or an id of the Hugging Face hub ("owner/name").
 
     Of the hub, `revision` (a commit, tag or branch) is fetched unless it is there already, of it the files of `patterns`;
     HF_HUB_OFFLINE=1 asks nobody. A folder of a store (gs://bucket/folder) is copied to this machine, into the user's cache folder.

@@ -73,7 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="tiny", help="packaged name (tiny, tiny-reduced) or checkpoint folder (default: tiny)")
+    add(
+        "--model",
+        default="tiny",
+        help="packaged name (tiny, tiny-reduced, tiny-vamba) or checkpoint folder (default: tiny)",
+    )
     tasks = "comma list of tasks: needle, needle-scenes, paths of .jsonl files, published benchmarks, see --list (default: needle)"
     add("--tasks", default="needle", help=tasks)
     add("--methods", default=METHODS, help=f"comma list, see --list; dense (none) always runs (default: {METHODS})")

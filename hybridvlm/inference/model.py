@@ -245,8 +245,8 @@ def load(
     """The model of a checkpoint.
 
     Args:
-        name_or_path: a folder (this library's, Orbax's or a published one), a packaged name (`tiny`, `tiny-reduced`), or
-            an id of the Hugging Face hub.
+        name_or_path: a folder (this library's, Orbax's or a published one), a packaged name (`tiny`, `tiny-reduced`,
+            `tiny-vamba`), or an id of the Hugging Face hub.
         mesh: the devices that the model runs on, such as `make_mesh(tensor=4, data=-1)`, see `Model.to_mesh`; "auto": the
             smallest tensor x sequence of this process's devices that fits, the rest data (default: one).
         dtype: of the weights and so of the activations, e.g. "bfloat16" (default: float32 for the library's own, else as

@@ -1,6 +1,7 @@
 """The embedded model: its start, its shared passes, its training that resumes, its control, and the packaged checkpoints."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 from hybridvlm.analyze.deletion import separate
+from hybridvlm.ask import main as ask
 from hybridvlm.config_files import load_model_config
+from hybridvlm.eval.__main__ import main as evaluate
 from hybridvlm.inference.model import load
 from hybridvlm.tiny import codes, needle, train
 from hybridvlm.tiny.bank import draw, draw_videos, make_bank
+from hybridvlm.tiny.export import export
 from hybridvlm.tiny.resume import Saved
 from hybridvlm.tiny.setup import initial_params
 from hybridvlm.tiny.shared import arrays
@@ -130,10 +134,10 @@ def test_separate_questions_need_no_token_twice(small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-reduced", pytest.param("tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny-reduced", "tiny", "tiny-vamba"])
 def test_packaged_checkpoints_answer(name):
     model = load(name)
-    assert sum(a.size for a in jax.tree.leaves(model.params)) < 3_000_000
+    assert sum(a.size for a in jax.tree.leaves(model.params)) < (4_500_000 if name == "tiny-vamba" else 3_000_000)
     assert len(model.config.pattern) >= 24
     video, questions = needle.split_questions("val", videos=1, per_video=28)[0]
     seconds = [[float(t) for t in range(video.frames)]] * 4
@@ -146,3 +150,18 @@ def test_packaged_checkpoints_answer(name):
             model.verify(answer)
             right += sum(a == b for a, b in zip(answer.text, questions.answers()[at : at + 4], strict=True))
         assert right >= least
+
+
+@pytest.mark.slow
+def test_the_packaged_vamba_is_evaluated_and_asked(tmp_path, capsys):
+    """Through the commands: dense it knows nearly all, by cross-attention most of that, and chance is far below."""
+    options = ["--model", "tiny-vamba", "--split", "val", "--limit", "28", "--methods", "none,str-attention,random"]
+    assert evaluate([*options, "--output", str(tmp_path / "results")]) == 0
+    rows = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
+    dense, scored, drawn = (row["accuracy"] for row in rows)
+    assert dense > 0.9 and dense > scored > drawn + 0.1
+    export(tmp_path, split="val", limit=1)
+    asked = json.loads((tmp_path / "questions.jsonl").read_text())
+    capsys.readouterr()
+    code = ask([str(tmp_path / asked["video"]), asked["question"], "--model", "tiny-vamba"])
+    assert code == 0 and asked["answer"] in capsys.readouterr().out
