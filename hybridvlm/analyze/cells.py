@@ -101,7 +101,7 @@ class CellPlanner(Planner):
                 raise
             self._note(f"{cell.name}: cannot meet {goal:.3f}, runs at the least it can, {least:g}")
             reduction = dataclasses.replace(reduction, budget=least)
-            return reduction, self._made(reduction, bucket)
+            return self._started(reduction, bucket) if cell.lower else (reduction, self._made(reduction, bucket))
 
     def _made(self, reduction: Reduction, bucket: Bucket) -> ReductionPlan:
         plan = self.model.plan(reduction, bucket.frames, bucket.text)

@@ -14,9 +14,10 @@ The cells, each a reduction, are answered along with dense, batch by batch:
             have them at the same mean share are one cell for both
   with str  those before the decoder at the root of --budget, then str at the root of --budget: the same product
 
-A method that the model cannot take is named with its reason. Answers are kept in OUTPUT/answers: a killed run goes on where it
-stopped, with more checkpoints, tasks and questions too. Checkpoints of one configuration share their programs. A cell's clock is
-that of the run that answered it together with dense.
+Where drops may start too late for a mean share, they start as early as it takes. A method that a checkpoint cannot take is left out
+and named with its reason, as is one that misses what it was to meet by more than 2%. Answers are kept in OUTPUT/answers: a killed run
+goes on where it stopped, with more checkpoints, tasks and questions too. Checkpoints of one configuration share their programs. A
+cell's clock, and that of dense beside it, is that of the one run that answered most of it.
 Written: rivals.json, rivals.md, rivals.png.
 """
 
@@ -31,10 +32,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from hybridvlm.analyze import calibrate, over_seeds
-from hybridvlm.analyze.ablate_checkpoints import Checkpoint, load_models, open_checkpoints, parse_models
+from hybridvlm.analyze.ablate_checkpoints import Checkpoint, NamedModel, load_models, open_checkpoints, parse_models
 from hybridvlm.analyze.ablate_checkpoints import reference as reference_of
 from hybridvlm.analyze.ablate_report import shown
 from hybridvlm.analyze.cells import REFERENCE, Cell, cell
@@ -44,11 +46,9 @@ from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_markdown, progress
 from hybridvlm.eval.evaluate import dense_costs
 from hybridvlm.eval.results import build_row, versions, write_atomic
-from hybridvlm.eval.variants import DENSE, MATCHED, Variant
+from hybridvlm.eval.variants import DENSE, MATCHED, MATCHES, Variant
 from hybridvlm.files import folder_lock
-from hybridvlm.inference.model import Model
 from hybridvlm.options import InputError, split
-from hybridvlm.reduction import BudgetError
 from hybridvlm.reduction.methods import METHODS, get_method, load_entry_points
 
 TASKS = ("needle", "needle-scenes")
@@ -56,6 +56,10 @@ OURS, MEAN, FLOPS, BOTH, COMPOSED = "ours", "mean", "FLOPs", "mean and FLOPs", "
 # str and what is made of it are no rivals; of the controls, `random` and `uniform-input` stand for their kinds
 NO_RIVALS = ("str-attention", "str-mamba", "uniform", "saliency", "oneshot-mamba", "oneshot-attention", "random-input")
 OWN = (REFERENCE, "str-lookahead", "str-calibrated")
+COSTS = (
+    *(f"retention_{name}" for name in ("input", "mean", "final", "achieved")),
+    *("flop_speedup", "total_flop_speedup", "changed", "prefill_ms", "ttft_ms", "ttft_speedup"),
+)
 MARKS = {OURS: "*", MEAN: "o", FLOPS: "s", BOTH: "p", COMPOSED: "^"}
 
 
@@ -91,7 +95,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--tasks takes {' and '.join(TASKS)}, got {wrong[0]!r}")
     if not tasks or len(set(tasks)) < len(tasks):
         raise InputError(f"--tasks takes {' and '.join(TASKS)}, each once, got {options.tasks!r}")
-    methods = rivals() if options.methods is None else split(options.methods)
+    methods = rivals() if options.methods is None else split(options.methods, "--methods")
+    if len(set(methods)) < len(methods):
+        raise InputError(f"--methods takes methods, each once, got {options.methods!r}")
     for name in methods:
         if get_method(name).phase == "none" or name in OWN:
             raise InputError(f"--methods takes the methods that str is compared with, got {name!r}")
@@ -108,33 +114,34 @@ def rivals() -> list[str]:
 
 def cells_of(base: Reduction, weighted: Reduction, methods: Sequence[str]) -> list[Cell]:
     """The cells of the table: `base` is str, `weighted` str-calibrated."""
-    own = [cell(OURS, REFERENCE, base), cell(OURS, "str-lookahead", _as(base, "str-lookahead"))]
-    own.append(cell(OURS, "str-calibrated", weighted, lower=True))
-    mean = [cell(MEAN, name, _as(base, name)) for name in methods]
-    flops = [cell(FLOPS, f"{name}, FLOPs of str", _as(base, name), base, match_kind="total-flops") for name in methods]
     root = f"{math.sqrt(base.budget):.4g}"
     pairs = [f"{name}:{root}+{REFERENCE}:{root}" for name in methods if get_method(name).phase in ("input", "merge")]
-    return own + mean + flops + [cell(COMPOSED, name, _as(base, name, budget=1.0)) for name in pairs]
 
+    def as_(method: str, **changes: Any) -> Reduction:
+        return dataclasses.replace(base, method=method, **changes)
 
-def _as(base: Reduction, method: str, **changes: Any) -> Reduction:
-    return dataclasses.replace(base, method=method, **changes)
+    own = [(REFERENCE, base), ("str-lookahead", as_("str-lookahead")), ("str-calibrated", weighted)]
+    cells = [cell(OURS, name, reduction, lower=True) for name, reduction in own]
+    cells += [cell(MEAN, name, as_(name), lower=True) for name in methods]
+    cells += [cell(FLOPS, f"{name}, FLOPs of str", as_(name), base, match_kind="total-flops") for name in methods]
+    return cells + [cell(COMPOSED, name, as_(name, budget=1.0), lower=True) for name in pairs]
 
 
 def _run(options: argparse.Namespace, tasks: Sequence[str], methods: Sequence[str], folder: pathlib.Path) -> int:
     models = load_models(parse_models(options.models))
     base = reference_of(options, [named.model.reduction for named in models])
-    cells = cells_of(base, calibrate.calibrated(base, _weights(models[0].model)), methods)
     rows: list[Row] = []
     notes: list[str] = []
+    cells = cells_of(base, calibrate.calibrated(base, _weights(models[0], notes)), methods)
     asked: Row = {}
     for task in tasks:
         checkpoints = open_checkpoints(options, models, cells, folder / "answers", task)
-        possible = _possible(checkpoints, cells, notes)
+        possible = _possible(checkpoints, cells, base.budget, notes)
         _answer(checkpoints, possible)
         rows += summarise(task, checkpoints, possible)
         samples = checkpoints[0].runner.task
         asked[task] = {"questions": len(samples.samples), "videos": len(samples.videos)}
+    device = jax.devices()[0]
     results = {
         "rows": rows,
         "notes": notes,
@@ -144,7 +151,9 @@ def _run(options: argparse.Namespace, tasks: Sequence[str], methods: Sequence[st
             "reference": to_dict(base),
             "split": options.split,
             "tasks": asked,
+            "batch_size": options.batch_size,
             "versions": versions(),
+            "device": {"platform": device.platform, "kind": device.device_kind},
         },
     }
     write_json(folder / "rivals.json", results)
@@ -156,54 +165,70 @@ def _run(options: argparse.Namespace, tasks: Sequence[str], methods: Sequence[st
     return 0
 
 
-def _weights(model: Model) -> list[float]:
+def _weights(named: NamedModel, notes: list[str]) -> list[float]:
     """Layer weights of str-calibrated, as `analyze calibrate` measures them by default; 1 everywhere where it cannot judge."""
     parser = argparse.ArgumentParser()
     calibrate.add_arguments(parser)
-    defaults = parser.parse_args([])
+    model, defaults = named.model, parser.parse_args([])
+    scored = score_questions(model, questions(model, defaults))
     try:
-        layers = calibrate.judge(score_questions(model, questions(model, defaults)), model.config.pattern, defaults.top)
+        layers = calibrate.judge(scored, model.config.pattern, defaults.top)
         return calibrate.layer_weights(layers, len(model.config.pattern), defaults.skip)
     except ValueError as error:
-        print(f"note: str-calibrated trusts all layers alike: {error}", file=sys.stderr)
+        _note(notes, f"str-calibrated trusts all layers of {named.name} alike: {error}")
         return [1.0] * len(model.config.pattern)
 
 
-def _possible(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell], notes: list[str]) -> list[Cell]:
-    """The cells that every checkpoint can take; `notes` is told what is left out, and why."""
+def _note(notes: list[str], line: str) -> None:
+    """A line for people, once."""
+    if line not in notes:
+        notes.append(line)
+        print(f"note: {line}", file=sys.stderr)
+
+
+def _possible(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell], budget: float, notes: list[str]) -> list[Cell]:
+    """The cells that every checkpoint can take; `notes` is told what is left out, and why, and what misses its mean share `budget`."""
     good: list[Cell] = []
     left_out: dict[str, list[str]] = {}  # reason -> cells
-
-    def note(*lines: str) -> None:
-        for line in lines:
-            if line not in notes:
-                notes.append(line)
-                print(f"note: {line}", file=sys.stderr)
-
     for one in cells:
-        try:
-            for checkpoint in checkpoints:
+        refused: dict[str, list[str]] = {}  # reason -> checkpoints
+        for checkpoint in checkpoints:
+            try:
                 checkpoint.plan(one)
-        except BudgetError as error:
-            left_out.setdefault(str(error), []).append(one.name)
-            continue
-        good.append(one)
-    note(*(f"left out: {', '.join(names)}: {reason}" for reason, names in left_out.items()))
-    for checkpoint in checkpoints:
-        note(*checkpoint.planner.notes)
+            except ValueError as error:  # the budget, or what a method cannot do under this schedule or on these layers
+                refused.setdefault(str(error), []).append(checkpoint.name)
+        for reason, names in refused.items():
+            of = "" if len(names) == len(checkpoints) else f" (of {', '.join(names)})"
+            left_out.setdefault(f"{reason}{of}", []).append(one.name)
+        good += [] if refused else [one]
+    for reason, names in left_out.items():
+        _note(notes, f"left out: {', '.join(names)}: {reason}")
     if not any(one.name == REFERENCE for one in good):
         raise InputError("\n".join(notes))
-    return _once(checkpoints[0], good)
+    good = _once(checkpoints, good)
+    for checkpoint in checkpoints:
+        for line in checkpoint.planner.notes:
+            if any(line.startswith(f"{one.name}: ") for one in good):
+                _note(notes, line)
+        for one in good:
+            plan = checkpoint.plan(one)
+            if one.set != FLOPS and plan is not None and abs(plan.retention_mean / budget - 1) > MATCHED:
+                share = f"{MATCHES['mean'][1]} {plan.retention_mean:.3f} where {budget:g} was to be met"
+                _note(notes, f"{one.name}: its {share}")
+    return good
 
 
-def _once(checkpoint: Checkpoint, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells without those of equal FLOPs whose method has these at the same mean share already, which is marked as both."""
-    goal = next(checkpoint.plan(one) for one in cells if one.name == REFERENCE)
-    assert goal is not None  # a cell that drops nothing has no plan, and is left out
+def _once(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> list[Cell]:
+    """The cells without those of equal FLOPs whose method has these at the same mean share already, of every checkpoint, which is
+    marked as both."""
+    own = next(one for one in cells if one.name == REFERENCE)
 
     def equal(one: Cell) -> bool:
-        plan = checkpoint.plan(one)
-        return plan is not None and abs(plan.total_flop_ratio / goal.total_flop_ratio - 1) <= MATCHED
+        plans = ((checkpoint.plan(one), checkpoint.plan(own)) for checkpoint in checkpoints)
+        return all(
+            plan is not None and goal is not None and abs(plan.total_flop_ratio / goal.total_flop_ratio - 1) <= MATCHED
+            for plan, goal in plans
+        )
 
     both = {one.method for one in cells if one.set == MEAN and equal(one)}
     marked = [dataclasses.replace(one, set=BOTH) if one.set == MEAN and one.method in both else one for one in cells]
@@ -252,7 +277,7 @@ def summarise(task: str, checkpoints: Sequence[Checkpoint], cells: Sequence[Cell
 
 
 def _costs(members: Sequence[Checkpoint], one: Variant) -> Row:
-    """Shares and FLOPs by the plan, and medians over checkpoints of times from pixels and of the share of changed replies."""
+    """Medians over checkpoints: shares, FLOPs, times, how much faster than dense in the same run, the share of changed replies."""
     found = []
     for checkpoint in members:
         runner = checkpoint.runner
@@ -260,13 +285,13 @@ def _costs(members: Sequence[Checkpoint], one: Variant) -> Row:
         def key(which: str, sample: Any, runner: Any = runner) -> str:
             return runner.key(one if which == "row" else DENSE, sample)
 
-        row, _ = build_row(
+        row, extra = build_row(
             runner.task, one.method, one.budget, runner.plans(one), key, runner.store, dense_costs(runner)
         )
-        found.append(row)
-    same = ("retention_input", "retention_mean", "retention_final", "flop_speedup", "total_flop_speedup")
-    out: Row = {name: found[0][name] for name in same}
-    for name in ("retention_achieved", "changed", "ttft_ms", "prefill_ms"):
+        timed = row["ttft_ms"] is not None and extra["dense_ttft_ms"] is not None
+        found.append(row | {"ttft_speedup": extra["dense_ttft_ms"] / row["ttft_ms"] if timed else None})
+    out: Row = {}
+    for name in COSTS:
         values = [row[name] for row in found if row[name] is not None]
         out[name] = statistics.median(values) if values else None
     return out
@@ -280,7 +305,8 @@ def verdicts(rows: Sequence[Row]) -> str:
             mine = [r for r in rows if r["task"] == task and r["group"] == group and r.get("to_str")]
             better = [r for r in mine if beats(r["to_str"])]
             names = ", ".join(f"**{r['cell']}** ({shown(r['to_str'], True)} points)" for r in better)
-            lines.append(f"{task}, {group}: " + (f"{names} beat str." if better else "no cell beats str."))
+            said = f"{names} beat str" if better else "none beats str"
+            lines.append(f"{task}, {group}: of {len(mine)} cells, {said}.")
     return "\n".join(f"* {line}" for line in lines)
 
 
@@ -301,23 +327,23 @@ def report(results: Row) -> str:
         verdicts(rows),
         f"`{meta['command']}`\n\nCheckpoints: {names}. Accuracies and differences in points with 95% intervals: Student's over "
         "training seeds where a group has several that differ, else clustered by video. Differences are paired. "
-        "ms and faster: from pixels to the first token, tower included, against dense in the same run; medians over batches. changed: "
-        "the share of replies that differ from dense's. EVS is off but in cells that name it.",
+        "ms and faster: from pixels to the first token, tower included, medians over batches, then over checkpoints; faster is "
+        "against dense in the same run of each, and ms of different runs are not comparable. Empty: no video was encoded but in a "
+        "first, untimed call. changed: the share of replies that differ from dense's. EVS is off but in cells that name it.",
     ]
     for task in meta["tasks"]:
         for group in groups:
             mine = [r for r in rows if r["task"] == task and r["group"] == group]
-            dense = next(r for r in mine if r["cell"] == "dense")
             title = f"## {task}" + (f", {group}" if len(groups) > 1 else "")
-            parts.append(f"{title}\n\n{markdown([_line(row, dense) for row in mine])}")
+            parts.append(f"{title}\n\n{markdown([_line(row) for row in mine])}")
     if results["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {line}" for line in results["notes"]))
     return "\n\n".join(parts) + "\n"
 
 
-def _line(row: Row, dense: Row) -> Row:
+def _line(row: Row) -> Row:
     """A row as people read it."""
-    ms, before = row["ttft_ms"], dense["ttft_ms"]
+    ms, faster = row["ttft_ms"], row["ttft_speedup"]
     return {
         "cell": row["cell"],
         "at": row["set"],
@@ -329,7 +355,7 @@ def _line(row: Row, dense: Row) -> Row:
         ),
         "FLOPs say": f"{row['total_flop_speedup']:.2f}x",
         "ms": "" if ms is None else f"{ms:.0f}",
-        "faster": "" if ms is None or before is None else f"{before / ms:.2f}x",
+        "faster": "" if faster is None else f"{faster:.2f}x",
         "changed %": f"{100 * row['changed']:.0f}",
     }
 

@@ -261,7 +261,7 @@ def build_row(
         "retention_achieved": sum(shares) / len(shares),
         "parse_failures": sum(r["parsed"] is None and r["prediction"] is not None for r in answers),
         "unanswered": unanswered,
-        **_from_pixels(used, [dense[s.id] for s in samples if s.id in dense], answers, clock),
+        **_from_pixels(used, [dense[s.id] for s in samples if s.id in dense]),
         "changed": changed / len(answers),
         "evs": evs_rate(method, budget),
     }
@@ -322,11 +322,19 @@ class _Clock(NamedTuple):
 
 
 def _clock(store: SampleStore, keys: set[str], dense_keys: set[str]) -> _Clock:
-    """The readings of a row, by the batches that one run answered under it and under dense."""
+    """The readings of a row, by the batches that one run answered under it and under dense.
+
+    The tower's time is that of all frames of a video by itself, as `encode` took it; prefill's is per question of a batch.
+    """
     timed = [r for r in store.records if r["key"] in keys]
     timed_dense = [r for r in store.records if r["key"] in dense_keys]
     run = timing_run(timed, timed_dense)
     batches, dense_batches = _batches(timed, run), _batches(timed_dense, run)
+
+    def first_token(records: Sequence[Record], prefill: float | None) -> float | None:
+        encode = statistics.median([r["encode_ms"] for r in records if r["run"] == run and r.get("encode_ms")])
+        return encode + prefill if encode and prefill else None
+
     both = sorted(set(batches) & set(dense_batches))
     prefill = statistics.median([batches[b]["prefill_ms"] for b in both])
     dense_prefill = statistics.median([dense_batches[b]["prefill_ms"] for b in both])
@@ -336,9 +344,12 @@ def _clock(store: SampleStore, keys: set[str], dense_keys: set[str]) -> _Clock:
         "decode_ms": statistics.median([batches[b]["decode_ms"] for b in both]),
         "peak_bytes": max((r["peak_bytes"] for r in batches.values()), default=None),
         "compiles": sum(r["compiles"] for r in batches.values()) if batches else None,
+        "ttft_ms": first_token(timed, prefill),
     }
     extra = {
         "timing_run": run,
+        # of dense in the same run, which the row of dense may not be timed in
+        "dense_ttft_ms": first_token(timed_dense, dense_prefill),
         "timed_batches": len(both),
         # of the prefill of a question whose video was there already; None where every prompt is run whole
         "further_ms": statistics.median([batches[b]["further_ms"] for b in both if "further_ms" in batches[b]]),
@@ -346,30 +357,19 @@ def _clock(store: SampleStore, keys: set[str], dense_keys: set[str]) -> _Clock:
     return _Clock(run, row, extra)
 
 
-def _from_pixels(
-    used: Sequence[ReductionPlan | None],
-    dense: Sequence[Cost],
-    answers: Sequence[Record],
-    clock: _Clock,
-) -> Record:
-    """What a row costs from pixels to the first token: predicted, by part and against dense, and measured.
-
-    The tower's time is that of all frames of a video by itself, as `encode` took it; prefill's is per question of a batch.
-    """
+def _from_pixels(used: Sequence[ReductionPlan | None], dense: Sequence[Cost]) -> Record:
+    """What a row costs from pixels to the first token, as predicted: by part, and against dense."""
     plans = [plan for plan in used if plan is not None]
     costs = [plan.cost for plan in plans] or list(dense)
     count = max(1, len(costs))
     total = sum(cost.total for cost in costs)
     whole = sum(plan.dense_cost.total for plan in plans) if plans else total
-    timed = [r["encode_ms"] for r in answers if r["run"] == clock.run and r.get("encode_ms") is not None]
-    encode, prefill = statistics.median(timed), clock.row["prefill_ms"]
     return {
         "retention_input": sum(1.0 if plan is None else plan.retention_input for plan in used) / len(used),
         "decoder_flops": sum(cost.decoder for cost in costs) / count if costs else None,
         "scoring_flops": sum(cost.scoring for cost in costs) / count if costs else None,
         "vision_flops": sum(cost.vision for cost in costs) / count if costs else None,
         "total_flop_speedup": whole / total if total else None,
-        "ttft_ms": encode + prefill if encode and prefill else None,
     }
 
 
@@ -391,7 +391,7 @@ def _empty_row(task: Task, method: str, budget: float, unanswered: int) -> tuple
     row = dict.fromkeys(ROW_KEYS) | {"task": task.name, "method": method, "budget": budget, "n": 0, "by_type": {}}
     extra = {"task": task.name, "method": method, "budget": budget, "videos": 0, "n_by_type": {}, "n_two_hop": 0}
     extra |= {"predictions_changed": 0, "thinking_unfinished": 0, "most_common_reply": 0.0, "timing_run": None}
-    extra |= {"timed_batches": 0, "plans": [], "explained": []}
+    extra |= {"dense_ttft_ms": None, "timed_batches": 0, "plans": [], "explained": []}
     return row | {"parse_failures": 0, "unanswered": unanswered}, extra
 
 

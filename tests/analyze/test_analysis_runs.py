@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,26 +10,34 @@ import pytest
 
 from hybridvlm.analyze import __main__ as analyze
 from hybridvlm.analyze import ablate, ablate_checkpoints, probe, rivals
-from hybridvlm.analyze.common import load_model
+from hybridvlm.analyze.common import load_model, write_figure
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import Buckets, Reduction, Schedule
 from hybridvlm.config_files import load_model_config
 from hybridvlm.eval.runner import Runner
 from hybridvlm.models import nemotron_vl
 from hybridvlm.models.prompt import PromptStyle
+from hybridvlm.tiny import needle
 from hybridvlm.tiny.resume import write_checkpoint
+
+
+def write_random(root, **checkpoints):
+    """{name: folder} of small random checkpoints, each of a pattern and a seed; seeds of one pattern share a program."""
+    out, programs = {}, {}
+    for name, (pattern, seed) in checkpoints.items():
+        config = dataclasses.replace(load_model_config("tiny"), pattern=pattern, name=name)
+        if pattern not in programs:
+            programs[pattern] = jax.jit(lambda key, config=config: nemotron_vl.init(config, key))
+        params = programs[pattern](jax.random.key(seed))
+        write_checkpoint(root / name, config, params, name, Reduction("str", 0.5, schedule=Schedule(start=0)))
+        out[name] = str(root / name)
+    return out
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two seeds of a small hybrid, and one Transformer of as many layers."""
-    root, out = tmp_path_factory.mktemp("checkpoints"), {}
-    for name, pattern, seed in (("h0", "M*M*", 0), ("h1", "M*M*", 1), ("t0", "****", 0)):
-        config = dataclasses.replace(load_model_config("tiny"), pattern=pattern, name=name)
-        params = jax.jit(lambda key, config=config: nemotron_vl.init(config, key))(jax.random.key(seed))
-        write_checkpoint(root / name, config, params, name, Reduction("str", 0.5, schedule=Schedule(start=0)))
-        out[name] = str(root / name)
-    return out
+    return write_random(tmp_path_factory.mktemp("checkpoints"), h0=("M*M*", 0), h1=("M*M*", 1), t0=("****", 0))
 
 
 def run(capsys, *argv):
@@ -67,6 +76,9 @@ def test_help_and_what_is_refused(capsys, folders, tmp_path):
         (["rivals", "--models", folders["h0"], "--tasks", "needle,videomme"], "'videomme'"),
         (["rivals", "--models", folders["h0"], "--tasks", "needle,needle"], "each once"),
         (["rivals", "--models", folders["h0"], "--methods", "str"], "'str'"),
+        (["rivals", "--models", folders["h0"], "--methods", "evs,evs"], "each once"),
+        (["rivals", "--models", folders["h0"], "--methods", ","], "at least one"),
+        (["rivals", "--models", "tiny-vamba"], "two streams"),
         (["rivals", "--models", folders["h0"], "--methods", "vidcom"], "vidcom2"),
     ):
         code, _, error = run(capsys, *argv)
@@ -258,31 +270,114 @@ def test_calibration_is_written_and_taken_by_a_plan(capsys, folders, tmp_path):
     assert f"layer_weights={','.join(f'{t:g}' for t in data['layer_weights'])}" in told
 
 
-def test_rivals_are_compared_on_both_tasks_and_resume(capsys, folders, tmp_path, monkeypatch):
-    output = tmp_path / "rivals"
-    argv = ["rivals", "--models", f"hybrid={folders['h0']},{folders['h1']}", "--methods", "evs,visionzip"]
-    argv += ["--budget", "0.5", "--limit", "4", "--batch-size", "4", "--output", output]
-    code, out, error = run(capsys, *argv)
+MEASURED = rivals._weights
+
+
+@pytest.fixture
+def uncalibrated(monkeypatch):
+    """Layer weights of str-calibrated without the passes that measure them."""
+    monkeypatch.setattr(rivals, "_weights", lambda named, notes: [0.0, 1.0, 1.0, 1.0])
+
+
+@pytest.fixture
+def planned(capsys, monkeypatch, tmp_path, uncalibrated):
+    """planned(*argv) -> (checkpoints, cells by name, notes) of `rivals`, which stops before anything is answered."""
+    seen = []
+
+    def stop(*found):
+        seen.append(found)
+        raise ValueError("planned")
+
+    monkeypatch.setattr(rivals, "_answer", stop)
+
+    def plan(*argv):
+        argv = ["rivals", *argv, "--tasks", "needle", "--limit", 4, "--output", tmp_path / "planned"]
+        code, _, error = run(capsys, *argv)
+        assert code == 2 and error.endswith("error: planned\n"), error
+        checkpoints, cells = seen.pop()
+        return checkpoints, {one.name: one for one in cells}, error
+
+    return plan
+
+
+def test_rivals_meet_the_share_and_the_flops_of_str(planned, folders):
+    argv = ["--models", folders["h0"], "--methods", "evs,tome,random,visionzip"]
+    (checkpoint,), cells, notes = planned(*argv, "--budget", 0.5)
+    assert list(cells) == [
+        *("str", "str-lookahead", "str-calibrated", "evs", "tome", "random"),
+        *("evs, FLOPs of str", "tome, FLOPs of str", "evs:0.7071+str:0.7071", "tome:0.7071+str:0.7071"),
+    ]
+    assert "left out: visionzip, visionzip, FLOPs of str, visionzip:0.7071+str:0.7071: visionzip ranks by" in notes
+    # the schedule of str, and so its FLOPs
+    assert cells["random"].set == rivals.BOTH and cells["evs"].set == rivals.MEAN
+    own = checkpoint.plan(cells["str"])
+    for name, one in cells.items():
+        plan = checkpoint.plan(one)
+        if one.set == rivals.FLOPS:
+            assert plan.total_flop_ratio == pytest.approx(own.total_flop_ratio, rel=0.02) or f"{name}: its" in notes
+        elif abs(plan.retention_mean / 0.5 - 1) > 0.02:
+            assert (
+                f"{name}: its mean share of visual tokens is {plan.retention_mean:.3f} where 0.5 was to be met" in notes
+            )
+    # 11 of 16 tokens a frame, in place of 0.7071 of them
+    assert "tome:0.7071+str:0.7071: its mean share of visual tokens is 0.48" in notes
+
+
+def test_rivals_say_which_checkpoint_cannot_take_a_method(planned, folders):
+    both = [folders["h0"], folders["t0"]]
+    # ranks after Mamba layers alone; a schedule that is written out, and layer weights that bend one
+    written = ["--schedule", "shape=list", "values=1,0.7,0.5,0.3", "--budget", 0.6]
+    _, cells, notes = planned("--models", *both, "--methods", "utrc,random", *written)
+    assert list(cells) == ["str", "str-lookahead", "random"]
+    assert "left out: utrc: utrc drops after M, and these 4 layers have no such site" in notes
+    assert f"(of {folders['t0']})" in notes and "left out: str-calibrated: str-calibrated takes a schedule" in notes
+
+
+def test_a_rival_is_one_cell_for_both_only_where_all_checkpoints_say_so(planned, folders):
+    both = [folders["h0"], folders["t0"]]
+    checkpoints, cells, _ = planned("--models", *both, "--methods", "evs", "--budget", 0.65)
+    near = [c.plan(cells["evs"]).total_flop_ratio / c.plan(cells["str"]).total_flop_ratio > 0.98 for c in checkpoints]
+    assert near == [True, False] and cells["evs"].set == rivals.MEAN and "evs, FLOPs of str" in cells
+
+
+def test_rivals_have_the_flops_of_the_str_that_runs(planned, folders):
+    """Where a schedule starts too late for the budget, all of it starts as early as it takes."""
+    argv = ["--models", folders["h0"], "--methods", "frames,random", "--schedule", "start=2", "--budget", 0.7]
+    (checkpoint,), cells, notes = planned(*argv)
+    own, frames = (checkpoint.plan(cells[name]) for name in ("str", "frames, FLOPs of str"))
+    assert "str: drops start after layer 1, to meet the budget" in notes and cells["random"].set == rivals.BOTH
+    assert own.retention_mean == pytest.approx(0.7, rel=0.01)
+    assert frames.total_flop_ratio == pytest.approx(own.total_flop_ratio, rel=0.02)
+
+
+def test_rivals_are_compared_on_both_tasks_and_resume(capsys, tmp_path, monkeypatch, uncalibrated):
+    """Two seeds of two layers, short videos, and without the cells that are planned like others: each compiles two programs."""
+    cells_of = rivals.cells_of
+    monkeypatch.setattr(needle, "FRAMES", 8)
+    monkeypatch.setattr(
+        rivals, "cells_of", lambda *given: [c for c in cells_of(*given) if c.name not in rivals.OWN[1:]]
+    )
+    seeds, output = write_random(tmp_path, s0=("M*", 0), s1=("M*", 1)), tmp_path / "rivals"
+    argv = ["rivals", "--models", f"hybrid={seeds['s0']},{seeds['s1']}", "--methods", "evs"]
+    argv += ["--budget", "0.64", "--limit", "8", "--batch-size", "4", "--output", output]
+    code, _, error = run(capsys, *argv)
     assert code == 0, error
-    assert "visionzip ranks by the attention of the vision tower" in error and (output / "rivals.png").stat().st_size
+    assert (output / "rivals.png").stat().st_size
     results = json.loads((output / "rivals.json").read_text())
-    cells = ["dense", "str", "str-lookahead", "str-calibrated", "evs", "evs, FLOPs of str", "evs:0.7071+str:0.7071"]
+    cells = ["dense", "str", "evs", "evs:0.8+str:0.8"]
     rows = {(row["task"], row["cell"]): row for row in results["rows"]}
-    assert list(rows) == [(task, cell) for task in ("needle", "needle-scenes") for cell in cells]
-    for task in ("needle", "needle-scenes"):
+    assert list(rows) == [(task, cell) for task in rivals.TASKS for cell in cells]
+    for (task, cell), row in rows.items():
         own, dense = rows[task, "str"], rows[task, "dense"]
-        assert own["retention_mean"] == pytest.approx(0.5, abs=0.01) == rows[task, "evs"]["retention_mean"]
-        assert rows[task, cells[-1]]["retention_mean"] == pytest.approx(0.5, abs=0.02)
-        # equal from pixels: what evs saves before layer 0 is met by keeping more
-        assert rows[task, cells[5]]["total_flop_speedup"] == pytest.approx(own["total_flop_speedup"], rel=0.02)
+        assert row["retention_mean"] == pytest.approx(1.0 if cell == "dense" else 0.64, abs=0.02)
+        assert row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=0.02)
+        assert len(row["accuracy"]["each"]) == 2 and row["ttft_ms"] > row["prefill_ms"] > 0 and row["ttft_speedup"] > 0
+        for other, name in ((own, "to_str"), (dense, "to_dense")):
+            gap = row["accuracy"]["mean"] - other["accuracy"]["mean"]
+            assert cell in ("dense", other["cell"]) or row[name]["mean"] == pytest.approx(gap)
         assert dense["total_flop_speedup"] == 1.0 < own["total_flop_speedup"] and dense["changed"] == 0.0
-        for cell in cells:
-            row = rows[task, cell]
-            assert len(row["accuracy"]["each"]) == 2 and row["prefill_ms"] > 0
-            assert row["retention_achieved"] == pytest.approx(row["retention_mean"], abs=0.02)
-            gap = row["accuracy"]["mean"] - own["accuracy"]["mean"]
-            assert cell in ("dense", "str") or row["to_str"]["mean"] == pytest.approx(gap)
-    assert out.splitlines()[2].startswith("* needle, hybrid: ")
+    for task in rivals.TASKS:
+        assert f"* {task}, hybrid: of 2 cells, " in (output / "rivals.md").read_text()
 
     def nothing(self, *_):
         raise AssertionError("what is known was asked again")
@@ -290,6 +385,27 @@ def test_rivals_are_compared_on_both_tasks_and_resume(capsys, folders, tmp_path,
     monkeypatch.setattr(Runner, "run", nothing)
     assert run(capsys, *argv)[0] == 0
     assert json.loads((output / "rivals.json").read_text())["rows"] == results["rows"]
+
+    # a later, slower run, such as one that answers further cells, has dense along: it says nothing of the cells of the first
+    for path in (output / "answers").iterdir():
+        slow = [json.loads(line) | {"run": "9"} for line in path.read_text().splitlines()]
+        slow = [r | {"prefill_ms": 1e5, "encode_ms": 1e5} for r in slow if r["method"] == "none"]
+        path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in slow))
+    assert run(capsys, *argv)[0] == 0
+    for row in json.loads((output / "rivals.json").read_text())["rows"]:
+        first = rows[row["task"], row["cell"]]
+        assert row["ttft_ms"] == (2e5 if row["cell"] == "dense" else first["ttft_ms"]), row["cell"]
+        assert row["ttft_speedup"] == pytest.approx(1.0 if row["cell"] == "dense" else first["ttft_speedup"])
+
+
+def test_rivals_without_times_are_drawn(capsys):
+    """Of one video no time from pixels is known: its encoding is the first call of the tower's program."""
+    known = {"mean": 0.5, "ci95_seeds": None, "ci95_videos": None}
+    rows = [
+        {"task": "needle", "group": "g", "cell": name, "set": set_, "accuracy": known, "ttft_ms": None}
+        for name, set_ in (("dense", ""), ("str", rivals.OURS))
+    ]
+    write_figure(pathlib.Path("/dev/null"), rivals.picture({"rows": rows}))
 
 
 def test_the_report_names_what_beats_str_first():
@@ -305,7 +421,17 @@ def test_the_report_names_what_beats_str_first():
         return {"ci95_seeds": None, "ci95_videos": [low, high]}
 
     first = rivals.verdicts([row("evs", -0.1, -0.02), row("dart", 0.01, 0.03), row("tome", -0.01, 0.03)])
-    assert first == "* needle, g: **dart** (+2.0 [+1.0, +3.0] points) beat str."
-    assert rivals.verdicts([row("evs", -0.1, 0.0)]) == "* needle, g: no cell beats str."
+    assert first == "* needle, g: of 3 cells, **dart** (+2.0 [+1.0, +3.0] points) beat str."
+    assert rivals.verdicts([row("evs", -0.1, 0.0)]) == "* needle, g: of 1 cells, none beats str."
     over = {"mean": 0.02, "ci95_seeds": [-0.01, 0.05], "ci95_videos": [0.01, 0.03]}
     assert not rivals.beats(over) and not rivals.beats({"mean": 1.0} | intervals(None, None) | {"ci95_videos": None})
+
+
+@pytest.mark.slow
+def test_rivals_measure_the_layer_weights_of_the_first_checkpoint(planned, monkeypatch):
+    monkeypatch.setattr(rivals, "_weights", MEASURED)
+    _, cells, notes = planned("--models", "tiny-reduced", "--methods", "random")
+    weights = cells["str-calibrated"].reduction.schedule.layer_weights
+    pattern = load_model("tiny-reduced").config.pattern
+    assert len(weights) == len(pattern) and 0 < sum(weights) < sum(kind in "M*" for kind in pattern)
+    assert "trusts all layers" not in notes
