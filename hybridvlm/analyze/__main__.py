@@ -7,7 +7,6 @@ import importlib
 import shlex
 import sys
 
-from hybridvlm.compilation import keep_compiled
 from hybridvlm.files import FolderBusy
 from hybridvlm.options import add_compilation_cache
 
@@ -70,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     add_compilation_cache(parser)
     options = parser.parse_args(argv[1:])
     options.command = shlex.join(["python", "-m", "hybridvlm.analyze", *argv])
+    from hybridvlm.compilation import keep_compiled
+
     try:
         keep_compiled(options.compilation_cache)
         return module.run(options) or 0
