@@ -95,7 +95,10 @@ def load_model(name: str, dtype: str = "float32") -> Model:
     """A checkpoint of the Nemotron VL family or of Qwen VL; ValueError for a family whose layers these analyses do not know."""
     model = load(name, dtype=dtype)
     if model.family.embed_prompt is None:
-        raise ValueError(f"--model {name}: layers of a {type(model.config).__name__} are not analysed here")
+        raise ValueError(
+            f"--model {name}: layers of a {type(model.config).__name__}, whose text and video are two streams, are not analysed here; "
+            "give a model of one row, such as tiny or tiny-reduced"
+        )
     return model
 
 
