@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, print, and return the rows."""
-
     config = load_model_config(args.config)
     if config.vision is None:
         raise ValueError(
