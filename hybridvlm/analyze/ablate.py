@@ -201,7 +201,8 @@ def _estimate(checkpoints, work) -> str:
     building = compile_seconds * sum(programs.values())
     return (
         f"{sum(n for _, _, n in work)} answers to find, {1e3 * each:.0f} ms each when dense: about {total / 60:.0f} min, and "
-        f"about {building / 60:.0f} min for the compiler ({len(programs)} programs); the answers found are kept"
+        f"about {building / 60:.0f} min for the compiler ({len(programs)} programs; too little where of these "
+        "an earlier run has kept that of dense alone); the answers found are kept"
     )
 
 

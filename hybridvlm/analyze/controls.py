@@ -23,6 +23,7 @@ _WORDS = {
     "lookahead-question": "by another question's rows",
     "lookahead-mixed": "mean of its rank and c·b's",
 }
+NAMES = tuple(_WORDS)
 
 
 def register() -> dict[str, str]:

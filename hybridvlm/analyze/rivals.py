@@ -35,7 +35,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridvlm.analyze import calibrate, over_seeds
+from hybridvlm.analyze import calibrate, controls, over_seeds
 from hybridvlm.analyze.ablate_checkpoints import Checkpoint, NamedModel, load_models, open_checkpoints, parse_models
 from hybridvlm.analyze.ablate_checkpoints import reference as reference_of
 from hybridvlm.analyze.ablate_report import shown
@@ -109,7 +109,8 @@ def run(options: argparse.Namespace) -> int:
 def rivals() -> list[str]:
     """The methods that people compare with, by name, and those that others have registered."""
     load_entry_points()
-    return [m.name for m in METHODS.values() if m.phase != "none" and m.name not in (*OWN, *NO_RIVALS)]
+    left_out = ("none", *OWN, *NO_RIVALS, *controls.NAMES)
+    return [name for name in METHODS if name not in left_out]
 
 
 def cells_of(base: Reduction, weighted: Reduction, methods: Sequence[str]) -> list[Cell]:
@@ -321,9 +322,9 @@ def report(results: Row) -> str:
     meta, rows = results["metadata"], results["rows"]
     groups = dict.fromkeys(m["group"] for m in meta["models"])
     names = "; ".join(f"{g}: {', '.join(m['name'] for m in meta['models'] if m['group'] == g)}" for g in groups)
-    questions = ", ".join(f"{n['questions']} of {task} ({n['videos']} videos)" for task, n in meta["tasks"].items())
+    asked = ", ".join(f"{n['questions']} of {task} ({n['videos']} videos)" for task, n in meta["tasks"].items())
     parts = [
-        f"# Methods that people compare with, {meta['split']} questions: {questions}",
+        f"# Methods that people compare with, {meta['split']} questions: {asked}",
         verdicts(rows),
         f"`{meta['command']}`\n\nCheckpoints: {names}. Accuracies and differences in points with 95% intervals: Student's over "
         "training seeds where a group has several that differ, else clustered by video. Differences are paired. "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridvlm.analyze import __main__ as analyze
-from hybridvlm.analyze import ablate, ablate_checkpoints, probe, rivals
+from hybridvlm.analyze import ablate, ablate_checkpoints, controls, probe, rivals
 from hybridvlm.analyze.common import load_model, write_figure
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import Buckets, Reduction, Schedule
@@ -77,6 +77,7 @@ def test_help_and_what_is_refused(capsys, folders, tmp_path):
         (["rivals", "--models", folders["h0"], "--tasks", "needle,needle"], "each once"),
         (["rivals", "--models", folders["h0"], "--methods", "str"], "'str'"),
         (["rivals", "--models", folders["h0"], "--methods", "evs,evs"], "each once"),
+        (["rivals", "--models", folders["h0"], "--methods", "evs:0.5"], "did you mean 'evs'"),
         (["rivals", "--models", folders["h0"], "--methods", ","], "at least one"),
         (["rivals", "--models", "tiny-vamba"], "two streams"),
         (["rivals", "--models", folders["h0"], "--methods", "vidcom"], "vidcom2"),
@@ -298,6 +299,12 @@ def planned(capsys, monkeypatch, tmp_path, uncalibrated):
         return checkpoints, {one.name: one for one in cells}, error
 
     return plan
+
+
+def test_rivals_are_those_that_people_compare_with():
+    controls.register()
+    found = rivals.rivals()
+    assert {"evs", "random", "visionzip"} <= set(found) and not {"str", "none", controls.SECOND} & set(found)
 
 
 def test_rivals_meet_the_share_and_the_flops_of_str(planned, folders):
