@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import pathlib
 import threading
 import time
 from collections.abc import Callable
@@ -52,6 +53,18 @@ def _axes_in_memory(array: Any) -> tuple[int, ...] | None:
     return None if order == tuple(range(len(order))) else order
 
 
+def memory_maps_used() -> float:
+    """The share of the memory maps that Linux gives a process which this one holds; 0.0 where nothing tells.
+
+    A compiled program of a CPU takes one or more for each of its kernels, and XLA ends the process where there are none left.
+    """
+    try:
+        most = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") / most
+    except (OSError, ValueError):
+        return 0.0
+
+
 class ProgramCache:
     """Compiled programs. A program's key: the function, its static arguments, the shapes of its arrays and how they lie in memory.
 
@@ -65,6 +78,10 @@ class ProgramCache:
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def clear(self) -> None:
+        """Let go of all programs; what is asked for again is compiled again."""
+        self._programs.clear()
 
     def get(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
         """The compiled program of `function(*args, **static)`, made at the first call.

@@ -24,7 +24,7 @@ from scipy import stats
 from hybridvlm.checkpoints.folder import save_folder
 from hybridvlm.config import Reduction, Schedule, ScoreOptions
 from hybridvlm.eval import __main__ as command
-from hybridvlm.eval import statistics
+from hybridvlm.eval import runner, statistics
 from hybridvlm.eval.results import ROW_KEYS, SampleStore, timing_run, write_atomic
 from hybridvlm.eval.tasks import parse_choice
 from hybridvlm.eval.tasks.jsonl import read_samples
@@ -416,6 +416,28 @@ def test_new_methods_join_old_answers(world, done, tmp_path):
     assert all(row["speedup"] is not None for row in results["rows"])
     old = answers_of(done)
     assert all(value == old[key] for key, value in answers_of(output).items() if key in old)
+
+
+def test_many_methods_are_answered_in_groups_with_dense_along_and_their_programs_go(world, done, tmp_path, monkeypatch):
+    """One by one, each with no more programs than it needs: the answers of both together, each clock with a dense of its own."""
+    monkeypatch.setattr(runner, "TOGETHER", 1)
+    monkeypatch.setattr(runner, "MAPS", -1.0)
+    forgotten, forget = [], runner.Runner._forget_programs
+
+    def counted(self):
+        forgotten.append(len(self.model.programs))
+        forget(self)
+        assert len(self.model.programs) == 0
+
+    monkeypatch.setattr(runner.Runner, "_forget_programs", counted)
+    run_eval(world, tmp_path / "out", "--methods", "str,uniform-input", "--budgets", "0.5", check=0)
+    assert answers_of(tmp_path / "out") == answers_of(done)
+    assert len(forgotten) == 2 and forgotten[0] < forgotten[1]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    clocks = [extra["timing_run"] for extra in results["details"]]
+    assert clocks[2] == clocks[1] + ".1" and all(row["speedup"] is not None for row in results["rows"])
+    batches = {(r["run"], r["batch"]) for r in lines_of(tmp_path / "out") if r["method"] == "none"}
+    assert {run for run, _ in batches} == set(clocks[1:])
 
 
 def environment(compiled):
