@@ -5,7 +5,7 @@
     python -m hybridvlm.analyze rivals --models finetuned=runs/h0/export,runs/h1/export,runs/h2/export --split test --limit 0
         three training seeds, all questions of the test split
 
-The cells, each a reduction, are answered along with dense, batch by batch:
+The cells, each a reduction, are answered some at a time along with dense, batch by batch:
 
   ours      str, str-lookahead and str-calibrated, at --budget of the visual tokens (mean over layers). str-calibrated has layer
             weights that are measured on 8 validation videos, without their answers, of the first checkpoint
@@ -17,7 +17,7 @@ The cells, each a reduction, are answered along with dense, batch by batch:
 Where drops may start too late for a mean share, they start as early as it takes. A method that a checkpoint cannot take is left out
 and named with its reason, as is one that misses what it was to meet by more than 2%. Answers are kept in OUTPUT/answers: a killed run
 goes on where it stopped, with more checkpoints, tasks and questions too. Checkpoints of one configuration share their programs. A
-cell's clock, and that of dense beside it, is that of the one run that answered most of it.
+cell's clock is that of the one run that answered most of it, and it is compared with dense in that run alone.
 Written: rivals.json, rivals.md, rivals.png.
 """
 
@@ -237,7 +237,7 @@ def _once(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> list[Cell
 
 
 def _answer(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> None:
-    """Answer what is missing, every batch under dense and all cells before the next one, so that their clocks tick side by side."""
+    """Answer what is missing, every batch under dense and the cells beside it before the next one: their clocks tick side by side."""
     variants: list[Variant] = [DENSE, *cells]
     for checkpoint in checkpoints:
         checkpoint.runner.variants = variants
@@ -362,22 +362,25 @@ def _line(row: Row) -> Row:
 
 
 def picture(results: Row) -> Any:
-    """Accuracy against time from pixels to the first token, a panel for each task and group; marks by set, names beside the points."""
-    rows = [row for row in results["rows"] if row["ttft_ms"] is not None] or results["rows"]
+    """Accuracy against time from pixels to the first token, in percent of dense's in the same run, a panel for each task and group;
+    marks by set, names beside the points."""
+    rows = [row for row in results["rows"] if row["ttft_speedup"] is not None] or results["rows"]
     panels_of = list(dict.fromkeys((row["task"], row["group"]) for row in rows))
     fig, panels = figure(len(panels_of), 1, width=7.2, height=6.4)
     for panel, (task, group) in zip(panels[0], panels_of, strict=True):
         mine = [row for row in rows if (row["task"], row["group"]) == (task, group)]
         for number, (name, mark) in enumerate({"": "D", **MARKS}.items()):
             points = [row for row in mine if row["set"] == name]
-            x = [row["ttft_ms"] or math.nan for row in points]
+            x = [100 / (row["ttft_speedup"] or math.nan) for row in points]
             y = [100 * row["accuracy"]["mean"] for row in points]
             size = 130 if name == OURS else 30
             panel.scatter(x, y, size, color=COLOURS[number], marker=mark, label=name or "dense", zorder=3)
             for px, py, row in zip(x, y, points, strict=True):
                 label = row["cell"].removesuffix(", FLOPs of str")
                 panel.annotate(label, (px, py), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
-        panel.set(title=f"{task}, {group}", xlabel="ms from pixels to the first token", ylabel="accuracy, %")
+        panel.set(
+            title=f"{task}, {group}", xlabel="time from pixels to the first token, % of dense", ylabel="accuracy, %"
+        )
         panel.grid(alpha=0.25, linewidth=0.5)
         panel.legend(fontsize=8, frameon=False, loc="lower right")
     return fig
