@@ -2,8 +2,8 @@
 
 Weights, pixels, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part
 of the time; compilation and the first run are not. The vision tower is timed by itself, of a method that spares it
-(evs-pixels, frames) with what is left of it; from_pixels_ columns are tower and decoder together. The second prompt is the one that
-a real video gets, with a time stamp before every frame: text that stays whatever a method drops, unless --drop-text says
+(evs-pixels, frames) or reads its attention (visionzip) as that has it; from_pixels_ columns are tower and decoder
+together. The second prompt is the one that a real video gets, with a time stamp before every frame: text that stays whatever a method drops, unless --drop-text says
 otherwise. With --questions 2 also what a further question on the same video takes, once the layers before the first drop
 have seen it.
 """
@@ -27,6 +27,9 @@ from hybridvlm.options import add_drop_text, override, split
 from hybridvlm.reduction import ReductionPlan, make_plan, parse_method
 from hybridvlm.reduction.pixels import PixelSelection
 
+# what of a video's pixels enters the tower (None: all), and whether its attention comes out
+Encoding = tuple[PixelSelection | None, bool]
+WHOLE: Encoding = (None, False)
 STAMP_TOKENS = 12  # of "Frame 7 sampled at 3.50 seconds: <img>" and its end, in the vocabulary of Nemotron Nano
 
 
@@ -73,8 +76,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     timing.say(f"{config.name or args.config}: {frames} frames of {per_frame} tokens, {args.text} text tokens")
     params = random_params(config)
-    selections = dict.fromkeys(_selection(plan) for by_method in plans.values() for plan in by_method.values())
-    visual, towers = _encoded(config, params, frames, list(selections), timed=args.vision)
+    encodings = dict.fromkeys(_encoding(plan) for by_method in plans.values() for plan in by_method.values())
+    visual, towers = _encoded(config, params, frames, list(encodings), timed=args.vision)
     rows = []
     for stamps, by_method in plans.items():
         rows += _measure(args, config, params, visual, by_method, stamps, towers)
@@ -138,19 +141,19 @@ def _compiled(function: Callable, *args) -> tuple[Callable[[], Any], float]:
     return lambda: program(*args), seconds
 
 
-def _selection(plan: ReductionPlan | None) -> PixelSelection | None:
-    """What of a video's pixels enters the tower under a plan; None: all."""
-    return None if plan is None else plan.pixel_selection
+def _encoding(plan: ReductionPlan | None) -> Encoding:
+    """What of a video's pixels enters the tower under a plan (None: all), and whether it hands out its attention."""
+    return WHOLE if plan is None else (plan.pixel_selection, plan.needs_attention)
 
 
 def _encoded(
     config: ModelConfig,
     params: dict[str, Any],
     frames: int,
-    selections: Sequence[PixelSelection | None],
+    encodings: Sequence[Encoding],
     timed: bool,
-) -> tuple[dict[PixelSelection | None, Any], dict[PixelSelection | None, list[float]]]:
-    """(visual tokens of a random video as each selection has them, seconds of the tower for each, where `timed`).
+) -> tuple[dict[Encoding, Any], dict[Encoding, list[float]]]:
+    """(visual tokens of a random video as each encoding has them, seconds of the tower for each, where `timed`).
 
     Of a whole video, where no tower has to run for it, tokens are drawn at random.
     """
@@ -161,27 +164,29 @@ def _encoded(
     shape = (1, frames, *config.tower.image_size, 3)
     pixels = jax.device_put(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     count = np.full(1, frames, np.int32)
-    tokens: dict[PixelSelection | None, Any] = {}
+    tokens: dict[Encoding, Any] = {}
     calls = {}
-    for keep in selections:
-        if keep is None and not timed:
+    for encoding in encodings:
+        keep, attention = encoding
+        if encoding == WHOLE and not timed:
             size = (1, frames, config.tower.tokens_per_frame, config.width)
-            tokens[None] = jax.random.normal(jax.random.key(1), size)
+            tokens[WHOLE] = jax.random.normal(jax.random.key(1), size)
             continue
-        timing.say(f"the vision tower on {frames} frames" + ("" if keep is None else f", with {keep.method}"))
+        how = ", with its attention" if attention else "" if keep is None else f", with {keep.method}"
+        timing.say(f"the vision tower on {frames} frames{how}")
 
-        def run_tower(params, pixels, count, keep=keep):
-            return encode(params, config, pixels, keep=keep, frame_count=None if keep is None else count)
+        def run_tower(params, pixels, count, keep=keep, attention=attention):
+            return encode(params, config, pixels, attention, keep, None if keep is None else count)
 
-        calls[keep], _ = _compiled(run_tower, params, pixels, count)
-        tokens[keep] = calls[keep]()
+        calls[encoding], _ = _compiled(run_tower, params, pixels, count)
+        tokens[encoding] = calls[encoding]()
     return tokens, timing.interleaved(calls, rounds=3, warmup=0) if timed else {}
 
 
 def _measure(args, config, params, visual, plans, stamps: int, towers) -> list[dict[str, Any]]:
     from hybridvlm.models import nemotron_vl
 
-    frames, per_frame = visual[None].shape[1:3]
+    frames, per_frame = visual[WHOLE].shape[1:3]
     text = args.text + stamps * frames
     calls, compile_s = {}, {}
     for method, plan in plans.items():
@@ -195,7 +200,7 @@ def _measure(args, config, params, visual, plans, stamps: int, towers) -> list[d
             out = nemotron_vl.prefill(params, config, batch, visual, plan, 0)
             return out.logits, out.decoder.caches
 
-        given = visual[_selection(plan)]
+        given = visual[_encoding(plan)]
         calls[method], compile_s[method] = _compiled(prefill, params, batch, given)
         if args.questions > 1 and nemotron_vl.memory_serves(plan):
             memory, further = _in_two(config, params, batch, given, plan)
@@ -231,8 +236,8 @@ def _from_pixels(plan: ReductionPlan | None, dense_ms: float, ms: float, towers)
     """Columns from pixels to the first token: the tower's time under a plan, both together, and how much faster than dense."""
     if not towers:
         return {"vision_ms": None}
-    vision_ms = timing.median_ms(towers[_selection(plan)])
-    dense = timing.median_ms(towers[None]) + dense_ms
+    vision_ms = timing.median_ms(towers[_encoding(plan)])
+    dense = timing.median_ms(towers[WHOLE]) + dense_ms
     return {
         "vision_ms": vision_ms,
         "from_pixels_ms": vision_ms + ms,

@@ -90,6 +90,27 @@ def test_prefill_from_pixels(micro, tmp_path):
     assert frames["from_pixels_predicted"] > own["from_pixels_predicted"] > 1
 
 
+@pytest.mark.slow
+def test_prefill_of_a_method_that_reads_the_attention_of_the_tower(tmp_path):
+    radio = {
+        "kind": "radio",
+        "image_size": [32, 32],
+        "patch_size": 8,
+        "width": 8,
+        "layers": 1,
+        "heads": 2,
+        "mlp_width": 16,
+    }
+    radio |= {"position_rows": 8, "prefix_tokens": 2, "downsample": 2, "projector_width": 16}
+    path, out = tmp_path / "radio.json", tmp_path / "rows.json"
+    path.write_text(json.dumps(MICRO | {"vision": radio}))
+    options = ["--config", str(path), "--visual", "16", "--text", "4", "--repeats", "1", "--no-real-prompt"]
+    assert main(["prefill", *options, "--methods", "visionzip:0.5", "--json", str(out)]) == 0
+    dense, found = json.loads(out.read_text())
+    # the tower's time with its attention, and not that of dense
+    assert found["from_pixels_ms"] == found["vision_ms"] + found["ms"] and found["vision_ms"] != dense["vision_ms"]
+
+
 def test_prompts_have_the_places_that_they_promise(micro):
     config = load_model_config(micro)
     for stamps in (0, 3):
