@@ -3,9 +3,9 @@
 Weights, pixels, visual tokens and text are random: what is measured depends on shapes alone. Scoring and compaction are part
 of the time; compilation and the first run are not. The vision tower is timed by itself, of a method that spares it
 (evs-pixels, frames) or reads its attention (visionzip) as that has it; from_pixels_ columns are tower and decoder
-together. The second prompt is the one that a real video gets, with a time stamp before every frame: text that stays whatever a method drops, unless --drop-text says
-otherwise. With --questions 2 also what a further question on the same video takes, once the layers before the first drop
-have seen it.
+together. The second prompt is the one that a real video gets, with a time stamp before every frame: text that stays
+whatever a method drops, unless --drop-text says otherwise. With --questions 2 also what a further question on the same
+video takes, once the layers before the first drop have seen it.
 """
 
 from __future__ import annotations
