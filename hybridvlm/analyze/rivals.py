@@ -30,7 +30,7 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,6 +44,7 @@ from hybridvlm.analyze.common import COLOURS, Row, figure, markdown, output_fold
 from hybridvlm.analyze.scores import score_questions
 from hybridvlm.config import Reduction, to_dict
 from hybridvlm.console import print_markdown, progress
+from hybridvlm.eval import runner as eval_runner
 from hybridvlm.eval.evaluate import dense_costs
 from hybridvlm.eval.results import build_row, versions, write_atomic
 from hybridvlm.eval.variants import DENSE, MATCHED, MATCHES, Variant
@@ -61,6 +62,14 @@ COSTS = (
     *("flop_speedup", "total_flop_speedup", "changed", "prefill_ms", "ttft_ms", "ttft_speedup"),
 )
 MARKS = {OURS: "*", MEAN: "o", FLOPS: "s", BOTH: "p", COMPOSED: "^"}
+
+
+class Asking(NamedTuple):
+    """The checkpoints that are asked a task's questions, and the cells that they are asked under."""
+
+    task: str
+    checkpoints: list[Checkpoint]
+    cells: list[Cell]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,10 +144,12 @@ def _run(options: argparse.Namespace, tasks: Sequence[str], methods: Sequence[st
     notes: list[str] = []
     cells = cells_of(base, calibrate.calibrated(base, _weights(models[0], notes)), methods)
     asked: Row = {}
+    asking: list[Asking] = []
     for task in tasks:
         checkpoints = open_checkpoints(options, models, cells, folder / "answers", task)
-        possible = _possible(checkpoints, cells, base.budget, notes)
-        _answer(checkpoints, possible)
+        asking.append(Asking(task, checkpoints, _possible(checkpoints, cells, base.budget, notes)))
+    _answer(asking)
+    for task, checkpoints, possible in asking:
         rows += summarise(task, checkpoints, possible)
         samples = checkpoints[0].runner.task
         asked[task] = {"questions": len(samples.samples), "videos": len(samples.videos)}
@@ -236,22 +247,30 @@ def _once(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> list[Cell
     return [one for one in marked if one.set != FLOPS or one.method not in both]
 
 
-def _answer(checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> None:
-    """Answer what is missing, every batch under dense and the cells beside it before the next one: their clocks tick side by side."""
-    variants: list[Variant] = [DENSE, *cells]
-    for checkpoint in checkpoints:
-        checkpoint.runner.variants = variants
-    total = sum(checkpoint.runner.pending() for checkpoint in checkpoints)
-    with progress(total, "answer", shown=total > 0) as bar:
+def _answer(asking: Sequence[Asking]) -> None:
+    """Answer what is missing, every batch under dense and the cells beside it before the next one: their clocks tick side by side.
+
+    So many cells at a time as a process holds the programs of, which all tasks and checkpoints share.
+    """
+    for _, checkpoints, cells in asking:
         for checkpoint in checkpoints:
-            name = f"{checkpoint.runner.task.name} {checkpoint.name}"
+            checkpoint.runner.variants = [DENSE, *cells]
+    total = sum(checkpoint.runner.pending() for _, checkpoints, _ in asking for checkpoint in checkpoints)
+    order = list(dict.fromkeys(one for _, _, cells in asking for one in cells))
+    with progress(total, "answer", shown=total > 0) as bar:
+        for start in range(0, len(order), eval_runner.TOGETHER):
+            group = order[start : start + eval_runner.TOGETHER]
+            for task, checkpoints, cells in asking:
+                for checkpoint in checkpoints:
+                    name = f"{task} {checkpoint.name}"
 
-            def count_on(count: int, label: str, name: str = name) -> None:
-                bar.set_postfix_str(f"{name} {label}", refresh=False)
-                bar.update(count)
+                    def count_on(count: int, label: str, name: str = name) -> None:
+                        bar.set_postfix_str(f"{name} {label}", refresh=False)
+                        bar.update(count)
 
-            if checkpoint.runner.pending():
-                checkpoint.runner.run(count_on)
+                    variants: list[Variant] = [DENSE, *(one for one in cells if one in group)]
+                    if any(checkpoint.missing(one) for one in variants):
+                        checkpoint.runner.run(count_on, variants)
 
 
 def summarise(task: str, checkpoints: Sequence[Checkpoint], cells: Sequence[Cell]) -> list[Row]:

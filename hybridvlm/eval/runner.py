@@ -97,6 +97,7 @@ class Runner:
         self.available, self.buckets = self.prompts.available, self.prompts.buckets
         self.key = AnswerKeys(model, task, planner, self.buckets, asking, weights=weights, dtype=dtype)
         self.seconds = 0.0  # of `run`
+        self._groups = 0  # of variants that were answered side by side
         self._warm: set[tuple[Variant, Bucket, int]] = set()
         self._compiled: collections.Counter[tuple[Variant, Bucket]] = collections.Counter()  # ahead of their answers
         self._memories = VideoMemories()
@@ -139,15 +140,17 @@ class Runner:
         began = time.perf_counter()
         dense, reduced = [v for v in variants if v == DENSE], [v for v in variants if v != DENSE]
         left = [v for v in reduced if any(self.key(v, sample) not in self.store for sample in self.available)]
-        run_id = self.run_id
         for start in range(0, max(1, len(left)), TOGETHER):
-            # a clock of its own, with dense along: what was timed in another group is not its counterpart
-            self.run_id = f"{run_id}.{start // TOGETHER}" if start else run_id
             if memory_maps_used() > MAPS:
                 self._forget_programs()
             self._run_together(dense + left[start : start + TOGETHER], progress)
-        self.run_id = run_id
+            self._groups += 1
         self.seconds += time.perf_counter() - began
+
+    @property
+    def _clock(self) -> str:
+        """The run by whose clock a record counts: each group of variants has dense along, what another one timed is no counterpart."""
+        return f"{self.run_id}.{self._groups}" if self._groups else self.run_id
 
     def _forget_programs(self) -> None:
         """Let go of compiled programs, and of what is known of them."""
@@ -366,7 +369,7 @@ class Runner:
             "decode_ms": 1e3 * decode / len(out),
             "compiles": compile_count() - compiled,
             "peak_bytes": peak,
-            "run": self.run_id,
+            "run": self._clock,
             "batch": batch.number,
         }
         if further:
@@ -414,7 +417,7 @@ class Runner:
 
     def _unanswered(self, variant: Variant, sample: Sample) -> dict[str, Any]:
         """The record of a question whose video cannot be read; whether that is wrong is settled by `Task.judged`."""
-        nothing = {"prediction": None, "retention": None, "run": self.run_id}
+        nothing = {"prediction": None, "retention": None, "run": self._clock}
         reason = self.task.unavailable.get(sample.id)
         failure = {"failure": reason} if reason else self.videos.unread[sample.video]
         return self._record(variant, sample) | nothing | failure
