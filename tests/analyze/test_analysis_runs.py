@@ -286,8 +286,8 @@ def planned(capsys, monkeypatch, tmp_path, uncalibrated):
     """planned(*argv) -> (checkpoints, cells by name, notes) of `rivals`, which stops before anything is answered."""
     seen = []
 
-    def stop(*found):
-        seen.append(found)
+    def stop(asking):
+        seen.extend(asking)
         raise ValueError("planned")
 
     monkeypatch.setattr(rivals, "_answer", stop)
@@ -296,7 +296,7 @@ def planned(capsys, monkeypatch, tmp_path, uncalibrated):
         argv = ["rivals", *argv, "--tasks", "needle", "--limit", 4, "--output", tmp_path / "planned"]
         code, _, error = run(capsys, *argv)
         assert code == 2 and error.endswith("error: planned\n"), error
-        checkpoints, cells = seen.pop()
+        _, checkpoints, cells = seen.pop()
         return checkpoints, {one.name: one for one in cells}, error
 
     return plan
