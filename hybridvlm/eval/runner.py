@@ -10,7 +10,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import gc
 import os
 import statistics
 import time
@@ -35,7 +34,7 @@ from hybridvlm.inference.generation import Generation
 from hybridvlm.inference.memories import VideoMemories
 from hybridvlm.inference.model import Model
 from hybridvlm.inference.placement import put_visual, row_parts
-from hybridvlm.inference.program_cache import compile_count, memory_maps_used
+from hybridvlm.inference.program_cache import compile_count
 from hybridvlm.inference.thinking import UNFINISHED, think_budget
 from hybridvlm.models.prompt import Batch, Layout, rest_length
 from hybridvlm.parallel.mesh import spans_processes
@@ -44,9 +43,8 @@ from hybridvlm.reduction import ReductionPlan
 # Questions on a video from which on a hybrid shares the layers before the first drop: with 4, the second program that it takes cost
 # what it saved (the embedded benchmark, dense along with it), with 16 it did not.
 SHARED_FROM = 8
-# Variants that are answered side by side, and the share of the process's memory maps in use up to which more programs are compiled
-# beside those there are: on a CPU, those of 41 variants of a model of 26 layers took all.
-TOGETHER, MAPS = 16, 0.5
+# Variants that are answered side by side: as many as a process on a CPU holds the programs of (`ProgramCache`), of 26 layers.
+TOGETHER = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +139,7 @@ class Runner:
         dense, reduced = [v for v in variants if v == DENSE], [v for v in variants if v != DENSE]
         left = [v for v in reduced if any(self.key(v, sample) not in self.store for sample in self.available)]
         for start in range(0, max(1, len(left)), TOGETHER):
-            if memory_maps_used() > MAPS:
-                self._forget_programs()
+            self._warm.clear()  # programs of the group before may be gone
             self._run_together(dense + left[start : start + TOGETHER], progress)
             self._groups += 1
         self.seconds += time.perf_counter() - began
@@ -151,14 +148,6 @@ class Runner:
     def _clock(self) -> str:
         """The run by whose clock a record counts: each group of variants has dense along, what another one timed is no counterpart."""
         return f"{self.run_id}.{self._groups}" if self._groups else self.run_id
-
-    def _forget_programs(self) -> None:
-        """Let go of compiled programs, and of what is known of them."""
-        self._warm.clear()
-        self._compiled.clear()
-        self._memory_seconds.clear()
-        self.model.programs.clear()
-        gc.collect()
 
     def _run_together(self, variants: Sequence[Variant], progress: Callable[[int, str], None]) -> None:
         """Answer what is missing of these variants, batch by batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import pathlib
 import threading
 import time
@@ -65,8 +66,15 @@ def memory_maps_used() -> float:
         return 0.0
 
 
+# The share of a process's memory maps from which on programs that were not used for longest make room for a new one. One of a model of
+# 26 layers takes up to 6%, and a few compile at once.
+MOST_MAPS = 0.6
+
+
 class ProgramCache:
     """Compiled programs. A program's key: the function, its static arguments, the shapes of its arrays and how they lie in memory.
+
+    On a CPU, where programs take memory maps, the least recently used go before a process runs out of them.
 
     Attributes:
         compile_seconds: total seconds spent compiling.
@@ -74,14 +82,19 @@ class ProgramCache:
 
     def __init__(self) -> None:
         self.compile_seconds = 0.0
-        self._programs: dict[tuple[Any, ...], Any] = {}
+        self._programs: dict[tuple[Any, ...], Any] = {}  # the most recently used last
+        self._clearing = threading.Lock()  # programs are compiled in several threads
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def clear(self) -> None:
-        """Let go of all programs; what is asked for again is compiled again."""
-        self._programs.clear()
+    def _make_room(self) -> None:
+        """Let go of programs, those that were not used for longest first, until enough memory maps are left."""
+        with self._clearing:
+            while self._programs and memory_maps_used() > MOST_MAPS:
+                for key in list(self._programs)[: -(-len(self._programs) // 3)]:
+                    del self._programs[key]
+                gc.collect()
 
     def get(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
         """The compiled program of `function(*args, **static)`, made at the first call.
@@ -95,15 +108,18 @@ class ProgramCache:
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((jnp.shape(a), str(jnp.result_type(a)), _axes_in_memory(a)) for a in leaves)
         key = (function, donate, tuple(sorted(static.items())), shapes, tree)
-        if key not in self._programs:
+        program = self._programs.pop(key, None)
+        if program is None:
+            self._make_room()
             start = time.perf_counter()
 
             def run(*args: Any) -> Any:
                 return function(*args, **static)
 
-            self._programs[key] = jax.jit(run, donate_argnums=donate).lower(*args).compile()
+            program = jax.jit(run, donate_argnums=donate).lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start
-        return self._programs[key]
+        self._programs[key] = program
+        return program
 
     @property
     def peak_bytes(self) -> int:

@@ -29,6 +29,7 @@ from hybridvlm.eval.results import ROW_KEYS, SampleStore, timing_run, write_atom
 from hybridvlm.eval.tasks import parse_choice
 from hybridvlm.eval.tasks.jsonl import read_samples
 from hybridvlm.eval.variants import DENSE, Variant, expand
+from hybridvlm.inference import program_cache
 from hybridvlm.options import InputError, override, parse_pairs
 from hybridvlm.tiny.export import write_video
 
@@ -418,26 +419,36 @@ def test_new_methods_join_old_answers(world, done, tmp_path):
     assert all(value == old[key] for key, value in answers_of(output).items() if key in old)
 
 
-def test_many_methods_are_answered_in_groups_with_dense_along_and_their_programs_go(world, done, tmp_path, monkeypatch):
-    """One by one, each with no more programs than it needs: the answers of both together, each clock with a dense of its own."""
+@pytest.mark.slow
+def test_many_methods_are_answered_in_groups_with_dense_along_and_old_programs_go(world, done, tmp_path, monkeypatch):
+    """One by one, with no memory maps to spare: the answers of both together, each clock with a dense of its own."""
     monkeypatch.setattr(runner, "TOGETHER", 1)
-    monkeypatch.setattr(runner, "MAPS", -1.0)
-    forgotten, forget = [], runner.Runner._forget_programs
-
-    def counted(self):
-        forgotten.append(len(self.model.programs))
-        forget(self)
-        assert len(self.model.programs) == 0
-
-    monkeypatch.setattr(runner.Runner, "_forget_programs", counted)
+    monkeypatch.setattr(program_cache, "MOST_MAPS", 0.0)
+    held, real = [], program_cache.memory_maps_used
+    monkeypatch.setattr(program_cache, "memory_maps_used", lambda: held.append(real()) or held[-1])
     run_eval(world, tmp_path / "out", "--methods", "str,uniform-input", "--budgets", "0.5", check=0)
-    assert answers_of(tmp_path / "out") == answers_of(done)
-    assert len(forgotten) == 2 and forgotten[0] < forgotten[1]
+    assert answers_of(tmp_path / "out") == answers_of(done) and all(0 < share < 1 for share in held)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     clocks = [extra["timing_run"] for extra in results["details"]]
     assert clocks[2] == clocks[1] + ".1" and all(row["speedup"] is not None for row in results["rows"])
     batches = {(r["run"], r["batch"]) for r in lines_of(tmp_path / "out") if r["method"] == "none"}
     assert {run for run, _ in batches} == set(clocks[1:])
+
+
+def test_programs_that_were_not_used_for_longest_make_room(monkeypatch):
+    cache, used = program_cache.ProgramCache(), [0.0]
+    monkeypatch.setattr(program_cache, "memory_maps_used", lambda: used.pop() if len(used) > 1 else used[0])
+    for n in range(1, 5):
+        cache.get(jax.numpy.negative, np.zeros(n))
+    one = cache.get(jax.numpy.negative, np.zeros(1))  # now the latest
+    used += [0.5, 0.9]  # over, then enough: a third of four, rounded up, has gone
+    cache.get(jax.numpy.negative, np.zeros(9))
+    assert len(cache) == 3 and cache.get(jax.numpy.negative, np.zeros(1)) is one
+    seconds = cache.compile_seconds
+    cache.get(jax.numpy.negative, np.zeros(4))
+    assert cache.compile_seconds == seconds
+    cache.get(jax.numpy.negative, np.zeros(2))
+    assert cache.compile_seconds > seconds
 
 
 def environment(compiled):
