@@ -122,6 +122,7 @@ def test_cells_that_drop_text_answer_under_the_plans_that_were_shown(capsys, sta
     assert rows["dense"]["accuracy"] is not None
 
 
+@pytest.mark.slow
 def test_scores_of_a_hybrid_and_of_a_transformer(capsys, folders, tmp_path):
     few = ("--videos", 2, "--per-video", 2, "--frames", 8)
     for name in ("h0", "t0"):

@@ -88,6 +88,7 @@ def check(models, name, seeds):
         assert shapes(got) == shapes(want)
 
 
+@pytest.mark.slow
 def test_questions_on_two_videos_are_those_of_prompts_of_their_own(models):
     check(models, "attention", range(8))
 

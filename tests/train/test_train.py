@@ -459,6 +459,7 @@ def test_a_loss_that_is_no_number_stops_the_run(straight, tmp_path, model):
     assert losses(again.folder) == losses(straight[0].folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(straight, tmp_path, model, monkeypatch):
     import errno
 
