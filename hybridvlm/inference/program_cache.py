@@ -93,7 +93,7 @@ class ProgramCache:
         with self._clearing:
             while self._programs and memory_maps_used() > MOST_MAPS:
                 for key in list(self._programs)[: -(-len(self._programs) // 3)]:
-                    del self._programs[key]
+                    self._programs.pop(key, None)  # another thread may be at it
                 gc.collect()
 
     def get(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
